@@ -1,0 +1,40 @@
+# Every target makes its own virtual environment from python3 alone when there is none.
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+WORKERS ?= auto
+
+.PHONY: demo test test-slow lint bench parity clean
+
+demo: $(VENV)/.examples
+	$(PYTHON) examples/train_digits.py
+
+test: $(VENV)/.test
+	$(PYTHON) -m pytest -n $(WORKERS)
+
+test-slow: $(VENV)/.test
+	$(PYTHON) -m pytest -n $(WORKERS) -m slow
+
+lint: $(VENV)/.test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: $(VENV)/.test
+	$(PYTHON) benchmarks/step.py
+
+# The table in docs/parity.md, from a run of the measurements that the tests make.
+parity: $(VENV)/.test
+	$(PYTHON) tests/parity.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.examples: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/.examples

@@ -1,0 +1,29 @@
+"""What every optimizer is derived from. Knows no algorithm."""
+
+from jaxoptim.core.decay import Decay as Decay
+from jaxoptim.core.numerics import full_like as full_like
+from jaxoptim.core.numerics import sqrt as sqrt
+from jaxoptim.core.packing import Packed as Packed
+from jaxoptim.core.packing import pack as pack
+from jaxoptim.core.rule import Arrays as Arrays
+from jaxoptim.core.rule import ClosedDecayRate as ClosedDecayRate
+from jaxoptim.core.rule import Coefficient as Coefficient
+from jaxoptim.core.rule import Dampening as Dampening
+from jaxoptim.core.rule import DecayRate as DecayRate
+from jaxoptim.core.rule import NonNegative as NonNegative
+from jaxoptim.core.rule import Numeric as Numeric
+from jaxoptim.core.rule import OpenDecayRate as OpenDecayRate
+from jaxoptim.core.rule import OptionalNonNegative as OptionalNonNegative
+from jaxoptim.core.rule import Positive as Positive
+from jaxoptim.core.rule import Rule as Rule
+from jaxoptim.core.rule import Scalar as Scalar
+from jaxoptim.core.rule import Slots as Slots
+from jaxoptim.core.rule import enabled as enabled
+from jaxoptim.core.rule import is_known as is_known
+from jaxoptim.core.rule import rule as rule
+from jaxoptim.core.transform import OptState as OptState
+from jaxoptim.core.transform import factory as factory
+from jaxoptim.core.transform import init as init
+from jaxoptim.core.transform import step as step
+from jaxoptim.core.transform import transformation as transformation
+from jaxoptim.core.transform import update as update

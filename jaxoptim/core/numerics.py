@@ -1,0 +1,76 @@
+"""The few array operations that every rule leans on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+
+@jax.custom_jvp
+def sqrt(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative at zero is zero.
+
+    A unit whose gradient has always been zero has a second moment of zero. Its update does not depend on
+    that moment, but the chain rule would multiply an infinite slope by zero and give NaN to every
+    derivative taken through the training run.
+    """
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
+    root = sqrt(primals[0])
+    slope = jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0)
+    return root, slope * tangents[0]
+
+
+def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:
+    """An array like ``param``, filled with ``value``, and placed on devices as ``param`` is.
+
+    Unlike ``jnp.full_like``, the result depends on ``param`` as far as the compiler's placement goes:
+    under ``jit`` with automatic sharding a fresh constant would land on one device.
+    """
+    return jnp.where(False, param, jnp.asarray(value, param.dtype))
+
+
+def computing_dtype(dtype: Any) -> np.dtype:
+    """The dtype an array of ``dtype`` is computed in: its own, but float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def real_dtype(dtype: Any) -> np.dtype:
+    """The dtype of the real and imaginary parts of ``dtype``."""
+    return jnp.finfo(dtype).dtype
+
+
+def view_as_real(x: jax.Array) -> jax.Array:
+    """A complex array as real numbers, in pairs along a last axis; a real array as it is."""
+    return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def view_as_complex(x: jax.Array) -> jax.Array:
+    """The inverse of :func:`view_as_real` on complex arrays."""
+    return jax.lax.complex(x[..., 0], x[..., 1])
+
+
+def explicit_spec(x: jax.Array) -> PartitionSpec | None:
+    """How ``x`` is laid out over the explicit axes of a mesh; None if it is not."""
+    spec = getattr(jax.typeof(x).sharding, "spec", PartitionSpec())
+    return spec if any(axis is not None for axis in spec) else None
+
+
+def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``function(x)`` for a function that mixes the axes of ``x``, whatever their explicit sharding.
+
+    On a mesh of explicit axes JAX refuses to choose how a product of two sharded axes is laid out. The
+    array is gathered, ``function`` runs on every device, and the result is sharded as ``x`` was.
+    """
+    spec = explicit_spec(x)
+    if spec is None:
+        return function(x)
+    return jax.sharding.reshard(function(jax.sharding.reshard(x, PartitionSpec())), spec)

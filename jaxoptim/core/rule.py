@@ -1,0 +1,323 @@
+"""What an optimizer is: a frozen dataclass of hyperparameters with the mathematics of one array."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core.decay import Decay
+
+Slots = dict[str, Any]
+"""The state of one array: slot name to array, or to None where the array has no such slot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Numeric:
+    """How the number in a field is checked and kept; the metadata of the annotations below."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    decay: bool = False
+    zero_is_off: bool = False
+    optional: bool = False
+
+    def range_of(self, name: str) -> str:
+        """The allowed range in words, such as ``0 <= betas[0] < 1``."""
+        low = f"{self.at_least:g} <= " if self.at_least is not None else ""
+        low = f"{self.above:g} < " if self.above is not None else low
+        high = f" <= {self.at_most:g}" if self.at_most is not None else ""
+        high = f" < {self.below:g}" if self.below is not None else high
+        if low and not high:
+            return f"{name} {'>=' if self.above is None else '>'} {low.split()[0]}"
+        return f"{low}{name}{high}"
+
+    def admits(self, value: Any) -> bool:
+        """Whether every number in ``value`` lies in the range; NaN never does."""
+        value = np.asarray(value, np.float64)
+        inside = ~np.isnan(value)
+        if self.at_least is not None:
+            inside &= value >= self.at_least
+        if self.above is not None:
+            inside &= value > self.above
+        if self.at_most is not None:
+            inside &= value <= self.at_most
+        if self.below is not None:
+            inside &= value < self.below
+        return bool(inside.all())
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """Marks a field that holds a pytree of arrays, kept as it is given."""
+
+
+Scalar = Annotated[Any, Numeric()]
+"""Any number."""
+NonNegative = Annotated[Any, Numeric(at_least=0)]
+"""A number >= 0."""
+OptionalNonNegative = Annotated[Any, Numeric(at_least=0, optional=True)]
+"""A number >= 0, or None."""
+Positive = Annotated[Any, Numeric(above=0)]
+"""A number > 0."""
+Coefficient = Annotated[Any, Numeric(at_least=0, zero_is_off=True)]
+"""A number >= 0 whose literal zero removes its term from the compiled program."""
+DecayRate = Annotated[Any, Numeric(at_least=0, below=1, decay=True)]
+"""A decay rate in [0, 1), kept as a :class:`Decay`."""
+ClosedDecayRate = Annotated[Any, Numeric(at_least=0, at_most=1, decay=True)]
+"""A decay rate in [0, 1], kept as a :class:`Decay`."""
+OpenDecayRate = Annotated[Any, Numeric(at_least=0, decay=True)]
+"""A decay rate >= 0, kept as a :class:`Decay`, where the parent checks no upper bound."""
+Dampening = Annotated[Any, Numeric(decay=True, zero_is_off=True)]
+"""A number kept with its complement; its literal zero removes its term from the compiled program."""
+Arrays = Annotated[Any, Traced()]
+"""A pytree of arrays."""
+
+
+class Off(float):
+    """The zero of a :data:`Coefficient`: a number to read, nothing to trace."""
+
+    __slots__ = ()
+
+
+jax.tree_util.register_static(Off)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A plain function ``step -> value`` in the place of a number."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, step: Any) -> Any:
+        """The value at a step."""
+        return self.function(step)
+
+
+def enabled(coefficient: Any) -> bool:
+    """Whether the term of a :data:`Coefficient` is part of the program."""
+    return not isinstance(coefficient, Off)
+
+
+def is_known(value: Any) -> bool:
+    """Whether the number in a field can be read now: not traced, not a schedule, not on another host."""
+    if isinstance(value, Decay):
+        return is_known(value.rate)
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+class Rule(abc.ABC):
+    """The base of every optimizer: hyperparameters, and the update of one array.
+
+    A subclass is decorated with :func:`rule`, declares its hyperparameters as annotated fields, and writes
+    :meth:`init` and :meth:`update`. It never sees a tree, a dtype below float32, a complex number or a
+    missing gradient: the functions of ``jaxoptim.core.transform`` take care of those.
+
+    The instance is a pytree. Its leaves are the numbers; switches (bool, str, int, None, plain schedules,
+    and the zero of a :data:`Coefficient`) belong to its structure. So a rule passed to a jitted function
+    has its numbers traced, and ``grad`` with respect to a rule gives hypergradients. ``vmap`` over a rule
+    sweeps hyperparameters: ``jax.vmap(train)(jax.vmap(Adam)(rates))``, where the inner ``vmap`` makes one
+    rule of all the settings.
+
+    Errors:
+        Construction raises ``ValueError`` for a number out of range and ``TypeError`` for what is not a
+        number. Traced values are not checked.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxoptim
+        >>> from jaxoptim.core import Rule, Scalar, rule
+        >>> @rule
+        ... class GradientDescent(Rule):
+        ...     lr: Scalar = 0.1
+        ...
+        ...     def init(self, param):
+        ...         return {}
+        ...
+        ...     def update(self, grad, slots, param, step):
+        ...         return -self.lr * grad, slots
+        >>> params = {"w": jnp.ones(2)}
+        >>> state = jaxoptim.init(GradientDescent(), params)
+        >>> params, state = jaxoptim.step(GradientDescent(), params, {"w": jnp.ones(2)}, state)
+        >>> [round(float(x), 3) for x in params["w"]]
+        [0.9, 0.9]
+    """
+
+    sparse: ClassVar[Literal["refused", "accepted", "required"]] = "refused"
+    """Whether gradients may come as rows (``BCOO``)."""
+    complex: ClassVar[bool] = True
+    """Whether complex parameters are treated as pairs of real numbers."""
+    per_update: ClassVar[tuple[str, ...]] = ()
+    """Fields that a single ``update`` may replace through a keyword of the same name."""
+    specs: ClassVar[dict[str, Any]] = {}
+    """For each traced field, its :class:`Numeric` (a tuple of them for a tuple) or :class:`Traced`."""
+
+    @abc.abstractmethod
+    def init(self, param: jax.Array) -> Slots:
+        """The slots of one array before its first update."""
+
+    @abc.abstractmethod
+    def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
+        """What to add to ``param``, and the new slots; ``step`` counts from 1."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number is updated by itself, so that arrays may be packed into one buffer."""
+        return True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether rows without a gradient stay as they are, so that a sparse gradient touches no others."""
+        return self.sparse != "refused"
+
+    def check(self) -> None:
+        """Raise for hyperparameters that are wrong together."""
+
+    def check_param(self, name: str, param: Any) -> None:
+        """Raise for a parameter that this rule cannot update."""
+
+    def check_sparse(self) -> None:
+        """Raise for hyperparameters that do not go with a sparse gradient."""
+
+    def at(self, step: Any) -> Self:
+        """The rule with every schedule replaced by its value at ``step``."""
+
+        def value_of(spec: Any, value: Any) -> Any:
+            if isinstance(spec, tuple):
+                return tuple(value_of(s, v) for s, v in zip(spec, value, strict=True))
+            if not (isinstance(spec, Numeric) and callable(value)):
+                return value
+            return Decay.of(value(step)) if spec.decay else value(step)
+
+        fields = {name: value_of(spec, getattr(self, name)) for name, spec in self.specs.items()}
+        return _rebuilt(self, fields)
+
+    def cast(self, dtype: Any) -> Self:
+        """The rule with every floating array among its leaves in ``dtype``."""
+
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
+                return jnp.asarray(leaf, dtype)
+            return leaf
+
+        return jax.tree.map(cast, self)
+
+    def replace(self, **fields: Any) -> Self:
+        """A new rule with some hyperparameters changed, checked like any other."""
+        allowed = [f.name for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
+        if unknown := sorted(set(fields) - set(allowed)):
+            raise TypeError(
+                f"{type(self).__name__} has no hyperparameter {', '.join(unknown)}. It has {', '.join(allowed)}."
+            )
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+    def __post_init__(self) -> None:
+        for name, spec in self.specs.items():
+            object.__setattr__(self, name, _kept(spec, getattr(self, name), name, type(self).__name__))
+        self.check()
+
+
+def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
+    """The value of a field as a rule keeps it; raises if it is not what the field takes."""
+    if isinstance(spec, tuple):
+        if not isinstance(value, tuple | list) or len(value) != len(spec):
+            raise ValueError(f"Invalid {name}: {value!r}. {owner} takes a tuple of {len(spec)} numbers for {name}.")
+        return tuple(_kept(s, v, f"{name}[{i}]", owner) for i, (s, v) in enumerate(zip(spec, value, strict=True)))
+    if isinstance(spec, Traced) or (spec.optional and value is None):
+        return value
+    if callable(value):
+        return Schedule(value) if jax.tree_util.all_leaves([value]) else value
+    number = value.rate if isinstance(value, Decay) else value
+    if isinstance(number, bool | np.bool_) or not isinstance(number, int | float | np.number | np.ndarray | jax.Array):
+        raise TypeError(
+            f"Invalid {name}: {value!r} ({type(value).__name__}). "
+            f"{owner} takes a number, a scalar array or a schedule (step -> value) for {name}."
+        )
+    if is_known(number) and not spec.admits(number):
+        raise ValueError(f"Invalid {name}: {number!r}. {owner} takes {spec.range_of(name)}.")
+    if spec.zero_is_off and isinstance(number, int | float) and number == 0:
+        return Off(0.0)
+    if isinstance(value, Decay):
+        return value
+    # One kind of leaf for every plain number, so that an int or a NumPy scalar does not retrace.
+    if isinstance(number, int | float | np.number) or (isinstance(number, np.ndarray) and number.ndim == 0):
+        number = float(number)
+    elif not jnp.issubdtype(number.dtype, jnp.floating):
+        number = jnp.asarray(number, float)
+    return Decay.of(number) if spec.decay else number
+
+
+def _rebuilt(like: Any, fields: dict[str, Any]) -> Any:
+    """A copy of a rule with fields replaced, without conversion or checks: leaves may be anything."""
+    new = object.__new__(type(like))
+    for field in dataclasses.fields(like):
+        object.__setattr__(new, field.name, fields.get(field.name, getattr(like, field.name)))
+    return new
+
+
+def _spec_of(hint: Any) -> Any:
+    """The :class:`Numeric` or :class:`Traced` of an annotation, a tuple for a tuple, None for a switch."""
+    if typing.get_origin(hint) is Annotated:
+        return next((m for m in hint.__metadata__ if isinstance(m, Numeric | Traced)), None)
+    if typing.get_origin(hint) is tuple:
+        specs = tuple(_spec_of(argument) for argument in typing.get_args(hint))
+        return specs if specs and None not in specs else None
+    return None
+
+
+R = TypeVar("R", bound=type[Rule])
+
+
+@typing.dataclass_transform(frozen_default=True)
+def rule(cls: R) -> R:
+    """Make a :class:`Rule` of a class of annotated hyperparameters: a frozen dataclass and a pytree.
+
+    A field annotated :data:`Scalar`, :data:`NonNegative`, :data:`Positive`, :data:`Coefficient`,
+    :data:`DecayRate`, :data:`Arrays` or a tuple of these is traced; every other field is a switch.
+
+    Args:
+        cls: a subclass of :class:`Rule`.
+
+    Returns:
+        The same class.
+
+    Errors:
+        ``TypeError`` if ``cls`` is not a subclass of :class:`Rule`.
+
+    Example:
+        See :class:`Rule`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Rule)):
+        raise TypeError(f"@rule decorates a subclass of Rule, but was given {cls!r}. Write `class Name(Rule):`.")
+    dataclasses.dataclass(frozen=True)(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    specs = {name: spec for name in names if (spec := _spec_of(hints[name])) is not None}
+    switches = [name for name in names if name not in specs]
+    cls.specs = specs
+
+    def flatten_with_keys(self: Any) -> tuple[Any, Any]:
+        children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in specs]
+        return children, tuple(getattr(self, name) for name in switches)
+
+    def flatten(self: Any) -> tuple[Any, Any]:
+        return [getattr(self, name) for name in specs], tuple(getattr(self, name) for name in switches)
+
+    def unflatten(aux: Any, children: Any) -> Any:
+        new = object.__new__(cls)
+        for name, value in zip([*specs, *switches], [*children, *aux], strict=True):
+            object.__setattr__(new, name, value)
+        return new
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls

@@ -1,0 +1,65 @@
+"""The terms that many rules share: direction, weight decay, empty slots."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+
+from jaxoptim.core import Slots, enabled, full_like
+
+
+class _WithDecay(Protocol):
+    """A rule with torch's weight decay."""
+
+    @property
+    def lr(self) -> Any: ...
+    @property
+    def weight_decay(self) -> Any: ...
+
+
+class _WithL2(_WithDecay, Protocol):
+    """A rule with torch's weight decay that can also ascend."""
+
+    @property
+    def maximize(self) -> bool: ...
+
+
+class _WithEither(_WithL2, Protocol):
+    """A rule whose weight decay is in the gradient or decoupled from it."""
+
+    @property
+    def decoupled_weight_decay(self) -> bool: ...
+
+
+def zeros(param: jax.Array, *names: str) -> Slots:
+    """Slots of the shape of ``param`` that start at zero."""
+    return {name: full_like(param) for name in names}
+
+
+def needed(rule: Any, param: Any) -> jax.Array:
+    """The parameter, for a term that uses its value."""
+    if param is None:
+        raise ValueError(
+            f"{type(rule).__name__} uses the current parameters, but `params` was not given. "
+            "Pass them as the third argument: update(grads, state, params)."
+        )
+    return param
+
+
+def descent(rule: _WithL2, grad: jax.Array, param: Any) -> jax.Array:
+    """The gradient to go down: negated to maximize, then with the L2 penalty, which decays either way."""
+    grad = -grad if rule.maximize else grad
+    return grad + rule.weight_decay * needed(rule, param) if enabled(rule.weight_decay) else grad
+
+
+def shrinkage(rule: _WithDecay, param: Any) -> Any:
+    """What decoupled weight decay takes from ``param``: lr * weight_decay * param."""
+    return rule.lr * rule.weight_decay * needed(rule, param) if enabled(rule.weight_decay) else 0.0
+
+
+def descent_and_shrinkage(rule: _WithEither, grad: jax.Array, param: Any) -> tuple[jax.Array, Any]:
+    """The two above for a rule that lets its user choose between them."""
+    if rule.decoupled_weight_decay:
+        return -grad if rule.maximize else grad, shrinkage(rule, param)
+    return descent(rule, grad, param), 0.0

@@ -1,0 +1,151 @@
+"""Muon: momentum, orthogonalized."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import Coefficient, NonNegative, OpenDecayRate, Rule, Scalar, Slots, factory, rule
+from jaxoptim.core.numerics import with_replicated
+from jaxoptim.rules._terms import shrinkage, zeros
+
+
+@rule
+class Muon(Rule):
+    r"""Muon: the momentum of a matrix, replaced by the nearest matrix of singular values near one.
+
+    .. math::
+        B_t &= \mu B_{t-1} + (1-\mu)\,G_t, \qquad
+        U_t = B_t \quad\text{(Nesterov: } (1-\mu)\,G_t + \mu B_t\text{)} \\
+        X_0 &= U_t / \max(\|U_t\|_F, \epsilon), \qquad
+        X_{k+1} = a X_k + (b A_k + c A_k^2)\,X_k, \quad A_k = X_k X_k^\top \\
+        \theta_t &= \theta_{t-1} - \gamma\lambda\,\theta_{t-1} - \gamma r\,X_K
+
+    where :math:`r` corrects the rate for the shape. The iteration runs in bfloat16, as in torch, whatever
+    the parameter's dtype.
+
+    Args:
+        lr: learning rate :math:`\gamma \ge 0` (default 1e-3).
+        weight_decay: decoupled decay :math:`\lambda \ge 0` (default 0.1).
+        momentum: :math:`\mu \ge 0` (default 0.95).
+        nesterov: look ahead along the momentum (default True).
+        ns_coefficients: :math:`a, b, c` (default 3.4445, -4.7750, 2.0315).
+        eps: :math:`\epsilon` (default 1e-7).
+        ns_steps: number of iterations :math:`K`, an int below 100 (default 5).
+        adjust_lr_fn: ``"original"`` or None: :math:`r = \sqrt{\max(1, \text{rows}/\text{columns})}`;
+            ``"match_rms_adamw"``: :math:`r = 0.2\sqrt{\max(\text{rows}, \text{columns})}`.
+
+    Slots:
+        ``momentum_buffer``, of the parameter's shape.
+
+    Errors:
+        ``ValueError`` for a number out of range, an unknown ``adjust_lr_fn``, or a parameter that is not a
+        matrix (at ``init``; use ``optax.partition`` to give the others to another optimizer);
+        ``RuntimeError`` for complex parameters.
+
+    Reference:
+        Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, Muon: an optimizer for hidden layers in neural
+        networks, 2024. Liu et al., Muon is scalable for LLM training, 2025 (arXiv:2502.16982), for
+        ``"match_rms_adamw"``.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxoptim, optax
+        >>> tx, params = jaxoptim.muon(lr=0.1, weight_decay=0), jnp.eye(2)
+        >>> updates, state = tx.update(2 * params, tx.init(params), params)
+        >>> [round(x, 2) for x in optax.apply_updates(params, updates)[0].tolist()]
+        [0.89, 0.0]
+    """
+
+    lr: NonNegative = 1e-3
+    weight_decay: Coefficient = 0.1
+    momentum: OpenDecayRate = 0.95
+    nesterov: bool = True
+    ns_coefficients: tuple[Scalar, Scalar, Scalar] = (3.4445, -4.7750, 2.0315)
+    eps: Scalar = 1e-7
+    ns_steps: int = 5
+    adjust_lr_fn: str | None = None
+
+    complex: ClassVar[bool] = False
+
+    def check(self) -> None:
+        if self.adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Invalid adjust_lr_fn: {self.adjust_lr_fn!r}. Muon takes None, 'original' or 'match_rms_adamw'."
+            )
+        if not isinstance(self.ns_steps, int):
+            raise TypeError(
+                f"Invalid ns_steps: {self.ns_steps!r}. Muon takes an int, which fixes the compiled program; "
+                "with optax.inject_hyperparams name it in static_args."
+            )
+        if not 0 <= self.ns_steps < 100:
+            raise ValueError(f"Invalid ns_steps: {self.ns_steps}. Muon takes 0 <= ns_steps < 100.")
+
+    def check_param(self, name: str, param: Any) -> None:
+        if len(param.shape) != 2:
+            raise ValueError(
+                f"Muon only supports 2D parameters, but {name!r} has shape {tuple(param.shape)}. "
+                "Give it to another optimizer, with optax.partition."
+            )
+
+    @property
+    def elementwise(self) -> bool:
+        return False
+
+    def init(self, param: jax.Array) -> Slots:
+        return zeros(param, "momentum_buffer")
+
+    def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
+        buffer = self.momentum.ema(slots["momentum_buffer"], grad)
+        direction = grad + self.momentum.rate * (buffer - grad) if self.nesterov else buffer
+        orthogonal = with_replicated(self.orthogonalized, direction).astype(grad.dtype)
+        rows, columns = grad.shape
+        if self.adjust_lr_fn == "match_rms_adamw":
+            ratio = 0.2 * math.sqrt(max(rows, columns))
+        else:
+            ratio = math.sqrt(max(1, rows / columns))
+        return -self.lr * ratio * orthogonal - shrinkage(self, param), {"momentum_buffer": buffer}
+
+    def orthogonalized(self, matrix: jax.Array) -> jax.Array:
+        """The matrix with its singular values brought near one, by Newton and Schulz's iteration."""
+        a, b, c = (jnp.asarray(coefficient, jnp.float32) for coefficient in self.ns_coefficients)
+        tall = matrix.shape[0] > matrix.shape[1]
+        x = _bfloat16(matrix.astype(jnp.float32))
+        x = x.T if tall else x
+        norm = _bfloat16(jnp.sqrt(jnp.sum(x * x)))
+        x = _bfloat16(x / jnp.maximum(norm, _bfloat16(jnp.asarray(self.eps, jnp.float32))))
+        for _ in range(self.ns_steps):
+            gram = _bfloat16(_matmul(x, x.T))
+            square = jax.lax.reduce_precision(c * _matmul(gram, gram), exponent_bits=8, mantissa_bits=23)
+            polynomial = _bfloat16(_fused_multiply_add(b, gram, square))
+            x = _bfloat16(_fused_multiply_add(a, x, _matmul(polynomial, x)))
+        return x.T if tall else x
+
+
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """A float32 array rounded to bfloat16, by an operation that the compiler may not undo."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two bfloat16 matrices, summed in float32."""
+    return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _fused_multiply_add(a: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return a * x + y rounded once, as torch's kernels do, where ``x`` holds bfloat16 numbers.
+
+    With ``a`` in two parts of 16 and 8 bits both products are exact, and the error of the one sum that
+    matters is carried along. Without it one in a thousand small matrices would differ from torch's.
+    """
+    high = jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=15)
+    product = high * x
+    total = product + y
+    rounded = total - product
+    error = (product - (total - rounded)) + (y - rounded)
+    return total + (error + (a - high) * x)
+
+
+muon = factory(Muon, "muon")

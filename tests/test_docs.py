@@ -1,0 +1,71 @@
+"""The documents: every public name is documented in full, and the README's code runs."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxoptim
+from jaxoptim import core, rules
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = {f"jaxoptim.{name}": value for name, value in vars(jaxoptim).items() if callable(value)}
+PUBLIC |= {f"rules.{name}": value for name, value in vars(rules).items() if callable(value)}
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    text = PUBLIC[name].__doc__
+    assert re.match(r"\S.*\.$", text.splitlines()[0]), "the first line is a sentence"
+    is_class = isinstance(PUBLIC[name], type) and not issubclass(PUBLIC[name], core.Rule)
+    sections = ["Example:"] + ([] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Errors:", "Errors:"])
+    for section in sections:
+        assert re.search(rf"^ *{section}", text, re.MULTILINE), f"{name} has no section {section}"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("rules.")])
+def test_rules_state_their_mathematics_and_source(name):
+    rule = PUBLIC[name]
+    for section in (".. math::", "Reference:", "Slots:"):
+        assert section in rule.__doc__
+    arguments = rule.__doc__.split("Args:")[1].split("\n\n")[0]
+    documented = re.findall(r"^        (\w+):", arguments, re.MULTILINE)
+    assert documented == list(inspect.signature(rule).parameters), "every argument, in the order of the signature"
+
+
+def test_the_pure_face_has_every_factory():
+    names = (
+        "adadelta adafactor adagrad adagrad_rmsprop adam adamax adamw asgd clipped_adam dct_adam muon nadam radam "
+        "rmsprop rprop sgd sparse_adam"
+    )
+    for name in names.split():
+        assert getattr(jaxoptim, name).__name__ == name
+    assert len(names.split()) == len([v for v in vars(rules).values() if isinstance(v, type)])
+
+
+def test_readme_names_the_two_commands_and_what_they_need():
+    text = (ROOT / "README.md").read_text()
+    assert "make demo" in text
+    assert "make test" in text
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_readme_snippets_run_in_order():
+    assert SNIPPETS
+    namespace: dict[str, object] = {}
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+
+
+def test_import_needs_only_jax_optax_and_numpy():
+    code = (
+        "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "
+        "'sklearn'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,155 @@
+"""Packed trees: the view itself, and every rule on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from table import STATES
+
+import jaxoptim
+from jaxoptim import pack, rules
+
+DENSE = [case for case in STATES if not case.row.sparse]
+
+shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), max_size=40)
+dtypes = st.sampled_from(["float32", "bfloat16", "float16", "complex64"])
+
+
+def tree_of(shapes, dtypes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {f"p{i}": jnp.asarray(rng.normal(size=s), d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=False))}
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert jnp.array_equal(x, y)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes=shapes, dtypes=st.lists(dtypes, min_size=40, max_size=40), max_size=st.integers(0, 20))
+def test_unpack_returns_what_was_packed(shapes, dtypes, max_size):
+    tree = tree_of(shapes, dtypes) | {"none": None}
+    packed = pack(tree, max_size)
+    assert_equal(packed.unpack(), tree)
+    kept = [x for x in jax.tree.leaves(tree) if x.size > max_size]
+    small = {x.dtype for x in jax.tree.leaves(tree) if x.size <= max_size}
+    assert len(jax.tree.leaves(packed)) == len(small) + len(kept)
+
+
+def params_of(count=40):
+    rng = np.random.default_rng(0)
+    sizes = [(3, 2), (4, 3), (2, 2)]
+    return {f"w{i}": jnp.asarray(rng.normal(size=sizes[i % 3]), jnp.float32) for i in range(count)} | {
+        "large": jnp.asarray(rng.normal(size=(30, 20)), jnp.float32)
+    }
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_packed_training_equals_plain_training(case):
+    rule, params = case.ours(), params_of()
+    packed, packed_state = pack(params, 100), jaxoptim.init(rule, pack(params, 100))
+    state = jaxoptim.init(rule, params)
+    step = jax.jit(jaxoptim.step)
+    for t in range(3):
+        grads = jax.tree.map(lambda x, t=t: x * 0.1 + t, params)
+        params, state = step(rule, params, grads, state)
+        packed, packed_state = step(rule, packed, grads if t else packed.pack(grads), packed_state)
+    for a, b in zip(jax.tree.leaves(packed.unpack()), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    if rule.elementwise:
+        assert len(jax.tree.leaves(packed_state.slots)) <= 2 * len(state.slots)
+        slots = {name: slot.unpack() for name, slot in packed_state.slots.items()}
+    else:
+        slots = packed_state.slots
+    assert jax.tree.structure(slots) == jax.tree.structure(state.slots)
+    for a, b in zip(jax.tree.leaves(slots), jax.tree.leaves(state.slots), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_updates_are_those_of_optax():
+    params = params_of()
+    packed, tx = pack(params), jaxoptim.adam(lr=0.1)
+    updates, _ = tx.update(params, tx.init(packed), packed)
+    expected, _ = tx.update(params, tx.init(params), params)
+    assert_equal(optax.apply_updates(packed, updates).unpack(), optax.apply_updates(params, expected))
+
+
+def test_gradients_through_unpack_are_packed():
+    params = params_of()
+
+    def loss(params):
+        return sum(jnp.sum(jnp.sin(x) * (i + 1)) for i, x in enumerate(jax.tree.leaves(params)))
+
+    grads = jax.grad(lambda packed: loss(packed.unpack()))(pack(params))
+    assert isinstance(grads, jaxoptim.Packed)
+    assert_equal(grads.unpack(), jax.grad(loss)(params))
+
+
+def test_the_transpose_of_unpack_concatenates_few_arrays_at_a_time():
+    packed = pack({f"w{i}": jnp.full(3, i, jnp.float32) for i in range(300)})
+    text = str(jax.make_jaxpr(jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p.unpack()))))(packed))
+    assert "scatter" not in text
+    assert " pad[" not in text
+    joined = [line.split("]")[-1].split() for line in text.splitlines() if "concatenate" in line]
+    assert joined
+    assert max(len(operands) for operands in joined) <= 16
+
+
+def test_packed_programs_are_compiled_once():
+    compiled = []
+
+    @jax.jit
+    def step(params, grads, state):
+        compiled.append(params)
+        return jaxoptim.step(rules.Adam(), params, grads, state)
+
+    params = params_of()
+    packed = pack(params)
+    state = jaxoptim.init(rules.Adam(), packed)
+    for _ in range(3):
+        packed, state = step(packed, params, state)
+    step(pack(params), params, state)
+    assert len(compiled) == 1
+    assert hash(jax.tree.structure(packed)) == hash(jax.tree.structure(pack(params)))
+
+
+def test_packed_is_donated():
+    packed = pack(params_of())
+    state = jaxoptim.init(rules.Adam(), packed)
+    jax.jit(jaxoptim.step, donate_argnums=(1, 3))(rules.Adam(), packed, params_of(), state)
+    assert all(x.is_deleted() for x in jax.tree.leaves((packed, state.slots)))
+
+
+def test_sharded_arrays_stay_as_they_are():
+    mesh = jax.make_mesh((8,), ("x",))
+    params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("x"))), "a": jnp.ones(2), "b": jnp.ones(3)}
+    packed = pack(params)
+    assert len(jax.tree.leaves(packed)) == 2
+    assert packed.unpack()["w"].sharding == params["w"].sharding
+
+
+def test_packed_state_has_names_for_checkpoints():
+    paths = jax.tree_util.tree_flatten_with_path(pack(params_of(), 100))[0]
+    assert [jax.tree_util.keystr(path, simple=True) for path, _ in paths] == ["float32", "large"]
+    assert repr(pack(params_of(), 100)) == "Packed(41 arrays in 2 leaves)"
+
+
+def test_errors_name_the_parameter():
+    packed, grads = pack({"a": jnp.ones(2), "b": jnp.ones(3)}), {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = jaxoptim.init(rules.SGD(), packed)
+    for wrong, message in (
+        ({"a": jnp.ones(2)}, "grads has nothing for 'b'"),
+        (grads | {"b": None}, "grads is None at 'b'"),
+        (grads | {"b": jnp.ones(4)}, r"grads of 'b' has shape \(4,\), but the parameter has \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jaxoptim.step(rules.SGD(), packed, wrong, state)
+    with pytest.raises(TypeError, match="packed already"):
+        pack(packed)
