@@ -19,9 +19,9 @@ import numpy as np
 import optax
 import torch
 from jax.experimental.sparse import BCOO
-from table import CASES, ROWS, SPARSE, Case, Row
 
 import jaxoptim
+from table import CASES, ROWS, SPARSE, Case, Row
 
 STEPS = 300
 SLOPE = 0.1

@@ -10,10 +10,10 @@ import optimistix
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from table import FIRST, STATES
 
 import jaxoptim
 from jaxoptim import rules
+from table import FIRST, STATES
 
 PARAMS = {"w": jnp.arange(12.0).reshape(4, 3) / 10 + 1, "v": jnp.ones((2, 2))}
 GRADS = {"w": jnp.full((4, 3), 0.5), "v": jnp.full((2, 2), -2.0)}

@@ -1,5 +1,6 @@
 """The demo as its users run it: a command with a table, a figure and errors of one line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -58,3 +59,16 @@ def test_every_optimizer_is_above_97_percent(tmp_path):
     assert list(reached) == NAMES
     assert min(reached.values()) > 97, reached
     assert_png(tmp_path / "train_digits.png")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_says_which_targets_it_reaches(tmp_path):
+    script = SCRIPT.parent.parent / "benchmarks" / "step.py"
+    command = [sys.executable, str(script), "--quick", "--json", str(tmp_path / "numbers.json")]
+    done = subprocess.run([*command, "--trees", "mlp", "--optimizers", "sgd"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^(reached|NOT REACHED) +mlp, sgd: step of jaxoptim / optax", done.stdout, re.M)
+    assert json.loads((tmp_path / "numbers.json").read_text())["results"][0]["tree"] == "mlp"
+    wrong = subprocess.run([*command, "--trees", "forest"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].endswith("allowed are gpt2, resnet50, 1000x100, 1000-scalars, mlp, table")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from table import STATES
 
 import jaxoptim
 from jaxoptim import pack, rules
+from table import STATES
 
 DENSE = [case for case in STATES if not case.row.sparse]
 

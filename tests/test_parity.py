@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import parity
 import pytest
 import torch
-from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, ROWS, SPARSE, Case
 
 import jaxoptim
+import parity
 from jaxoptim import rules
+from parity import distance, problem, run_optax, run_ours, run_sparse
+from table import CASES, ROWS, SPARSE, Case
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]

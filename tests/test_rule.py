@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table import CASES, FIRST, ROWS, Case
 
 import jaxoptim
 from jaxoptim import Decay, rules
 from jaxoptim.core import Rule, Scalar, enabled, rule
+from table import CASES, FIRST, ROWS, Case
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3) + 1, "b": jnp.ones((3, 2))}
 
@@ -197,19 +197,19 @@ BAD = [
     *((row.rule, {"lr": -1.0}, f"{row.name} takes lr >") for row in ROWS if "lr" in row.rule.specs),
     (rules.SparseAdam, {"lr": 0.0}, "SparseAdam takes lr > 0"),
     (rules.SparseAdam, {"eps": 0.0}, "SparseAdam takes eps > 0"),
-    (rules.Adam, {"betas": (1.0, 0.9)}, "Invalid betas[0]: 1.0. Adam takes 0 <= betas[0] < 1."),
+    (rules.Adam, {"betas": (1.0, 0.9)}, "Invalid betas[0]: 1.0. Adam takes betas[0] >= 0 and < 1."),
     (rules.Adam, {"betas": (0.9, -0.1)}, "Invalid betas[1]: -0.1"),
     (rules.Adam, {"eps": -1e-8}, "Adam takes eps >= 0"),
     (rules.AdamW, {"weight_decay": -1.0}, "AdamW takes weight_decay >= 0"),
     (rules.NAdam, {"momentum_decay": -1.0}, "NAdam takes momentum_decay >= 0"),
-    (rules.RAdam, {"betas": (0.9, 1.0)}, "RAdam takes 0 <= betas[1] < 1"),
-    (rules.Adamax, {"betas": (0.9, 1.0)}, "Adamax takes 0 <= betas[1] < 1"),
-    (rules.Adadelta, {"rho": 1.1}, "Adadelta takes 0 <= rho <= 1"),
+    (rules.RAdam, {"betas": (0.9, 1.0)}, "RAdam takes betas[1] >= 0 and < 1"),
+    (rules.Adamax, {"betas": (0.9, 1.0)}, "Adamax takes betas[1] >= 0 and < 1"),
+    (rules.Adadelta, {"rho": 1.1}, "Adadelta takes rho >= 0 and <= 1"),
     (rules.Adagrad, {"lr_decay": -1.0}, "Adagrad takes lr_decay >= 0"),
     (rules.Adagrad, {"initial_accumulator_value": -1.0}, "Adagrad takes initial_accumulator_value >= 0"),
     (rules.RMSprop, {"alpha": -1.0}, "RMSprop takes alpha >= 0"),
     (rules.RMSprop, {"momentum": -1.0}, "RMSprop takes momentum >= 0"),
-    (rules.Rprop, {"etas": (1.5, 1.2)}, "Rprop takes 0 < etas[0] < 1"),
+    (rules.Rprop, {"etas": (1.5, 1.2)}, "Rprop takes etas[0] > 0 and < 1"),
     (rules.Rprop, {"etas": (0.5, 0.9)}, "Rprop takes etas[1] > 1"),
     (rules.Adafactor, {"beta2_decay": 0.1}, "Adafactor takes beta2_decay <= 0"),
     (rules.Adafactor, {"eps": (-1.0, 1e-3)}, "Adafactor takes eps[0] >= 0"),

@@ -9,9 +9,9 @@ from jax import export
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from table import STATES
 
 import jaxoptim
+from table import STATES
 
 
 def problem(case, shape=(8, 4)):

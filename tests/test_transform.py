@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.sparse import BCOO
-from table import FIRST, STATES
 
 import jaxoptim
 from jaxoptim import rules
 from jaxoptim.core import trees
+from table import FIRST, STATES
 
 DENSE = [case for case in STATES if not case.row.sparse]
 SHAPE = (3, 2)

@@ -18,41 +18,34 @@ Slots = dict[str, Any]
 """The state of one array: slot name to array, or to None where the array has no such slot."""
 
 
+_COMPARISONS = {">=": np.greater_equal, ">": np.greater, "<=": np.less_equal, "<": np.less}
+
+
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-    """How the number in a field is checked and kept; the metadata of the annotations below."""
+    """How the number in a field is checked and kept; the metadata of the annotations below.
 
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
+    Attributes:
+        bounds: what the number must satisfy, such as ``((">=", 0), ("<", 1))``.
+        decay: keep it as a :class:`Decay`.
+        zero_is_off: a literal zero removes its term from the compiled program.
+        optional: None is allowed.
+    """
+
+    bounds: tuple[tuple[str, float], ...] = ()
     decay: bool = False
     zero_is_off: bool = False
     optional: bool = False
 
-    def range_of(self, name: str) -> str:
-        """The allowed range in words, such as ``0 <= betas[0] < 1``."""
-        low = f"{self.at_least:g} <= " if self.at_least is not None else ""
-        low = f"{self.above:g} < " if self.above is not None else low
-        high = f" <= {self.at_most:g}" if self.at_most is not None else ""
-        high = f" < {self.below:g}" if self.below is not None else high
-        if low and not high:
-            return f"{name} {'>=' if self.above is None else '>'} {low.split()[0]}"
-        return f"{low}{name}{high}"
+    def __str__(self) -> str:
+        """The bounds in words."""
+        return " and ".join(f"{comparison} {bound:g}" for comparison, bound in self.bounds) or "no NaN"
 
     def admits(self, value: Any) -> bool:
-        """Whether every number in ``value`` lies in the range; NaN never does."""
-        value = np.asarray(value, np.float64)
-        inside = ~np.isnan(value)
-        if self.at_least is not None:
-            inside &= value >= self.at_least
-        if self.above is not None:
-            inside &= value > self.above
-        if self.at_most is not None:
-            inside &= value <= self.at_most
-        if self.below is not None:
-            inside &= value < self.below
-        return bool(inside.all())
+        """Whether every number in ``value`` satisfies the bounds; NaN never does."""
+        number = np.asarray(value, np.float64)
+        within = [_COMPARISONS[comparison](number, bound) for comparison, bound in self.bounds]
+        return bool(np.all(within) and not np.isnan(number).any())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +55,19 @@ class Traced:
 
 Scalar = Annotated[Any, Numeric()]
 """Any number."""
-NonNegative = Annotated[Any, Numeric(at_least=0)]
+NonNegative = Annotated[Any, Numeric(((">=", 0),))]
 """A number >= 0."""
-OptionalNonNegative = Annotated[Any, Numeric(at_least=0, optional=True)]
+OptionalNonNegative = Annotated[Any, Numeric(((">=", 0),), optional=True)]
 """A number >= 0, or None."""
-Positive = Annotated[Any, Numeric(above=0)]
+Positive = Annotated[Any, Numeric(((">", 0),))]
 """A number > 0."""
-Coefficient = Annotated[Any, Numeric(at_least=0, zero_is_off=True)]
+Coefficient = Annotated[Any, Numeric(((">=", 0),), zero_is_off=True)]
 """A number >= 0 whose literal zero removes its term from the compiled program."""
-DecayRate = Annotated[Any, Numeric(at_least=0, below=1, decay=True)]
+DecayRate = Annotated[Any, Numeric(((">=", 0), ("<", 1)), decay=True)]
 """A decay rate in [0, 1), kept as a :class:`Decay`."""
-ClosedDecayRate = Annotated[Any, Numeric(at_least=0, at_most=1, decay=True)]
+ClosedDecayRate = Annotated[Any, Numeric(((">=", 0), ("<=", 1)), decay=True)]
 """A decay rate in [0, 1], kept as a :class:`Decay`."""
-OpenDecayRate = Annotated[Any, Numeric(at_least=0, decay=True)]
+OpenDecayRate = Annotated[Any, Numeric(((">=", 0),), decay=True)]
 """A decay rate >= 0, kept as a :class:`Decay`, where the parent checks no upper bound."""
 Dampening = Annotated[Any, Numeric(decay=True, zero_is_off=True)]
 """A number kept with its complement; its literal zero removes its term from the compiled program."""
@@ -244,7 +237,7 @@ def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
             f"{owner} takes a number, a scalar array or a schedule (step -> value) for {name}."
         )
     if is_known(number) and not spec.admits(number):
-        raise ValueError(f"Invalid {name}: {number!r}. {owner} takes {spec.range_of(name)}.")
+        raise ValueError(f"Invalid {name}: {number!r}. {owner} takes {name} {spec}.")
     if spec.zero_is_off and isinstance(number, int | float) and number == 0:
         return Off(0.0)
     if isinstance(value, Decay):

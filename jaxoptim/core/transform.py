@@ -284,19 +284,16 @@ def _advance(
 
     current = rule.at(state.step)
     count = optax.safe_increment(state.step)
-    rules: dict[Any, Rule] = {}
     results, new_slots = [], {key: list(leaves) for key, leaves in slots.items()}
     for i, (name, grad, param) in enumerate(zip(trees.names(like), all_grads, all_params, strict=True)):
         if grad is None or (param is None and params is not None):
             results.append(skipped(grad, param))
             continue
+        old = {key: leaves[i] for key, leaves in slots.items()}
         grad = grad if isinstance(grad, BCOO) else _check_array("gradient of", name, grad)
         param = param if param is None else _check_param(rule, name, param)
-        dtype = computing_dtype(grad.dtype if param is None else param.dtype)
-        real = real_dtype(dtype)
-        cast = rules.setdefault(real, current.cast(real))
-        old = {key: leaves[i] for key, leaves in slots.items()}
-        rows, change, new = _update_one(cast, name, grad, old, param, count.astype(real), dtype)
+        _check_gradient(rule, name, grad, param)
+        rows, change, new = _update_one(current, grad, old, param, count)
         results.append(finish(grad, param, rows, change))
         for key, slot in new.items():
             new_slots[key][i] = slot
@@ -308,43 +305,50 @@ def _unpacked(tree: Any) -> Any:
     return tree.unpack() if isinstance(tree, Packed) else tree
 
 
-def _update_one(
-    rule: Rule, name: str, grad: Any, slots: Slots, param: Any, count: jax.Array, dtype: Any
-) -> tuple[Any, jax.Array, Slots]:
-    """The change of one parameter, dense or in ``rows``, and its new slots."""
-    kind = type(rule).__name__
-    if not isinstance(grad, BCOO):
-        if rule.sparse == "required":
+def _check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> None:
+    """Raise for a gradient that does not fit its parameter or its rule."""
+    kind, like = type(rule).__name__, grad if param is None else param
+    if isinstance(grad, BCOO):
+        if rule.sparse == "refused":
             raise RuntimeError(
-                f"{kind} does not support dense gradients, but that of {name!r} is dense. "
-                "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
+                f"{kind} does not support sparse gradients, but that of {name!r} is a BCOO. "
+                "Give its todense(), or use SparseAdam instead."
             )
-        if param is not None:
-            trees.check_shape("gradient", name, grad, param)
-        change, new = _dense(rule, name, grad, slots, param, count, dtype)
-        return None, change, new
-    if rule.sparse == "refused":
+        rule.check_sparse()
+        sparse.check_rows(name, grad, like)
+        return
+    if rule.sparse == "required":
         raise RuntimeError(
-            f"{kind} does not support sparse gradients, but that of {name!r} is a BCOO. "
-            "Give its todense(), or use SparseAdam instead."
+            f"{kind} does not support dense gradients, but that of {name!r} is dense. "
+            "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
         )
-    rule.check_sparse()
-    sparse.check_rows(name, grad, grad if param is None else param)
+    trees.check_shape("gradient", name, grad, like)
+    if jnp.iscomplexobj(grad) and not jnp.iscomplexobj(like):
+        raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
+
+
+def _update_one(rule: Rule, grad: Any, slots: Slots, param: Any, count: jax.Array) -> tuple[Any, jax.Array, Slots]:
+    """The change of one parameter, dense or in ``rows``, and its new slots."""
+    if not isinstance(grad, BCOO):
+        return None, *_dense(rule, grad, slots, param, count)
     if not rule.rowwise:
-        change, new = _dense(rule, name, sparse.to_dense(grad), slots, param, count, dtype)
-        return None, change, new
+        return None, *_dense(rule, sparse.to_dense(grad), slots, param, count)
     rows, values = sparse.distinct_rows(grad)
     touched = {key: sparse.take(slot, rows) for key, slot in slots.items()}
-    change, new = _dense(rule, name, values, touched, None if param is None else sparse.take(param, rows), count, dtype)
+    here = None if param is None else sparse.take(param, rows)
+    change, new = _dense(rule, values, touched, here, count)
     return rows, change, {key: sparse.put(slots[key], rows, values) for key, values in new.items()}
 
 
-def _dense(
-    rule: Rule, name: str, grad: jax.Array, slots: Slots, param: Any, count: jax.Array, dtype: Any
-) -> tuple[jax.Array, Slots]:
-    """Run the rule in the computing dtype, on the real view of complex arrays."""
-    if jnp.iscomplexobj(grad) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
+@jax.jit
+def _dense(rule: Rule, grad: jax.Array, slots: Slots, param: Any, count: jax.Array) -> tuple[jax.Array, Slots]:
+    """Run the rule in the computing dtype, on the real view of complex arrays.
+
+    Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
+    a large tree; the compiler inlines it.
+    """
+    dtype = computing_dtype(grad.dtype if param is None else param.dtype)
+    rule, count = rule.cast(real_dtype(dtype)), count.astype(real_dtype(dtype))
     grad = grad.astype(dtype)
     real = view_as_real(grad)
     seen = {

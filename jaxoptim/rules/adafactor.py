@@ -69,9 +69,9 @@ class Adafactor(Rule):
     """
 
     lr: NonNegative = 1e-2
-    beta2_decay: Annotated[Any, Numeric(at_most=0)] = -0.8
+    beta2_decay: Annotated[Any, Numeric((("<=", 0),))] = -0.8
     eps: tuple[OptionalNonNegative, NonNegative] = (None, 1e-3)
-    d: Annotated[Any, Numeric(at_least=1)] = 1.0
+    d: Annotated[Any, Numeric(((">=", 1),))] = 1.0
     weight_decay: Coefficient = 0.0
     _: KW_ONLY
     maximize: bool = False

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jaxoptim.core import NonNegative, Numeric, Rule, Scalar, Slots, factory, full_like, rule
 from jaxoptim.rules._terms import zeros
 
+Shrinking = Annotated[Any, Numeric(((">", 0), ("<", 1)))]
+Growing = Annotated[Any, Numeric(((">", 1),))]
+
 
 @rule
 class Rprop(Rule):
@@ -48,7 +51,7 @@ class Rprop(Rule):
     """
 
     lr: NonNegative = 1e-2
-    etas: tuple[Annotated[Any, Numeric(above=0, below=1)], Annotated[Any, Numeric(above=1)]] = (0.5, 1.2)
+    etas: tuple[Shrinking, Growing] = (0.5, 1.2)
     step_sizes: tuple[Scalar, Scalar] = (1e-6, 50.0)
     _: KW_ONLY
     maximize: bool = False

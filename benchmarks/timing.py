@@ -1,0 +1,93 @@
+"""Fair times on a machine that is not quiet: contenders take turns, and the median of their turns counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+Run = Callable[[int], None]
+"""Make so many steps and wait for the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    rounds: int = 7
+    block_seconds: float = 0.15
+    first_steps: int = 3
+    first_steps_seconds: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """What one contender needed.
+
+    Attributes:
+        step: seconds for one step.
+        cores: processor time by elapsed time. Less than what the contender can use: others had the machine.
+        first_step: seconds from the first call of a fresh function, traced and compiled by it, to its result.
+    """
+
+    step: float
+    cores: float
+    first_step: float
+
+
+def measure(contenders: dict[str, Callable[[], Run]], effort: Effort) -> dict[str, Times]:
+    """Times of contenders, each given as a function that builds it with a state of its own."""
+    runs, first_steps = {}, {}
+    for name, build in contenders.items():
+        runs[name], first_steps[name] = _first_step(build, effort)
+    steps = _interleaved(runs, effort)
+    return {name: Times(*steps[name], first_steps[name]) for name in contenders}
+
+
+def _first_step(build: Callable[[], Run], effort: Effort) -> tuple[Run, float]:
+    """A contender and its time to the first step, the median of as many as are affordable."""
+    seconds: list[float] = []
+    while len(seconds) < effort.first_steps and sum(seconds) < effort.first_steps_seconds:
+        run = None  # frees the state of the one before
+        gc.collect()
+        jax.clear_caches()
+        run = build()
+        seconds.append(_elapsed(run, 1))
+    return run, statistics.median(seconds)
+
+
+def _interleaved(runs: dict[str, Run], effort: Effort) -> dict[str, tuple[float, float]]:
+    """Medians over rounds, in each of which every contender runs one block of steps."""
+    chunks = {}
+    for name, run in runs.items():
+        run(2)  # compiles again what another contender's clear_caches dropped
+        chunks[name] = max(1, round(effort.block_seconds / 4 / min(_elapsed(run, 1) for _ in range(3))))
+    blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(effort.rounds):
+        for name, run in runs.items():
+            blocks[name].append(_block(run, chunks[name], effort.block_seconds))
+    return {name: _medians(rows) for name, rows in blocks.items()}
+
+
+def _block(run: Run, chunk: int, seconds: float) -> tuple[float, float]:
+    """Seconds for one step, and processor time by elapsed time, over chunks of steps that take ``seconds`` or more."""
+    steps, cpu, start = 0, time.process_time(), time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        run(chunk)
+        steps += chunk
+    return elapsed / steps, (time.process_time() - cpu) / elapsed
+
+
+def _medians(rows: list[tuple[float, float]]) -> tuple[float, float]:
+    steps, cores = zip(*rows, strict=True)
+    return statistics.median(steps), statistics.median(cores)
+
+
+def _elapsed(run: Run, steps: int) -> float:
+    start = time.perf_counter()
+    run(steps)
+    return time.perf_counter() - start
