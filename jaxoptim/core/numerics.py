@@ -73,4 +73,4 @@ def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) ->
     spec = explicit_spec(x)
     if spec is None:
         return function(x)
-    return jax.sharding.reshard(function(jax.sharding.reshard(x, PartitionSpec())), spec)
+    return jax.reshard(function(jax.reshard(x, PartitionSpec())), spec)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxoptim.core import trees
 from jaxoptim.core.numerics import explicit_spec
 
-_GROUP = 16
+_GROUP = 32
 """Arrays joined or split by one operation.
 
 One concatenate of a thousand cotangents would be fused, producers included, into every loop that reads the
@@ -198,10 +198,15 @@ def _is_sharded(x: jax.Array) -> bool:
 
 
 def _join(arrays: list[jax.Array]) -> jax.Array:
-    """Flat arrays as one, through concatenations of at most ``_GROUP`` arrays each."""
-    while len(arrays) > 1:
-        arrays = [jnp.concatenate(arrays[i : i + _GROUP]) for i in range(0, len(arrays), _GROUP)]
-    return arrays[0]
+    """Flat arrays as one, through concatenations of at most ``_GROUP`` arrays each.
+
+    The barrier keeps the compiler from merging them again: most are of equal shapes, and equal kernels are
+    compiled once.
+    """
+    while len(arrays) > _GROUP:
+        groups = [jnp.concatenate(arrays[i : i + _GROUP]) for i in range(0, len(arrays), _GROUP)]
+        arrays = list(jax.lax.optimization_barrier(groups))
+    return jnp.concatenate(arrays)
 
 
 def _split(buffer: jax.Array, sizes: list[int]) -> list[jax.Array]:
