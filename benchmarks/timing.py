@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -67,9 +68,12 @@ def _interleaved(runs: dict[str, Run], effort: Effort) -> dict[str, tuple[float,
         run(2)  # compiles again what another contender's clear_caches dropped
         chunks[name] = max(1, round(effort.block_seconds / 4 / min(_elapsed(run, 1) for _ in range(3))))
     blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    # Another order in each round: torch's threads go on spinning for a while and slow whoever comes next.
+    shuffle, order = random.Random(0).shuffle, list(runs)
     for _ in range(effort.rounds):
-        for name, run in runs.items():
-            blocks[name].append(_block(run, chunks[name], effort.block_seconds))
+        shuffle(order)
+        for name in order:
+            blocks[name].append(_block(runs[name], chunks[name], effort.block_seconds))
     return {name: _medians(rows) for name, rows in blocks.items()}
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,6 +134,23 @@ def test_sharded_arrays_stay_as_they_are():
     packed = pack(params)
     assert len(jax.tree.leaves(packed)) == 2
     assert packed.unpack()["w"].sharding == params["w"].sharding
+
+
+def test_a_stack_of_packed_trees_is_unpacked_to_stacks():
+    params = params_of()
+    stacked = jax.vmap(lambda scale: pack(jax.tree.map(lambda x: scale * x, params)))(jnp.array([1.0, 2.0]))
+    assert_equal(stacked.unpack(), jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params))
+
+
+def test_packed_state_is_saved_and_restored_by_orbax(tmp_path):
+    packed = pack(params_of(), 100)
+    _, state = jaxoptim.step(rules.NAdam(), packed, params_of(), jaxoptim.init(rules.NAdam(), packed))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    assert_equal(restored, state)
+    assert_equal(restored.slots["exp_avg"].unpack(), state.slots["exp_avg"].unpack())
 
 
 def test_packed_state_has_names_for_checkpoints():

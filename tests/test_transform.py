@@ -253,3 +253,11 @@ def test_names_of_parameters_are_dotted_paths():
 
     assert trees.names({"encoder": [Layer(ones()), None]}) == ["encoder.0.kernel", "encoder.1"]
     assert trees.names(ones()) == ["params"]
+
+
+def test_a_sparse_gradient_without_rows_changes_nothing_but_the_count():
+    table, rule = jnp.ones((6, 2)), rules.SparseAdam()
+    empty = BCOO((jnp.zeros((0, 2)), jnp.zeros((0, 1), jnp.int32)), shape=(6, 2))
+    new, state = jaxoptim.step(rule, table, empty, jaxoptim.init(rule, table))
+    assert jnp.array_equal(new, table)
+    assert int(state.step) == 1

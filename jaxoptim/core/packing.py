@@ -125,11 +125,13 @@ class Packed:
         return Packed(buffers, tuple(large), self._layout)
 
     def _pieces(self, index: int, buffer: Any) -> list[Any]:
+        """The arrays of one buffer, which may have axes in front of its own, as after a ``vmap``."""
         places = [place for place in self._layout.places if place.buffer == index]
-        if buffer.ndim == 0:  # a slot with one number for each array: all members share it
+        sizes = [place.size for place in places]
+        if buffer.shape[-1:] != (sum(sizes),):  # a slot with one number for each array: all members share it
             return [buffer for _ in places]
-        pieces = _split(buffer, [place.size for place in places])
-        return [piece.reshape(place.shape) for piece, place in zip(pieces, places, strict=True)]
+        batch = buffer.shape[:-1]
+        return [piece.reshape(batch + place.shape) for piece, place in zip(_split(buffer, sizes), places, strict=True)]
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """The leaves, named by dtype or by path, and the layout."""
@@ -210,12 +212,10 @@ def _join(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _split(buffer: jax.Array, sizes: list[int]) -> list[jax.Array]:
-    """The inverse of :func:`_join`, by the same tree of operations."""
+    """The last axis of a buffer in parts, by a tree of operations with at most ``_GROUP`` results each."""
+    axis = buffer.ndim - 1
     if len(sizes) <= _GROUP:
-        return list(jax.lax.split(buffer, sizes))
+        return list(jax.lax.split(buffer, sizes, axis))
     groups = [sizes[i : i + _GROUP] for i in range(0, len(sizes), _GROUP)]
-    return [
-        piece
-        for group, part in zip(groups, _split(buffer, [sum(group) for group in groups]), strict=True)
-        for piece in jax.lax.split(part, group)
-    ]
+    parts = _split(buffer, [sum(group) for group in groups])
+    return [piece for group, part in zip(groups, parts, strict=True) for piece in jax.lax.split(part, group, axis)]
