@@ -44,6 +44,14 @@ def test_unpack_returns_what_was_packed(shapes, dtypes, max_size):
     assert len(jax.tree.leaves(packed)) == len(small) + len(kept)
 
 
+def test_two_arrays_of_one_dotted_name_and_a_bare_array_are_packed():
+    tree = {"a.b": jnp.ones(2), "a": {"b": jnp.zeros(3)}}
+    assert_equal(pack(tree).unpack(), tree)
+    assert_equal(pack(jnp.arange(3.0)).unpack(), jnp.arange(3.0))
+    with pytest.raises(ValueError, match="tree of 'params' has shape"):
+        pack(jnp.ones(3)).pack(jnp.ones(4))
+
+
 def params_of(count=40):
     rng = np.random.default_rng(0)
     sizes = [(3, 2), (4, 3), (2, 2)]

@@ -177,19 +177,15 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
     """
     if isinstance(tree, Packed):
         raise TypeError("pack was given a Packed, which is packed already. Use it as it is, or unpack() it first.")
-    leaves, treedef = jax.tree.flatten(tree)
-    arrays = [jnp.asarray(leaf) for leaf in leaves]
-    buffers = tuple(sorted({str(x.dtype) for x in arrays if x.size <= max_size and not _is_sharded(x)}))
+    leaves = zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True)
+    arrays = [(name, jnp.asarray(leaf)) for name, leaf in leaves if leaf is not None]
+    kinds = [str(x.dtype) if x.size <= max_size and not _is_sharded(x) else None for _, x in arrays]
+    buffers = tuple(sorted({kind for kind in kinds if kind is not None}))
     places = tuple(
-        _Place(
-            jax.tree_util.keystr(path, simple=True, separator="."),
-            x.shape,
-            buffers.index(str(x.dtype)) if x.size <= max_size and not _is_sharded(x) else None,
-        )
-        for (path, _), x in zip(jax.tree_util.tree_flatten_with_path(tree)[0], arrays, strict=True)
+        _Place(name, x.shape, None if kind is None else buffers.index(kind))
+        for (name, x), kind in zip(arrays, kinds, strict=True)
     )
-    empty = Packed((), (), _Layout(treedef, places, buffers))
-    return empty.pack(tree)
+    return Packed((), (), _Layout(jax.tree.structure(tree), places, buffers)).pack(tree)
 
 
 def _is_sharded(x: jax.Array) -> bool:

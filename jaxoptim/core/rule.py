@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxoptim.core.decay import Decay
 
+R = TypeVar("R", bound="Rule")
+
 Slots = dict[str, Any]
 """The state of one array: slot name to array, or to None where the array has no such slot."""
 
@@ -192,8 +194,8 @@ class Rule(abc.ABC):
                 return value
             return Decay.of(value(step)) if spec.decay else value(step)
 
-        fields = {name: value_of(spec, getattr(self, name)) for name, spec in self.specs.items()}
-        return _rebuilt(self, fields)
+        now = {name: value_of(spec, getattr(self, name)) for name, spec in self.specs.items()}
+        return _assembled(type(self), vars(self) | now)
 
     def cast(self, dtype: Any) -> Self:
         """The rule with every floating array among its leaves in ``dtype``."""
@@ -250,11 +252,11 @@ def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
     return Decay.of(number) if spec.decay else number
 
 
-def _rebuilt(like: Any, fields: dict[str, Any]) -> Any:
-    """A copy of a rule with fields replaced, without conversion or checks: leaves may be anything."""
-    new = object.__new__(type(like))
-    for field in dataclasses.fields(like):
-        object.__setattr__(new, field.name, fields.get(field.name, getattr(like, field.name)))
+def _assembled(cls: type[R], fields: dict[str, Any]) -> R:
+    """A rule of these fields, without conversion or checks: after tree operations leaves may be anything."""
+    new = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)
     return new
 
 
@@ -268,11 +270,8 @@ def _spec_of(hint: Any) -> Any:
     return None
 
 
-R = TypeVar("R", bound=type[Rule])
-
-
 @typing.dataclass_transform(frozen_default=True)
-def rule(cls: R) -> R:
+def rule(cls: type[R]) -> type[R]:
     """Make a :class:`Rule` of a class of annotated hyperparameters: a frozen dataclass and a pytree.
 
     A field annotated :data:`Scalar`, :data:`NonNegative`, :data:`Positive`, :data:`Coefficient`,
@@ -307,10 +306,7 @@ def rule(cls: R) -> R:
         return [getattr(self, name) for name in specs], tuple(getattr(self, name) for name in switches)
 
     def unflatten(aux: Any, children: Any) -> Any:
-        new = object.__new__(cls)
-        for name, value in zip([*specs, *switches], [*children, *aux], strict=True):
-            object.__setattr__(new, name, value)
-        return new
+        return _assembled(cls, dict(zip([*specs, *switches], [*children, *aux], strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

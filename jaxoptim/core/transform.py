@@ -133,7 +133,7 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, Opt
         As :func:`update`.
 
     Example:
-        >>> import functools, jax, jax.numpy as jnp, jaxoptim
+        >>> import jax, jax.numpy as jnp, jaxoptim
         >>> params, rule = {"w": jnp.ones(2)}, jaxoptim.rules.Adam(lr=0.1)
         >>> step = jax.jit(jaxoptim.step, donate_argnums=(1, 3))
         >>> params, state = step(rule, params, {"w": jnp.ones(2)}, jaxoptim.init(rule, params))
