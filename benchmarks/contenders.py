@@ -12,6 +12,7 @@ import optax
 from jax.experimental.sparse import BCOO
 
 import jaxoptim
+from jaxoptim import optim
 from timing import Run
 
 try:
@@ -33,14 +34,16 @@ class Optimizer:
     """One algorithm with the same hyperparameters in three libraries, and the traffic it cannot do without.
 
     Attributes:
+        class_name: of the class in torch and in ``jaxoptim.optim``.
+        options: what both classes take.
         bytes_per_number: what must be read and written for each float32 parameter: the gradient read, the
             parameter and every moment read and written.
     """
 
     rule: jaxoptim.Rule
     optax: optax.GradientTransformation
-    torch_class: str
-    torch_options: dict[str, float]
+    class_name: str
+    options: dict[str, float]
     bytes_per_number: int
     has_fused: bool
 
@@ -80,12 +83,18 @@ def stream() -> Run:
 def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str, jax.Array]) -> Builders:
     """Every contender on one tree. They share the gradients; each has its own parameters and moments."""
     rule, tx = optimizer.rule, optimizer.optax
+    leaves, treedef = jax.tree.flatten(rule)
+    numbers = jnp.array(leaves)
 
     def step(params: Any, state: Any, grads: Any, rule: jaxoptim.Rule = rule) -> tuple[Any, Any]:
         return jaxoptim.step(rule, params, grads, state)
 
-    def step_with_gradient(params: jaxoptim.Packed, state: Any) -> tuple[Any, Any]:
-        return jaxoptim.step(rule, params, jax.grad(lambda params: _loss(params.unpack()))(params), state)
+    def step_with_numbers(params: Any, state: Any, grads: Any, numbers: jax.Array) -> tuple[Any, Any]:
+        return jaxoptim.step(jax.tree.unflatten(treedef, list(numbers)), params, grads, state)
+
+    def train(params: jaxoptim.Packed, state: Any, numbers: jax.Array) -> tuple[Any, Any, jax.Array]:
+        loss, grads = jax.value_and_grad(lambda params: _loss(params.unpack()))(params)
+        return *jaxoptim.step(jax.tree.unflatten(treedef, list(numbers)), params, grads, state), loss
 
     def optax_step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
@@ -112,8 +121,11 @@ def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str,
     builders = {
         "jaxoptim": builder(step, plain, init, grads),
         "jaxoptim, traced rule": builder(step, plain, init, grads, rule),
+        "jaxoptim, hyperparameters as an array": builder(step_with_numbers, plain, init, grads, numbers),
         "jaxoptim, packed": builder(step, packed, init, grads),
-        "jaxoptim, packed, with loss and gradient": builder(step_with_gradient, packed, init),
+        "jaxoptim, packed, with loss and gradient": builder(train, packed, init, numbers),
+        "jaxoptim.optim, step": _optim_builder(optimizer, params, lambda opt: opt.step(grads)),
+        "jaxoptim.optim, minimize": _optim_builder(optimizer, params, lambda opt: opt.minimize(_loss)),
         "optax": builder(optax_step, plain, tx.init, grads),
     }
     if torch_runs_here():
@@ -161,17 +173,37 @@ def _loss(tree: dict[str, jax.Array]) -> jax.Array:
 
 
 def _jax_run(step: Callable[..., Any], params: Any, state: Any, *rest: Any) -> Run:
-    """Repeat ``params, state = step(params, state, *rest)``, jitted and donated."""
+    """Repeat ``params, state, ... = step(params, state, *rest)``, jitted and donated."""
     # A function of its own, so that this run compiles whatever another has compiled.
     compiled = jax.jit(lambda *args: step(*args), donate_argnums=(0, 1))
 
     def run(steps: int) -> None:
         nonlocal params, state
         for _ in range(steps):
-            params, state = compiled(params, state, *rest)
+            params, state, *_ = compiled(params, state, *rest)
         jax.block_until_ready((params, state))
 
     return run
+
+
+def _optim_builder(
+    optimizer: Optimizer, params: dict[str, jax.Array], step: Callable[[optim.Optimizer], Any]
+) -> Callable[[], Run]:
+    def build() -> Run:
+        # Made at the first step and not before, because making it belongs to what a user waits for.
+        made: list[optim.Optimizer] = []
+
+        def run(steps: int) -> None:
+            if not made:
+                made.append(getattr(optim, optimizer.class_name)(params, **optimizer.options))
+            for _ in range(steps):
+                step(made[0])
+            # One of the parameters: to read them all would take a thousand small calls.
+            jax.block_until_ready(made[0].param_groups[0]["params"][-1].value)
+
+        return run
+
+    return build
 
 
 def _torch_builder(optimizer: Optimizer, params: Any, grads: Any, options: dict[str, bool]) -> Callable[[], Run]:
@@ -180,7 +212,7 @@ def _torch_builder(optimizer: Optimizer, params: Any, grads: Any, options: dict[
         for name, value in params.items():
             parameters.append(torch.nn.Parameter(torch.from_dlpack(value).clone()))
             parameters[-1].grad = torch.from_dlpack(grads[name])
-        return _torch_run(getattr(torch.optim, optimizer.torch_class)(parameters, **optimizer.torch_options, **options))
+        return _torch_run(getattr(torch.optim, optimizer.class_name)(parameters, **optimizer.options, **options))
 
     return build
 

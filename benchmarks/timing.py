@@ -40,6 +40,14 @@ class Times:
     first_step: float
 
 
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them."""
+    for unit, scale in [("s", 1.0), ("ms", 1e-3)]:
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
 def measure(contenders: dict[str, Callable[[], Run]], effort: Effort) -> dict[str, Times]:
     """Times of contenders, each given as a function that builds it with a state of its own."""
     runs, first_steps = {}, {}

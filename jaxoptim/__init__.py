@@ -25,6 +25,7 @@ from jaxoptim.rules.adamw import adamw as adamw
 from jaxoptim.rules.asgd import asgd as asgd
 from jaxoptim.rules.clipped_adam import clipped_adam as clipped_adam
 from jaxoptim.rules.dct_adam import dct_adam as dct_adam
+from jaxoptim.rules.lbfgs import lbfgs as lbfgs
 from jaxoptim.rules.muon import muon as muon
 from jaxoptim.rules.nadam import nadam as nadam
 from jaxoptim.rules.radam import radam as radam

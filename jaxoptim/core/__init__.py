@@ -10,6 +10,7 @@ from jaxoptim.core.rule import ClosedDecayRate as ClosedDecayRate
 from jaxoptim.core.rule import Coefficient as Coefficient
 from jaxoptim.core.rule import Dampening as Dampening
 from jaxoptim.core.rule import DecayRate as DecayRate
+from jaxoptim.core.rule import Hyperparameters as Hyperparameters
 from jaxoptim.core.rule import NonNegative as NonNegative
 from jaxoptim.core.rule import Numeric as Numeric
 from jaxoptim.core.rule import OpenDecayRate as OpenDecayRate
@@ -22,6 +23,8 @@ from jaxoptim.core.rule import enabled as enabled
 from jaxoptim.core.rule import is_known as is_known
 from jaxoptim.core.rule import rule as rule
 from jaxoptim.core.transform import OptState as OptState
+from jaxoptim.core.transform import check_gradient as check_gradient
+from jaxoptim.core.transform import check_param as check_param
 from jaxoptim.core.transform import factory as factory
 from jaxoptim.core.transform import init as init
 from jaxoptim.core.transform import step as step

@@ -7,11 +7,13 @@ time grows with their number. A thousand small arrays packed into one buffer cos
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxoptim.core import trees
 from jaxoptim.core.numerics import explicit_spec
@@ -43,6 +45,18 @@ class _Layout:
     def __init__(self, treedef: Any, places: tuple[_Place, ...], buffers: tuple[str, ...]) -> None:
         self.treedef, self.places, self.buffers = treedef, places, buffers
         self._hash = hash((treedef, places, buffers))
+        self.positions: list[int] = []
+        """Of each array: its offset in its buffer, or its index among the large ones."""
+        sizes = [0] * len(buffers)
+        large = 0
+        for place in places:
+            if place.buffer is None:
+                self.positions.append(large)
+                large += 1
+            else:
+                self.positions.append(sizes[place.buffer])
+                sizes[place.buffer] += place.size
+        self.sizes = tuple(sizes)
 
     def __hash__(self) -> int:
         return self._hash
@@ -121,17 +135,61 @@ class Packed:
             leaf = jnp.asarray(leaf)
             trees.check_shape(what, place.name, leaf, place)
             (large if place.buffer is None else members[place.buffer]).append(leaf)
-        buffers = tuple(_join([leaf.reshape(-1) for leaf in group]) for group in members)
-        return Packed(buffers, tuple(large), self._layout)
+        return Packed(tuple(_join(group) for group in members), tuple(large), self._layout)
+
+    def get(self, index: int) -> Any:
+        """One array of the tree, without unpacking the others.
+
+        Args:
+            index: which, in the order of the tree's leaves.
+
+        Returns:
+            The large array itself, or a copy of a small one's part of its buffer.
+        """
+        place, position = self._layout.places[index], self._layout.positions[index]
+        if place.buffer is None:
+            return self._large[position]
+        buffer = self._buffers[place.buffer]
+        return buffer if self._is_shared(place.buffer) else _part(buffer, position, place.shape)
+
+    def set(self, index: int, value: Any) -> Packed:
+        """The same tree with another array in one place.
+
+        Args:
+            index: which, in the order of the tree's leaves.
+            value: the new array, of the same shape and dtype.
+
+        Returns:
+            A new ``Packed``; this one is left as it is. Of a slot that holds one number for all arrays of a
+            buffer (NAdam's ``mu_product``), that number is replaced.
+        """
+        place, position = self._layout.places[index], self._layout.positions[index]
+        if place.buffer is None:
+            large = (*self._large[:position], value, *self._large[position + 1 :])
+            return Packed(self._buffers, large, self._layout)
+        buffer = self._buffers[place.buffer]
+        buffer = value if self._is_shared(place.buffer) else _with_part(buffer, position, value)
+        buffers = (*self._buffers[: place.buffer], buffer, *self._buffers[place.buffer + 1 :])
+        return Packed(buffers, self._large, self._layout)
 
     def _pieces(self, index: int, buffer: Any) -> list[Any]:
         """The arrays of one buffer, which may have axes in front of its own, as after a ``vmap``."""
-        places = [place for place in self._layout.places if place.buffer == index]
-        sizes = [place.size for place in places]
-        if buffer.shape[-1:] != (sum(sizes),):  # a slot with one number for each array: all members share it
-            return [buffer for _ in places]
+        members = [
+            (place.shape, position)
+            for place, position in zip(self._layout.places, self._layout.positions, strict=True)
+            if place.buffer == index
+        ]
+        if self._is_shared(index):
+            return [buffer for _ in members]
+        if not isinstance(buffer, jax.core.Tracer):
+            return _read(buffer, members)
         batch = buffer.shape[:-1]
-        return [piece.reshape(batch + place.shape) for piece, place in zip(_split(buffer, sizes), places, strict=True)]
+        parts = _split(buffer, [math.prod(shape) for shape, _ in members])
+        return [part.reshape(batch + shape) for part, (shape, _) in zip(parts, members, strict=True)]
+
+    def _is_shared(self, index: int) -> bool:
+        """Whether a buffer holds a slot with one number for each array, which all its members share."""
+        return self._buffers[index].shape[-1:] != (self._layout.sizes[index],)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         """The leaves, named by dtype or by path, and the layout."""
@@ -195,12 +253,54 @@ def _is_sharded(x: jax.Array) -> bool:
     return len(x.sharding.device_set) > 1
 
 
+def _read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[jax.Array]:
+    """The arrays of these shapes and offsets, by programs that know shapes only.
+
+    A program for a whole layout would have a kernel for each offset, and compile for seconds.
+    """
+    pieces: list[Any] = [None] * len(members)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, (shape, _) in enumerate(members):
+        alike.setdefault(shape, []).append(index)
+    for shape, indices in alike.items():
+        whole = len(indices) // _GROUP * _GROUP
+        for start in range(0, whole, _GROUP):
+            group = indices[start : start + _GROUP]
+            offsets = np.array([members[index][1] for index in group], np.int32)
+            for index, piece in zip(group, _parts(buffer, offsets, shape), strict=True):
+                pieces[index] = piece
+        for index in indices[whole:]:
+            pieces[index] = _part(buffer, members[index][1], shape)
+    return pieces
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Several arrays of one shape."""
+    return [_part(buffer, offsets[i], shape) for i in range(len(offsets))]
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
+    """One array of a buffer; the offset is traced, so that arrays of one shape share the program."""
+    part = jax.lax.dynamic_slice_in_dim(buffer, offset, math.prod(shape), buffer.ndim - 1)
+    return part.reshape(buffer.shape[:-1] + shape)
+
+
+@jax.jit
+def _with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
+    """The buffer with one array replaced."""
+    return jax.lax.dynamic_update_slice(buffer, value.reshape(-1), (offset,))
+
+
+@jax.jit
 def _join(arrays: list[jax.Array]) -> jax.Array:
-    """Flat arrays as one, through concatenations of at most ``_GROUP`` arrays each.
+    """Arrays as one flat one, through concatenations of at most ``_GROUP`` arrays each.
 
     The barrier keeps the compiler from merging them again: most are of equal shapes, and equal kernels are
     compiled once.
     """
+    arrays = [x.reshape(-1) for x in arrays]
     while len(arrays) > _GROUP:
         groups = [jnp.concatenate(arrays[i : i + _GROUP]) for i in range(0, len(arrays), _GROUP)]
         arrays = list(jax.lax.optimization_barrier(groups))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxoptim.core.decay import Decay
 
-R = TypeVar("R", bound="Rule")
+R = TypeVar("R", bound="Hyperparameters")
 
 Slots = dict[str, Any]
 """The state of one array: slot name to array, or to None where the array has no such slot."""
@@ -112,12 +112,8 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
-class Rule(abc.ABC):
-    """The base of every optimizer: hyperparameters, and the update of one array.
-
-    A subclass is decorated with :func:`rule`, declares its hyperparameters as annotated fields, and writes
-    :meth:`init` and :meth:`update`. It never sees a tree, a dtype below float32, a complex number or a
-    missing gradient: the functions of ``jaxoptim.core.transform`` take care of those.
+class Hyperparameters:
+    """The base of what :func:`rule` decorates: checked hyperparameters, and the pytree they make.
 
     The instance is a pytree. Its leaves are the numbers; switches (bool, str, int, None, plain schedules,
     and the zero of a :data:`Coefficient`) belong to its structure. So a rule passed to a jitted function
@@ -125,64 +121,25 @@ class Rule(abc.ABC):
     sweeps hyperparameters: ``jax.vmap(train)(jax.vmap(Adam)(rates))``, where the inner ``vmap`` makes one
     rule of all the settings.
 
+    An optimizer that updates one array at a time is a :class:`Rule`. One that sees all parameters at once,
+    such as L-BFGS, derives from this class and registers how it becomes a transformation with
+    :func:`jaxoptim.transformation`.
+
     Errors:
         Construction raises ``ValueError`` for a number out of range and ``TypeError`` for what is not a
         number. Traced values are not checked.
 
     Example:
-        >>> import jax.numpy as jnp, jaxoptim
-        >>> from jaxoptim.core import Rule, Scalar, rule
-        >>> @rule
-        ... class GradientDescent(Rule):
-        ...     lr: Scalar = 0.1
-        ...
-        ...     def init(self, param):
-        ...         return {}
-        ...
-        ...     def update(self, grad, slots, param, step):
-        ...         return -self.lr * grad, slots
-        >>> params = {"w": jnp.ones(2)}
-        >>> state = jaxoptim.init(GradientDescent(), params)
-        >>> params, state = jaxoptim.step(GradientDescent(), params, {"w": jnp.ones(2)}, state)
-        >>> [round(float(x), 3) for x in params["w"]]
-        [0.9, 0.9]
+        >>> import jaxoptim
+        >>> jaxoptim.rules.SGD(lr=0.1).replace(lr=0.2).lr
+        0.2
     """
 
-    sparse: ClassVar[Literal["refused", "accepted", "required"]] = "refused"
-    """Whether gradients may come as rows (``BCOO``)."""
-    complex: ClassVar[bool] = True
-    """Whether complex parameters are treated as pairs of real numbers."""
-    per_update: ClassVar[tuple[str, ...]] = ()
-    """Fields that a single ``update`` may replace through a keyword of the same name."""
     specs: ClassVar[dict[str, Any]] = {}
     """For each traced field, its :class:`Numeric` (a tuple of them for a tuple) or :class:`Traced`."""
 
-    @abc.abstractmethod
-    def init(self, param: jax.Array) -> Slots:
-        """The slots of one array before its first update."""
-
-    @abc.abstractmethod
-    def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
-        """What to add to ``param``, and the new slots; ``step`` counts from 1."""
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether every number is updated by itself, so that arrays may be packed into one buffer."""
-        return True
-
-    @property
-    def rowwise(self) -> bool:
-        """Whether rows without a gradient stay as they are, so that a sparse gradient touches no others."""
-        return self.sparse != "refused"
-
     def check(self) -> None:
         """Raise for hyperparameters that are wrong together."""
-
-    def check_param(self, name: str, param: Any) -> None:
-        """Raise for a parameter that this rule cannot update."""
-
-    def check_sparse(self) -> None:
-        """Raise for hyperparameters that do not go with a sparse gradient."""
 
     def at(self, step: Any) -> Self:
         """The rule with every schedule replaced by its value at ``step``."""
@@ -220,6 +177,67 @@ class Rule(abc.ABC):
         for name, spec in self.specs.items():
             object.__setattr__(self, name, _kept(spec, getattr(self, name), name, type(self).__name__))
         self.check()
+
+
+class Rule(Hyperparameters, abc.ABC):
+    """The base of every optimizer that works array by array: hyperparameters, and the update of one array.
+
+    A subclass is decorated with :func:`rule`, declares its hyperparameters as annotated fields, and writes
+    :meth:`init` and :meth:`update`. It never sees a tree, a dtype below float32, a complex number or a
+    missing gradient: the functions of ``jaxoptim.core.transform`` take care of those.
+
+    Errors:
+        As :class:`Hyperparameters`.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxoptim
+        >>> from jaxoptim.core import Rule, Scalar, rule
+        >>> @rule
+        ... class GradientDescent(Rule):
+        ...     lr: Scalar = 0.1
+        ...
+        ...     def init(self, param):
+        ...         return {}
+        ...
+        ...     def update(self, grad, slots, param, step):
+        ...         return -self.lr * grad, slots
+        >>> params = {"w": jnp.ones(2)}
+        >>> state = jaxoptim.init(GradientDescent(), params)
+        >>> params, state = jaxoptim.step(GradientDescent(), params, {"w": jnp.ones(2)}, state)
+        >>> [round(float(x), 3) for x in params["w"]]
+        [0.9, 0.9]
+    """
+
+    sparse: ClassVar[Literal["refused", "accepted", "required"]] = "refused"
+    """Whether gradients may come as rows (``BCOO``)."""
+    complex: ClassVar[bool] = True
+    """Whether complex parameters are treated as pairs of real numbers."""
+    per_update: ClassVar[tuple[str, ...]] = ()
+    """Fields that a single ``update`` may replace through a keyword of the same name."""
+
+    @abc.abstractmethod
+    def init(self, param: jax.Array) -> Slots:
+        """The slots of one array before its first update."""
+
+    @abc.abstractmethod
+    def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
+        """What to add to ``param``, and the new slots; ``step`` counts from 1."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether every number is updated by itself, so that arrays may be packed into one buffer."""
+        return True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether rows without a gradient stay as they are, so that a sparse gradient touches no others."""
+        return self.sparse != "refused"
+
+    def check_param(self, name: str, param: Any) -> None:
+        """Raise for a parameter that this rule cannot update."""
+
+    def check_sparse(self) -> None:
+        """Raise for hyperparameters that do not go with a sparse gradient."""
 
 
 def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
@@ -272,24 +290,24 @@ def _spec_of(hint: Any) -> Any:
 
 @typing.dataclass_transform(frozen_default=True)
 def rule(cls: type[R]) -> type[R]:
-    """Make a :class:`Rule` of a class of annotated hyperparameters: a frozen dataclass and a pytree.
+    """Make an optimizer of a class of annotated hyperparameters: a frozen dataclass and a pytree.
 
     A field annotated :data:`Scalar`, :data:`NonNegative`, :data:`Positive`, :data:`Coefficient`,
     :data:`DecayRate`, :data:`Arrays` or a tuple of these is traced; every other field is a switch.
 
     Args:
-        cls: a subclass of :class:`Rule`.
+        cls: a subclass of :class:`Rule`, or of :class:`Hyperparameters`.
 
     Returns:
         The same class.
 
     Errors:
-        ``TypeError`` if ``cls`` is not a subclass of :class:`Rule`.
+        ``TypeError`` if ``cls`` is a subclass of neither.
 
     Example:
         See :class:`Rule`.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Rule)):
+    if not (isinstance(cls, type) and issubclass(cls, Hyperparameters)):
         raise TypeError(f"@rule decorates a subclass of Rule, but was given {cls!r}. Write `class Name(Rule):`.")
     dataclasses.dataclass(frozen=True)(cls)
     hints = typing.get_type_hints(cls, include_extras=True)

@@ -56,3 +56,10 @@ def as_update(rows: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> BCO
 def to_dense(grad: BCOO) -> jax.Array:
     """The gradient with all its rows."""
     return jnp.zeros(grad.shape, grad.dtype).at[grad.indices[:, 0]].add(grad.data, mode="drop")
+
+
+def rows_of(grad: jax.Array) -> BCOO:
+    """A dense gradient as one of rows; those that are zero are left out, by indices past the end."""
+    rows = grad.shape[0]
+    touched = jnp.any(grad.reshape(rows, -1) != 0, axis=1)
+    return BCOO((grad, jnp.where(touched, jnp.arange(rows), rows)[:, None]), shape=grad.shape)

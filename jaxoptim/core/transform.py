@@ -19,7 +19,7 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import sparse, trees
 from jaxoptim.core.numerics import computing_dtype, real_dtype, view_as_complex, view_as_real
 from jaxoptim.core.packing import Packed
-from jaxoptim.core.rule import Rule, Slots
+from jaxoptim.core.rule import Hyperparameters, Rule, Slots
 
 P = ParamSpec("P")
 
@@ -69,6 +69,7 @@ def init(rule: Rule, params: Any) -> OptState:
         >>> sorted(state.slots)
         ['exp_avg', 'exp_avg_sq']
     """
+    _check_rule(rule)
     params = _whole(rule, params)
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
     started = rule.at(0)
@@ -149,7 +150,8 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, Opt
     return _advance(rule, grads, state, params, finish, lambda grad, param: param)
 
 
-def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
+@functools.singledispatch
+def transformation(rule: Hyperparameters, /) -> optax.GradientTransformationExtraArgs:
     """A rule as an optax transformation.
 
     Args:
@@ -160,14 +162,18 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
         keywords that the rule has no use for.
 
     Errors:
-        ``TypeError`` if ``rule`` is not an instance of :class:`Rule`.
+        ``TypeError`` if ``rule`` is not an instance of a rule.
 
     Example:
         >>> import jaxoptim, optax
         >>> tx = optax.chain(optax.clip(1.0), jaxoptim.transformation(jaxoptim.rules.SGD(lr=0.1)))
     """
-    if not isinstance(rule, Rule):
-        raise TypeError(f"transformation was given {rule!r}. It takes an instance of a rule, such as Adam(lr=1e-3).")
+    raise TypeError(f"transformation was given {rule!r}. It takes an instance of a rule, such as Adam(lr=1e-3).")
+
+
+@transformation.register
+def _array_by_array(rule: Rule, /) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a rule for one array: the same for every array of the tree."""
 
     def init_fn(params: Any) -> OptState:
         return init(rule, params)
@@ -179,7 +185,7 @@ def transformation(rule: Rule) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def factory(rule: Callable[P, Rule], name: str) -> Callable[P, optax.GradientTransformationExtraArgs]:
+def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.GradientTransformationExtraArgs]:
     """The function of the pure face that builds a rule and returns its transformation.
 
     Args:
@@ -218,19 +224,37 @@ def _whole(rule: Rule, params: Any) -> Any:
     return params.unpack() if isinstance(params, Packed) and not rule.elementwise else params
 
 
-def _check_array(what: str, name: str, x: Any) -> Any:
-    """An array-like leaf as an array; raises if it is not floating or complex."""
-    x = x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+def _check_rule(rule: Any) -> None:
+    if not isinstance(rule, Rule):
         raise TypeError(
-            f"The {what} {name!r} has dtype {x.dtype}. Floating and complex arrays are optimized; "
-            "put None in the place of anything else."
+            f"{type(rule).__name__} does not work array by array. "
+            "Use the init and update of jaxoptim.transformation(rule), where rule is an instance."
         )
-    return x
 
 
-def _check_param(rule: Rule, name: str, param: Any) -> Any:
-    param = _check_array("parameter", name, param)
+def check_param(rule: Rule, name: str, param: Any) -> Any:
+    """A parameter as an array; raises if the rule cannot update it.
+
+    Args:
+        rule: the optimizer.
+        name: the parameter's name in messages.
+        param: an array, or its shape and dtype.
+
+    Returns:
+        The array.
+
+    Errors:
+        ``TypeError`` if it is not floating or complex, and what :meth:`Rule.check_param` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.core import check_param
+        >>> from jaxoptim.rules import Muon
+        >>> check_param(Muon(), "bias", jnp.ones(3))
+        Traceback (most recent call last):
+        ValueError: Muon only supports 2D parameters, but 'bias' has shape (3,). ...
+    """
+    param = trees.check_array("parameter", name, param)
     if not rule.complex and jnp.issubdtype(param.dtype, jnp.complexfloating):
         raise RuntimeError(
             f"{type(rule).__name__} does not support complex parameters, but {name!r} has dtype {param.dtype}. "
@@ -242,7 +266,7 @@ def _check_param(rule: Rule, name: str, param: Any) -> Any:
 
 def _init_one(rule: Rule, name: str, param: Any) -> Slots:
     """The slots of one parameter; complex ones hold the real slots of both parts."""
-    param = _check_param(rule, name, param)
+    param = check_param(rule, name, param)
     dtype = computing_dtype(param.dtype)
 
     def slots_of(param: jax.Array) -> Slots:
@@ -270,6 +294,7 @@ def _advance(
     skipped: Callable[[Any, Any], Any],
 ) -> tuple[Any, OptState]:
     """One update of every array; ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
+    _check_rule(rule)
     if isinstance(params, Packed):
         if not rule.elementwise:
             result, state = _advance(rule, _unpacked(grads), state, params.unpack(), finish, skipped)
@@ -290,9 +315,8 @@ def _advance(
             results.append(skipped(grad, param))
             continue
         old = {key: leaves[i] for key, leaves in slots.items()}
-        grad = grad if isinstance(grad, BCOO) else _check_array("gradient of", name, grad)
-        param = param if param is None else _check_param(rule, name, param)
-        _check_gradient(rule, name, grad, param)
+        param = param if param is None else check_param(rule, name, param)
+        grad = check_gradient(rule, name, grad, param)
         rows, change, new = _update_one(current, grad, old, param, count)
         results.append(finish(grad, param, rows, change))
         for key, slot in new.items():
@@ -305,9 +329,32 @@ def _unpacked(tree: Any) -> Any:
     return tree.unpack() if isinstance(tree, Packed) else tree
 
 
-def _check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> None:
-    """Raise for a gradient that does not fit its parameter or its rule."""
-    kind, like = type(rule).__name__, grad if param is None else param
+def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
+    """A gradient, dense ones as an array; raises if it does not fit its parameter or its rule.
+
+    Args:
+        rule: the optimizer.
+        name: the parameter's name in messages.
+        grad: an array or a ``BCOO`` of rows.
+        param: the parameter, or its shape and dtype, or None if it is not known.
+
+    Returns:
+        The gradient.
+
+    Errors:
+        As :func:`update`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.core import check_gradient
+        >>> from jaxoptim.rules import Adam
+        >>> check_gradient(Adam(), "bias", jnp.ones(3), jnp.ones(2))
+        Traceback (most recent call last):
+        ValueError: The gradient of 'bias' has shape (3,), but the parameter has (2,). They must be equal.
+    """
+    kind = type(rule).__name__
+    grad = grad if isinstance(grad, BCOO) else trees.check_array("gradient of", name, grad)
+    like = grad if param is None else param
     if isinstance(grad, BCOO):
         if rule.sparse == "refused":
             raise RuntimeError(
@@ -316,15 +363,20 @@ def _check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> None:
             )
         rule.check_sparse()
         sparse.check_rows(name, grad, like)
-        return
+        return grad
     if rule.sparse == "required":
         raise RuntimeError(
             f"{kind} does not support dense gradients, but that of {name!r} is dense. "
             "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
         )
     trees.check_shape("gradient", name, grad, like)
-    if jnp.iscomplexobj(grad) and not jnp.iscomplexobj(like):
+    if _is_complex(grad) and not _is_complex(like):
         raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
+    return grad
+
+
+def _is_complex(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
 def _update_one(rule: Rule, grad: Any, slots: Slots, param: Any, count: jax.Array) -> tuple[Any, jax.Array, Slots]:

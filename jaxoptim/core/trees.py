@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 
@@ -13,10 +15,16 @@ def is_leaf(x: Any) -> bool:
     return x is None or isinstance(x, BCOO)
 
 
+_WRAPPED = (jax.tree_util.GetAttrKey("value"),)
+"""The end of the path to an array that stands in a wrapper, such as ``nnx.Param``; no part of its name."""
+
+
 def names(tree: Any) -> list[str]:
     """The dotted path of every leaf, None included, such as ``encoder.0.kernel``."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path, _ in paths]
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+    siblings = Counter(path[:-1] for path in paths)
+    paths = [path[:-1] if path[-1:] == _WRAPPED and siblings[path[:-1]] == 1 else path for path in paths]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path in paths]
 
 
 def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> list[Any]:
@@ -41,6 +49,17 @@ def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> l
         f"{what} and {like_what} are different trees: {problem}. Give {what} the structure of {like_what}, "
         "with None where there is nothing."
     )
+
+
+def check_array(what: str, name: str, x: Any) -> Any:
+    """An array-like leaf as an array; raises if it is not floating or complex."""
+    x = x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"The {what} {name!r} has dtype {x.dtype}. Floating and complex arrays are optimized; "
+            "put None in the place of anything else."
+        )
+    return x
 
 
 def check_shape(what: str, name: str, given: Any, expected: Any) -> None:

@@ -10,6 +10,7 @@ from jaxoptim.rules.adamw import AdamW as AdamW
 from jaxoptim.rules.asgd import ASGD as ASGD
 from jaxoptim.rules.clipped_adam import ClippedAdam as ClippedAdam
 from jaxoptim.rules.dct_adam import DCTAdam as DCTAdam
+from jaxoptim.rules.lbfgs import LBFGS as LBFGS
 from jaxoptim.rules.muon import Muon as Muon
 from jaxoptim.rules.nadam import NAdam as NAdam
 from jaxoptim.rules.radam import RAdam as RAdam

@@ -48,7 +48,7 @@ class Adadelta(Rule):
     lr: NonNegative = 1.0
     rho: ClosedDecayRate = 0.9
     eps: NonNegative = 1e-6
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     _: KW_ONLY
     maximize: bool = False
 

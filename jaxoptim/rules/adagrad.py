@@ -48,9 +48,9 @@ class Adagrad(Rule):
     """
 
     lr: NonNegative = 1e-2
-    lr_decay: Coefficient = 0.0
-    weight_decay: Coefficient = 0.0
-    initial_accumulator_value: NonNegative = 0.0
+    lr_decay: Coefficient = 0
+    weight_decay: Coefficient = 0
+    initial_accumulator_value: NonNegative = 0
     eps: NonNegative = 1e-10
     _: KW_ONLY
     maximize: bool = False

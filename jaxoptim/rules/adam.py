@@ -55,7 +55,7 @@ class Adam(Rule):
     lr: NonNegative = 1e-3
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     amsgrad: bool = False
     _: KW_ONLY
     maximize: bool = False

@@ -48,7 +48,7 @@ class Adamax(Rule):
     lr: NonNegative = 2e-3
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     _: KW_ONLY
     maximize: bool = False
 

@@ -53,7 +53,7 @@ class ASGD(Rule):
     lambd: Scalar = 1e-4
     alpha: Scalar = 0.75
     t0: Scalar = 1e6
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     maximize: bool = False
 
     def init(self, param: jax.Array) -> Slots:

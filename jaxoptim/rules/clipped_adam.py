@@ -54,7 +54,7 @@ class ClippedAdam(Rule):
     lr: NonNegative = 1e-3
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     clip_norm: NonNegative = 10.0
     lrd: OpenDecayRate = 1.0
     centered_variance: bool = False

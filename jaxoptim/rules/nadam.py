@@ -54,7 +54,7 @@ class NAdam(Rule):
     lr: NonNegative = 2e-3
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     momentum_decay: NonNegative = 4e-3
     decoupled_weight_decay: bool = False
     _: KW_ONLY

@@ -60,7 +60,7 @@ class RAdam(Rule):
     lr: NonNegative = 1e-3
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
+    weight_decay: Coefficient = 0
     decoupled_weight_decay: bool = False
     _: KW_ONLY
     maximize: bool = False

@@ -54,8 +54,8 @@ class RMSprop(Rule):
     lr: NonNegative = 1e-2
     alpha: OpenDecayRate = 0.99
     eps: NonNegative = 1e-8
-    weight_decay: Coefficient = 0.0
-    momentum: Coefficient = 0.0
+    weight_decay: Coefficient = 0
+    momentum: Coefficient = 0
     centered: bool = False
     maximize: bool = False
 

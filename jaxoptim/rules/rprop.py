@@ -52,7 +52,7 @@ class Rprop(Rule):
 
     lr: NonNegative = 1e-2
     etas: tuple[Shrinking, Growing] = (0.5, 1.2)
-    step_sizes: tuple[Scalar, Scalar] = (1e-6, 50.0)
+    step_sizes: tuple[Scalar, Scalar] = (1e-6, 50)
     _: KW_ONLY
     maximize: bool = False
 

@@ -53,9 +53,9 @@ class SGD(Rule):
     """
 
     lr: NonNegative = 1e-3
-    momentum: Coefficient = 0.0
-    dampening: Dampening = 0.0
-    weight_decay: Coefficient = 0.0
+    momentum: Coefficient = 0
+    dampening: Dampening = 0
+    weight_decay: Coefficient = 0
     nesterov: bool = False
     _: KW_ONLY
     maximize: bool = False

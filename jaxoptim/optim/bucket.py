@@ -1,0 +1,163 @@
+"""Parameters that are updated together, and where their values and state are kept."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import OptState, Packed, Rule, init, pack, trees
+from jaxoptim.optim.parameter import Parameter, owned
+
+Contents = tuple[Any, OptState | None]
+"""The values of a bucket and its state: what a compiled step takes, donated, and returns."""
+
+
+class Bucket:
+    """Parameters of one group with one count of steps: one run of the pure face.
+
+    Values and slots are packed (:class:`~jaxoptim.Packed`) if the rule is elementwise; otherwise they are
+    plain trees. State exists from the first update on.
+
+    Args:
+        group: the dict of options that the parameters follow.
+        labels: a unique name for each parameter, for error messages.
+        params: the parameters. The bucket takes their values over.
+        times: how often one step updates them: as often as they stand in the group.
+        packed: keep small arrays in one buffer.
+
+    Attributes:
+        names: the names of the slots in the rule's order, which compiled programs forget.
+        outdated: the indices of parameters whose current value is no longer here.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], labels: Sequence[str], params: Sequence[Parameter], times: int, packed: bool
+    ) -> None:
+        self.group, self.labels, self.params = group, tuple(labels), tuple(params)
+        self.times, self.packed = times, packed
+        tree = OrderedDict(zip(labels, [param.value for param in params], strict=True))
+        self.values: Any = pack(tree) if packed else tree
+        self.state: OptState | None = None
+        self.names: list[str] = []
+        self.outdated: set[int] = set()
+        self._read: dict[int, jax.Array] = {}
+        for index, param in enumerate(params):
+            param.enter(self, index)
+
+    @property
+    def contents(self) -> Contents:
+        """The values and the state."""
+        return self.values, self.state
+
+    def replace(self, contents: Contents) -> None:
+        """Put new values and state in the place of the old ones."""
+        self.values, self.state = contents
+        self._read.clear()
+
+    def read(self, index: int) -> jax.Array:
+        """The value of one parameter, the same array until the next step."""
+        if index not in self._read:
+            self._read[index] = self._leaf(self.values, index)
+        return self._read[index]
+
+    def read_all(self) -> None:
+        """Read the values of all parameters, which for packed ones is faster than one after the other."""
+        if len(self._read) < len(self.params):
+            self._read = dict(enumerate(self._leaves(self.values)))
+
+    def update_outdated(self) -> None:
+        """Bring back the values that were assigned, or taken over by another optimizer, since the last step."""
+        for index in sorted(self.outdated):
+            self.values = self._with_leaf(self.values, index, self.params[index].value)
+            self.params[index].enter(self, index)
+        self.outdated.clear()
+        self._read.clear()
+
+    def keep_what_others_hold(self) -> None:
+        """Copy the arrays that somebody else holds too, because the next step donates ours."""
+        self._read.clear()
+        leaves, treedef = jax.tree.flatten(self.contents)
+        held = [count > _OURS for count in _references(leaves)]
+        if any(held):
+            leaves = [jnp.copy(x) if other else x for x, other in zip(leaves, held, strict=True)]
+            self.values, self.state = jax.tree.unflatten(treedef, leaves)
+
+    def start(self, rule: Rule) -> None:
+        """Make the state before the first update, or the slots that a change of options has added."""
+        fresh = _init(rule, self.values)
+        self.names = slot_names(rule)
+        self.state = fresh if self.state is None else self.state._replace(slots=fresh.slots | self.state.slots)
+
+    def load(self, rule: Rule, count: Any, slots: Sequence[dict[str, Any]], shared: Any = None) -> None:
+        """Take state that was kept elsewhere: the count, the slots of each parameter that has them, and the rest."""
+        slot_trees = _init(rule, self.values).slots
+        self.names = slot_names(rule)
+        for index, given in enumerate(slots):
+            for name, slot in given.items():
+                like = self._leaf(slot_trees[name], index)
+                slot = (slot if isinstance(slot, jax.Array) else owned(slot)).astype(like.dtype)
+                trees.check_shape(f"slot {name!r}", self.labels[index], slot, like)
+                slot_trees[name] = self._with_leaf(slot_trees[name], index, slot)
+        self.state = OptState(jnp.asarray(count, jnp.int32), slot_trees, shared or {})
+
+    def slots_of(self, index: int) -> dict[str, Any]:
+        """The slots of one parameter, without those it lacks; empty before the first update."""
+        slot_trees = {} if self.state is None else self.state.slots
+        slots = {name: self._leaf(slot_trees[name], index) for name in self.names if name in slot_trees}
+        return {name: slot for name, slot in slots.items() if slot is not None}
+
+    def all_slots(self) -> list[dict[str, Any]]:
+        """The slots of every parameter, as :meth:`slots_of` gives them."""
+        slot_trees = {} if self.state is None else self.state.slots
+        leaves = {name: self._leaves(slot_trees[name]) for name in self.names if name in slot_trees}
+        return [
+            {name: leaves[name][index] for name in leaves if leaves[name][index] is not None}
+            for index in range(len(self.params))
+        ]
+
+    def _leaves(self, tree: Any) -> list[Any]:
+        return list((tree.unpack() if isinstance(tree, Packed) else tree).values())
+
+    def _leaf(self, tree: Any, index: int) -> Any:
+        return tree.get(index) if isinstance(tree, Packed) else tree[self.labels[index]]
+
+    def _with_leaf(self, tree: Any, index: int, value: Any) -> Any:
+        if isinstance(tree, Packed):
+            return tree.set(index, value)
+        return OrderedDict(tree, **{self.labels[index]: value})
+
+
+_init = jax.jit(init)
+
+
+def slot_names(rule: Rule) -> list[str]:
+    """The names of a rule's slots, in its order."""
+    return list(abstract_slots(rule, jax.ShapeDtypeStruct((2, 2), jnp.float32)))
+
+
+def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
+    """The shapes and dtypes of the slots of one parameter, None where it lacks one."""
+    names: list[str] = []
+
+    def init(param: jax.Array) -> dict[str, Any]:
+        slots = rule.at(0).init(param)
+        names.extend(slots)
+        return slots
+
+    slots = jax.eval_shape(init, param)  # which sorts the names
+    return {name: slots[name] for name in names}
+
+
+def _references(arrays: list[Any]) -> list[int]:
+    """How many references there are to each array."""
+    return [sys.getrefcount(x) for x in arrays]
+
+
+_sample = (object(),)
+_OURS = _references(jax.tree.leaves(_sample))[0]
+"""What :func:`_references` counts for an object that only a tree holds."""

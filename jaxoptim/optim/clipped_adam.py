@@ -1,0 +1,91 @@
+"""Pyro's ClippedAdam over parameter pytrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from jaxoptim import rules
+from jaxoptim.core import Rule
+from jaxoptim.optim.bucket import Bucket
+from jaxoptim.optim.optimizer import Groups, Number, Optimizer
+
+
+class DecayingRate(Optimizer):
+    """An optimizer that, as Pyro's, multiplies the learning rate of each group by its ``lrd`` at every step.
+
+    It does so for all parameters of a group, those without a gradient included; a rule by itself counts the
+    steps of each parameter.
+    """
+
+    fixed: ClassVar[Mapping[str, Any]] = {"lrd": 1.0}
+
+    def _update(self, run: Callable[[], Any]) -> Any:
+        rates = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * group["lrd"]
+        try:
+            return run()
+        except BaseException:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+            raise
+
+    def _pure_rule(self, bucket: Bucket) -> Rule:
+        lrd, count = bucket.group["lrd"], _count(bucket)
+        return super()._pure_rule(bucket).replace(lr=bucket.group["lr"] / lrd**count, lrd=lrd)
+
+    def from_functional(self, params: Any, state: Any) -> None:
+        """Return from the pure face; see :meth:`Optimizer.from_functional`."""
+        before = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}
+        super().from_functional(params, state)
+        after = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}
+        for group in self.param_groups:
+            group["lr"] = group["lr"] * group["lrd"] ** (after[id(group)] - before[id(group)])
+
+
+def _count(bucket: Bucket) -> int:
+    return 0 if bucket.state is None else int(bucket.state.step)
+
+
+class ClippedAdam(DecayingRate):
+    """Pyro's ``ClippedAdam``, computed by :class:`jaxoptim.rules.ClippedAdam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import optim
+        >>> opt = optim.ClippedAdam({"w": jnp.ones(2)}, lr=0.1)
+        >>> opt.step({"w": jnp.ones(2)})
+        >>> [round(x, 3) for x in opt.params["w"].tolist()]
+        [0.9, 0.9]
+    """
+
+    rule = rules.ClippedAdam
+    step_type: ClassVar[type | None] = int
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = rule.lr,
+        betas: tuple[Number, Number] = rule.betas,
+        eps: float = rule.eps,
+        weight_decay: float = rule.weight_decay,
+        clip_norm: float = rule.clip_norm,
+        lrd: float = rule.lrd,
+        centered_variance: bool = rule.centered_variance,
+        *,
+        groups: Groups | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "clip_norm": clip_norm,
+                "lrd": lrd,
+                "centered_variance": centered_variance,
+            },
+            groups=groups,
+        )

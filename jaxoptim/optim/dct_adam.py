@@ -1,0 +1,54 @@
+"""Pyro's DCTAdam over parameter pytrees."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from jaxoptim import rules
+from jaxoptim.optim.clipped_adam import DecayingRate
+from jaxoptim.optim.optimizer import Groups, Number
+
+
+class DCTAdam(DecayingRate):
+    """Pyro's ``DCTAdam``, computed by :class:`jaxoptim.rules.DCTAdam`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import optim
+        >>> opt = optim.DCTAdam({"w": jnp.ones(2)}, lr=0.1)
+        >>> opt.step({"w": jnp.ones(2)})
+        >>> [round(x, 3) for x in opt.params["w"].tolist()]
+        [0.9, 0.9]
+    """
+
+    rule = rules.DCTAdam
+    step_type: ClassVar[type | None] = int
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = rule.lr,
+        betas: tuple[Number, Number] = rule.betas,
+        eps: float = rule.eps,
+        clip_norm: float = rule.clip_norm,
+        lrd: float = rule.lrd,
+        subsample_aware: bool = rule.subsample_aware,
+        *,
+        dct_dim: int | None = rule.dct_dim,
+        subsample: Any = rule.subsample,
+        groups: Groups | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "clip_norm": clip_norm,
+                "lrd": lrd,
+                "subsample_aware": subsample_aware,
+                "dct_dim": dct_dim,
+                "subsample": subsample,
+            },
+            groups=groups,
+        )

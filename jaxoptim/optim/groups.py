@@ -1,0 +1,144 @@
+"""From what a user gives to an optimizer to groups of parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jaxoptim.core import trees
+from jaxoptim.optim.parameter import Parameter
+
+Selector = str | re.Pattern[str] | Callable[[str], bool]
+"""Which parameters of a pytree: a regular expression that matches a whole dotted path, or a predicate of it."""
+
+
+def is_named_pair(x: Any) -> bool:
+    """Whether ``x`` is ``(name, parameter)``."""
+    return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
+
+
+def is_group(x: Any) -> bool:
+    """Whether ``x`` is one of torch's group dicts."""
+    return isinstance(x, dict) and "params" in x
+
+
+def listed(params: Any) -> Any:
+    """What was given, iterators read out; raises for what no optimizer can take."""
+    if isinstance(params, Parameter):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Parameters or dicts, or a pytree of "
+            f"arrays, but got {params}. Give a list: [parameter]."
+        )
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering of parameters in "
+            "sets will change between runs. Please use a list instead."
+        )
+    if isinstance(params, Iterable) and jax.tree_util.all_leaves([params]) and not hasattr(params, "__array__"):
+        params = list(params)
+    if isinstance(params, list | tuple) and params and is_group(params[0]):
+        for index, group in enumerate(params):
+            if not is_group(group):
+                raise KeyError(
+                    f"params: the first item is a group dict, but item {index} has no 'params' key. "
+                    "Give every group its parameters, {'params': ...}."
+                )
+    return params
+
+
+def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
+    """The parameters of one group as a tree of :class:`Parameter`, and their names if they came as pairs.
+
+    Args:
+        params: a pytree of arrays or of parameters; an iterable of either; or of ``(name, parameter)``.
+
+    Returns:
+        The tree, in which each array has become a :class:`Parameter` of its own, and the names or None.
+
+    Errors:
+        ``TypeError`` for anything else, with its path; ``ValueError`` if only some have names.
+    """
+    params = [params] if isinstance(params, Parameter) else listed(params)
+    if isinstance(params, list | tuple) and any(is_named_pair(item) for item in params):
+        if not all(is_named_pair(item) for item in params):
+            raise ValueError("all optimizer params should be with/without names. Some param names are missing")
+        return [_named(value, name) for name, value in params], [name for name, _ in params]
+    leaves, treedef = jax.tree.flatten(params)
+    names = [name for name, leaf in zip(trees.names(params), _with_none(params), strict=True) if leaf is not None]
+    given = [isinstance(leaf, Parameter) for leaf in leaves]
+    if any(given):
+        if not all(given):
+            name, leaf = next((n, x) for n, x, ours in zip(names, leaves, given, strict=True) if not ours)
+            raise TypeError(
+                f"optimizer can only optimize Parameters or a pytree of arrays, but among Parameters the one at "
+                f"{name!r} is {type(leaf).__name__}. Wrap it: optim.Parameter(value)."
+            )
+        return params, None
+    return jax.tree.unflatten(treedef, [_made(x, name) for x, name in zip(leaves, names, strict=True)]), None
+
+
+def selected(
+    tree: Any, names: Sequence[str] | None, groups: Sequence[tuple[Selector, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The groups that selectors make of a tree of parameters: the first that matches, or a last one for the rest.
+
+    Selectors see the names of the parameters if they were given, else their paths.
+
+    Errors:
+        ``ValueError`` for a selector that matches nothing; ``TypeError`` for what is not ``(selector, options)``.
+    """
+    params = jax.tree.leaves(tree)
+    paths = names or [name for name, leaf in zip(trees.names(tree), _with_none(tree), strict=True) if leaf is not None]
+
+    def group(indices: Iterable[int]) -> dict[str, Any]:
+        members: dict[str, Any] = {"params": [params[index] for index in indices]}
+        return members if names is None else {**members, "param_names": [names[index] for index in indices]}
+
+    chosen: list[dict[str, Any]] = []
+    left = dict(enumerate(paths))
+    for entry in groups:
+        if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
+            raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
+        matches = _predicate(entry[0])
+        mine = [index for index, name in left.items() if matches(name)]
+        if not mine:
+            raise ValueError(
+                f"groups: no parameter is left that {entry[0]!r} selects. A regular expression must match the whole "
+                f"path. The paths are {', '.join(paths)}."
+            )
+        chosen.append({**group(mine), **entry[1]})
+        left = {index: name for index, name in left.items() if index not in mine}
+    return [*chosen, group(left)] if left else chosen
+
+
+def _predicate(selector: Selector) -> Callable[[str], Any]:
+    if isinstance(selector, str | re.Pattern):
+        return re.compile(selector).fullmatch
+    if callable(selector):
+        return selector
+    raise TypeError(f"groups: a selector is a regular expression or a predicate of the path, but got {selector!r}.")
+
+
+def _with_none(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=trees.is_leaf)
+
+
+def _named(value: Any, name: str) -> Parameter:
+    if not isinstance(value, Parameter):
+        return _made(value, name)
+    if value.name is None:
+        value.name = name
+    return value
+
+
+def _made(value: Any, name: str) -> Parameter:
+    """An array as a parameter."""
+    if isinstance(value, int | float | complex) or hasattr(value, "__array__"):
+        return Parameter(value, name)
+    raise TypeError(
+        f"optimizer can only optimize arrays and Parameters, but one of the params, {name!r}, is "
+        f"{type(value).__name__}."
+    )

@@ -1,0 +1,290 @@
+"""torch's LBFGS over parameter pytrees."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim import rules
+from jaxoptim.core import OptState
+from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.optim import program
+from jaxoptim.optim.bucket import Bucket, Contents
+from jaxoptim.optim.hooks import hooked
+from jaxoptim.optim.optimizer import Number, Optimizer
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.storage import Group, Storage
+
+_HISTORY = ("old_dirs", "old_stps", "ro")
+_ENTRIES = ("func_evals", "n_iter", "al", "d", "t", *_HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
+"""torch's state, in its order; ``al`` is scratch."""
+
+
+class FlatBucket(Bucket):
+    """Parameters that are updated as one vector."""
+
+    def start(self, rule: Any) -> None:
+        """Make the state before the first step."""
+        self.state = OptState(jnp.zeros((), jnp.int32), {}, _init(rule, self.values))
+
+    def load(self, rule: Any, count: Any, slots: Any, shared: Any = None) -> None:
+        """Take state that was kept elsewhere; all of it is shared."""
+        self.state = OptState(jnp.asarray(count, jnp.int32), {}, shared)
+
+
+class FlatStorage(Storage):
+    """The parameters of the only group as one vector, whose state torch files under the first of them."""
+
+    def check_param(self, rule: Any, name: str, param: Parameter) -> None:
+        """Accept all: a vector is made of any parameters."""
+
+    def _packs(self, rule: Any) -> bool:
+        """Never: in torch's state, the vector is in the order of the parameters."""
+        return False
+
+    def _past(self, param: Parameter, rule: Any) -> None:
+        """The same for all parameters: they are always updated together."""
+
+    def has_state(self, param: Parameter) -> bool:
+        """Whether ``state`` has an entry for the parameter: only the first has."""
+        return bool(self.state_of(param))
+
+    def state_of(self, param: Parameter) -> dict[str, Any]:
+        """The state by torch's names, a new dict; empty for all but the first parameter."""
+        if param in self._loose:
+            return dict(self._loose[param])
+        if not self.buckets or param is not self.buckets[0].params[0] or self.buckets[0].state is None:
+            return {}
+        rule: Any = self.rule_for(self.buckets[0])
+        shared = self.buckets[0].state.shared
+        counts = {name: int(shared[name]) for name in ("func_evals", "n_iter")}
+        if not counts["n_iter"]:  # the first gradient was below the tolerance
+            return counts if counts["func_evals"] else {}
+        scratch = {"al": [None] * rule.history_size} if counts["n_iter"] > 1 else {}
+        state = {**shared, **rule.history(shared), **counts, **scratch, "prev_loss": float(shared["prev_loss"])}
+        return {name: state[name] for name in _ENTRIES if name in state}
+
+    def states(self) -> dict[Parameter, dict[str, Any]]:
+        """The state, under the first parameter."""
+        return {param: self.state_of(param) for param in self.known() if self.has_state(param)}
+
+    def _bucket(self, group: Group, rule: Any, times: int, packed: bool, params: list[Parameter]) -> Bucket:
+        """The bucket of all parameters: as it was, or a new one with the state that was assigned."""
+        old = self.buckets[0] if self.buckets else None
+        if times > 1:
+            raise ValueError("LBFGS takes each parameter once, but one stands twice in its group.")
+        if old is not None and old.params == tuple(params) and not self._loose:
+            old.group = group
+            return old
+        state = self.state_of(params[0]) if times else {}
+        bucket = FlatBucket(group, [self.labels[param] for param in params], params, times, packed)
+        if state:
+            bucket.load(rule, 0, [], _loaded(rule, _init(rule, bucket.values), state))
+        return bucket
+
+    def advance(self, grads: Any) -> None:
+        """Refuse: one gradient is not enough."""
+        raise TypeError(
+            "LBFGS evaluates the loss at several points in one step, so it takes no gradients. "
+            "Call step(closure) with a function that sets the gradients and returns the loss, or minimize(loss_fn)."
+        )
+
+    def minimize(self, loss_fn: Callable[..., Any], has_aux: bool, args: tuple[Any, ...]) -> Any:
+        """The loss, and one step with its line search, in one compiled call."""
+        self.settle()
+        with self._started(self.buckets):
+            loss, contents = _minimize(self._plan, self._packed_rules, self._contents(), loss_fn, has_aux, args)
+            self._take(contents)
+        return loss
+
+    def search(self, closure: Callable[[], Any]) -> Any:
+        """One step with evaluations by a function that sets gradients; as before if it raises."""
+        self.settle()
+        bucket = self.buckets[0]
+        with self._started(self.buckets):
+            before, losses = bucket.contents, list[Any]()
+            try:
+                search = _begin(self._packed_rules, *bucket.contents)
+                while not losses or not bool(search.done):
+                    losses.append(closure())
+                    grads = {name: param.grad for name, param in zip(bucket.labels, bucket.params, strict=True)}
+                    search, values = _observe(self._packed_rules, search, before[0], losses[-1], grads)
+                    bucket.replace((values, bucket.state))
+                bucket.replace(_finish(self._packed_rules, search, *before))
+            except BaseException:
+                bucket.replace(before)
+                raise
+        return losses[0]
+
+
+class LBFGS(Optimizer):
+    """torch's ``LBFGS``, computed by :class:`jaxoptim.rules.LBFGS`.
+
+    ``step(closure)`` evaluates the closure exactly as often and at the same points as torch, each put into the
+    parameters' ``value`` first. ``minimize(loss_fn)`` does the same in one compiled program. There is one group.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import optim
+        >>> opt = optim.LBFGS(jnp.array([-1.0, 1.5]), line_search_fn="strong_wolfe")
+        >>> def rosenbrock(x):
+        ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+        >>> for _ in range(3):
+        ...     loss = opt.minimize(rosenbrock)
+        >>> [round(x, 2) for x in opt.params.tolist()]
+        [1.0, 1.0]
+    """
+
+    rule = rules.LBFGS
+    storage_class = FlatStorage
+    _storage: FlatStorage
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = rule.lr,
+        max_iter: int = rule.max_iter,
+        max_eval: int | None = rule.max_eval,
+        tolerance_grad: float = rule.tolerance_grad,
+        tolerance_change: float = rule.tolerance_change,
+        history_size: int = rule.history_size,
+        line_search_fn: str | None = rule.line_search_fn,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "max_iter": max_iter,
+                "max_eval": max_iter * 5 // 4 if max_eval is None else max_eval,
+                "tolerance_grad": tolerance_grad,
+                "tolerance_change": tolerance_change,
+                "history_size": history_size,
+                "line_search_fn": line_search_fn,
+            },
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the only group.
+
+        Args:
+            param_group: see :meth:`Optimizer.add_param_group`.
+
+        Errors:
+            ``ValueError`` for a second one.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "LBFGS doesn't support per-parameter options (parameter groups). Put all parameters into one group."
+            )
+        super().add_param_group(param_group)
+
+    def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
+        size = sum(
+            int(np.prod(p.shape)) * (2 if np.issubdtype(p.dtype, np.complexfloating) else 1) for p in group["params"]
+        )
+        for index, param in enumerate(group["params"]):
+            given = state.get(param, {})
+            if unknown := sorted(set(given) - set(_ENTRIES) if index == 0 else set(given)):
+                raise ValueError(
+                    f"loaded state dict has {unknown[0]!r} for the parameter {param.name or index!r}, but LBFGS keeps "
+                    f"{', '.join(_ENTRIES)}, of the first parameter only. Load an LBFGS, or use strict=False."
+                )
+            for name in ("d", "prev_flat_grad"):
+                if given.get(name) is not None and np.shape(given[name]) != (size,):
+                    raise ValueError(
+                        f"loaded state dict has {name!r} of shape {np.shape(given[name])}, but the parameters hold "
+                        f"{size} real numbers."
+                    )
+
+    @hooked
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        """Make one step of up to ``max_iter`` iterations.
+
+        Args:
+            closure: a function that evaluates the loss at the parameters' current values, sets each ``grad``
+                (None counts as zero), and returns the loss.
+
+        Returns:
+            The loss of the first evaluation.
+
+        Errors:
+            ``TypeError`` for anything but a function; what the closure raises, and then nothing has changed.
+
+        Example:
+            >>> import jax
+            >>> from jaxoptim import optim
+            >>> x = optim.Parameter(3.0)
+            >>> opt = optim.LBFGS([x])
+            >>> def closure():
+            ...     loss, x.grad = jax.value_and_grad(lambda x: (x - 1) ** 2)(x.value)
+            ...     return loss
+            >>> float(opt.step(closure)), round(float(x.value), 3)
+            (4.0, 1.0)
+        """
+        if not (callable(closure) and jax.tree_util.all_leaves([closure])):
+            self._storage.advance(closure)
+        return self._storage.search(closure)
+
+
+_init = jax.jit(lambda rule, values: rule.init(flatten(values)))
+
+
+@jax.jit
+def _begin(packed: program.Rules, values: Any, state: OptState) -> Any:
+    """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
+    (rule,) = packed.each()
+    return rule.start(state.shared, flatten(values))
+
+
+@functools.partial(jax.jit, donate_argnames="search")
+def _observe(packed: program.Rules, search: Any, like: Any, loss: Any, grads: Any) -> tuple[Any, Any]:
+    """The search after an evaluation, and the values to evaluate next."""
+    (rule,) = packed.each()
+    grads = type(like)((name, grads[name]) for name in like)
+    search = rule.observe(search, loss, flatten_like(grads, like))
+    return search, unflatten(search.point, like)
+
+
+@jax.jit
+def _finish(packed: program.Rules, search: Any, like: Any, state: OptState) -> Contents:
+    """The values and the state at the end of a step."""
+    (rule,) = packed.each()
+    _, x, shared = rule.finish(search)
+    return unflatten(x, like), OptState(state.step + 1, {}, shared)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
+def _minimize(
+    plan: program.Plan,
+    packed: program.Rules,
+    contents: Any,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+) -> tuple[Any, Any]:
+    """One step, line search included; the auxiliary output is that of the first evaluation."""
+    (rule, *_), ((values, state), *others) = packed.each(), contents
+
+    def loss_of(x: jax.Array) -> Any:
+        return loss_fn(plan.tree([unflatten(x, values), *(frozen for frozen, _ in others)]), *args)
+
+    x = flatten(values)
+    if has_aux:
+        (loss, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
+        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (loss, slope))
+        result = loss, aux
+    else:
+        result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
+    return result, ((unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
+
+
+def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:
+    """The state with torch's entries in it."""
+    given = {name: state[name] for name in shared if name in state and name not in _HISTORY}
+    shared = shared | {name: jnp.asarray(x, shared[name].dtype) for name, x in given.items()}
+    return rule.with_history(shared, *(list(state.get(name) or []) for name in _HISTORY))

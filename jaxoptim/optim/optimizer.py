@@ -1,0 +1,434 @@
+"""The base of every torch-style optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import optax
+
+from jaxoptim.core import Rule
+from jaxoptim.optim import functional, state_dicts, subclass
+from jaxoptim.optim.bucket import Bucket
+from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
+from jaxoptim.optim.hooks import Hooked, hooked
+from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
+from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
+from jaxoptim.optim.parameter import zeros_like
+from jaxoptim.optim.program import LossFunctions
+from jaxoptim.optim.state import State
+from jaxoptim.optim.storage import Storage
+
+Number = float | jax.Array
+"""A hyperparameter: a number, or an array of one element."""
+Groups = Sequence[tuple[Selector, dict[str, Any]]]
+"""Options for some parameters of one pytree: a list of ``(selector, options)``."""
+
+
+class _Required:
+    """The default of an option that every group must give."""
+
+    def __repr__(self) -> str:
+        return "<required parameter>"
+
+
+required = _Required()
+"""Stands for a default that every group must give."""
+
+
+class Optimizer(Hooked):
+    r"""The base of the torch-style optimizers: what ``torch.optim.Optimizer`` is, over pytrees of JAX arrays.
+
+    A step takes the parameters :math:`\theta` of each group through the group's rule,
+
+    .. math::
+        \theta, s \leftarrow \mathrm{step}(\mathrm{rule}(\text{options of the group}), \theta, g, s),
+
+    in one compiled call for all groups, whose numbers (learning rate, betas, ...) are data.
+
+    A subclass is a rule and one line: ``class Mine(optim.Optimizer): rule = MyRule``. It takes the
+    hyperparameters of the rule after ``params``.
+
+    Args:
+        params: a pytree of arrays; an iterable of :class:`Parameter` or of ``(name, Parameter)``; or torch's
+            list of group dicts, whose ``"params"`` is any of these. Arrays are copied: yours stay yours.
+        defaults: the options of groups that do not give their own.
+        groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
+            regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), or a
+            predicate of the path. A parameter follows the first that selects it. The groups stand in this
+            order; one for all other parameters comes last (default None: one group).
+
+    Attributes:
+        param_groups: a list of dicts, the options of each group and its ``"params"``, a list of
+            :class:`Parameter`. What you write there takes effect at the next step.
+        state: the slots of each parameter, ``state[param]["exp_avg"]``: a live view, by torch's names.
+        defaults: as given.
+
+    Errors:
+        Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized,
+        ``ValueError`` for an empty list, an option out of range, a parameter in two groups.
+        A call that raises leaves parameters, state and counts as they were.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import optim
+        >>> params = {"w": jnp.array([1.0, -2.0]), "b": jnp.zeros(2)}
+        >>> opt = optim.SGD(params, lr=0.1, groups=[("b", {"lr": 0.5})])
+        >>> opt.step({"w": jnp.ones(2), "b": jnp.ones(2)})
+        >>> jax.tree.map(lambda x: [round(y, 3) for y in x.tolist()], opt.params)
+        {'b': [-0.5, -0.5], 'w': [0.9, -2.1]}
+    """
+
+    rule: ClassVar[type[Any]]
+    """What computes the update of one parameter."""
+    step_type: ClassVar[type | None] = jax.Array
+    """How ``state`` shows the count of steps: a float32 array, an ``int``, or None for not at all."""
+
+    storage_class: ClassVar[type[Storage]] = Storage
+    """What keeps the parameters and makes the updates."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters of the rule that the class sees to itself, and the values that switch them off there."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("step", "minimize"):
+            if name in vars(cls):
+                setattr(cls, name, hooked(vars(cls)[name]))
+        if "rule" in vars(cls):
+            subclass.complete(cls, Optimizer)
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
+        self._prepare()
+        self.defaults = defaults
+        params = listed(params)
+        if isinstance(params, list | tuple) and params and is_group(params[0]):
+            if groups is not None:
+                raise TypeError("groups selects parameters of one pytree, but params is a list of group dicts already.")
+            self._storage.is_list = True
+            for group in params:
+                self.add_param_group(group)
+            return
+        tree, names = parameters_in(params)
+        if not jax.tree.leaves(tree):
+            raise ValueError("optimizer got an empty parameter list")
+        self._storage.forest = [tree]
+        for group in selected(tree, names, groups or []):
+            self._add(group)
+
+    def _prepare(self) -> None:
+        if not hasattr(self, "rule"):
+            raise TypeError(f"{type(self).__name__} has no rule. Write `class Mine(optim.Optimizer): rule = MyRule`.")
+        self._storage = self.storage_class(self.rule, self.step_type, self.fixed)
+        self._state = State(self._storage)
+        self._prepare_hooks()
+        self._loss_functions = LossFunctions()
+
+    # Parameters and their groups.
+
+    @property
+    def params(self) -> Any:
+        """The current parameters, in the structure that was given; each array is valid as long as you hold it.
+
+        A list of group dicts gives a list with one tree for each group, an iterable of parameters the list of
+        their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group.
+        """
+        for bucket in self._storage.buckets:
+            bucket.read_all()
+        return jax.tree.map(lambda param: param.value, self._storage.tree())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups; see :class:`Optimizer`."""
+        return self._storage.groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._storage.groups = groups
+
+    @property
+    def state(self) -> State:
+        """The state of each parameter; see :class:`Optimizer`."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Mapping[Any, Any]) -> None:
+        self.state.clear()
+        self.state.update(state)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, such as a layer that was frozen so far.
+
+        Args:
+            param_group: a dict with ``"params"`` (a pytree, or an iterable of parameters) and options. As in
+                torch it is completed in place: ``"params"`` becomes a list, missing options are filled in.
+
+        Errors:
+            ``TypeError`` for what is not a dict, or holds what cannot be optimized; ``ValueError`` for a missing
+            required option, an option out of range, names for some parameters only, or a parameter that is in
+            another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice.
+
+        Example:
+            >>> from jaxoptim import optim
+            >>> opt = optim.SGD([1.0], lr=0.1)
+            >>> opt.add_param_group({"params": [2.0], "lr": 0.5})
+            >>> [group["lr"] for group in opt.param_groups]
+            [0.1, 0.5]
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        if "params" not in param_group:
+            raise KeyError("param_group has no 'params'. Give {'params': a pytree or a list of Parameters, ...}.")
+        tree, names = parameters_in(param_group["params"])
+        param_group["params"] = jax.tree.leaves(tree)
+        if names is not None:
+            param_group["param_names"] = names
+        self._add(param_group)
+        self._storage.forest.append(tree)
+        self._storage.is_list = self._storage.is_list or len(self._storage.forest) > 1
+
+    def _add(self, group: dict[str, Any]) -> None:
+        """Append a group of parameters that are in the forest, or will be."""
+        for name, default in self.defaults.items():
+            if default is required and name not in group:
+                raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
+            group.setdefault(name, default)
+        rule = self._storage.rule_of(group)
+        for index, param in enumerate(group["params"]):
+            self._storage.check_param(rule, param.name or f"params[{index}]", param)
+        if len(group["params"]) != len(set(group["params"])):
+            warnings.warn(
+                "optimizer contains a parameter group with duplicate parameters; in future, this will cause an error; "
+                "see github.com/pytorch/pytorch/issues/40967 for more information",
+                stacklevel=3,
+            )
+        for other in self.param_groups:
+            if ("param_names" in group) != ("param_names" in other):
+                kind = "with names" if "param_names" in group else "without names"
+                raise ValueError(
+                    "all optimizer param groups should be with/without names. "
+                    f"cannot add param group {kind} to the optimizer"
+                )
+            if shared := set(other["params"]) & set(group["params"]):
+                raise ValueError(f"some parameters appear in more than one parameter group: {shared.pop()}")
+        self.param_groups.append(group)
+
+    # Steps.
+
+    @hooked
+    def step(self, grads: Any = None, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once.
+
+        Args:
+            grads: a tree like ``params``, None where a parameter is to be skipped (default: each parameter's
+                ``grad``). For complex parameters the convention of torch and optax: the conjugate of what
+                ``jax.grad`` returns. As in torch, a function in this place is the closure.
+            closure: a function that sets each parameter's ``grad`` and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Errors:
+            ``ValueError`` for a tree or shape that does not fit, ``RuntimeError`` for sparse or dense gradients
+            where the other is needed, ``TypeError`` for both arguments at once.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+            >>> opt.step({"w": jnp.ones(2)})
+            >>> [round(x, 3) for x in opt.params["w"].tolist()]
+            [0.9, 0.9]
+        """
+        if callable(grads) and jax.tree_util.all_leaves([grads]):
+            if closure is not None:
+                raise TypeError("step takes gradients or a closure, but got two functions.")
+            grads, closure = None, grads
+        if closure is not None and grads is not None:
+            raise TypeError("step takes gradients or a closure that sets them, but got both.")
+        loss = None if closure is None else closure()
+        if grads is None:
+            grads = self._storage.own_gradients()
+        self._update(lambda: self._storage.advance(grads))
+        return loss
+
+    @hooked
+    def minimize(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
+        """Update the parameters once along the gradient of a loss, all in one compiled and donated program.
+
+        It is compiled once for each ``loss_fn`` and shapes of ``args``; pass one function again and again, and
+        the data as arguments.
+
+        Args:
+            loss_fn: ``loss_fn(params, *args)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has the
+                structure of :attr:`params`.
+            args: pytrees of arrays.
+            has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
+
+        Returns:
+            The loss before the update, or ``(loss, aux)``.
+
+        Errors:
+            ``TypeError`` for a function that cannot be hashed; what ``loss_fn`` raises.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> opt = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
+            >>> def loss(params, target):
+            ...     return jnp.sum((params["w"] - target) ** 2)
+            >>> [round(float(opt.minimize(loss, 3.0)), 3) for _ in range(3)]
+            [8.0, 5.12, 3.277]
+        """
+        self._loss_functions.check(loss_fn)
+        return self._update(lambda: self._storage.minimize(loss_fn, has_aux, args))
+
+    def _update(self, run: Callable[[], Any]) -> Any:
+        """Make one update; the place for what a class does to its options at each."""
+        return run()
+
+    def _pure_rule(self, bucket: Bucket) -> Rule:
+        """The rule with which the pure face goes on from here."""
+        return self._storage.rule_for(bucket)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all parameters.
+
+        Args:
+            set_to_none: set them to None (default), which makes ``step()`` skip the parameters, or to zero.
+
+        Example:
+            >>> from jaxoptim import optim
+            >>> weight = optim.Parameter(1.0)
+            >>> weight.grad = 0.5
+            >>> optim.SGD([weight]).zero_grad()
+            >>> weight.grad is None
+            True
+        """
+        for param in self._storage.parameters():
+            if param.grad is not None:
+                param.grad = None if set_to_none else zeros_like(param.grad)
+
+    # The pure face.
+
+    def to_functional(self) -> tuple[optax.GradientTransformationExtraArgs, Any, Any]:
+        """Leave for the pure face: the transformation, the parameters and the state of this moment.
+
+        Returns:
+            ``(transformation, params, state)``, ``params`` as :attr:`params`. Parameters that share options and
+            count have one ``jaxoptim.OptState``; where groups differ, it is that of ``optax.partition``.
+
+        Example:
+            >>> import jax.numpy as jnp, optax
+            >>> from jaxoptim import optim
+            >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+            >>> tx, params, state = opt.to_functional()
+            >>> updates, state = tx.update({"w": jnp.ones(2)}, state, params)
+            >>> opt.from_functional(optax.apply_updates(params, updates), state)
+            >>> [round(x, 3) for x in opt.params["w"].tolist()]
+            [0.9, 0.9]
+        """
+        return functional.leave(self._storage, self._pure_rule)
+
+    def from_functional(self, params: Any, state: Any) -> None:
+        """Return from the pure face.
+
+        Args:
+            params: a tree like :attr:`params`.
+            state: of the transformation that :meth:`to_functional` gave.
+
+        Errors:
+            ``ValueError`` for a tree or a state of another structure; nothing is changed then.
+
+        Example:
+            See :meth:`to_functional`.
+        """
+        functional.enter(self._storage, self._pure_rule, params, state)
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in torch's layout.
+
+        Returns:
+            ``{"state": {id: slots}, "param_groups": [options and the ids of "params"]}``, the ids counted over
+            all groups. Arrays are JAX arrays.
+
+        Example:
+            >>> from jaxoptim import optim
+            >>> optim.SGD([1.0], lr=0.1).state_dict()["param_groups"][0]["params"]
+            [0]
+        """
+        for before in self._state_dict_pre_hooks.values():
+            before(self)
+        result = state_dicts.saved(self)
+        for after in self._state_dict_post_hooks.values():
+            changed = after(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load what :meth:`state_dict` gave. Options come from it too; slots keep the dtypes they have here.
+
+        Args:
+            state_dict: in torch's layout. It is not changed.
+            strict: check the names and shapes of all slots (default True); otherwise, as torch does, take what
+                there is.
+
+        Errors:
+            ``ValueError`` for another number of groups or parameters, or a slot of another name or shape, with
+            the name of the parameter; ``KeyError`` for a missing option. Nothing is changed then.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> old, new = optim.Adam({"w": jnp.ones(2)}, lr=0.1), optim.Adam({"w": jnp.ones(2)})
+            >>> old.step({"w": jnp.ones(2)})
+            >>> new.load_state_dict(old.state_dict())
+            >>> new.param_groups[0]["lr"]
+            0.1
+        """
+        state_dict = state_dict.copy()
+        for before in self._load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.__setstate__(state_dicts.to_load(self, state_dict, strict))
+        for after in self._load_state_dict_post_hooks.values():
+            after(self)
+
+    def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
+        """Raise for state that this class could not have made with the options of a group."""
+        state_dicts.check_slots(self, group, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and copying keep: all but the hooks, as in torch."""
+        storage = self._storage
+        state = self._storage.states() | self._storage.other_state
+        return {
+            "defaults": self.defaults,
+            "state": state,
+            "param_groups": self.param_groups,
+            "forest": storage.forest,
+            "is_list": storage.is_list,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over some of ``defaults``, ``param_groups`` and ``state``."""
+        if "_storage" not in vars(self):
+            self._prepare()
+        if "forest" in state:
+            self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
+        if "defaults" in state:
+            self.defaults = state["defaults"]
+        if "param_groups" in state:
+            self.param_groups = state["param_groups"]
+        if "state" in state:
+            self.state = state["state"]
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} ("]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"] + [""]
+        return "\n".join([*lines[:-1], ")"]) if self.param_groups else lines[0] + ")"

@@ -1,0 +1,145 @@
+"""The mutable cell that an optimizer updates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+if TYPE_CHECKING:
+    from jaxoptim.optim.bucket import Bucket
+
+
+class Parameter:
+    """An array that changes its value: what torch's ``Parameter`` is to an optimizer.
+
+    Args:
+        value: a floating or complex array, or a number. It is copied.
+        name: a name for error messages and for matching checkpoints (default None).
+
+    Attributes:
+        value: the current array. What was read stays valid however often the parameter is updated. Assign
+            an array of the same shape to change it.
+        grad: the gradient that ``step()`` uses, an array or a ``BCOO`` of rows; None skips the parameter.
+        name: as given; the dotted path if the optimizer was given a pytree.
+        shape: of the value.
+        dtype: of the value.
+
+    Errors:
+        ``TypeError`` for a value that is not floating or complex; ``ValueError`` for a value or gradient
+        of another shape.
+
+    Example:
+        >>> from jaxoptim import optim
+        >>> weight = optim.Parameter([1.0, -2.0], name="weight")
+        >>> weight.grad = 2 * weight.value
+        >>> optim.SGD([weight], lr=0.1).step()
+        >>> [round(x, 3) for x in weight.value.tolist()]
+        [0.8, -1.6]
+    """
+
+    __slots__ = ("__weakref__", "_bucket", "_grad", "_index", "_value", "dtype", "name", "shape")
+
+    def __init__(self, value: Any, name: str | None = None) -> None:
+        self.name = name
+        self._value: jax.Array | None = _copied(value, name)
+        self._grad: Any = None
+        self._bucket: Bucket | None = None
+        self._index = 0
+        self.shape: tuple[int, ...] = self._value.shape
+        self.dtype = self._value.dtype
+
+    @property
+    def value(self) -> jax.Array:
+        """The current array."""
+        return self._bucket.read(self._index) if self._value is None else self._value  # type: ignore[union-attr]
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        array = _copied(value, self.name)
+        if array.shape != self.shape:
+            raise ValueError(
+                f"The value assigned to {self._described()} has shape {array.shape}, but the parameter has "
+                f"{self.shape}. Make a new Parameter for another shape."
+            )
+        self.leave()
+        self._value = array.astype(self.dtype)
+
+    @property
+    def grad(self) -> Any:
+        """The gradient that ``step()`` uses."""
+        return self._grad
+
+    @grad.setter
+    def grad(self, grad: Any) -> None:
+        if grad is not None and not isinstance(grad, jax.Array | BCOO):
+            grad = owned(grad)
+        if grad is not None and grad.shape != self.shape:
+            raise ValueError(
+                f"The gradient assigned to {self._described()} has shape {grad.shape}, but the parameter has "
+                f"{self.shape}. They must be equal."
+            )
+        self._grad = grad
+
+    @property
+    def struct(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype, for abstract evaluation."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def enter(self, bucket: Bucket, index: int) -> None:
+        """Let a bucket keep the value from now on."""
+        self.leave()
+        self._bucket, self._index, self._value = bucket, index, None
+
+    def leave(self) -> None:
+        """Tell the bucket that keeps the value that it no longer does; the caller puts it elsewhere."""
+        if self._bucket is not None:
+            self._bucket.outdated.add(self._index)
+            self._bucket = None
+
+    def _described(self) -> str:
+        return "a parameter" if self.name is None else repr(self.name)
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f", name={self.name!r}"
+        return f"Parameter(shape={self.shape}, dtype={self.dtype}{name})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": self.value, "grad": self._grad, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["value"], state["name"])  # type: ignore[misc]
+        self._grad = state["grad"]
+
+
+def zeros_like(grad: Any) -> Any:
+    """A gradient of zeros, of the same kind: a sparse one of zeros has no rows."""
+    if not isinstance(grad, BCOO):
+        return jnp.zeros_like(grad)
+    return BCOO((grad.data[:0], grad.indices[:0]), shape=grad.shape)
+
+
+def owned(array: Any) -> jax.Array:
+    """A copy of an array of another library, complete on return: its owner may change it at once."""
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
+        return jnp.asarray(np.array(array))
+    return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
+
+
+def _copied(value: Any, name: str | None) -> jax.Array:
+    """An array of our own: optimizers donate what they hold, and NumPy arrays may change."""
+    if isinstance(value, jax.Array):
+        array = jax.device_put(value, may_alias=False)
+        if array.weak_type:
+            array = jax.lax.convert_element_type(array, array.dtype)
+    else:
+        array = owned(value)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(
+            f"The parameter{'' if name is None else ' ' + repr(name)} has dtype {array.dtype}. Floating and complex "
+            "arrays are optimized; put None in the place of anything else."
+        )
+    return array
