@@ -169,7 +169,10 @@ def compare_states(rule, state, parent):
             close(ours, theirs, f"{name}[{row}]")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(name, marks=[] if name in ("defaults", "short_history") else pytest.mark.slow) for name in OPTIONS],
+)
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("search", SEARCHES)
 def test_every_step_asks_for_torchs_points_and_leaves_torchs_state(search, problem, options, x64):

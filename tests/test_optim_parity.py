@@ -10,11 +10,21 @@ from jax.experimental.sparse import BCOO
 import parity
 from jaxoptim import optim, rules
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
-from table import CASES, SPARSE, STATES, Case
+from table import CASES, FIRST, SPARSE, STATES, Case
 
 STEPS = 200
 ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
-DENSE = [case for case in CASES if not case.row.sparse]
+DENSE = [
+    pytest.param(case, id=str(case), marks=[] if case in STATES else pytest.mark.slow)
+    for case in CASES
+    if not case.row.sparse
+]
+"""Every option set; in the fast tests, those that keep state of another kind."""
+COMPLEX = [
+    pytest.param(case, id=str(case), marks=[] if case in FIRST else pytest.mark.slow)
+    for case in STATES
+    if case.row.complex and not case.row.sparse
+]
 NEW_OPTIONS = {"betas": (0.7, 0.9), "alpha": 0.8, "rho": 0.7, "eps": 1e-4, "d": 1.5, "lambd": 0.01, "clip_norm": 0.3}
 """What a group is changed to in mid-run, where it has the option."""
 
@@ -116,21 +126,23 @@ def run(case, dtype):
         if t == CHANGED:
             in_both(twins.ours.param_groups[0], twins.theirs.param_groups[0], change_options)
             in_both(twins.ours.param_groups[1], twins.theirs.param_groups[1], change_options)
-        skipped = {0} if t % 7 == 3 else set()
-        skipped |= {1} if t in FROZEN else set()
-        skipped |= {last} if t < ADDED else set()
-        twins.step(t, skipped)
+        if t < ADDED:
+            twins.step(t, {last})
+        elif t in FROZEN:
+            twins.step(t, {1})
+        else:
+            twins.step(t, {0} if t % 7 == 3 else set())
     return twins
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", DENSE)
 def test_a_run_agrees_with_the_parent(case, x64):
     twins = run(case, "float64")
     assert twins.distance() < 1e-12
     twins.check_state_dicts(1e-12)
 
 
-@pytest.mark.parametrize("case", [c for c in STATES if c.row.complex and not c.row.sparse], ids=str)
+@pytest.mark.parametrize("case", COMPLEX)
 def test_a_complex_run_agrees_with_the_parent(case, x64):
     twins = run(case, "complex128")
     assert twins.distance() < 1e-12
@@ -138,7 +150,7 @@ def test_a_complex_run_agrees_with_the_parent(case, x64):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", [case for case in STATES if not case.row.sparse], ids=str)
+@pytest.mark.parametrize("case", [case for case in FIRST if not case.row.sparse], ids=str)
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     start, noise = problem(case.row.wide_shapes)
     reference = parity.run_parent(case, start, noise, "float64", 0.0)
