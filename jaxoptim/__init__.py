@@ -2,8 +2,10 @@
 
 The pure face: every optimizer is a function that returns an optax transformation, built from a rule, the
 mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``.
+``jaxoptim.optim`` has the same optimizers as torch-style classes.
 """
 
+from jaxoptim import optim as optim
 from jaxoptim import rules as rules
 from jaxoptim.core import Decay as Decay
 from jaxoptim.core import OptState as OptState

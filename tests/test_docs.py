@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import core, rules
+from jaxoptim import core, optim, rules
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {f"jaxoptim.{name}": value for name, value in vars(jaxoptim).items() if callable(value)}
@@ -25,6 +25,16 @@ def test_public_names_are_documented(name):
     sections = ["Example:"] + ([] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Errors:", "Errors:"])
     for section in sections:
         assert re.search(rf"^ *{section}", text, re.MULTILINE), f"{name} has no section {section}"
+
+
+@pytest.mark.parametrize("name", [name for name, value in vars(optim).items() if callable(value)])
+def test_the_torch_style_face_is_documented(name):
+    value = getattr(optim, name)
+    sections = ["Args:", "Example:"]
+    if isinstance(value, type) and issubclass(value, optim.Optimizer):
+        sections += [".. math::", "Errors:"] + (["Reference:"] if value is not optim.Optimizer else [])
+    for section in sections:
+        assert section in value.__doc__
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("rules.")])

@@ -13,8 +13,65 @@ import jax.numpy as jnp
 from jaxoptim.core import OptState, Packed, Rule, init, pack, trees
 from jaxoptim.optim.parameter import Parameter, owned
 
-Contents = tuple[Any, OptState | None]
-"""The values of a bucket and its state: what a compiled step takes, donated, and returns."""
+
+class Static:
+    """Something fixed in a compiled program, compared at every call: its hash is kept, and identity decides."""
+
+    def __init__(self, *content: Any) -> None:
+        self.content = content
+        self._hash = hash(content)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Static) and self._hash == other._hash and self.content == other.content
+        )
+
+
+@jax.tree_util.register_pytree_node_class
+class Contents:
+    """The values of a bucket and its state: what a compiled step takes, donated, and returns.
+
+    It is a pytree that is flat already, because a step would spend more time on its structure than on a small
+    network's arrays.
+
+    Args:
+        values: the values of the parameters.
+        state: the state, or None before the first update.
+    """
+
+    def __init__(self, values: Any, state: OptState | None) -> None:
+        leaves, treedef = jax.tree.flatten((values, state))
+        self.leaves: Sequence[Any] = leaves
+        self._form = Static(treedef, state is not None)
+
+    @property
+    def values(self) -> Any:
+        """The values, in their structure."""
+        return jax.tree.unflatten(self._form.content[0], self.leaves)[0]
+
+    @property
+    def state(self) -> OptState | None:
+        """The state, in its structure."""
+        return jax.tree.unflatten(self._form.content[0], self.leaves)[1]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state."""
+        return self._form.content[1]
+
+    def tree_flatten(self) -> tuple[Sequence[Any], Static]:
+        """The arrays and their structure."""
+        return self.leaves, self._form
+
+    @classmethod
+    def tree_unflatten(cls, form: Static, leaves: Sequence[Any]) -> Contents:
+        """Other arrays in the same structure."""
+        new = object.__new__(cls)
+        new._form, new.leaves = form, leaves
+        return new
 
 
 class Bucket:
@@ -41,8 +98,7 @@ class Bucket:
         self.group, self.labels, self.params = group, tuple(labels), tuple(params)
         self.times, self.packed = times, packed
         tree = OrderedDict(zip(labels, [param.value for param in params], strict=True))
-        self.values: Any = pack(tree) if packed else tree
-        self.state: OptState | None = None
+        self.contents = Contents(pack(tree) if packed else tree, None)
         self.names: list[str] = []
         self.outdated: set[int] = set()
         self._read: dict[int, jax.Array] = {}
@@ -50,13 +106,22 @@ class Bucket:
             param.enter(self, index)
 
     @property
-    def contents(self) -> Contents:
-        """The values and the state."""
-        return self.values, self.state
+    def values(self) -> Any:
+        """The values of the parameters."""
+        return self.contents.values
+
+    @property
+    def state(self) -> OptState | None:
+        """The state, None before the first update."""
+        return self.contents.state
+
+    @state.setter
+    def state(self, state: OptState | None) -> None:
+        self.contents = Contents(self.values, state)
 
     def replace(self, contents: Contents) -> None:
         """Put new values and state in the place of the old ones."""
-        self.values, self.state = contents
+        self.contents = contents
         self._read.clear()
 
     def read(self, index: int) -> jax.Array:
@@ -72,20 +137,21 @@ class Bucket:
 
     def update_outdated(self) -> None:
         """Bring back the values that were assigned, or taken over by another optimizer, since the last step."""
+        values = self.values
         for index in sorted(self.outdated):
-            self.values = self._with_leaf(self.values, index, self.params[index].value)
+            values = self._with_leaf(values, index, self.params[index].value)
             self.params[index].enter(self, index)
         self.outdated.clear()
-        self._read.clear()
+        self.replace(Contents(values, self.state))
 
     def keep_what_others_hold(self) -> None:
         """Copy the arrays that somebody else holds too, because the next step donates ours."""
         self._read.clear()
-        leaves, treedef = jax.tree.flatten(self.contents)
-        held = [count > _OURS for count in _references(leaves)]
+        held = [count > _OURS for count in _references(self.contents.leaves)]
         if any(held):
-            leaves = [jnp.copy(x) if other else x for x, other in zip(leaves, held, strict=True)]
-            self.values, self.state = jax.tree.unflatten(treedef, leaves)
+            leaves, form = self.contents.tree_flatten()
+            copies = [jnp.copy(x) if other else x for x, other in zip(leaves, held, strict=True)]
+            self.contents = Contents.tree_unflatten(form, copies)
 
     def start(self, rule: Rule) -> None:
         """Make the state before the first update, or the slots that a change of options has added."""
@@ -153,11 +219,10 @@ def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
     return {name: slots[name] for name in names}
 
 
-def _references(arrays: list[Any]) -> list[int]:
+def _references(arrays: Sequence[Any]) -> list[int]:
     """How many references there are to each array."""
     return [sys.getrefcount(x) for x in arrays]
 
 
-_sample = (object(),)
-_OURS = _references(jax.tree.leaves(_sample))[0]
-"""What :func:`_references` counts for an object that only a tree holds."""
+_OURS = _references((object(),))[0]
+"""What :func:`_references` counts for an object that only a sequence holds."""

@@ -109,13 +109,13 @@ class FlatStorage(Storage):
         with self._started(self.buckets):
             before, losses = bucket.contents, list[Any]()
             try:
-                search = _begin(self._packed_rules, *bucket.contents)
+                search = _begin(self._packed_rules, before)
                 while not losses or not bool(search.done):
                     losses.append(closure())
                     grads = {name: param.grad for name, param in zip(bucket.labels, bucket.params, strict=True)}
-                    search, values = _observe(self._packed_rules, search, before[0], losses[-1], grads)
-                    bucket.replace((values, bucket.state))
-                bucket.replace(_finish(self._packed_rules, search, *before))
+                    search, values = _observe(self._packed_rules, search, before.values, losses[-1], grads)
+                    bucket.replace(Contents(values, before.state))
+                bucket.replace(_finish(self._packed_rules, search, before))
             except BaseException:
                 bucket.replace(before)
                 raise
@@ -235,10 +235,10 @@ _init = jax.jit(lambda rule, values: rule.init(flatten(values)))
 
 
 @jax.jit
-def _begin(packed: program.Rules, values: Any, state: OptState) -> Any:
+def _begin(packed: program.Rules, contents: Any) -> Any:
     """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
     (rule,) = packed.each()
-    return rule.start(state.shared, flatten(values))
+    return rule.start(contents.state.shared, flatten(contents.values))
 
 
 @functools.partial(jax.jit, donate_argnames="search")
@@ -251,11 +251,11 @@ def _observe(packed: program.Rules, search: Any, like: Any, loss: Any, grads: An
 
 
 @jax.jit
-def _finish(packed: program.Rules, search: Any, like: Any, state: OptState) -> Contents:
+def _finish(packed: program.Rules, search: Any, before: Any) -> Contents:
     """The values and the state at the end of a step."""
     (rule,) = packed.each()
     _, x, shared = rule.finish(search)
-    return unflatten(x, like), OptState(state.step + 1, {}, shared)
+    return Contents(unflatten(x, before.values), OptState(before.state.step + 1, {}, shared))
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
@@ -268,10 +268,11 @@ def _minimize(
     args: tuple[Any, ...],
 ) -> tuple[Any, Any]:
     """One step, line search included; the auxiliary output is that of the first evaluation."""
-    (rule, *_), ((values, state), *others) = packed.each(), contents
+    (rule, *_), (content, *others) = packed.each(), contents
+    values, state = content.values, content.state
 
     def loss_of(x: jax.Array) -> Any:
-        return loss_fn(plan.tree([unflatten(x, values), *(frozen for frozen, _ in others)]), *args)
+        return loss_fn(plan.tree([unflatten(x, values), *(other.values for other in others)]), *args)
 
     x = flatten(values)
     if has_aux:
@@ -280,7 +281,7 @@ def _minimize(
         result = loss, aux
     else:
         result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
-    return result, ((unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
+    return result, (Contents(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
 
 
 def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:

@@ -19,27 +19,11 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import Packed, Rule, check_gradient, step, trees
 from jaxoptim.core.sparse import rows_of
-from jaxoptim.optim.bucket import Contents
+from jaxoptim.optim.bucket import Contents, Static
 
 
 class RegroupNeeded(Exception):
     """The gradients of one bucket are partly missing, or of another kind than it is laid out for."""
-
-
-class Static:
-    """Something fixed in a compiled program, compared at every call: its hash is kept, and identity decides."""
-
-    def __init__(self, *content: Any) -> None:
-        self.content = content
-        self._hash = hash(content)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Static) and self._hash == other._hash and self.content == other.content
-        )
 
 
 @jax.tree_util.register_pytree_node_class
@@ -129,15 +113,13 @@ def advance(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: Any
         ``jaxoptim.step`` raises for gradients that do not fit their parameters.
     """
     gradients = []
-    for (values, state), leaves, rule, bucket in zip(
-        contents, plan.gradients(grads), rules.each(), plan.buckets, strict=True
-    ):
+    for content, leaves, rule, bucket in zip(contents, plan.gradients(grads), rules.each(), plan.buckets, strict=True):
         _, times, packed = bucket
         missing = [leaf is None for leaf in leaves]
         sparse = packed and any(isinstance(leaf, BCOO) for leaf in leaves)
-        if times and not all(missing) and (any(missing) or sparse or state is None):
+        if times and not all(missing) and (any(missing) or sparse or not content.has_state):
             raise RegroupNeeded
-        params = jax.eval_shape(_unpacked, values)
+        params = jax.eval_shape(_unpacked, content.values)
         checked = [
             grad if grad is None else check_gradient(rule, name, grad, param)
             for (name, param), grad in zip(params.items(), leaves, strict=True)
@@ -160,7 +142,7 @@ def minimize(
     def loss_of(values: list[Any]) -> Any:
         return loss_fn(plan.tree(values), *args)
 
-    loss, grads = jax.value_and_grad(loss_of, has_aux=has_aux)([values for values, _ in contents])
+    loss, grads = jax.value_and_grad(loss_of, has_aux=has_aux)([content.values for content in contents])
     # torch and optax take the conjugate of what JAX calls the gradient; real numbers are their own.
     grads = jax.tree.map(jnp.conj, grads)
     as_rows = [rule.sparse == "required" for rule in rules.each()]
@@ -171,11 +153,12 @@ def minimize(
 def _stepped(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: list[Any]) -> tuple[Contents, ...]:
     """The buckets after one step; those without any gradient as they were."""
     new = []
-    for rule, (values, state), gradient, (_, times, _) in zip(rules.each(), contents, grads, plan.buckets, strict=True):
+    for rule, content, gradient, (_, times, _) in zip(rules.each(), contents, grads, plan.buckets, strict=True):
+        values, state = content.values, content.state
         if jax.tree.leaves(gradient) and state is not None:
             for _ in range(times):
                 values, state = step(rule, values, gradient, state)
-        new.append((values, state))
+        new.append(Contents(values, state))
     return tuple(new)
 
 

@@ -153,9 +153,9 @@ class Storage:
     def advance(self, grads: Any) -> None:
         """One update of all parameters that have a gradient."""
         if not self.groups:
-            return
+            return  # as torch
         self.settle()
-        if any(bucket.state is not None for bucket in self.buckets):
+        if any(bucket.contents.has_state for bucket in self.buckets):
             with contextlib.suppress(program.RegroupNeeded):
                 return self._take(program.advance(self._plan, self._packed_rules, self._contents(), grads))
         with self._started(self._regroup(grads)):
@@ -188,7 +188,7 @@ class Storage:
     @contextlib.contextmanager
     def _started(self, buckets: list[Bucket]) -> Iterator[None]:
         """Make the state of buckets that have none; they lose it again if what follows fails."""
-        new = [bucket for bucket in buckets if bucket.state is None and bucket.times]
+        new = [bucket for bucket in buckets if not bucket.contents.has_state and bucket.times]
         try:
             for bucket in new:
                 bucket.start(self.rule_for(bucket))
@@ -202,6 +202,8 @@ class Storage:
 
     def settle(self) -> None:
         """Bring buckets and rules up to date with groups, options, and assigned values."""
+        if not self.groups:
+            raise ValueError("The optimizer has no parameter groups left. Add one with add_param_group.")
         self._settle_options()
         if self._loose or self._groups_changed():
             self._arrange()
