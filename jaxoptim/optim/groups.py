@@ -103,7 +103,7 @@ def selected(
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
             raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
         matches = _predicate(entry[0])
-        mine = [index for index, name in left.items() if matches(name)]
+        mine = {index: name for index, name in left.items() if matches(name)}
         if not mine:
             raise ValueError(
                 f"groups: no parameter is left that {entry[0]!r} selects. A regular expression must match the whole "
