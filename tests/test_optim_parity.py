@@ -21,7 +21,7 @@ DENSE = [
 ]
 """Every option set; in the fast tests, those that keep state of another kind."""
 COMPLEX = [
-    pytest.param(case, id=str(case), marks=[] if case in FIRST else pytest.mark.slow)
+    pytest.param(case, id=str(case), marks=[] if case.row.name in ("SGD", "NAdam", "Rprop") else pytest.mark.slow)
     for case in STATES
     if case.row.complex and not case.row.sparse
 ]
@@ -149,6 +149,7 @@ def test_a_complex_run_agrees_with_the_parent(case, x64):
     twins.check_state_dicts(1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [case for case in FIRST if not case.row.sparse], ids=str)
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
@@ -175,7 +176,7 @@ def test_sparse_gradients_agree_with_the_parent(case, x64):
         for t in range(STEPS):
             grads = [None] * len(shapes)
             for i, tensor in enumerate(tensors):
-                if (t + i) % 5 == 0:
+                if i == 0 and t % 5 == 0:
                     tensor.grad = None
                     continue
                 at = torch.tensor(rows[i][t])[None]
