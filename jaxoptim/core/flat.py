@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
-from jaxoptim.core.numerics import computing_dtype, real_dtype, view_as_complex, view_as_real
+from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
 from jaxoptim.core.packing import Packed, _join, _split
 
 
@@ -91,7 +91,7 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
     """
     leaves, treedef = jax.tree.flatten(like, is_leaf=trees.is_leaf)
     arrays = [jnp.asarray(x) if not hasattr(x, "dtype") else x for x in leaves if x is not None]
-    sizes = [math.prod(x.shape) * (2 if _is_complex(x) else 1) for x in arrays]
+    sizes = [math.prod(x.shape) * (2 if is_complex(x) else 1) for x in arrays]
     if vector.shape != (sum(sizes),):
         raise ValueError(f"The vector has shape {vector.shape}, but the tree holds {sum(sizes)} real numbers.")
     parts = iter(zip(arrays, _split(vector, sizes) if sizes else [], strict=True))
@@ -100,7 +100,7 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
 
 def _placed(like: Any, part: jax.Array) -> jax.Array:
     """One array of the tree from its part of the vector."""
-    if _is_complex(like):
+    if is_complex(like):
         pairs = part.astype(real_dtype(like.dtype)).reshape((*like.shape, 2))
         return view_as_complex(pairs)
     return part.astype(like.dtype).reshape(like.shape)
@@ -112,7 +112,7 @@ def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
         return jnp.zeros(param.shape, param.dtype)
     leaf = sparse.to_dense(leaf) if isinstance(leaf, BCOO) else trees.check_array(f"leaf of {what}", name, leaf)
     trees.check_shape(f"leaf of {what}", name, leaf, param)
-    if _is_complex(leaf) != _is_complex(param):
+    if is_complex(leaf) != is_complex(param):
         raise TypeError(
             f"The leaf of {what} {name!r} has dtype {leaf.dtype}, but the parameter has {param.dtype}. "
             "Both must be real, or both complex."
@@ -130,7 +130,3 @@ def _flat_dtype(arrays: list[Any]) -> Any:
     if not arrays:
         return real_dtype(computing_dtype(jnp.float32))
     return real_dtype(computing_dtype(jnp.result_type(*(x.dtype for x in arrays))))
-
-
-def _is_complex(x: Any) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))

@@ -48,6 +48,11 @@ def real_dtype(dtype: Any) -> np.dtype:
     return jnp.finfo(dtype).dtype
 
 
+def is_complex(x: Any) -> bool:
+    """Whether an array, or what stands for its shape and dtype, is complex."""
+    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
+
+
 def view_as_real(x: jax.Array) -> jax.Array:
     """A complex array as real numbers, in pairs along a last axis; a real array as it is."""
     return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x

@@ -246,6 +246,11 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
     return Packed((), (), _Layout(jax.tree.structure(tree), places, buffers)).pack(tree)
 
 
+def unpacked(tree: Any) -> Any:
+    """The tree of a :class:`Packed`; any other as it is."""
+    return tree.unpack() if isinstance(tree, Packed) else tree
+
+
 def _is_sharded(x: jax.Array) -> bool:
     """Whether an array is laid out over several devices, as far as that is known."""
     if isinstance(x, jax.core.Tracer):

@@ -17,8 +17,8 @@ from jax import export
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
-from jaxoptim.core.numerics import computing_dtype, real_dtype, view_as_complex, view_as_real
-from jaxoptim.core.packing import Packed
+from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
+from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.rule import Hyperparameters, Rule, Slots
 
 P = ParamSpec("P")
@@ -297,7 +297,7 @@ def _advance(
     _check_rule(rule)
     if isinstance(params, Packed):
         if not rule.elementwise:
-            result, state = _advance(rule, _unpacked(grads), state, params.unpack(), finish, skipped)
+            result, state = _advance(rule, unpacked(grads), state, params.unpack(), finish, skipped)
             return params.pack(result), state
         if not isinstance(grads, Packed):
             grads = params.pack(grads, "grads")
@@ -323,10 +323,6 @@ def _advance(
             new_slots[key][i] = slot
     new_trees = {key: jax.tree.unflatten(treedef, leaves) for key, leaves in new_slots.items()}
     return jax.tree.unflatten(treedef, results), OptState(count, new_trees, state.shared)
-
-
-def _unpacked(tree: Any) -> Any:
-    return tree.unpack() if isinstance(tree, Packed) else tree
 
 
 def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
@@ -370,13 +366,9 @@ def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
             "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
         )
     trees.check_shape("gradient", name, grad, like)
-    if _is_complex(grad) and not _is_complex(like):
+    if is_complex(grad) and not is_complex(like):
         raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
     return grad
-
-
-def _is_complex(x: Any) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
 def _update_one(rule: Rule, grad: Any, slots: Slots, param: Any, count: jax.Array) -> tuple[Any, jax.Array, Slots]:

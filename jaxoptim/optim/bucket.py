@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import OptState, Packed, Rule, init, pack, trees
+from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.parameter import Parameter, owned
 
 
@@ -187,7 +188,7 @@ class Bucket:
         ]
 
     def _leaves(self, tree: Any) -> list[Any]:
-        return list((tree.unpack() if isinstance(tree, Packed) else tree).values())
+        return list(unpacked(tree).values())
 
     def _leaf(self, tree: Any, index: int) -> Any:
         return tree.get(index) if isinstance(tree, Packed) else tree[self.labels[index]]

@@ -25,6 +25,32 @@ _ENTRIES = ("func_evals", "n_iter", "al", "d", "t", *_HISTORY, "H_diag", "prev_f
 """torch's state, in its order; ``al`` is scratch."""
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
+def _minimize(
+    plan: program.Plan,
+    packed: program.Rules,
+    contents: Any,
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+) -> tuple[Any, Any]:
+    """One step, line search included; the auxiliary output is that of the first evaluation."""
+    (rule, *_), (content, *others) = packed.each(), contents
+    values, state = content.values, content.state
+
+    def loss_of(x: jax.Array) -> Any:
+        return loss_fn(plan.tree([unflatten(x, values), *(other.values for other in others)]), *args)
+
+    x = flatten(values)
+    if has_aux:
+        (loss, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
+        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (loss, slope))
+        result = loss, aux
+    else:
+        result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
+    return result, (Contents(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
+
+
 class FlatBucket(Bucket):
     """Parameters that are updated as one vector."""
 
@@ -39,6 +65,8 @@ class FlatBucket(Bucket):
 
 class FlatStorage(Storage):
     """The parameters of the only group as one vector, whose state torch files under the first of them."""
+
+    _minimize = staticmethod(_minimize)
 
     def check_param(self, rule: Any, name: str, param: Parameter) -> None:
         """Accept all: a vector is made of any parameters."""
@@ -93,14 +121,6 @@ class FlatStorage(Storage):
             "LBFGS evaluates the loss at several points in one step, so it takes no gradients. "
             "Call step(closure) with a function that sets the gradients and returns the loss, or minimize(loss_fn)."
         )
-
-    def minimize(self, loss_fn: Callable[..., Any], has_aux: bool, args: tuple[Any, ...]) -> Any:
-        """The loss, and one step with its line search, in one compiled call."""
-        self.settle()
-        with self._started(self.buckets):
-            loss, contents = _minimize(self._plan, self._packed_rules, self._contents(), loss_fn, has_aux, args)
-            self._take(contents)
-        return loss
 
     def search(self, closure: Callable[[], Any]) -> Any:
         """One step with evaluations by a function that sets gradients; as before if it raises."""
@@ -256,32 +276,6 @@ def _finish(packed: program.Rules, search: Any, before: Any) -> Contents:
     (rule,) = packed.each()
     _, x, shared = rule.finish(search)
     return Contents(unflatten(x, before.values), OptState(before.state.step + 1, {}, shared))
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
-def _minimize(
-    plan: program.Plan,
-    packed: program.Rules,
-    contents: Any,
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
-    args: tuple[Any, ...],
-) -> tuple[Any, Any]:
-    """One step, line search included; the auxiliary output is that of the first evaluation."""
-    (rule, *_), (content, *others) = packed.each(), contents
-    values, state = content.values, content.state
-
-    def loss_of(x: jax.Array) -> Any:
-        return loss_fn(plan.tree([unflatten(x, values), *(other.values for other in others)]), *args)
-
-    x = flatten(values)
-    if has_aux:
-        (loss, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
-        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (loss, slope))
-        result = loss, aux
-    else:
-        result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
-    return result, (Contents(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
 
 
 def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:

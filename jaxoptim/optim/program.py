@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import Packed, Rule, check_gradient, step, trees
+from jaxoptim.core import Rule, check_gradient, step, trees
+from jaxoptim.core.packing import unpacked
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.bucket import Contents, Static
 
@@ -88,7 +89,7 @@ class Plan(Static):
         """The tree of the values that the buckets hold."""
         arrays: dict[int, Any] = {}
         for (numbers, _, _), value in zip(self.buckets, values, strict=True):
-            arrays.update(zip(numbers, jax.tree.leaves(_unpacked(value)), strict=True))
+            arrays.update(zip(numbers, jax.tree.leaves(unpacked(value)), strict=True))
         return jax.tree.unflatten(self.treedef, [arrays[number] for number in self.order])
 
     def gradients(self, grads: Any) -> list[list[Any]]:
@@ -119,7 +120,7 @@ def advance(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: Any
         sparse = packed and any(isinstance(leaf, BCOO) for leaf in leaves)
         if times and not all(missing) and (any(missing) or sparse or not content.has_state):
             raise RegroupNeeded
-        params = jax.eval_shape(_unpacked, content.values)
+        params = jax.eval_shape(unpacked, content.values)
         checked = [
             grad if grad is None else check_gradient(rule, name, grad, param)
             for (name, param), grad in zip(params.items(), leaves, strict=True)
@@ -164,10 +165,6 @@ def _stepped(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: li
 
 def _is_number(x: Any) -> bool:
     return bool(x.size == 1 and jnp.issubdtype(x.dtype, jnp.floating))
-
-
-def _unpacked(values: Any) -> Any:
-    return values.unpack() if isinstance(values, Packed) else values
 
 
 class LossFunctions:

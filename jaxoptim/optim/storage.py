@@ -42,6 +42,9 @@ class Storage:
         other_state: what the user filed under other keys than parameters.
     """
 
+    _minimize = staticmethod(program.minimize)
+    """The program of :meth:`minimize`."""
+
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         self.rule, self.step_type, self.fixed = rule, step_type, fixed
         self.groups: list[Group] = []
@@ -165,7 +168,7 @@ class Storage:
         """The loss, and one update along its gradient, in one compiled call."""
         self.settle()
         with self._started(self.buckets):
-            loss, contents = program.minimize(self._plan, self._packed_rules, self._contents(), loss_fn, has_aux, args)
+            loss, contents = self._minimize(self._plan, self._packed_rules, self._contents(), loss_fn, has_aux, args)
             self._take(contents)
         return loss
 
