@@ -22,6 +22,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/lbfgs.py
+	$(PYTHON) benchmarks/averaging.py
 
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test

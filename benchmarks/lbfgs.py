@@ -20,7 +20,7 @@ from sklearn.datasets import load_breast_cancer
 
 from contenders import Builders, torch, torch_runs_here
 from jaxoptim import optim
-from timing import Effort, Run, Times, duration, measure
+from timing import Effort, Run, heading, measure, row
 
 PENALTY = 1e-4
 STEPS = 3
@@ -116,8 +116,8 @@ def table(line_search: str | None, effort: Effort) -> str:
     builders: Builders = {name: functools.partial(_build, make, options, *data) for name, make in makers.items()}
     times = measure(builders, effort)
     reference = times.get("torch, step(closure)")
-    header = f"  {'':42}{'fit':>11}{'/ torch':>10}{'cores':>7}{'first fit':>12}{'evaluations':>13}{'loss':>17}"
-    rows = [_row(name, times[name], reference) + make(options, *data)().summary(*data) for name, make in makers.items()]
+    header = f"{heading('fit', 'torch')}{'evaluations':>13}{'loss':>17}"
+    rows = [row(name, times[name], reference) + make(options, *data)().summary(*data) for name, make in makers.items()]
     return "\n".join([f"L-BFGS on breast cancer, line_search_fn={line_search!r}, float64", header, *rows])
 
 
@@ -129,11 +129,6 @@ def _build(make: Callable[..., Callable[[], Fit]], options: dict[str, Any], x: j
             fit()
 
     return run
-
-
-def _row(name: str, times: Times, reference: Times | None) -> str:
-    ratio = "" if reference is None else f"{times.step / reference.step:.3f}"
-    return f"  {name:42}{duration(times.step):>11}{ratio:>10}{times.cores:>7.1f}{duration(times.first_step):>12}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

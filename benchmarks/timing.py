@@ -48,6 +48,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def heading(step: str, reference: str) -> str:
+    """The names of the columns of :func:`row`; ``step`` is what is timed."""
+    return f"  {'':42}{step:>11}{'/ ' + reference:>10}{'cores':>7}{'first ' + step:>12}"
+
+
+def row(name: str, times: Times, reference: Times | None) -> str:
+    """The times of one contender, and their ratio to another's."""
+    ratio = "" if reference is None else f"{times.step / reference.step:.3f}"
+    return f"  {name:42}{duration(times.step):>11}{ratio:>10}{times.cores:>7.1f}{duration(times.first_step):>12}"
+
+
 def measure(contenders: dict[str, Callable[[], Run]], effort: Effort) -> dict[str, Times]:
     """Times of contenders, each given as a function that builds it with a state of its own."""
     runs, first_steps = {}, {}

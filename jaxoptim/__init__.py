@@ -5,8 +5,10 @@ mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init`
 ``jaxoptim.optim`` has the same optimizers as torch-style classes.
 """
 
+from jaxoptim import averaging as averaging
 from jaxoptim import optim as optim
 from jaxoptim import rules as rules
+from jaxoptim import schedules as schedules
 from jaxoptim.core import Decay as Decay
 from jaxoptim.core import OptState as OptState
 from jaxoptim.core import Packed as Packed

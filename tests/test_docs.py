@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import core, optim, rules
+from jaxoptim import averaging, core, optim, rules, schedules
+from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {f"jaxoptim.{name}": value for name, value in vars(jaxoptim).items() if callable(value)}
 PUBLIC |= {f"rules.{name}": value for name, value in vars(rules).items() if callable(value)}
+PUBLIC |= {f"schedules.{name}": value for name, value in vars(schedules).items() if callable(value)}
+PUBLIC |= {f"averaging.{name}": value for name, value in vars(averaging).items() if name in ("swa", "ema")}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -22,17 +25,27 @@ def test_public_names_are_documented(name):
     text = PUBLIC[name].__doc__
     assert re.match(r"\S.*\.$", text.splitlines()[0]), "the first line is a sentence"
     is_class = isinstance(PUBLIC[name], type) and not issubclass(PUBLIC[name], core.Hyperparameters)
-    sections = ["Example:"] + ([] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Errors:", "Errors:"])
+    is_record = hasattr(PUBLIC[name], "_fields") and name.startswith("schedules.")  # shown where it is made
+    sections = [] if is_record else ["Example:"]
+    sections += [] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Errors:", "Errors:"]
     for section in sections:
         assert re.search(rf"^ *{section}", text, re.MULTILINE), f"{name} has no section {section}"
 
 
-@pytest.mark.parametrize("name", [name for name, value in vars(optim).items() if callable(value)])
+TORCH_STYLE = {name: value for name, value in vars(optim).items() if callable(value)}
+TORCH_STYLE |= {f"lr_scheduler.{name}": value for name, value in vars(lr_scheduler).items() if callable(value)}
+SWA_UTILS = "AveragedModel SWALR get_ema_avg_fn get_ema_multi_avg_fn get_swa_avg_fn get_swa_multi_avg_fn update_bn"
+TORCH_STYLE |= {f"swa_utils.{name}": getattr(swa_utils, name) for name in SWA_UTILS.split()}
+
+
+@pytest.mark.parametrize("name", TORCH_STYLE)
 def test_the_torch_style_face_is_documented(name):
-    value = getattr(optim, name)
-    sections = ["Args:", "Example:"]
+    value = TORCH_STYLE[name]
+    sections = ["Example:"] + (["Args:"] if inspect.signature(value).parameters else [])
     if isinstance(value, type) and issubclass(value, optim.Optimizer):
         sections += [".. math::", "Errors:"] + (["Reference:"] if value is not optim.Optimizer else [])
+    if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler):
+        sections += [".. math::", "Errors:"]
     for section in sections:
         assert section in value.__doc__
 

@@ -19,9 +19,11 @@ from jaxoptim.core.rule import Positive as Positive
 from jaxoptim.core.rule import Rule as Rule
 from jaxoptim.core.rule import Scalar as Scalar
 from jaxoptim.core.rule import Slots as Slots
+from jaxoptim.core.rule import as_pytree as as_pytree
 from jaxoptim.core.rule import enabled as enabled
 from jaxoptim.core.rule import is_known as is_known
 from jaxoptim.core.rule import rule as rule
+from jaxoptim.core.signatures import bound as bound
 from jaxoptim.core.transform import OptState as OptState
 from jaxoptim.core.transform import check_gradient as check_gradient
 from jaxoptim.core.transform import check_param as check_param

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
+import operator
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -20,7 +22,7 @@ Slots = dict[str, Any]
 """The state of one array: slot name to array, or to None where the array has no such slot."""
 
 
-_COMPARISONS = {">=": np.greater_equal, ">": np.greater, "<=": np.less_equal, "<": np.less}
+_COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Numeric:
 
     def admits(self, value: Any) -> bool:
         """Whether every number in ``value`` satisfies the bounds; NaN never does."""
-        number = np.asarray(value, np.float64)
-        within = [_COMPARISONS[comparison](number, bound) for comparison, bound in self.bounds]
-        return bool(np.all(within) and not np.isnan(number).any())
+        numbers = [value] if isinstance(value, int | float) else np.asarray(value, np.float64).ravel().tolist()
+        within = (_COMPARISONS[comparison](x, bound) for x in numbers for comparison, bound in self.bounds)
+        return all(within) and not any(math.isnan(x) for x in numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +90,19 @@ jax.tree_util.register_static(Off)
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A plain function ``step -> value`` in the place of a number."""
+class PlainFunction:
+    """A plain function as a pytree without leaves."""
 
-    function: Callable[[Any], Any]
+    function: Callable[..., Any]
 
-    def __call__(self, step: Any) -> Any:
-        """The value at a step."""
-        return self.function(step)
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args)
+
+
+def as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that may be part of a pytree: itself if it is one, such as a schedule with a traced rate."""
+    return PlainFunction(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def enabled(coefficient: Any) -> bool:
@@ -249,7 +256,7 @@ def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
     if isinstance(spec, Traced) or (spec.optional and value is None):
         return value
     if callable(value):
-        return Schedule(value) if jax.tree_util.all_leaves([value]) else value
+        return as_pytree(value)
     number = value.rate if isinstance(value, Decay) else value
     if isinstance(number, bool | np.bool_) or not isinstance(number, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(

@@ -20,6 +20,7 @@ from jaxoptim.core import sparse, trees
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.rule import Hyperparameters, Rule, Slots
+from jaxoptim.core.signatures import bound
 
 P = ParamSpec("P")
 
@@ -208,11 +209,7 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
 
     @functools.wraps(rule, assigned=("__module__", "__doc__"), updated=())
     def make(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{name}() {error}. It takes {', '.join(signature.parameters)}.") from None
-        return transformation(rule(*args, **kwargs))
+        return transformation(rule(**bound(name, signature, args, kwargs)))  # type: ignore[call-arg]
 
     make.__name__ = make.__qualname__ = name
     make.__signature__ = signature  # type: ignore[attr-defined]

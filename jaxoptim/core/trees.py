@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.sparse import BCOO
 
 
@@ -25,6 +26,12 @@ def names(tree: Any) -> list[str]:
     siblings = Counter(path[:-1] for path in paths)
     paths = [path[:-1] if path[-1:] == _WRAPPED and siblings[path[:-1]] == 1 else path for path in paths]
     return [jax.tree_util.keystr(path, simple=True, separator=".") or "params" for path in paths]
+
+
+def array_names(tree: Any) -> list[str]:
+    """The dotted path of every array."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
+    return [name for name, leaf in zip(names(tree), leaves, strict=True) if leaf is not None]
 
 
 def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> list[Any]:
@@ -49,6 +56,28 @@ def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> l
         f"{what} and {like_what} are different trees: {problem}. Give {what} the structure of {like_what}, "
         "with None where there is nothing."
     )
+
+
+def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
+    """The arrays of ``tree``, one for each array of ``like``, and of its shape; nothing for a None in both.
+
+    Errors:
+        ``ValueError`` that names the first parameter at which the two trees part.
+    """
+    given = leaves_like(tree, like, what, like_what)
+    expected = jax.tree.leaves(like, is_leaf=is_leaf)
+    for index, (leaf, array) in enumerate(zip(given, expected, strict=True)):
+        if (leaf is None) != (array is None):
+            lacking, other = (what, like_what) if leaf is None else (like_what, what)
+            raise ValueError(
+                f"{lacking} has nothing for {names(like)[index]!r}, but {other} has an array. Give both the same."
+            )
+        if leaf is not None and np.shape(leaf) != array.shape:
+            raise ValueError(
+                f"{names(like)[index]!r} has shape {np.shape(leaf)} in {what}, but {array.shape} in {like_what}. "
+                "They must be equal."
+            )
+    return [leaf for leaf in given if leaf is not None]
 
 
 def check_array(what: str, name: str, x: Any) -> Any:

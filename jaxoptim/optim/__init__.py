@@ -1,5 +1,7 @@
 """torch's optimizers over parameter pytrees: ``from jaxoptim import optim`` in place of ``from torch import optim``."""
 
+from jaxoptim.optim import lr_scheduler as lr_scheduler
+from jaxoptim.optim import swa_utils as swa_utils
 from jaxoptim.optim.adadelta import Adadelta as Adadelta
 from jaxoptim.optim.adafactor import Adafactor as Adafactor
 from jaxoptim.optim.adagrad import Adagrad as Adagrad

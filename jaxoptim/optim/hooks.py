@@ -120,6 +120,7 @@ def hooked(step: F) -> F:
                         )
                     args, kwargs = result
             out = step(*args, **kwargs)
+            self._opt_called = True
             for after in (*self._step_post_hooks.values(), *_after_every_step.values()):
                 after(self, args, kwargs)
             return out
@@ -135,6 +136,10 @@ class Hooked:
 
     def _prepare_hooks(self) -> None:
         self._stepping = False
+        self._scheduled = False
+        """Whether there is a scheduler."""
+        self._opt_called = False
+        """Whether a step was made since the first scheduler came; schedulers warn if not."""
         self._step_pre_hooks, self._step_post_hooks = Hooks(), Hooks()
         self._state_dict_pre_hooks, self._state_dict_post_hooks = Hooks(), Hooks()
         self._load_state_dict_pre_hooks, self._load_state_dict_post_hooks = Hooks(), Hooks()

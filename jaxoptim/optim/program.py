@@ -42,7 +42,8 @@ class Rules:
         leaves, treedef = jax.tree.flatten(list(rules))
         numbers = [isinstance(leaf, float) or _is_number(leaf) for leaf in leaves]
         floats = [np.asarray(x).item() for x, number in zip(leaves, numbers, strict=True) if number]
-        self._numbers: Any = jnp.asarray(np.array(floats, np.float64), float)
+        # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
+        self._numbers: Any = jnp.asarray(np.array(floats, jnp.result_type(float)))
         self._arrays = [x for x, number in zip(leaves, numbers, strict=True) if not number]
         self._form = Static(treedef, tuple(numbers))
 

@@ -1,0 +1,166 @@
+"""Averages of the parameters over the steps, as pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from jaxoptim.core import Decay, is_known, trees
+from jaxoptim.core.numerics import computing_dtype
+
+AverageStep = Callable[[Any, Any, Any], Any]
+"""``(average, param, number averaged) -> average``, of one array."""
+
+
+class AverageState(NamedTuple):
+    """The state of :func:`swa` and :func:`ema`.
+
+    Attributes:
+        average: a tree like params, in at least float32; before the first update the parameters themselves.
+        n_averaged: the number of updates, an int32 scalar.
+    """
+
+    average: Any
+    n_averaged: jax.Array
+
+
+class Averaging(NamedTuple):
+    """A pair of pure functions, which :func:`swa` and :func:`ema` return.
+
+    Attributes:
+        init: ``init(params) -> state``.
+        update: ``update(state, params) -> state``; the first one copies. Donate ``state`` when it is jitted.
+    """
+
+    init: Callable[[Any], AverageState]
+    update: Callable[[AverageState, Any], AverageState]
+
+
+def swa_step(average: Any, param: Any, num_averaged: Any) -> Any:
+    """The mean of one parameter more, where ``num_averaged`` are in it."""
+    return average + (param - average) / (num_averaged + 1)
+
+
+def ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
+    """The exponential moving average of one parameter more."""
+    return decay.ema(average, param)
+
+
+def debiased_ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
+    """The same, with the weights of all parameters so far divided by their sum."""
+    return average + (param - average) * (decay.complement / decay.bias_correction(num_averaged + 1))
+
+
+def checked_decay(decay: Any) -> Decay:
+    """The decay rate of an average; raises if it is not in [0, 1]."""
+    rate = decay.rate if isinstance(decay, Decay) else decay
+    if is_known(rate) and not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) <= 1)):
+        raise ValueError(f"Invalid decay value {rate} provided. Please provide a value in [0,1] range.")
+    return Decay.of(decay)
+
+
+def floating(x: Any) -> bool:
+    """Whether an array is averaged; integers are copied."""
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def start(param: Any) -> jax.Array:
+    """A copy of a parameter to begin an average with, in at least float32."""
+    return jnp.array(param, computing_dtype(jnp.result_type(param)) if floating(param) else None, copy=True)
+
+
+def first_copied(param: jax.Array, average: Any, num_averaged: jax.Array) -> jax.Array:
+    """The average, in the dtype of ``param``, or ``param`` itself if nothing was averaged before."""
+    return jnp.where(num_averaged == 0, param, average.astype(param.dtype))
+
+
+def _averaging(step: AverageStep) -> Averaging:
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(start, params), jnp.zeros((), jnp.int32))
+
+    def update(state: AverageState, params: Any) -> AverageState:
+        averages, treedef = jax.tree.flatten(state.average)
+        given = trees.arrays_like(params, state.average, "params", "the average")
+        new = []
+        for average, param in zip(averages, given, strict=True):
+            param = jnp.asarray(param).astype(average.dtype)
+            moved = step(average, param, state.n_averaged) if floating(average) else param
+            new.append(first_copied(param, moved, state.n_averaged))
+        return AverageState(jax.tree.unflatten(treedef, new), state.n_averaged + 1)
+
+    return Averaging(init, update)
+
+
+def swa() -> Averaging:
+    r"""The mean of the parameters: stochastic weight averaging.
+
+    .. math::
+        \bar\theta_{n+1} = \bar\theta_n + \frac{\theta - \bar\theta_n}{n + 1}
+
+    Args:
+        None: it has no options.
+
+    Returns:
+        An :class:`Averaging`: ``init(params) -> state``, ``update(state, params) -> state``; ``state.average`` is
+        the mean, ``state.n_averaged`` the count. Averages are kept in at least float32; integers are copied.
+
+    Errors:
+        ``update`` raises ``ValueError`` for another tree or shape than the average's.
+
+    Reference:
+        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import averaging
+        >>> average = averaging.swa()
+        >>> state = average.init({"w": jnp.zeros(2)})
+        >>> for value in (1.0, 2.0, 6.0):
+        ...     state = average.update(state, {"w": jnp.full(2, value)})
+        >>> state.average["w"].tolist(), int(state.n_averaged)
+        ([3.0, 3.0], 3)
+    """
+    return _averaging(swa_step)
+
+
+def ema(decay: Any = 0.999, debias: bool = False) -> Averaging:
+    r"""The exponential moving average of the parameters.
+
+    .. math::
+        \bar\theta_{n+1} = \bar\theta_n + w (\theta - \bar\theta_n), \qquad
+        w = 1 - \beta \quad \text{or} \quad w = \frac{1 - \beta}{1 - \beta^{n+1}} \text{ (debiased)}
+
+    The first update copies in both cases; with ``debias`` the first parameters have no more weight than the
+    others, as if the average had started at zero and were divided by :math:`1 - \beta^n`.
+
+    Args:
+        decay: :math:`\beta`, in [0, 1] (default 0.999); a number, a traced scalar or a ``Decay``.
+        debias: divide by the sum of the weights (default False).
+
+    Returns:
+        An :class:`Averaging`: ``init(params) -> state``, ``update(state, params) -> state``; ``state.average`` is
+        the average, ``state.n_averaged`` the count. Averages are kept in at least float32; integers are copied.
+
+    Errors:
+        ``ValueError`` for a decay out of range; ``update`` raises ``ValueError`` for another tree or shape than
+        the average's.
+
+    Reference:
+        Polyak, Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import averaging
+        >>> average = averaging.ema(decay=0.5)
+        >>> state = average.init({"w": jnp.zeros(2)})
+        >>> for value in (1.0, 2.0):
+        ...     state = average.update(state, {"w": jnp.full(2, value)})
+        >>> state.average["w"].tolist()
+        [1.5, 1.5]
+    """
+    return _averaging(Partial(debiased_ema_step if debias else ema_step, checked_decay(decay)))

@@ -1,0 +1,20 @@
+"""Calls that are checked against a signature other than the function's own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def bound(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included.
+
+    Errors:
+        ``TypeError`` that lists what the function takes.
+    """
+    try:
+        arguments = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}. It takes {', '.join(signature.parameters)}.") from None
+    arguments.apply_defaults()
+    return arguments.arguments

@@ -1,0 +1,123 @@
+"""The operations of the schedules that lose digits when they are written down plainly.
+
+A formula serves two users. The classes of ``jaxoptim.optim.lr_scheduler`` call it with Python numbers, and each
+operation is then the one that torch makes. The pure schedules call it with arrays: in float64 the operations
+are the same; in float32 they are rearranged, so that a millionth step is as exact as the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import is_known
+
+_HALF = 12
+"""The digits that a factor may have for the product of two to be exact in float32."""
+
+
+def is_array(x: Any) -> bool:
+    """Whether ``x`` is an array (or traced) and not a Python number."""
+    return isinstance(x, jax.Array)
+
+
+def is_single() -> bool:
+    """Whether schedules are computed in float32."""
+    return jnp.result_type(float) == jnp.float32
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """``x`` or ``y``, in Python if the condition is known there."""
+    return jnp.where(condition, x, y) if is_array(condition) else x if condition else y
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of two numbers, the first if they are equal."""
+    return where(y < x, y, x)
+
+
+def divide(x: Any, y: Any) -> Any:
+    """``x / y``, rounded once.
+
+    XLA divides an array by a scalar by multiplying with the reciprocal, and merges constants. The last digit
+    that this costs is a difference of 1e-10 after a million steps, because phases grow with the step.
+    """
+    if not is_array(x) or is_single():
+        return x / y
+    return x / jax.lax.optimization_barrier(y + 0 * x)
+
+
+def one_plus_cos(x: Any, y: Any = 1) -> Any:
+    r""":math:`1 + \cos(\pi x / y)`."""
+    if not is_array(x):
+        return 1 + math.cos(math.pi * x / y)
+    if not is_single():
+        return 1 + jnp.cos(divide(math.pi * x, y))
+    return 2 * jnp.square(jnp.sin(math.pi / 2 * ((y - x % (2 * y)) / y)))
+
+
+def one_minus_cos(x: Any) -> Any:
+    r""":math:`1 - \cos(\pi x)` for :math:`0 \le x \le 1`."""
+    if not is_array(x):
+        return 1 - math.cos(math.pi * x)
+    return 2 * jnp.square(jnp.sin(math.pi / 2 * x)) if is_single() else 1 - jnp.cos(math.pi * x)
+
+
+def turns(step: Any, period: Any) -> tuple[Any, Any]:
+    """In which turn of the period a step is, counted from 1, and at which fraction of it."""
+    if not is_array(step):
+        turn = math.floor(1 + step / period)
+        return turn, 1.0 + step / period - turn
+    if is_single():
+        return 1 + step // period, step % period / period
+    turn = jnp.floor(1 + divide(step, period))
+    return turn, 1.0 + divide(step, period) - turn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Base:
+    r"""The base :math:`\gamma` of a power, with its logarithm in two parts.
+
+    In float32, :math:`\gamma^n` for a large :math:`n` needs more digits of :math:`\log\gamma` than one number
+    has. They are formed in float64, before anything is traced.
+
+    Attributes:
+        base: the number itself.
+        high: the leading digits of its logarithm.
+        low: the rest.
+    """
+
+    base: Any
+    high: Any
+    low: Any
+
+    def __str__(self) -> str:
+        return str(self.base)
+
+    @classmethod
+    def of(cls, base: Any) -> Self:
+        """The base of the powers of a number >= 0."""
+        xp: Any = np if is_known(base) else jnp
+        # exp(-1e4) is 0, and exp(-1e4 * 0) is 1: what a base of 0 needs.
+        log = xp.where(base > 0, xp.log(xp.where(base > 0, base, 1.0)), -1e4)
+        fraction, exponent = xp.frexp(log if xp is np else jax.lax.stop_gradient(log))
+        high = xp.ldexp(xp.round(fraction * 2.0**_HALF), exponent - _HALF)
+        return cls(base, *(float(x) if isinstance(x, np.generic) else x for x in (high, log - high)))
+
+
+def power(base: Any, n: Any) -> Any:
+    """``base ** n`` for a whole number n, and a :class:`Base` where n is an array."""
+    if not is_array(n):
+        return base**n
+    if not is_single():
+        return base.base**n
+    # Below 2**24, n is the sum of two numbers of 12 digits. Their products with the high part are exact.
+    coarse = n // 2**_HALF * 2.0**_HALF
+    fine = n % 2**_HALF
+    return jnp.exp(coarse * base.high) * jnp.exp(fine * base.high) * jnp.exp(n * base.low)
