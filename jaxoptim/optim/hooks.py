@@ -109,7 +109,7 @@ def hooked(step: F) -> F:
         self = args[0]
         if self._stepping:  # super().step() within a step fires no hooks again
             return step(*args, **kwargs)
-        self._stepping = True
+        self._stepping = self._opt_called = True
         try:
             for before in (*_before_every_step.values(), *self._step_pre_hooks.values()):
                 result = before(self, args, kwargs)
@@ -120,7 +120,6 @@ def hooked(step: F) -> F:
                         )
                     args, kwargs = result
             out = step(*args, **kwargs)
-            self._opt_called = True
             for after in (*self._step_post_hooks.values(), *_after_every_step.values()):
                 after(self, args, kwargs)
             return out
@@ -140,6 +139,8 @@ class Hooked:
         """Whether there is a scheduler."""
         self._opt_called = False
         """Whether a step was made since the first scheduler came; schedulers warn if not."""
+        self._step_at_scheduling: Any = None
+        """The ``step`` that the user had put in the place of ours when the last scheduler came."""
         self._step_pre_hooks, self._step_post_hooks = Hooks(), Hooks()
         self._state_dict_pre_hooks, self._state_dict_post_hooks = Hooks(), Hooks()
         self._load_state_dict_pre_hooks, self._load_state_dict_post_hooks = Hooks(), Hooks()

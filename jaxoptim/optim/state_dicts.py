@@ -43,7 +43,10 @@ def to_load(optimizer: Optimizer, state_dict: Mapping[str, Any], strict: bool) -
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise KeyError(f"loaded state dict has no {key!r}; it has {', '.join(map(repr, state_dict)) or 'nothing'}")
-    groups = copy.deepcopy(state_dict["param_groups"])
+    groups = [
+        {name: option if name == "params" else jax.tree.map(_own, option) for name, option in group.items()}
+        for group in copy.deepcopy(state_dict["param_groups"])
+    ]
     here = optimizer.param_groups
     if len(here) != len(groups):
         raise ValueError(

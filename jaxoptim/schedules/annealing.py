@@ -68,7 +68,7 @@ def cosine_annealing_lr(step: Any, lr: of.Rate, T_max: of.Size, eta_min: of.Numb
     if is_single() or not is_array(step):
         return cosine(step, lr, T_max, eta_min)
     first = step - (step - 1 - T_max) % (2 * T_max)  # the first step after the last minimum
-    risen = eta_min + (lr - eta_min) * one_minus_cos(1 / T_max) / 2
+    risen = eta_min + (lr - eta_min) * one_minus_cos(1, T_max) / 2
     amplitude = where(step > T_max, (risen - eta_min) / one_plus_cos(first, T_max), (lr - eta_min) / 2)
     return eta_min + amplitude * one_plus_cos(step, T_max)
 

@@ -61,11 +61,13 @@ def one_plus_cos(x: Any, y: Any = 1) -> Any:
     return 2 * jnp.square(jnp.sin(math.pi / 2 * ((y - x % (2 * y)) / y)))
 
 
-def one_minus_cos(x: Any) -> Any:
-    r""":math:`1 - \cos(\pi x)` for :math:`0 \le x \le 1`."""
+def one_minus_cos(x: Any, y: Any = 1) -> Any:
+    r""":math:`1 - \cos(\pi x / y)` for :math:`0 \le x \le y`."""
     if not is_array(x):
-        return 1 - math.cos(math.pi * x)
-    return 2 * jnp.square(jnp.sin(math.pi / 2 * x)) if is_single() else 1 - jnp.cos(math.pi * x)
+        return 1 - math.cos(math.pi * x / y)
+    if not is_single():
+        return 1 - jnp.cos(divide(math.pi * x, y))
+    return 2 * jnp.square(jnp.sin(math.pi / 2 * (x / y)))
 
 
 def turns(step: Any, period: Any) -> tuple[Any, Any]:

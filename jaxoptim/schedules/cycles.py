@@ -21,11 +21,11 @@ def triangle(step: Any, total_size: Any, step_ratio: Any) -> tuple[Any, Any]:
     return cycle, where(x <= step_ratio, x / step_ratio, down)
 
 
-def amplitude(step: Any, cycle: Any, mode: str, gamma: Any) -> Any:
-    """The height of the maximum, in each of torch's modes."""
+def amplitude(x: Any, mode: str, gamma: Any) -> Any:
+    """The height of the maximum, in each of torch's modes; ``x`` is the step in "exp_range", else the cycle."""
     if mode == "triangular":
         return 1.0
-    return 0.5 ** (cycle - 1) if mode == "triangular2" else power(gamma, step)
+    return 0.5 ** (x - 1) if mode == "triangular2" else power(gamma, x)
 
 
 def _cyclic_height(
@@ -35,7 +35,8 @@ def _cyclic_height(
     total_size = step_size_up + (step_size_up if step_size_down is None else step_size_down)
     cycle, height = triangle(step, total_size, step_size_up / total_size)
     if scale_fn is None:
-        return height * amplitude(step, cycle, of.cyclic_mode("mode", mode), gamma)
+        of.cyclic_mode("mode", mode)
+        return height * amplitude(step if mode == "exp_range" else cycle, mode, gamma)
     return height * scale_fn(cycle if of.scale_mode("scale_mode", scale_mode) == "cycle" else step)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -51,6 +51,11 @@ def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
 def values(optimizer: Optimizer, key: str) -> list[Any]:
     """An option of every group."""
     return [group[key] for group in optimizer.param_groups]
+
+
+def number(x: Any) -> float:
+    """A number, or an array of one element, as a float."""
+    return float(x.reshape(()) if isinstance(x, jax.Array) else x)
 
 
 def write(group: dict[str, Any], key: str, value: Any) -> None:
@@ -106,6 +111,11 @@ class LRScheduler:
     _continues: ClassVar[bool] = True
     """Whether ``get_lr`` goes on from the current rate, and not from the base rate alone."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "get_lr" in vars(cls) and "_continues" not in vars(cls):
+            cls._continues = True
+
     def __init__(self, optimizer: Optimizer, last_epoch: int = -1) -> None:
         check_optimizer(optimizer)
         self.optimizer = optimizer
@@ -118,6 +128,7 @@ class LRScheduler:
         self.last_epoch = last_epoch
         if not optimizer._scheduled:
             optimizer._scheduled, optimizer._opt_called = True, False
+        optimizer._step_at_scheduling = vars(optimizer).get("step")
         if last_epoch < 0 or not self._continues:
             self._initial_step()
             return
@@ -164,8 +175,12 @@ class LRScheduler:
 
     def _restart(self) -> None:
         """Come to epoch 0 from the initial rate."""
-        self.last_epoch = -1
+        self._reset()
         self._initial_step()
+
+    def _reset(self) -> None:
+        """Go back to before the initial step."""
+        self.last_epoch = -1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer: torch's keys.
@@ -204,7 +219,7 @@ class LRScheduler:
             epoch: deprecated, as in torch: go to this epoch, by the closed form if there is one.
         """
         if self._step_count == 1:
-            if not getattr(self.optimizer.step, "hooked", False):
+            if self._is_overridden():
                 warn(
                     "Seems like `optimizer.step()` has been overridden after learning rate scheduler initialization. "
                     "Please, make sure to call `optimizer.step()` before `lr_scheduler.step()`."
@@ -215,30 +230,24 @@ class LRScheduler:
                     "order: `optimizer.step()` before `lr_scheduler.step()`. Otherwise the first value of the "
                     "learning rate schedule is skipped."
                 )
-        self._step_count += 1
         if epoch is not None:
             warn(EPOCH_DEPRECATION_WARNING)
-        try:
+        with self._all_or_nothing():
+            self._step_count += 1
             self._update_lr(epoch)
-        except BaseException:
-            self._step_count -= 1
-            raise
 
     def _update_lr(self, epoch: Any = None) -> None:
-        compute: Callable[[], list[Any]] = self.get_lr
-        if epoch is not None:
-            compute = getattr(self, "_get_closed_form_lr", self.get_lr)
-        before, self.last_epoch = self.last_epoch, self.last_epoch + 1 if epoch is None else epoch
-        try:
-            with self._within_step():
-                rates = compute()
-            self._write(rates)
-        except BaseException:
-            self.last_epoch = before
-            raise
+        if epoch is None:
+            self.last_epoch += 1
+            self._compute(self.get_lr)
+        else:
+            self.last_epoch = epoch
+            self._compute(getattr(self, "_get_closed_form_lr", self.get_lr))
 
-    def _write(self, rates: Sequence[Any]) -> None:
+    def _compute(self, get_lr: Callable[[], Iterable[Any]]) -> None:
         """Give each group its rate."""
+        with self._within_step():
+            rates = list(get_lr())
         groups = self.optimizer.param_groups
         if len(rates) != len(groups):
             raise ValueError(
@@ -250,12 +259,34 @@ class LRScheduler:
         self._last_lr = values(self.optimizer, "lr")
 
     @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Leave schedulers and groups as they were if a step fails."""
+        states = [(vars(scheduler), dict(vars(scheduler))) for scheduler in self._all()]
+        states += [(group, dict(group)) for group in self.optimizer.param_groups]
+        try:
+            yield
+        except BaseException:
+            for state, before in states:
+                state.clear()
+                state.update(before)
+            raise
+
+    def _all(self) -> Iterator[LRScheduler]:
+        """This scheduler and those that it steps."""
+        yield self
+
+    @contextlib.contextmanager
     def _within_step(self) -> Iterator[None]:
         self._get_lr_called_within_step = True
         try:
             yield
         finally:
             self._get_lr_called_within_step = False
+
+    def _is_overridden(self) -> bool:
+        """Whether the user has put another ``step`` in the place of the optimizer's since the scheduler was made."""
+        step = vars(self.optimizer).get("step", self.optimizer.step)
+        return step is not self.optimizer._step_at_scheduling and not getattr(step, "hooked", False)
 
     def _warn_outside_step(self) -> None:
         """Warn a user who calls :meth:`get_lr`, which computes the next rate, to read the current one."""

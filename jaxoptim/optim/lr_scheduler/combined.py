@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxoptim.optim.lr_scheduler.base import LRScheduler, own, values
@@ -31,6 +31,11 @@ class _Composite(LRScheduler):
                     f"{type(scheduler).__name__} at index {index} has {scheduler.optimizer}, which is different from "
                     f"{type(optimizer).__name__}."
                 )
+
+    def _all(self) -> Iterator[LRScheduler]:
+        yield self
+        for scheduler in self._schedulers:
+            yield from scheduler._all()
 
     def _begin(self) -> None:
         self._to_initial_lr()
@@ -117,14 +122,14 @@ class SequentialLR(_Composite):
             self._check_initial_lr()
         self._to_initial_lr()
         self.recursive_undo()
-        first = self._current()
+        first = self._first()
         first._initial_step()
         self._last_lr = first.get_last_lr()
         self._repeat(last_epoch + 1)
 
-    def _current(self) -> LRScheduler:
-        """The scheduler of the current epoch."""
-        return self._schedulers[bisect_right(self._milestones, self.last_epoch)]
+    def _first(self) -> LRScheduler:
+        """The scheduler of epoch 0."""
+        return self._schedulers[bisect_right(self._milestones, 0)]
 
     def recursive_undo(self, sched: Any = None) -> None:
         """Take back the initial steps of the schedulers.
@@ -139,19 +144,25 @@ class SequentialLR(_Composite):
 
     def step(self) -> None:  # type: ignore[override]
         """Go to the next epoch; to be called after the optimizer's step."""
-        self.last_epoch += 1
-        scheduler = self._current()
-        if self.last_epoch in self._milestones:
-            scheduler._begin()
-        else:
-            scheduler.step()
-        self._last_lr = scheduler.get_last_lr()
+        with self._all_or_nothing():
+            self.last_epoch += 1
+            index = bisect_right(self._milestones, self.last_epoch)
+            scheduler = self._schedulers[index]
+            if index > 0 and self._milestones[index - 1] == self.last_epoch:
+                scheduler._begin()
+            else:
+                scheduler.step()
+            self._last_lr = scheduler.get_last_lr()
 
     def _restart(self) -> None:
-        self.last_epoch = 0
-        first = self._current()
-        first._restart()
+        self._reset()
+        first = self._first()
+        first._initial_step()
         self._last_lr = first.get_last_lr()
+
+    def _reset(self) -> None:
+        self.last_epoch = 0
+        self._first()._reset()
 
 
 class ChainedScheduler(_Composite):
@@ -193,14 +204,13 @@ class ChainedScheduler(_Composite):
 
     def step(self) -> None:  # type: ignore[override]
         """Step every scheduler; to be called after the optimizer's step."""
-        for scheduler in self._schedulers:
-            scheduler.step()
-        self._last_lr = values(self.optimizer, "lr")
+        with self._all_or_nothing():
+            for scheduler in self._schedulers:
+                scheduler.step()
+            self._last_lr = values(self.optimizer, "lr")
 
     def _initial_step(self) -> None:
-        for scheduler in self._schedulers:
-            scheduler._initial_step()
-        self._last_lr = values(self.optimizer, "lr")
+        self._restart()
 
     def _restart(self) -> None:
         for scheduler in self._schedulers:

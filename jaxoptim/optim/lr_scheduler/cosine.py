@@ -53,7 +53,7 @@ class CosineAnnealingLR(LRScheduler):
         if self._is_initial:
             return rates
         if (self.last_epoch - 1 - self.T_max) % (2 * self.T_max) == 0:  # after a minimum, where the ratio is 0 / 0
-            rise = one_minus_cos(1 / self.T_max)
+            rise = one_minus_cos(1, self.T_max)
             return [lr + (base - self.eta_min) * rise / 2 for base, lr in zip(self.base_lrs, rates, strict=False)]
         ratio = one_plus_cos(self.last_epoch, self.T_max) / one_plus_cos(self.last_epoch - 1, self.T_max)
         return [ratio * (lr - self.eta_min) + self.eta_min for lr in rates]
@@ -116,17 +116,17 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         Args:
             epoch: a number >= 0, not necessarily whole (default None: the next).
         """
-        if epoch is None and self.last_epoch >= 0:
-            epoch = self.last_epoch + 1
-            self.T_cur = self.T_cur + 1
-            if self.T_cur >= self.T_i:
-                self.T_cur = self.T_cur % self.T_i
-                self.T_i = self.T_i * self.T_mult
-        else:
-            self._jump(0 if epoch is None else epoch)
-        self.last_epoch = math.floor(epoch or 0)
-        with self._within_step():
-            self._write(self.get_lr())
+        with self._all_or_nothing():
+            if epoch is None and self.last_epoch >= 0:
+                epoch = self.last_epoch + 1
+                self.T_cur = self.T_cur + 1
+                if self.T_cur >= self.T_i:
+                    self.T_cur = self.T_cur % self.T_i
+                    self.T_i = self.T_i * self.T_mult
+            else:
+                self._jump(0 if epoch is None else epoch)
+            self.last_epoch = math.floor(epoch or 0)
+            self._compute(self.get_lr)
 
     def _begin(self) -> None:
         self._jump(0)

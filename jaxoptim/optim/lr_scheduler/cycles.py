@@ -126,6 +126,8 @@ class CyclicLR(_WithMomentum):
                 self._start_momentum(self.base_momentums, self.max_momentums)
         super().__init__(optimizer, last_epoch)
         self.base_lrs = base_lrs
+        if last_epoch >= 0:  # the rate that was just made is of the groups' initial_lr
+            self._update_lr(self.last_epoch)
 
     def _settle_scale_mode(self) -> None:
         if self._scale_fn_custom is None:
@@ -134,16 +136,23 @@ class CyclicLR(_WithMomentum):
     def get_lr(self) -> list[Any]:
         self._warn_outside_step()
         cycle, height = triangle(self.last_epoch, self.total_size, self.step_ratio)
-        if self._scale_fn_custom is None:
-            scale = amplitude(self.last_epoch, cycle, self.mode, self.gamma)
-        else:
-            scale = self._scale_fn_custom(cycle if self.scale_mode == "cycle" else self.last_epoch)
+        x = cycle if self.scale_mode == "cycle" else self.last_epoch
+        rates = [
+            base + (top - base) * height * self.scale_fn(x)
+            for base, top in zip(self.base_lrs, self.max_lrs, strict=True)
+        ]
         if self.cycle_momentum:
             self._write_momenta(
-                top - (top - base) * height * scale
+                top - (top - base) * height * self.scale_fn(x)
                 for base, top in zip(self.base_momentums, self.max_momentums, strict=True)
             )
-        return [base + (top - base) * height * scale for base, top in zip(self.base_lrs, self.max_lrs, strict=True)]
+        return rates
+
+    def scale_fn(self, x: Any) -> Any:
+        """The height of the maximum in a cycle, or at an epoch, as ``scale_mode`` says."""
+        if self._scale_fn_custom is not None:
+            return self._scale_fn_custom(x)
+        return amplitude(x, self.mode, self.gamma)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -260,6 +269,12 @@ class OneCycleLR(_WithMomentum):
             raise ValueError(
                 f"Tried to step {self.last_epoch} times. The specified number of total steps is {self.total_steps}"
             )
+        for index, group in enumerate(self.optimizer.param_groups):
+            if "max_lr" not in group:
+                raise KeyError(
+                    f"param_groups[{index}] has no 'max_lr': it was added after the scheduler was made. Make a new "
+                    "scheduler."
+                )
         if self.cycle_momentum:
             self._write_momenta([self._through(group, "momentum") for group in self.optimizer.param_groups])
         return [self._through(group, "lr") for group in self.optimizer.param_groups]

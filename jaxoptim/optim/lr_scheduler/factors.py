@@ -250,10 +250,10 @@ class ConstantLR(_Recursive):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
+        self._warn_outside_step()
         if self.factor == 0 and self.last_epoch == self.total_iters != 0:
-            self._warn_outside_step()
             return list(self.base_lrs)
-        return super().get_lr()
+        return [self._next(lr) for lr in values(self.optimizer, "lr")]
 
     def _next(self, lr: Any) -> Any:
         if self.last_epoch == 0:

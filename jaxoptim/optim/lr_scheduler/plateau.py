@@ -9,6 +9,7 @@ from jaxoptim.optim.lr_scheduler.base import (
     EPOCH_DEPRECATION_WARNING,
     LRScheduler,
     check_optimizer,
+    number,
     own,
     values,
     warn,
@@ -110,7 +111,7 @@ class ReduceLROnPlateau(LRScheduler):
             metrics: a number, or an array of one element.
             epoch: deprecated, as in torch: the number of the epoch.
         """
-        metric = float(metrics)
+        metric = number(metrics)
         if epoch is not None:
             warn(EPOCH_DEPRECATION_WARNING)
         better = is_better(metric, self.best, self.mode, self.threshold, self.threshold_mode)
@@ -134,7 +135,7 @@ class ReduceLROnPlateau(LRScheduler):
                 )
             self.min_lrs = [self.default_min_lr] * len(groups)
         for group, min_lr in zip(groups, self.min_lrs, strict=True):
-            old = float(group["lr"])
+            old = number(group["lr"])
             new = reduced(old, self.factor, min_lr, self.eps)
             if new != old:
                 write(group, "lr", new)
