@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxoptim.core import Decay, is_known, trees
+from jaxoptim.core import Decay, is_known, owned, trees
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.schedules.arithmetic import where
 
 AverageStep = Callable[[Any, Any, Any], Any]
 """``(average, param, number averaged) -> average``, of one array."""
@@ -47,13 +48,20 @@ def swa_step(average: Any, param: Any, num_averaged: Any) -> Any:
 
 
 def ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
-    """The exponential moving average of one parameter more."""
-    return decay.ema(average, param)
+    """The exponential moving average of one parameter more, in the form that loses less."""
+    long = decay.ema(average, param)
+    return where(decay.rate > 0.5, long, decay.rate * average + decay.complement * param)
 
 
 def debiased_ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
     """The same, with the weights of all parameters so far divided by their sum."""
-    return average + (param - average) * (decay.complement / decay.bias_correction(num_averaged + 1))
+    n, is_long = num_averaged + 1.0, decay.rate > 0.5
+    # In each branch the numbers of the other are replaced, whose derivatives are not finite.
+    tends = is_long & (decay.complement > 0)
+    long = Decay(jnp.where(tends, decay.rate, 0.75), jnp.where(tends, decay.complement, 0.25))
+    short = 1 - jnp.where(is_long, 0.5, decay.rate) ** n
+    weight = decay.complement / jnp.where(is_long, long.bias_correction(n), short)
+    return average + (param - average) * jnp.where(decay.complement == 0, 1 / n, weight)
 
 
 def checked_decay(decay: Any) -> Decay:
@@ -61,17 +69,30 @@ def checked_decay(decay: Any) -> Decay:
     rate = decay.rate if isinstance(decay, Decay) else decay
     if is_known(rate) and not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) <= 1)):
         raise ValueError(f"Invalid decay value {rate} provided. Please provide a value in [0,1] range.")
-    return Decay.of(decay)
+    return Decay.of(float(decay) if isinstance(decay, int | np.number) else decay)
+
+
+def dtype_of(x: Any) -> Any:
+    """The dtype of an array or number; that of random keys is not one of numbers."""
+    return x.dtype if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.result_type(x)
 
 
 def floating(x: Any) -> bool:
-    """Whether an array is averaged; integers are copied."""
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+    """Whether an array is averaged; integers and random keys are copied."""
+    return bool(jnp.issubdtype(dtype_of(x), jnp.inexact))
+
+
+def copied(x: Any) -> jax.Array:
+    """An array of our own."""
+    if not isinstance(x, jax.Array):
+        return owned(x)
+    return jax.random.clone(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.copy(x)
 
 
 def start(param: Any) -> jax.Array:
     """A copy of a parameter to begin an average with, in at least float32."""
-    return jnp.array(param, computing_dtype(jnp.result_type(param)) if floating(param) else None, copy=True)
+    own = copied(param)
+    return own.astype(computing_dtype(own.dtype)) if floating(own) else own
 
 
 def first_copied(param: jax.Array, average: Any, num_averaged: jax.Array) -> jax.Array:
@@ -88,9 +109,12 @@ def _averaging(step: AverageStep) -> Averaging:
         given = trees.arrays_like(params, state.average, "params", "the average")
         new = []
         for average, param in zip(averages, given, strict=True):
-            param = jnp.asarray(param).astype(average.dtype)
-            moved = step(average, param, state.n_averaged) if floating(average) else param
-            new.append(first_copied(param, moved, state.n_averaged))
+            param = param if isinstance(param, jax.Array) else owned(param)
+            if floating(average):
+                param = param.astype(average.dtype)
+                new.append(first_copied(param, step(average, param, state.n_averaged), state.n_averaged))
+            else:
+                new.append(copied(param))
         return AverageState(jax.tree.unflatten(treedef, new), state.n_averaged + 1)
 
     return Averaging(init, update)

@@ -2,6 +2,7 @@
 
 from jaxoptim.core.decay import Decay as Decay
 from jaxoptim.core.numerics import full_like as full_like
+from jaxoptim.core.numerics import owned as owned
 from jaxoptim.core.numerics import sqrt as sqrt
 from jaxoptim.core.packing import Packed as Packed
 from jaxoptim.core.packing import pack as pack

@@ -38,6 +38,13 @@ def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:
     return jnp.where(False, param, jnp.asarray(value, param.dtype))
 
 
+def owned(array: Any) -> jax.Array:
+    """A copy of an array of another library, complete on return: its owner may change it at once."""
+    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
+        return jnp.asarray(np.array(array))
+    return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
+
+
 def computing_dtype(dtype: Any) -> np.dtype:
     """The dtype an array of ``dtype`` is computed in: its own, but float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)

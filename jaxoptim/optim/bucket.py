@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import OptState, Packed, Rule, init, pack, trees
+from jaxoptim.core import OptState, Packed, Rule, init, owned, pack, trees
 from jaxoptim.core.packing import unpacked
-from jaxoptim.optim.parameter import Parameter, owned
+from jaxoptim.optim.parameter import Parameter
 
 
 class Static:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.sparse import BCOO
+
+from jaxoptim.core import owned
 
 if TYPE_CHECKING:
     from jaxoptim.optim.bucket import Bucket
@@ -120,13 +121,6 @@ def zeros_like(grad: Any) -> Any:
     if not isinstance(grad, BCOO):
         return jnp.zeros_like(grad)
     return BCOO((grad.data[:0], grad.indices[:0]), shape=grad.shape)
-
-
-def owned(array: Any) -> jax.Array:
-    """A copy of an array of another library, complete on return: its owner may change it at once."""
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
-        return jnp.asarray(np.array(array))
-    return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
 
 
 def _copied(value: Any, name: str | None) -> jax.Array:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxoptim.core import Rule, enabled
+from jaxoptim.core import Rule, enabled, owned
 from jaxoptim.optim.bucket import abstract_slots, slot_names
-from jaxoptim.optim.parameter import owned
 from jaxoptim.optim.subclass import TORCH_FLAGS
 
 if TYPE_CHECKING:

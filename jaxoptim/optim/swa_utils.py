@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxoptim.averaging import checked_decay, ema_step, first_copied, floating, start, swa_step
-from jaxoptim.core import Packed, as_pytree, pack, trees
+from jaxoptim.averaging import checked_decay, copied, dtype_of, ema_step, first_copied, floating, start, swa_step
+from jaxoptim.core import Packed, as_pytree, owned, pack, trees
+from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.lr_scheduler.base import LRScheduler, check_optimizer, per_group
 from jaxoptim.optim.optimizer import Optimizer
-from jaxoptim.optim.parameter import owned
 from jaxoptim.schedules import arguments as of
 from jaxoptim.schedules.annealing import anneal_fraction, weight
 
@@ -159,43 +159,50 @@ class AveragedModel:
             raise ValueError("Only one of avg_fn and multi_avg_fn should be provided")
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.n_averaged = jnp.zeros((), jnp.int32)
-        self._take(_tree(model))
+        tree = _tree(model)
+        self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)), tree)
+        self._averaged = [use_buffers or not is_buffer for is_buffer in _are_buffers(self._like)]
+        self._function = as_pytree(multi_avg_fn or Partial(_each, as_pytree(avg_fn or get_swa_avg_fn())))
+        self._fill([start(x) for x in jax.tree.leaves(tree)])
 
-    def _take(self, tree: Any) -> None:
-        """Begin with a copy of a tree."""
-        self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
-        leaves, buffers = jax.tree.leaves(tree), _are_buffers(self._like)
-        self._averaged = [self.use_buffers or not is_buffer for is_buffer in buffers]
-        function = self.multi_avg_fn or Partial(_each, as_pytree(self.avg_fn or get_swa_avg_fn()))
-        self._function = as_pytree(function)
-        average = [start(x) for x, averaged in zip(leaves, self._averaged, strict=True) if averaged]
-        self._average: Any = pack(average) if _is_elementwise(function) else average
-        self._buffers = [start(x) for x, averaged in zip(leaves, self._averaged, strict=True) if not averaged]
+    def _fill(self, leaves: Sequence[jax.Array]) -> None:
+        """Go on from these arrays, which are ours, in the dtypes of the average."""
+        average, self._buffers = self._parted(leaves)
+        self._average: Any = pack(average) if _is_elementwise(self._function) else average
         self._module: Any = None
+
+    def _parted(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Those of the leaves that are averaged, and the others."""
+        pairs = list(zip(self._averaged, leaves, strict=True))
+        return [x for averaged, x in pairs if averaged], [x for averaged, x in pairs if not averaged]
+
+    def _leaves(self) -> list[jax.Array]:
+        """Averages and buffers in the order of the tree; some are ours and will be donated."""
+        average, buffers = iter(unpacked(self._average)), iter(self._buffers)
+        return [next(average if averaged else buffers) for averaged in self._averaged]
+
+    def _copies(self) -> list[jax.Array]:
+        """The same for others to hold."""
+        ours = {id(x) for x in jax.tree.leaves((self._average, self._buffers))}
+        return [copied(x) if id(x) in ours else x for x in self._leaves()]
 
     @property
     def module(self) -> Any:
         """The averaged tree."""
         if self._module is None:
-            ours = {id(x) for x in jax.tree.leaves((self._average, self._buffers))}
-            average, buffers = iter(unpacked(self._average)), iter(self._buffers)
-            leaves, treedef = jax.tree.flatten(self._like)
-            values = [next(average if averaged else buffers) for averaged in self._averaged]
-            self._module = jax.tree.unflatten(
-                treedef, [jnp.array(x, like.dtype, copy=id(x) in ours) for x, like in zip(values, leaves, strict=True)]
-            )
+            likes, treedef = jax.tree.flatten(self._like)
+            leaves = [
+                x if x.dtype == like.dtype else x.astype(like.dtype)
+                for x, like in zip(self._copies(), likes, strict=True)
+            ]
+            self._module = jax.tree.unflatten(treedef, leaves)
         return self._module
 
-    def _replace(self, tree: Any) -> None:
-        """Take over those arrays of a tree that are not :attr:`module`'s own."""
-        average, buffers = iter(unpacked(self._average)), iter(self._buffers)
-        new: dict[bool, list[Any]] = {True: [], False: []}
-        leaves = zip(self._averaged, jax.tree.leaves(self.module), jax.tree.leaves(tree), strict=True)
-        for averaged, mine, given in leaves:
-            kept = next(average if averaged else buffers)
-            new[averaged].append(kept if given is mine else start(given))
-        self._average = self._average.pack(new[True]) if isinstance(self._average, Packed) else new[True]
-        self._buffers, self._module = new[False], None
+    def _put(self, collection: str, values: Sequence[jax.Array]) -> None:
+        """Replace the arrays under one key."""
+        key, given = jax.tree_util.DictKey(collection), iter(values)
+        paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(self._like)[0]]
+        self._fill([start(next(given)) if path[0] == key else x for path, x in zip(paths, self._leaves(), strict=True)])
 
     def update_parameters(self, model: Any) -> None:
         """Take one more set of parameters into the average; the first is copied.
@@ -208,8 +215,7 @@ class AveragedModel:
             arrays as it is given. The average is as it was then.
         """
         leaves = trees.arrays_like(_tree(model), self._like, "the model", "the average")
-        params = [x for x, averaged in zip(leaves, self._averaged, strict=True) if averaged]
-        buffers = [x for x, averaged in zip(leaves, self._averaged, strict=True) if not averaged]
+        params, buffers = self._parted([x if isinstance(x, jax.Array) else owned(x) for x in leaves])
         self._average, self._buffers, self.n_averaged = _update(
             self._average, self._function, self.n_averaged, params, buffers
         )
@@ -219,10 +225,13 @@ class AveragedModel:
         """The average in torch's layout.
 
         Returns:
-            ``{"n_averaged": count, "module.<path>": array, ...}``, with the dotted path of each array.
+            ``{"n_averaged": count, "module.<path>": array, ...}``, with the dotted path of each array; averages in
+            at least float32.
         """
-        leaves = zip(trees.array_names(self._like), jax.tree.leaves(self.module), strict=True)
-        return {"n_averaged": self.n_averaged} | {f"module.{name}": leaf for name, leaf in leaves}
+        return {"n_averaged": self.n_averaged} | dict(zip(self._names(), self._copies(), strict=True))
+
+    def _names(self) -> list[str]:
+        return [f"module.{name}" for name in trees.array_names(self._like)]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Take over what :meth:`state_dict` gave, or torch's where the names are the same.
@@ -235,37 +244,35 @@ class AveragedModel:
             ``RuntimeError`` that lists missing and unexpected names and arrays of another shape. Nothing is
             changed then.
         """
-        names = ["n_averaged", *(f"module.{name}" for name in trees.array_names(self._like))]
         current = self.state_dict()
-        problems = [f"Missing key in state_dict: {name!r}." for name in names if strict and name not in state_dict]
-        problems += [f"Unexpected key in state_dict: {name!r}." for name in state_dict if strict and name not in names]
+        problems = [f"Missing key in state_dict: {name!r}." for name in current if strict and name not in state_dict]
         problems += [
-            f"size mismatch for {name}: the state dict has {np.shape(state_dict[name])}, the model has "
-            f"{current[name].shape}."
-            for name in names
-            if name in state_dict and np.shape(state_dict[name]) != current[name].shape
+            f"Unexpected key in state_dict: {name!r}." for name in state_dict if strict and name not in current
+        ]
+        problems += [
+            f"size mismatch for {name}: the state dict has {np.shape(state_dict[name])}, the model has {array.shape}."
+            for name, array in current.items()
+            if name in state_dict and np.shape(state_dict[name]) != array.shape
         ]
         if problems:
             raise RuntimeError("Error(s) in loading state_dict for AveragedModel:\n" + "\n".join(problems))
-        new = {name: _own(state_dict.get(name, current[name])).astype(current[name].dtype) for name in names}
+        given = {name: state_dict.get(name, array) for name, array in current.items()}
+        new = {name: copied(x).astype(current[name].dtype) for name, x in given.items()}
         self.n_averaged = new.pop("n_averaged")
-        self._take(jax.tree.unflatten(jax.tree.structure(self._like), new.values()))
+        self._fill(list(new.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("avg_fn", "multi_avg_fn", "use_buffers", "n_averaged")}
-        return state | {"module": self.module}
+        return state | {"module": self.module, "leaves": self._copies()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["module"], state["avg_fn"], state["multi_avg_fn"], state["use_buffers"])  # type: ignore[misc]
         self.n_averaged = state["n_averaged"]
+        self._fill([copied(x) for x in state["leaves"]])
 
 
 def _tree(model: Any) -> Any:
     return model.params if isinstance(model, Optimizer) else model
-
-
-def _own(x: Any) -> jax.Array:
-    return x if isinstance(x, jax.Array) else owned(x)
 
 
 def _are_buffers(tree: Any) -> list[bool]:
@@ -288,18 +295,24 @@ def _update(
         group = [i for i, x in enumerate(old) if x.dtype == dtype]
         averages, given = [old[i] for i in group], [jnp.asarray(current[i]).astype(dtype) for i in group]
         results = function(averages, given, num_averaged)
-        if not isinstance(results, list | tuple) or len(results) != len(group):
-            raise TypeError(
-                f"multi_avg_fn must return the new averages, a list of {len(group)} arrays, but it returned "
-                f"{type(results).__name__}. (torch's changes its first argument, which JAX's arrays do not allow.)"
-            )
+        _check_results(results, given)
         for i, param, result in zip(group, given, results, strict=True):
-            new[i] = first_copied(param, result, num_averaged)
-    return jax.tree.unflatten(treedef, new), [jnp.copy(x) for x in buffers], num_averaged + 1
+            new[i] = first_copied(param, jnp.asarray(result), num_averaged)
+    return jax.tree.unflatten(treedef, new), [copied(x) for x in buffers], num_averaged + 1
 
 
-_PROBE = 2.0**100
-"""A running statistic beside which that of a batch vanishes."""
+def _check_results(results: Any, params: Sequence[jax.Array]) -> None:
+    """Raise for what a user's averaging function must not return."""
+    if not isinstance(results, list | tuple) or len(results) != len(params):
+        raise TypeError(
+            f"multi_avg_fn must return the new averages, a list of {len(params)} arrays, but it returned "
+            f"{type(results).__name__}. (torch's changes its first argument, which JAX's arrays do not allow.)"
+        )
+    for result, param in zip(results, params, strict=True):
+        if result is None or np.shape(result) != param.shape:
+            shape = "None" if result is None else f"an array of shape {np.shape(result)}"
+            error: type[Exception] = TypeError if result is None else ValueError
+            raise error(f"An averaging function returned {shape} for an array of shape {param.shape}, its new average.")
 
 
 def update_bn(
@@ -347,45 +360,67 @@ def update_bn(
     module = averaged.module
     has_place = isinstance(module, Mapping) and "batch_stats" in module
     variables = dict(module) if has_place else {"params": module, "batch_stats": batch_stats}
-    old = variables["batch_stats"]
-    if not jax.tree.leaves(old):
+    old, treedef = jax.tree.flatten(variables["batch_stats"])
+    if not old:
         return None
-    zeros = jax.tree.map(jnp.zeros_like, old)
-    total, number, first = zeros, 0, None
+    total, number, first = [jnp.zeros_like(x) for x in old], 0, None
     for item in loader:
         batch = item[0] if isinstance(item, list | tuple) else item
         first = batch if number == 0 else first
         total, number = _add_statistics(apply_fn, variables, total, batch), number + 1
     if number == 0:
         raise ValueError("update_bn was given a loader without batches. Give one that can be run through.")
-    probe = jax.tree.map(lambda x: jnp.full_like(x, _PROBE), old)
-    probed = _statistics(apply_fn, variables, probe, first)
-    new = jax.tree.map(lambda x, y: x / (number * (1 - _momentum(y))), total, probed)
+    momenta = [_momentum(*pair) for pair in zip(_probes(old), _probed(apply_fn, variables, first), strict=True)]
+    new = [
+        (x.astype(computing_dtype(x.dtype)) / (number * (1 - momentum))).astype(x.dtype)
+        for x, momentum in zip(total, momenta, strict=True)
+    ]
     if has_place:
-        averaged._replace({**module, "batch_stats": new})
-    return new
+        averaged._put("batch_stats", new)
+    return jax.tree.unflatten(treedef, new)
 
 
-def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, batch_stats: Any, batch: Any) -> Any:
-    return apply_fn(variables | {"batch_stats": batch_stats}, batch)[1]["batch_stats"]
+def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, values: list[Any], batch: Any) -> list[Any]:
+    """The statistics, as a list, after a batch that found these values there."""
+    old = variables["batch_stats"]
+    given = jax.tree.unflatten(jax.tree.structure(old), values)
+    updates = apply_fn({**variables, "batch_stats": given}, batch)[1]["batch_stats"]
+    by_name = dict(zip(trees.array_names(updates), jax.tree.leaves(updates), strict=True))
+    return [by_name[name].astype(x.dtype) for name, x in zip(trees.array_names(old), values, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn", donate_argnames="total")
-def _add_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, total: Any, batch: Any) -> Any:
+def _add_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, total: list[Any], batch: Any) -> list[Any]:
     """The sum of statistics with those of one more batch."""
-    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-    return jax.tree.map(jnp.add, total, _statistics(apply_fn, variables, zeros, batch))
+    new = _statistics(apply_fn, variables, [jnp.zeros_like(x) for x in total], batch)
+    return [x + y for x, y in zip(total, new, strict=True)]
 
 
-def _momentum(probed: jax.Array) -> float:
-    """The momentum that has made ``probed`` of the probe: the shortest decimal that is this float."""
-    momenta = {float(str(x)) for x in np.unique(np.asarray(probed) / _PROBE)}
-    if len(momenta) != 1 or not 0 <= (momentum := momenta.pop()) < 1:
+def _probes(old: list[Any]) -> list[float]:
+    """For each running statistic a value beside which that of a batch vanishes."""
+    return [2.0 ** min(100, int(jnp.finfo(x.dtype).maxexp) - 2) for x in old]
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
+def _probed(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list[Any]:
+    """What becomes of the probes, less what becomes of zeros."""
+    old = jax.tree.leaves(variables["batch_stats"])
+    given = [jnp.full_like(x, probe) for x, probe in zip(old, _probes(old), strict=True)]
+    high = _statistics(apply_fn, variables, given, batch)
+    low = _statistics(apply_fn, variables, [jnp.zeros_like(x) for x in old], batch)
+    return [x - y for x, y in zip(high, low, strict=True)]
+
+
+def _momentum(probe: float, probed: jax.Array) -> float:
+    """The momentum that has made ``probed`` of the probe: the shortest decimal that is this number in its dtype."""
+    found = np.unique(np.asarray(probed) / np.asarray(probe, probed.dtype))
+    if len(found) != 1 or not 0 <= float(found[0]) < 1:
         raise ValueError(
             "update_bn needs statistics that follow new = momentum * old + (1 - momentum) * batch with a momentum in "
-            f"[0, 1), but these go from {_PROBE:g} to {np.unique(np.asarray(probed))}."
+            f"[0, 1), but these have {found} for it."
         )
-    return momentum
+    decimals = (float(f"{float(found[0]):.{digits}g}") for digits in range(1, 18))
+    return next(x for x in decimals if np.asarray(x, probed.dtype) == found[0])
 
 
 class SWALR(LRScheduler):
