@@ -12,24 +12,21 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import jaxoptim
+from digits import BATCH_SIZE, Data, OneLineParser, Params, load_data
 
-BATCH_SIZE = 32
 SWEEP_EPOCHS = 4
 SWEEP_RATES = np.logspace(-4, 0, 16)
 
-Params = dict[str, dict[str, jax.Array]]
 Carry = tuple[Params, Any]  # the parameters and the state of their optimizer
 
 
@@ -60,22 +57,7 @@ OPTIMIZERS = {
 }
 
 
-# The data and the network --------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """Images of shape (n, 8, 8, 1) with values in [0, 1], and labels 0 to 9."""
-
-    train_images: jax.Array
-    test_images: jax.Array
-    train_labels: jax.Array
-    test_labels: jax.Array
-
-
-def load_data() -> Data:
-    images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    return Data(*map(jnp.asarray, train_test_split(images, labels, test_size=0.25, random_state=0, stratify=labels)))
+# The network ---------------------------------------------------------------------------------------------
 
 
 def init_params(key: jax.Array) -> Params:
@@ -102,6 +84,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def logits_of(params: Params, x: jax.Array) -> jax.Array:
+    x = x.reshape(-1, 8, 8, 1)
     for name in ("conv1", "conv2"):
         x = max_pool(jax.nn.relu(patches(x) @ params[name]["kernel"] + params[name]["bias"]))
     return x.reshape(len(x), -1) @ params["dense"]["kernel"] + params["dense"]["bias"]
@@ -191,14 +174,6 @@ def plot(losses: dict[str, list[float]], accuracies: dict[str, np.ndarray], path
     figure.savefig(path, dpi=110)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with the message, without the usage in front of it."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def optimizer_names(text: str) -> list[str]:
     names = text.lower().split(",")
     if unknown := [name for name in names if name not in OPTIMIZERS]:
@@ -206,12 +181,6 @@ def optimizer_names(text: str) -> list[str]:
             f"no optimizer is called {', '.join(unknown)!r}. Choose from {', '.join(OPTIMIZERS)}."
         )
     return names
-
-
-def epoch_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs. Give a whole number >= 1.")
-    return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -224,17 +193,17 @@ def parse_arguments() -> argparse.Namespace:
         help=f"which of {', '.join(OPTIMIZERS)} to train (default: all)",
     )
     parser.add_argument("--lr", type=float, help="the learning rate, in the place of each optimizer's own")
-    parser.add_argument("--epochs", type=epoch_count, default=15, help="passes over the data (default: 15)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="the figure's directory (default: out)")
+    parser.add_epochs(default=15)
+    parser.add_out()
     arguments = parser.parse_args()
     arguments.optimizer = list(dict.fromkeys(arguments.optimizer or OPTIMIZERS))
     try:
         if arguments.lr is not None:
             for name in arguments.optimizer:
                 OPTIMIZERS[name].make(arguments.lr)  # raises for a rate that the optimizer does not take
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
+    parser.make_directory(arguments.out)
     return arguments
 
 

@@ -1834,3 +1834,24 @@ def test_arrays_given_to_the_pure_functions_are_not_aliased():
         state = average.init(given_array)
         given_array[:] = 5
         assert np.all(np.asarray(state.average) == 1)
+
+
+def test_integers_among_the_statistics_count_the_batches():
+    def apply_fn(variables, x):
+        old = variables["batch_stats"]
+        return x, {"batch_stats": {"mean": 0.9 * old["mean"] + 0.1 * x.mean(0), "count": old["count"] + 1}}
+
+    model = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.zeros(3), "count": jnp.int32(7)}}
+    averaged, xs = AveragedModel(model), batches([4, 5, 6])
+    new = update_bn(xs, averaged, apply_fn)
+    assert int(new["count"]) == int(averaged.module["batch_stats"]["count"]) == 3
+    np.testing.assert_allclose(new["mean"], np.mean([x.mean(0) for x in xs], 0), rtol=1e-6)
+
+
+def test_a_complex_parameter_does_not_lose_its_imaginary_part():
+    real, imaginary = {"w": jnp.ones(2)}, {"w": jnp.full(2, 1j)}
+    averaged, average = AveragedModel(real), averaging.swa()
+    state = average.init(real)
+    for update in (lambda: averaged.update_parameters(imaginary), lambda: average.update(state, imaginary)):
+        with pytest.raises(TypeError, match="'w' is complex"):
+            update()

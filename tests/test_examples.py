@@ -118,3 +118,119 @@ def test_the_benchmark_of_lbfgs_ends_where_torch_ends():
         evaluations, losses = zip(*table, strict=True)
         assert len(set(evaluations)) == 1
         assert [float(loss) for loss in losses] == pytest.approx([float(losses[0])] * 3, abs=1e-10)
+
+
+def ran(name, *arguments):
+    """What an example prints that goes well."""
+    done = python(ROOT / "examples" / name, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def difference_of_faces(stdout):
+    return float(re.search(r"^largest difference between the (?:validation )?losses of .*: (\S+)$", stdout, re.M)[1])
+
+
+def one_cycle(tmp_path, *arguments):
+    """Row to the accuracy of one training and the mean of many, in percent."""
+    stdout = ran("one_cycle.py", *arguments, "--out", tmp_path / "new" / "folder")
+    assert_png(tmp_path / "new" / "folder" / "one_cycle.png")
+    assert difference_of_faces(stdout) < 1e-4
+    rows = re.findall(r"^(\S.*?) {3,}(\d+\.\d+)%(?: +(\d+\.\d+)% ± \d+\.\d+%)?$", stdout, re.M)
+    assert [name for name, *_ in rows] == ["one cycle, torch-style", "one cycle, pure", "constant 0.1"]
+    return {name: (float(one), float(mean or "nan")) for name, one, mean in rows}
+
+
+def test_one_cycle_gives_the_same_in_both_faces(tmp_path):
+    rows = one_cycle(tmp_path, "--epochs", 2)
+    assert rows["one cycle, torch-style"][0] == pytest.approx(rows["one cycle, pure"][0], abs=0.5)
+    assert rows["one cycle, pure"][1] > 91
+
+
+@pytest.mark.slow
+def test_one_cycle_is_better_than_a_constant_rate(tmp_path):
+    rows = one_cycle(tmp_path)
+    assert rows["one cycle, torch-style"][0] > 96.5
+    assert rows["one cycle, pure"][1] > max(96.8, rows["constant 0.1"][1] + 0.4)
+
+
+def plateau_ema(tmp_path, *arguments):
+    """Row to the accuracies of the last weights and the average, in percent, and the epochs of the two faces."""
+    stdout = ran("plateau_ema.py", *arguments, "--out", tmp_path)
+    assert_png(tmp_path / "plateau_ema.png")
+    assert difference_of_faces(stdout) < 1e-4
+    row = r"^(\S.*?) {3,}(\d+\.\d+)%(?: ± \S+)? +(\d+\.\d+)%(?: ± \S+|   (.*))$"
+    rows = re.findall(row, stdout, re.M)
+    assert [name for name, *_ in rows] == ["torch-style", "pure", "mean of 16 trainings"]
+    accuracies = {name: (float(last), float(average)) for name, last, average, _ in rows}
+    return accuracies, [epochs for *_, epochs in rows[:2]]
+
+
+def test_plateau_and_average_give_the_same_in_both_faces(tmp_path):
+    accuracies, (torch_style, pure) = plateau_ema(tmp_path, "--epochs", 15)
+    assert torch_style == pure == "14"
+    assert accuracies["torch-style"] == pytest.approx(accuracies["pure"], abs=0.5)
+    last, average = accuracies["mean of 16 trainings"]
+    assert average > max(89, last + 2)
+
+
+@pytest.mark.slow
+def test_the_average_is_better_than_the_last_weights(tmp_path):
+    accuracies, (torch_style, pure) = plateau_ema(tmp_path)
+    assert torch_style == pure == "14, 19"
+    assert accuracies["torch-style"][1] > 89
+    last, average = accuracies["mean of 16 trainings"]
+    assert average > max(90, last + 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param("import one_cycle as e; e.TOLERANCE = 0.0", r"The losses differ by \S+, more than 0e\+00\.\n"),
+        pytest.param(
+            "import plateau_ema as e; e.TOLERANCE = -1.0",
+            r"The validation losses differ by \S+, more than -1e\+00\.\n",
+        ),
+        pytest.param(
+            "import plateau_ema as e; f = e.train_torch_style; "
+            "e.train_torch_style = lambda *a: f(*a)._replace(rates=[0.05])",
+            r"The rate was reduced after epochs 1 in the torch-style loop, but after none in the pure one\.\n",
+        ),
+    ],
+    ids=["one-cycle", "plateau-losses", "plateau-epochs"],
+)
+def test_an_example_fails_if_its_faces_differ(code, said, tmp_path):
+    done = python("-c", f"{code}; e.main()", "--epochs", 1, "--out", tmp_path, PYTHONPATH=str(ROOT / "examples"))
+    assert done.returncode == 1
+    assert re.fullmatch(said, done.stderr), done.stderr
+
+
+def test_the_picture_of_all_schedules(tmp_path):
+    assert "The 24 schedules are in" in ran("plot_schedules.py", "--out", tmp_path / "new" / "folder")
+    assert_png(tmp_path / "new" / "folder" / "schedules.png")
+    assert (tmp_path / "new" / "folder" / "schedules.png").stat().st_size < 300_000
+
+
+def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
+    commands = [
+        ["one_cycle", "--epochs", "two"],
+        ["plateau_ema", "--out", __file__],
+        ["plot_schedules", "--steps", "3"],
+    ]
+    code = f"""
+import importlib, sys
+for command in {commands}:
+    sys.argv = command
+    try:
+        importlib.import_module(command[0]).main()
+    except SystemExit as error:
+        print(error.code)
+"""
+    done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
+    assert done.stdout.split() == ["2"] * 3, done.stderr
+    epochs, out, steps = done.stderr.splitlines()
+    assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
+    assert out.startswith("plateau_ema: ")
+    assert __file__ in out
+    assert steps == "plot_schedules: unrecognized arguments: --steps 3"

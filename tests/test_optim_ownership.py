@@ -364,3 +364,17 @@ def test_the_face_makes_the_steps_of_the_pure_packed_form():
         opt.step(params)
         packed, state = jax.jit(step)(rule, packed, params, state)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), opt.params, packed.unpack())
+
+
+@pytest.mark.parametrize("way", ["step", "minimize"])
+def test_numpy_arrays_may_change_after_the_call(way):
+    for _ in range(10):  # whether the program reads them too late is a matter of chance
+        array = np.ones((1000, 700), np.float32)
+        optimizer = optim.SGD(jnp.zeros(array.shape), lr=1.0)
+        optimizer.step(array) if way == "step" else optimizer.minimize(_product, array)
+        array[:] = 9
+        assert bool(jnp.all(optimizer.params == -1))
+
+
+def _product(param, array):
+    return jnp.sum(param * array)

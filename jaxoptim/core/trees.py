@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from jaxoptim.core.numerics import is_complex, owned
+
 
 def is_leaf(x: Any) -> bool:
     """What a tree of parameters or gradients is not taken apart beyond."""
@@ -62,7 +64,8 @@ def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
     """The arrays of ``tree``, one for each array of ``like``, and of its shape; nothing for a None in both.
 
     Errors:
-        ``ValueError`` that names the first parameter at which the two trees part.
+        ``ValueError`` that names the first parameter at which the two trees part; ``TypeError`` for a complex
+        array in the place of a real one.
     """
     given = leaves_like(tree, like, what, like_what)
     expected = jax.tree.leaves(like, is_leaf=is_leaf)
@@ -77,7 +80,19 @@ def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
                 f"{names(like)[index]!r} has shape {np.shape(leaf)} in {what}, but {array.shape} in {like_what}. "
                 "They must be equal."
             )
+        if leaf is not None and np.iscomplexobj(leaf) and not is_complex(array):
+            raise TypeError(
+                f"{names(like)[index]!r} is complex in {what}, but not in {like_what}. Give the real part, or begin "
+                "with a complex array."
+            )
     return [leaf for leaf in given if leaf is not None]
+
+
+def owned_arrays(tree: Any) -> Any:
+    """A tree with copies of its NumPy arrays, whose owner may change them before a compiled program has read them."""
+    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda leaf: owned(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
 def check_array(what: str, name: str, x: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from jaxoptim.core import Rule
+from jaxoptim.core import Rule, trees
 from jaxoptim.optim import functional, state_dicts, subclass
 from jaxoptim.optim.bucket import Bucket
 from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
@@ -248,8 +248,7 @@ class Optimizer(Hooked):
         if closure is not None and grads is not None:
             raise TypeError("step takes gradients or a closure that sets them, but got both.")
         loss = None if closure is None else closure()
-        if grads is None:
-            grads = self._storage.own_gradients()
+        grads = self._storage.own_gradients() if grads is None else trees.owned_arrays(grads)
         self._update(lambda: self._storage.advance(grads))
         return loss
 
@@ -282,6 +281,7 @@ class Optimizer(Hooked):
             [8.0, 5.12, 3.277]
         """
         self._loss_functions.check(loss_fn)
+        args = trees.owned_arrays(args)
         return self._update(lambda: self._storage.minimize(loss_fn, has_aux, args))
 
     def _update(self, run: Callable[[], Any]) -> Any:

@@ -370,10 +370,9 @@ def update_bn(
         total, number = _add_statistics(apply_fn, variables, total, batch), number + 1
     if number == 0:
         raise ValueError("update_bn was given a loader without batches. Give one that can be run through.")
-    momenta = [_momentum(*pair) for pair in zip(_probes(old), _probed(apply_fn, variables, first), strict=True)]
     new = [
-        (x.astype(computing_dtype(x.dtype)) / (number * (1 - momentum))).astype(x.dtype)
-        for x, momentum in zip(total, momenta, strict=True)
+        _divided(x, number * (1 - _momentum(probe, probed))) if floating(x) else x
+        for x, probe, probed in zip(total, _probes(old), _probed(apply_fn, variables, first), strict=True)
     ]
     if has_place:
         averaged._put("batch_stats", new)
@@ -392,13 +391,18 @@ def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, values: lis
 @functools.partial(jax.jit, static_argnames="apply_fn", donate_argnames="total")
 def _add_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, total: list[Any], batch: Any) -> list[Any]:
     """The sum of statistics with those of one more batch."""
-    new = _statistics(apply_fn, variables, [jnp.zeros_like(x) for x in total], batch)
-    return [x + y for x, y in zip(total, new, strict=True)]
+    given = [jnp.zeros_like(x) if floating(x) else x for x in total]  # integers count on
+    new = _statistics(apply_fn, variables, given, batch)
+    return [x + y if floating(x) else y for x, y in zip(total, new, strict=True)]
+
+
+def _divided(x: jax.Array, divisor: float) -> jax.Array:
+    return (x.astype(computing_dtype(x.dtype)) / divisor).astype(x.dtype)
 
 
 def _probes(old: list[Any]) -> list[float]:
     """For each running statistic a value beside which that of a batch vanishes."""
-    return [2.0 ** min(100, int(jnp.finfo(x.dtype).maxexp) - 2) for x in old]
+    return [2.0 ** min(100, int(jnp.finfo(x.dtype).maxexp) - 2) if floating(x) else 0.0 for x in old]
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")

@@ -37,13 +37,13 @@ def plot(schedule: Callable[[Any], Any], steps: int, *, ax: Any = None, **style:
         raise TypeError(f"plot takes a function step -> value, but got {type(schedule).__name__}.")
     if steps < 1:
         raise ValueError(f"steps must be >= 1, but got {steps}.")
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("jaxoptim.schedules.plot draws with matplotlib: pip install matplotlib.") from error
     if ax is None:
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError("jaxoptim.schedules.plot draws with matplotlib: pip install matplotlib.") from error
         _, ax = plt.subplots()
-    ax.plot(np.arange(steps), np.asarray(jax.vmap(schedule)(jnp.arange(steps))), **style)
+    ax.plot(np.arange(steps), np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps))), **style)
     ax.set_xlabel("step")
     ax.set_ylabel("learning rate")
     return ax
