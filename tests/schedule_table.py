@@ -277,11 +277,22 @@ COMPOSITE = [
     chained(EXPONENTIAL, LAMBDA),
     chained(LAMBDA, EXPONENTIAL),
     chained(RESTARTS, STEP),
-    chained(STEP, RESTARTS, MULTISTEP, LINEAR),
-    chained(LAMBDA, RESTARTS, CONSTANT),
+    chained(STEP, CYCLIC, MULTISTEP, LINEAR),
+    chained(LAMBDA, Row("CosineAnnealingWarmRestarts", {"T_0": 40}), CONSTANT),
     chained(EXPONENTIAL, CYCLIC),
     chained(CYCLIC, LINEAR),
     chained(chained(CONSTANT, EXPONENTIAL), STEP),
+    # torch's cosine rises from its minimum to the base rate, whatever the others have done until then.
+    chained(STEP, COSINE),
+    # A factor that has come to 0 and stays there is 1 from then on to what starts from the base rate.
+    chained(RESTARTS, Row("PolynomialLR", {"total_iters": 50})),
+    chained(RESTARTS, Row("LinearLR", {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 50})),
+    # torch's sequence starts from the base rate at each milestone and when it is made.
+    chained(sequential(CONSTANT, EXPONENTIAL, at=[20]), STEP),
+    chained(CONSTANT, sequential(CONSTANT, EXPONENTIAL, at=[20])),
+    # A chain that starts from the base rate at each step does so inside another chain too.
+    chained(EXPONENTIAL, chained(LAMBDA, STEP)),
+    chained(chained(LAMBDA, STEP), EXPONENTIAL),
 ]
 """Schedulers made of others."""
 
@@ -289,28 +300,15 @@ ROWS = [*SIMPLE, *COMPOSITE]
 """Every class with every option, and their compositions."""
 
 DISPUTED = [
-    # torch's cosine rises from its minimum to the base rate, whatever the others have done until then.
-    chained(STEP, COSINE),
-    chained(LAMBDA, COSINE),
-    # A factor that has come to 0 and stays there is 1 from then on to what starts from the base rate.
-    chained(RESTARTS, Row("PolynomialLR", {"total_iters": 50})),
-    chained(RESTARTS, Row("LinearLR", {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 50})),
-    chained(LAMBDA, Row("StepLR", {"step_size": 20, "gamma": 0.0})),
-    # torch's sequence starts from the base rate at each milestone and when it is made.
-    chained(sequential(CONSTANT, EXPONENTIAL, at=[20]), STEP),
-    chained(CONSTANT, sequential(CONSTANT, EXPONENTIAL, at=[20])),
-    # A chain that starts from the base rate at each step does so inside another chain too.
-    chained(EXPONENTIAL, chained(LAMBDA, STEP)),
-    chained(chained(LAMBDA, STEP), EXPONENTIAL),
-    # These two start from the rate that they find, in torch.
     sequential(CONSTANT, AVERAGING, at=[10]),
     sequential(COSINE, MULTIPLICATIVE, at=[10]),
     # torch's sequence asks the closed form for the first value, which passes over the factor here.
     sequential(EXPONENTIAL, Row("ConstantLR", {"total_iters": 0}), at=[10]),
 ]
-"""Compositions that torch's classes make, and whose pure schedules are not the same function of the step."""
+"""Sequences of torch's classes in which a scheduler starts from the rate that it finds, and not from the base rate."""
 
 CLASS_ONLY = [
+    chained(LAMBDA, COSINE),
     chained(STEP, RAISED_COSINE),
     chained(EXPONENTIAL, AVERAGING),
     chained(AVERAGING, EXPONENTIAL),
@@ -324,14 +322,14 @@ LONG = [
     Row("LinearLR", {"start_factor": 1.0, "end_factor": 0.0, "total_iters": 9000}),
     Row("CosineAnnealingLR", {"T_max": 50}),
     Row("CosineAnnealingLR", {"T_max": 777, "eta_min": 0.01}),
-    Row("CosineAnnealingLR", {"T_max": 4999, "eta_min": 0.01}),
+    Row("CosineAnnealingLR", {"T_max": 999, "eta_min": 0.01}),
     Row("CosineAnnealingWarmRestarts", {"T_0": 10, "T_mult": 3, "eta_min": 1e-4}),
     Row("CyclicLR", {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 7, "step_size_down": 3}),
     # torch's 2.0**(cycle - 1) overflows at 1,024 cycles, which are a million steps here.
     Row("CyclicLR", {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 600, "step_size_down": 400, "mode": "triangular2"}),
     Row("OneCycleLR", {"max_lr": 0.5, "total_steps": 10**4}),
     Row("SWALR", {"swa_lr": 0.01, "anneal_epochs": 9000, "anneal_strategy": "linear"}),
-    chained(RESTARTS, STEP),
+    chained(RESTARTS, Row("StepLR", {"step_size": 700, "gamma": 0.5})),
 ]
 """Schedules of thousands of steps."""
 

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxoptim import Decay, averaging, optim, pack
 from jaxoptim.optim import swa_utils
-from jaxoptim.optim.swa_utils import SWALR, AveragedModel, update_bn
+from jaxoptim.optim.swa_utils import SWALR, AveragedModel, averaged_model, update_bn
 
 theirs = torch.optim.swa_utils
 
@@ -792,11 +792,11 @@ def test_one_program_serves_all_updates(mode, caplog):
     shapes = {"w": (7,), "v": (5, 3), "u": (100 + list(MODES).index(mode),)}  # that no other test has
     trees = [jax.tree.map(jnp.asarray, tree) for tree in draws(5, dtype=np.float32, shapes=shapes)]
     averaged = AveragedModel(trees[0], **MODES[mode])
-    before = swa_utils._update._cache_size()
+    before = averaged_model._update._cache_size()
     assert len(compiled_by(caplog, lambda: averaged.update_parameters(trees[0]))) == 1
     later = compiled_by(caplog, lambda: [averaged.update_parameters(tree) for tree in trees])
     assert later == []
-    assert swa_utils._update._cache_size() == before + 1
+    assert averaged_model._update._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("kind", ["avg_fn", "multi_avg_fn"])

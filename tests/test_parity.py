@@ -11,7 +11,7 @@ import jaxoptim
 import parity
 from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, ROWS, SPARSE, Case
+from table import CASES, FIRST, ROWS, SPARSE, Case
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
@@ -30,7 +30,10 @@ def test_complex_parameters_agree_with_the_parent(case):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[] if case in FIRST else pytest.mark.slow) for case in DENSE],
+)
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     ours, theirs = parity.low_precision_errors(case, dtype)
     assert ours <= CHANCE * theirs

@@ -124,8 +124,11 @@ def test_vmap_over_an_array_given_for_one_number():
 @pytest.mark.parametrize(
     "case",
     # Rprop moves by the sign alone and Muon rounds to bfloat16; their rates still act linearly.
-    [case for case in FIRST if "lr" in case.row.rule.specs],
-    ids=str,
+    [
+        pytest.param(case, id=str(case), marks=[] if case.row.name in ("SGD", "Adam", "RMSprop") else pytest.mark.slow)
+        for case in FIRST
+        if "lr" in case.row.rule.specs
+    ],
 )
 def test_derivative_by_the_learning_rate_is_the_finite_difference(case, x64):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)

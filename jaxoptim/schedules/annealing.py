@@ -22,11 +22,16 @@ def cosine(step: Any, lr: Any, period: Any, eta_min: Any) -> Any:
     return eta_min + (lr - eta_min) * one_plus_cos(step, period) / 2
 
 
-def fall(start: Any, end: Any, fraction: Any, strategy: str) -> Any:
-    """The rate at a fraction of the way from ``start`` to ``end``."""
+def fall(start: Any, end: Any, done: Any, left: Any, strategy: str) -> Any:
+    """The rate on the way from ``start`` to ``end``, of which a part is done and a part is left.
+
+    The two parts make 1. In float32, one cannot be had from the other without losing the digits of a small one.
+    """
+    if is_array(done) and is_single():
+        return end * weight(done, strategy) + start * weight(left, strategy)
     if strategy == "cos":
-        return end + (start - end) / 2.0 * one_plus_cos(fraction)
-    return (end - start) * fraction + start
+        return end + (start - end) / 2.0 * one_plus_cos(done)
+    return (end - start) * done + start
 
 
 def weight(fraction: Any, strategy: str) -> Any:
@@ -42,8 +47,8 @@ def cosine_annealing_lr(step: Any, lr: of.Rate, T_max: of.Size, eta_min: of.Numb
         \eta_n = \eta_{\min} + \tfrac12 (\eta_0 - \eta_{\min}) \left( 1 + \cos \frac{\pi n}{T} \right)
 
     In float64 this is torch's recursion with its rounding errors, which are frozen at each minimum (after a
-    million steps they are 3e-10 of the rate). What a minimum other than 0 adds to them is left out: 5e-12 with
-    ``T_max`` of 10,000, and in proportion to its square.
+    million steps they are 3e-10 of the rate). What a minimum other than 0 adds to them is left out: up to
+    1e-10 with ``T_max=5000`` and ``eta_min`` a tenth of the rate, in proportion to the square of ``T_max``.
 
     Args:
         lr: :math:`\eta_0`, a number >= 0; may be traced.
@@ -79,7 +84,7 @@ def cosine_annealing_warm_restarts(
     lr: of.Rate,
     T_0: Annotated[int, of.first_period],
     T_mult: Annotated[int, of.growth] = 1,
-    eta_min: of.Number = 0.0,
+    eta_min: Annotated[Any, of.minimum] = 0.0,
 ) -> Any:
     r"""A cosine down to a minimum, over and over: ``CosineAnnealingWarmRestarts``.
 
@@ -155,7 +160,10 @@ def swa_lr(
         >>> [round(float(schedule(n)), 6) for n in range(4)]
         [0.1, 0.075, 0.05, 0.05]
     """
-    alpha = weight(anneal_fraction(step, anneal_epochs), anneal_strategy)
+    done = anneal_fraction(step, anneal_epochs)
+    if is_single() and anneal_epochs:
+        return fall(lr, swa_lr, done, (anneal_epochs - minimum(anneal_epochs, step)) / anneal_epochs, anneal_strategy)
+    alpha = weight(done, anneal_strategy)
     return swa_lr * alpha + lr * (1 - alpha)
 
 

@@ -80,27 +80,26 @@ def _functions(name: str, value: Iterable[Any]) -> tuple[Callable[..., Any], ...
     return functions
 
 
-def constant_factor(name: str, value: Any) -> Any:
-    """The factor of ``constant_lr``."""
-    if is_known(value) and not 0 <= value <= 1:
-        raise ValueError(f"Constant multiplicative factor expected to be between 0 and 1. Got {name}={value}.")
-    return value
+def _factor(text: str, admits: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
+    """A check of a factor, with torch's words for one that is out of range."""
+
+    def check(name: str, value: Any) -> Any:
+        _number(name, value)
+        if is_known(value) and not admits(value):
+            raise ValueError(f"{text} Got {name}={value}.")
+        return value
+
+    return check
 
 
-def start_factor(name: str, value: Any) -> Any:
-    """The first factor of ``linear_lr``."""
-    if is_known(value) and not 0 < value <= 1:
-        raise ValueError(
-            f"Starting multiplicative factor expected to be greater than 0 and less or equal to 1. Got {name}={value}."
-        )
-    return value
-
-
-def end_factor(name: str, value: Any) -> Any:
-    """The last factor of ``linear_lr``."""
-    if is_known(value) and not 0 <= value <= 1:
-        raise ValueError(f"Ending multiplicative factor expected to be between 0 and 1. Got {name}={value}.")
-    return value
+constant_factor = _factor(
+    "Constant multiplicative factor expected to be between 0 and 1.", lambda factor: 0 <= factor <= 1
+)
+start_factor = _factor(
+    "Starting multiplicative factor expected to be greater than 0 and less or equal to 1.",
+    lambda factor: 0 < factor <= 1,
+)
+end_factor = _factor("Ending multiplicative factor expected to be between 0 and 1.", lambda factor: 0 <= factor <= 1)
 
 
 def first_period(name: str, value: Any) -> Any:
@@ -114,6 +113,13 @@ def growth(name: str, value: Any) -> Any:
     """The factor between periods."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"Expected integer {name} >= 1, but got {value}")
+    return value
+
+
+def minimum(name: str, value: Any) -> Any:
+    """The least rate, of which torch wants to know the type."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.number | jax.Array):
+        raise ValueError(f"Expected float or int {name}, but got {value} of type {type(value)}")
     return value
 
 

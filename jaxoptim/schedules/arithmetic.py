@@ -70,15 +70,14 @@ def one_minus_cos(x: Any, y: Any = 1) -> Any:
     return 2 * jnp.square(jnp.sin(math.pi / 2 * (x / y)))
 
 
-def turns(step: Any, period: Any) -> tuple[Any, Any]:
-    """In which turn of the period a step is, counted from 1, and at which fraction of it."""
-    if not is_array(step):
-        turn = math.floor(1 + step / period)
-        return turn, 1.0 + step / period - turn
-    if is_single():
-        return 1 + step // period, step % period / period
-    turn = jnp.floor(1 + divide(step, period))
-    return turn, 1.0 + divide(step, period) - turn
+def turns(step: Any, period: Any) -> tuple[Any, Any, Any]:
+    """In which turn of the period a step is, counted from 1, how far in it, and how far that is from its end."""
+    if is_array(step) and is_single():
+        done = step % period
+        return 1 + step // period, done / period, (period - done) / period
+    turn = jnp.floor(1 + divide(step, period)) if is_array(step) else math.floor(1 + step / period)
+    x = 1.0 + divide(step, period) - turn
+    return turn, x, 1 - x
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +90,7 @@ class Base:
 
     Attributes:
         base: the number itself.
-        high: the leading digits of its logarithm.
+        high: the leading digits of its logarithm, to the base 2.
         low: the rest.
     """
 
@@ -106,8 +105,8 @@ class Base:
     def of(cls, base: Any) -> Self:
         """The base of the powers of a number >= 0."""
         xp: Any = np if is_known(base) else jnp
-        # exp(-1e4) is 0, and exp(-1e4 * 0) is 1: what a base of 0 needs.
-        log = xp.where(base > 0, xp.log(xp.where(base > 0, base, 1.0)), -1e4)
+        # 2**-1e4 is 0, and 2**(-1e4 * 0) is 1: what a base of 0 needs.
+        log = xp.where(base > 0, xp.log2(xp.where(base > 0, base, 1.0)), -1e4)
         fraction, exponent = xp.frexp(log if xp is np else jax.lax.stop_gradient(log))
         high = xp.ldexp(xp.round(fraction * 2.0**_HALF), exponent - _HALF)
         return cls(base, *(float(x) if isinstance(x, np.generic) else x for x in (high, log - high)))
@@ -122,4 +121,7 @@ def power(base: Any, n: Any) -> Any:
     # Below 2**24, n is the sum of two numbers of 12 digits. Their products with the high part are exact.
     coarse = n // 2**_HALF * 2.0**_HALF
     fine = n % 2**_HALF
-    return jnp.exp(coarse * base.high) * jnp.exp(fine * base.high) * jnp.exp(n * base.low)
+    logs = [coarse * base.high, fine * base.high, n * base.low]
+    whole = sum(jnp.round(log) for log in logs)
+    fraction = sum(log - jnp.round(log) for log in logs)
+    return jnp.ldexp(jnp.exp2(fraction), jnp.clip(whole, -1000, 1000).astype(int))

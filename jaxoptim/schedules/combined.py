@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import is_known
@@ -21,6 +23,9 @@ def sequential_lr(step: Any, lr: of.Rate, schedulers: of.Functions, milestones: 
 
     .. math::
         \eta_n = s_i(n - m_i), \qquad i = |\{m \,:\, m \le n\}|, \quad m_0 = 0
+
+    Every schedule begins from the base rate. (In torch ``MultiplicativeLR`` and ``SWALR`` go on from the rate that
+    they find, and ``ConstantLR`` with ``total_iters=0`` has no factor.)
 
     Args:
         lr: the base rate, a number >= 0; may be traced.
@@ -50,9 +55,10 @@ def sequential_lr(step: Any, lr: of.Rate, schedulers: of.Functions, milestones: 
             f"{len(milestones)}"
         )
     _check_rates(lr, schedulers)
-    value = schedulers[0](step)
-    for milestone, scheduler in zip(milestones, schedulers[1:], strict=True):
-        value = where(step >= milestone, scheduler(step - milestone), value)
+    value: Any = 0.0
+    for start, end, scheduler in zip((0, *milestones), (*milestones, None), schedulers, strict=True):
+        its_turn = (step >= start) if end is None else (step >= start) & (step < end)
+        value = where(its_turn, scheduler(where(its_turn, step - start, 0)), value)
     return value
 
 
@@ -63,9 +69,10 @@ def chained(step: Any, lr: of.Rate, schedulers: of.Functions) -> Any:
     .. math::
         \eta_n = \eta_0 \prod_i \frac{s_i(n)}{\eta_0}
 
-    As in torch, a schedule that starts from the base rate at each step (:func:`lambda_lr`,
-    :func:`cosine_annealing_warm_restarts`, :func:`cyclic_lr`, :func:`one_cycle_lr`) takes back what those before
-    it have done, and of those after it only the last factor remains, :math:`s_i(n) / s_i(n-1)`.
+    As in torch, the product begins anew where a schedule sets the rate whatever it was, and what the others did
+    before that is forgotten: at every step (:func:`lambda_lr`, :func:`cosine_annealing_warm_restarts`,
+    :func:`cyclic_lr`, :func:`one_cycle_lr`), after a minimum (:func:`cosine_annealing_lr`) and at a milestone
+    (:func:`sequential_lr`). Powers that have become too small for a number are forgotten too.
 
     Args:
         lr: :math:`\eta_0`, the base rate, a number >= 0; may be traced.
@@ -76,9 +83,10 @@ def chained(step: Any, lr: of.Rate, schedulers: of.Functions) -> Any:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
     Errors:
-        ``ValueError`` for no schedule, for schedules of another rate, and for those that are no factor
-        (:func:`swa_lr`, and :func:`cosine_annealing_lr` with a minimum other than 0): what they do depends on all
-        steps before. The class, ``optim.lr_scheduler.ChainedScheduler``, chains them too.
+        ``ValueError`` for no schedule, for schedules of another rate, and for those that are no factor: what
+        :func:`swa_lr`, :func:`cosine_annealing_lr` with a minimum other than 0, and the latter after a schedule
+        that starts from the base rate, do depends on all steps before. The class,
+        ``optim.lr_scheduler.ChainedScheduler``, chains them too.
 
     Example:
         >>> from jaxoptim import schedules
@@ -90,17 +98,55 @@ def chained(step: Any, lr: of.Rate, schedulers: of.Functions) -> Any:
     schedulers = tuple(schedulers)
     _check_rates(lr, schedulers)
     _check_factors(schedulers)
-    starts = [index for index, scheduler in enumerate(schedulers) if _formula(scheduler) in _FROM_BASE]
-    if not starts:
-        value = lr
-        for scheduler in schedulers:
-            value = value * _ratio(scheduler(step), lr)
-        return value
-    value = schedulers[starts[-1]](step)
-    for scheduler in schedulers[starts[-1] + 1 :]:
-        before = where(step > 0, scheduler(where(step > 0, step - 1, 0)), lr)
-        value = value * _ratio(scheduler(step), before)
+    values = [scheduler(step) for scheduler in schedulers]
+    value = lr
+    for factor in values:
+        value = value * _ratio(factor, lr)
+    latest: Any = _NEVER
+    for index, scheduler in enumerate(schedulers):
+        start = _start(scheduler, step)
+        if start is None:
+            continue
+        anew = values[index]
+        for other, factor in enumerate(values):
+            if other != index:
+                anew = anew * _ratio(factor, _value_at(schedulers[other], start - (other > index), lr))
+        is_latest = (start > _NEVER) & (start >= latest)
+        value, latest = where(is_latest, anew, value), where(is_latest, start, latest)
     return value
+
+
+_NEVER = -1
+
+
+def _start(scheduler: Any, step: Any) -> Any:
+    """The step at which a schedule has last set the rate whatever it was; None if it never does."""
+    formula = _formula(scheduler)
+    if formula in _FROM_BASE:
+        return step
+    if formula is cosine_annealing_lr.formula:
+        period = scheduler.arguments["T_max"]
+        return where(step > period, step - (step - 1 - period) % (2 * period), _NEVER)
+    if formula is sequential_lr.formula:
+        return _start_in_sequence(step, **scheduler.arguments)
+    if formula is chained.formula:
+        starts = [start for part in scheduler.arguments["schedulers"] if (start := _start(part, step)) is not None]
+        return functools.reduce(jnp.maximum, starts) if starts else None
+    return None
+
+
+def _start_in_sequence(step: Any, lr: Any, schedulers: Any, milestones: Any) -> Any:
+    latest = jnp.full_like(step, _NEVER)
+    for begin, scheduler in zip((0, *milestones), schedulers, strict=True):
+        own = _start(scheduler, where(step >= begin, step - begin, 0))
+        start = begin if own is None else jnp.maximum(begin, own + begin)
+        latest = where(step >= begin, start, latest)
+    return latest
+
+
+def _value_at(scheduler: Any, step: Any, lr: Any) -> Any:
+    """The value at a step, and the base rate before the first."""
+    return where(step >= 0, scheduler(where(step >= 0, step, 0)), lr)
 
 
 _FROM_BASE = {f.formula for f in (lambda_lr, cosine_annealing_warm_restarts, cyclic_lr, one_cycle_lr)}
@@ -111,8 +157,8 @@ def _formula(scheduler: Any) -> Any:
 
 
 def _ratio(value: Any, base: Any) -> Any:
-    """``value / base``, and 0 where both are."""
-    return value / where(base == 0, 1.0, base)
+    """``value / base``; 1 where both are 0, because what is over leaves the rate as it is."""
+    return where(base == 0, where(value == 0, 1.0, 0.0), value / where(base == 0, 1.0, base))
 
 
 def _check_rates(lr: Any, schedulers: tuple[Any, ...]) -> None:
@@ -133,7 +179,8 @@ def _check_factors(schedulers: tuple[Any, ...]) -> None:
     for index, scheduler in enumerate(schedulers):
         formula = _formula(scheduler)
         minimum = scheduler.arguments["eta_min"] if formula is cosine_annealing_lr.formula else 0.0
-        if formula is swa_lr.formula or (is_known(minimum) and np.any(np.asarray(minimum) != 0)):
+        follows = formula is cosine_annealing_lr.formula and any(_formula(x) in _FROM_BASE for x in schedulers[:index])
+        if follows or formula is swa_lr.formula or (is_known(minimum) and np.any(np.asarray(minimum) != 0)):
             raise ValueError(
                 f"{scheduler} at index {index} does not multiply the rate by a factor of the step, so a chain of it "
                 "has no closed form. Use sequential_lr, or optim.lr_scheduler.ChainedScheduler."

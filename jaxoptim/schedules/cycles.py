@@ -16,8 +16,8 @@ Phase = tuple[Any, Any, Any]
 
 def triangle(step: Any, total_size: Any, step_ratio: Any) -> tuple[Any, Any]:
     """In which cycle a step is, counted from 1, and how high between the base (0) and the maximum (1)."""
-    cycle, x = turns(step, total_size)
-    down = (x - 1) / (step_ratio - 1) if step_ratio != 1 else 0.0
+    cycle, x, left = turns(step, total_size)
+    down = left / (1 - step_ratio) if step_ratio != 1 else 0.0
     return cycle, where(x <= step_ratio, x / step_ratio, down)
 
 
@@ -118,12 +118,13 @@ def through(step: Any, phases: Sequence[Phase], strategy: str) -> Any:
     The last phase is over at ``total_steps - 1``. A loop that calls its scheduler after every batch makes one
     step more.
     """
+    step = minimum(step, phases[-1][0])
     start = 0.0
     values = []
     for end, first, last in phases:
-        length = end - start
-        fraction = where(length == 0, 1.0, (step - start) / where(length == 0, 1.0, length))
-        values.append(fall(first, last, minimum(1.0, fraction), strategy))
+        length = where(end == start, 1.0, end - start)
+        done = where(end == start, 1.0, (step - start) / length)
+        values.append(fall(first, last, done, (end - step) / length, strategy))
         start = end
     value = values[-1]
     for (end, _, _), earlier in zip(reversed(phases[:-1]), reversed(values[:-1]), strict=True):

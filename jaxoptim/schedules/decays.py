@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.schedules import arguments as of
-from jaxoptim.schedules.arithmetic import divide, is_array, minimum, power
+from jaxoptim.schedules.arithmetic import divide, is_array, is_single, minimum, power
 from jaxoptim.schedules.schedule import schedule
 
 
@@ -208,7 +208,10 @@ def linear_lr(
     """
     if total_iters == 0:
         return lr * start_factor
-    return lr * (start_factor + divide((end_factor - start_factor) * minimum(total_iters, step), total_iters))
+    done = minimum(total_iters, step)
+    if is_array(step) and is_single():
+        return lr * (start_factor * ((total_iters - done) / total_iters) + end_factor * (done / total_iters))
+    return lr * (start_factor + divide((end_factor - start_factor) * done, total_iters))
 
 
 @schedule()

@@ -63,7 +63,9 @@ class Schedule:
 
     def __call__(self, step: Any) -> jax.Array:
         """The value at a step, in float32, or in float64 if JAX computes in it."""
-        return jnp.asarray(self.formula(jnp.asarray(step), **self.arguments), jnp.result_type(float))
+        step = jnp.asarray(step)
+        step = step.astype(float if jnp.issubdtype(step.dtype, jnp.floating) else int)  # else int32 / int32 is float32
+        return jnp.asarray(self.formula(step, **self.arguments), jnp.result_type(float))
 
     @property
     def momentum(self) -> Schedule:

@@ -97,12 +97,10 @@ class CosineAnnealingWarmRestarts(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, T_0: int, T_mult: int = 1, eta_min: float = 0.0, last_epoch: int = -1
     ) -> None:
-        if not isinstance(eta_min, float | int):
-            raise ValueError(f"Expected float or int eta_min, but got {eta_min} of type {type(eta_min)}")
         self.T_0 = of.first_period("T_0", T_0)
         self.T_i = T_0
         self.T_mult = of.growth("T_mult", T_mult)
-        self.eta_min = eta_min
+        self.eta_min = of.minimum("eta_min", eta_min)
         self.T_cur: Any = last_epoch
         super().__init__(optimizer, last_epoch)
 

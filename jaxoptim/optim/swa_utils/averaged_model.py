@@ -1,10 +1,10 @@
-"""Averages of the parameters and their learning rate: what ``torch.optim.swa_utils`` is."""
+"""The average of a model's parameters, and the functions that make it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,8 @@ from jax.tree_util import Partial
 
 from jaxoptim.averaging import checked_decay, copied, dtype_of, ema_step, first_copied, floating, start, swa_step
 from jaxoptim.core import Packed, as_pytree, owned, pack, trees
-from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.packing import unpacked
-from jaxoptim.optim.lr_scheduler.base import LRScheduler, check_optimizer, per_group
 from jaxoptim.optim.optimizer import Optimizer
-from jaxoptim.schedules import arguments as of
-from jaxoptim.schedules.annealing import anneal_fraction, weight
 
 AvgFn = Callable[[Any, Any, Any], Any]
 MultiAvgFn = Callable[[list[Any], list[Any], Any], list[Any]]
@@ -198,8 +194,13 @@ class AveragedModel:
             self._module = jax.tree.unflatten(treedef, leaves)
         return self._module
 
-    def _put(self, collection: str, values: Sequence[jax.Array]) -> None:
-        """Replace the arrays under one key."""
+    def put(self, collection: str, values: Sequence[jax.Array]) -> None:
+        """Replace the arrays under one key, such as ``"batch_stats"``.
+
+        Args:
+            collection: the key.
+            values: the arrays under it, in the order of the tree.
+        """
         key, given = jax.tree_util.DictKey(collection), iter(values)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(self._like)[0]]
         self._fill([start(next(given)) if path[0] == key else x for path, x in zip(paths, self._leaves(), strict=True)])
@@ -313,181 +314,3 @@ def _check_results(results: Any, params: Sequence[jax.Array]) -> None:
             shape = "None" if result is None else f"an array of shape {np.shape(result)}"
             error: type[Exception] = TypeError if result is None else ValueError
             raise error(f"An averaging function returned {shape} for an array of shape {param.shape}, its new average.")
-
-
-def update_bn(
-    loader: Iterable[Any], averaged: AveragedModel, apply_fn: Callable[[Any, Any], Any], batch_stats: Any = None
-) -> Any:
-    r"""Compute the batch statistics of the averaged parameters: the mean of those of all batches.
-
-    .. math::
-        s = \frac{1}{N} \sum_{i=1}^{N} s_i
-
-    A layer's update is :math:`s \leftarrow m s + (1 - m) s_i`, with a momentum :math:`m` that is found by giving it
-    a huge :math:`s`. Whether the variance is the unbiased one (as in torch) or not (as in flax) is up to the layer.
-
-    Args:
-        loader: batches; of a list or tuple the first element is taken, as in torch.
-        averaged: the average, of variables with a collection ``"batch_stats"``, or of parameters only.
-        apply_fn: ``apply_fn(variables, batch)`` runs the model in training mode and returns ``(output, updates)``,
-            where ``updates["batch_stats"]`` are the new statistics: flax's ``apply`` with
-            ``mutable=["batch_stats"]``. ``variables`` is ``{"params": ..., "batch_stats": ...}``, with whatever
-            other collections there are. It is compiled; give the same function each time.
-        batch_stats: the statistics of a model whose average is of parameters only (default None), for their shapes.
-
-    Returns:
-        The new statistics, which are also put into ``averaged.module``, if it has a place for them; None for a
-        model without batch statistics.
-
-    Errors:
-        ``ValueError`` for a loader without batches and for layers whose statistics are not such averages.
-
-    Reference:
-        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxoptim import optim
-        >>> def apply_fn(variables, x):
-        ...     mean = 0.9 * variables["batch_stats"]["mean"] + 0.1 * x.mean()
-        ...     return x - x.mean(), {"batch_stats": {"mean": mean}}
-        >>> model = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.zeros(())}}
-        >>> averaged = optim.swa_utils.AveragedModel(model)
-        >>> stats = optim.swa_utils.update_bn([jnp.full(3, 1.0), jnp.full(3, 3.0)], averaged, apply_fn)
-        >>> round(float(averaged.module["batch_stats"]["mean"]), 6)
-        2.0
-    """
-    module = averaged.module
-    has_place = isinstance(module, Mapping) and "batch_stats" in module
-    variables = dict(module) if has_place else {"params": module, "batch_stats": batch_stats}
-    old, treedef = jax.tree.flatten(variables["batch_stats"])
-    if not old:
-        return None
-    total, number, first = [jnp.zeros_like(x) for x in old], 0, None
-    for item in loader:
-        batch = item[0] if isinstance(item, list | tuple) else item
-        first = batch if number == 0 else first
-        total, number = _add_statistics(apply_fn, variables, total, batch), number + 1
-    if number == 0:
-        raise ValueError("update_bn was given a loader without batches. Give one that can be run through.")
-    new = [
-        _divided(x, number * (1 - _momentum(probe, probed))) if floating(x) else x
-        for x, probe, probed in zip(total, _probes(old), _probed(apply_fn, variables, first), strict=True)
-    ]
-    if has_place:
-        averaged._put("batch_stats", new)
-    return jax.tree.unflatten(treedef, new)
-
-
-def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, values: list[Any], batch: Any) -> list[Any]:
-    """The statistics, as a list, after a batch that found these values there."""
-    old = variables["batch_stats"]
-    given = jax.tree.unflatten(jax.tree.structure(old), values)
-    updates = apply_fn({**variables, "batch_stats": given}, batch)[1]["batch_stats"]
-    by_name = dict(zip(trees.array_names(updates), jax.tree.leaves(updates), strict=True))
-    return [by_name[name].astype(x.dtype) for name, x in zip(trees.array_names(old), values, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnames="apply_fn", donate_argnames="total")
-def _add_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, total: list[Any], batch: Any) -> list[Any]:
-    """The sum of statistics with those of one more batch."""
-    given = [jnp.zeros_like(x) if floating(x) else x for x in total]  # integers count on
-    new = _statistics(apply_fn, variables, given, batch)
-    return [x + y if floating(x) else y for x, y in zip(total, new, strict=True)]
-
-
-def _divided(x: jax.Array, divisor: float) -> jax.Array:
-    return (x.astype(computing_dtype(x.dtype)) / divisor).astype(x.dtype)
-
-
-def _probes(old: list[Any]) -> list[float]:
-    """For each running statistic a value beside which that of a batch vanishes."""
-    return [2.0 ** min(100, int(jnp.finfo(x.dtype).maxexp) - 2) if floating(x) else 0.0 for x in old]
-
-
-@functools.partial(jax.jit, static_argnames="apply_fn")
-def _probed(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list[Any]:
-    """What becomes of the probes, less what becomes of zeros."""
-    old = jax.tree.leaves(variables["batch_stats"])
-    given = [jnp.full_like(x, probe) for x, probe in zip(old, _probes(old), strict=True)]
-    high = _statistics(apply_fn, variables, given, batch)
-    low = _statistics(apply_fn, variables, [jnp.zeros_like(x) for x in old], batch)
-    return [x - y for x, y in zip(high, low, strict=True)]
-
-
-def _momentum(probe: float, probed: jax.Array) -> float:
-    """The momentum that has made ``probed`` of the probe: the shortest decimal that is this number in its dtype."""
-    found = np.unique(np.asarray(probed) / np.asarray(probe, probed.dtype))
-    if len(found) != 1 or not 0 <= float(found[0]) < 1:
-        raise ValueError(
-            "update_bn needs statistics that follow new = momentum * old + (1 - momentum) * batch with a momentum in "
-            f"[0, 1), but these have {found} for it."
-        )
-    decimals = (float(f"{float(found[0]):.{digits}g}") for digits in range(1, 18))
-    return next(x for x in decimals if np.asarray(x, probed.dtype) == found[0])
-
-
-class SWALR(LRScheduler):
-    r"""From the current rate to that of weight averaging, which then stays.
-
-    .. math::
-        \eta_n = \alpha \, \eta_{\mathrm{swa}} + (1 - \alpha) \, \eta_0, \qquad
-        \alpha = \tfrac12 \left( 1 - \cos \pi t \right) \text{ or } t, \qquad t = \min(1, n / E)
-
-    Args:
-        optimizer: the optimizer whose groups are scheduled.
-        swa_lr: :math:`\eta_{\mathrm{swa}}`, a number, or a list with one for each group.
-        anneal_epochs: :math:`E`, an ``int`` >= 0 (default 10).
-        anneal_strategy: "cos" (default) or "linear".
-        last_epoch: see :class:`~jaxoptim.optim.lr_scheduler.LRScheduler` (default -1).
-
-    Errors:
-        ``TypeError`` for what is not an optimizer, ``ValueError`` for an argument out of range.
-
-    Reference:
-        Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
-
-    Example:
-        >>> from jaxoptim import optim
-        >>> optimizer = optim.SGD([1.0], lr=0.5)
-        >>> scheduler = optim.swa_utils.SWALR(optimizer, swa_lr=0.25, anneal_epochs=2, anneal_strategy="linear")
-        >>> optimizer.step([0.5])
-        >>> scheduler.step()
-        >>> optimizer.param_groups[0]["lr"]
-        0.375
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        swa_lr: float | list[float],
-        anneal_epochs: int = 10,
-        anneal_strategy: Literal["cos", "linear"] = "cos",
-        last_epoch: int = -1,
-    ) -> None:
-        check_optimizer(optimizer)
-        swa_lrs = per_group("swa_lr", optimizer, swa_lr)
-        self._anneal_strategy = of.strategy("anneal_strategy", anneal_strategy)
-        self.anneal_epochs = of.anneal_epochs("anneal_epochs", anneal_epochs)
-        for rate, group in zip(swa_lrs, optimizer.param_groups, strict=True):
-            group["swa_lr"] = rate
-        super().__init__(optimizer, last_epoch)
-
-    def get_lr(self) -> list[Any]:
-        """The rate of each group, from the one before."""
-        self._warn_outside_step()
-        step = self._step_count - 1
-        before, now = self._alpha(step - 1), self._alpha(step)
-        return [
-            group["swa_lr"] * now + _start_of(group["lr"], group["swa_lr"], before) * (1 - now)
-            for group in self.optimizer.param_groups
-        ]
-
-    def _alpha(self, step: int) -> float:
-        """The weight of the final rate."""
-        return weight(max(0, anneal_fraction(step, self.anneal_epochs)), self._anneal_strategy)
-
-
-def _start_of(lr: Any, swa_lr: Any, alpha: float) -> Any:
-    """The rate from which ``lr`` has come a part ``alpha`` of the way."""
-    return swa_lr if alpha == 1 else (lr - alpha * swa_lr) / (1 - alpha)
