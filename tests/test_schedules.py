@@ -201,10 +201,10 @@ def long_values(steps, double):
 
 
 def documented(row):
-    """The tolerance of a row in float64: the docstring of ``cosine_annealing_lr`` states a larger one."""
+    """The tolerance of a row in float64: two docstrings state a larger one, for what torch's recursion rounds."""
     if row.name == "CosineAnnealingLR" and "eta_min" in row.options:
         return max(1e-12, 1e-10 * (row.options["T_max"] / 5000) ** 2)
-    return 1e-12
+    return 1e-11 if row.name == "LinearLR" and row.options["total_iters"] >= 10**6 else 1e-12
 
 
 @pytest.mark.parametrize("row", LONG, ids=str)
