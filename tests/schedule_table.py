@@ -329,7 +329,7 @@ LONG = [
     Row("CyclicLR", {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 600, "step_size_down": 400, "mode": "triangular2"}),
     Row("OneCycleLR", {"max_lr": 0.5, "total_steps": 10**4}),
     Row("SWALR", {"swa_lr": 0.01, "anneal_epochs": 9000, "anneal_strategy": "linear"}),
-    chained(RESTARTS, Row("StepLR", {"step_size": 700, "gamma": 0.5})),
+    chained(RESTARTS, Row("StepLR", {"step_size": 700, "gamma": 0.99})),
 ]
 """Schedules of thousands of steps."""
 
