@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxoptim.core import Decay, is_known, owned, trees
+from jaxoptim.core import Decay, as_jax, is_known, owned, trees
 from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.schedules.arithmetic import where
 
@@ -109,7 +109,7 @@ def _averaging(step: AverageStep) -> Averaging:
         given = trees.arrays_like(params, state.average, "params", "the average")
         new = []
         for average, param in zip(averages, given, strict=True):
-            param = param if isinstance(param, jax.Array) else owned(param)
+            param = as_jax(param)
             if floating(average):
                 param = param.astype(average.dtype)
                 new.append(first_copied(param, step(average, param, state.n_averaged), state.n_averaged))

@@ -1,6 +1,7 @@
 """What every optimizer is derived from. Knows no algorithm."""
 
 from jaxoptim.core.decay import Decay as Decay
+from jaxoptim.core.numerics import as_jax as as_jax
 from jaxoptim.core.numerics import full_like as full_like
 from jaxoptim.core.numerics import owned as owned
 from jaxoptim.core.numerics import sqrt as sqrt

@@ -45,6 +45,11 @@ def owned(array: Any) -> jax.Array:
     return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
 
 
+def as_jax(array: Any) -> jax.Array:
+    """An array of JAX as it is, and a copy of any other."""
+    return array if isinstance(array, jax.Array) else owned(array)
+
+
 def computing_dtype(dtype: Any) -> np.dtype:
     """The dtype an array of ``dtype`` is computed in: its own, but float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import OptState, Packed, Rule, init, owned, pack, trees
+from jaxoptim.core import OptState, Packed, Rule, as_jax, init, pack, trees
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.parameter import Parameter
 
@@ -167,7 +167,7 @@ class Bucket:
         for index, given in enumerate(slots):
             for name, slot in given.items():
                 like = self._leaf(slot_trees[name], index)
-                slot = (slot if isinstance(slot, jax.Array) else owned(slot)).astype(like.dtype)
+                slot = as_jax(slot).astype(like.dtype)
                 trees.check_shape(f"slot {name!r}", self.labels[index], slot, like)
                 slot_trees[name] = self._with_leaf(slot_trees[name], index, slot)
         self.state = OptState(jnp.asarray(count, jnp.int32), slot_trees, shared or {})

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core import as_jax
 from jaxoptim.optim.optimizer import Optimizer
 
 Number = float | jax.Array
@@ -298,9 +299,7 @@ def own(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A shallow copy of a state dict with JAX arrays in the place of torch's."""
 
     def convert(x: Any) -> Any:
-        return (
-            jnp.asarray(np.asarray(x)) if hasattr(x, "__array__") and not isinstance(x, jax.Array | np.generic) else x
-        )
+        return as_jax(x) if hasattr(x, "__array__") and not isinstance(x, np.generic) else x
 
     return {
         key: [convert(x) for x in value] if isinstance(value, list) else convert(value)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxoptim.averaging import checked_decay, copied, dtype_of, ema_step, first_copied, floating, start, swa_step
-from jaxoptim.core import Packed, as_pytree, owned, pack, trees
+from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.optimizer import Optimizer
 
@@ -216,7 +216,7 @@ class AveragedModel:
             arrays as it is given. The average is as it was then.
         """
         leaves = trees.arrays_like(_tree(model), self._like, "the model", "the average")
-        params, buffers = self._parted([x if isinstance(x, jax.Array) else owned(x) for x in leaves])
+        params, buffers = self._parted([as_jax(x) for x in leaves])
         self._average, self._buffers, self.n_averaged = _update(
             self._average, self._function, self.n_averaged, params, buffers
         )
@@ -245,7 +245,7 @@ class AveragedModel:
             ``RuntimeError`` that lists missing and unexpected names and arrays of another shape. Nothing is
             changed then.
         """
-        current = self.state_dict()
+        current = {"n_averaged": self.n_averaged} | dict(zip(self._names(), self._leaves(), strict=True))
         problems = [f"Missing key in state_dict: {name!r}." for name in current if strict and name not in state_dict]
         problems += [
             f"Unexpected key in state_dict: {name!r}." for name in state_dict if strict and name not in current
@@ -294,7 +294,7 @@ def _update(
     new: list[Any] = [None] * len(old)
     for dtype in dict.fromkeys(x.dtype for x in old):
         group = [i for i, x in enumerate(old) if x.dtype == dtype]
-        averages, given = [old[i] for i in group], [jnp.asarray(current[i]).astype(dtype) for i in group]
+        averages, given = [old[i] for i in group], [current[i].astype(dtype) for i in group]
         results = function(averages, given, num_averaged)
         _check_results(results, given)
         for i, param, result in zip(group, given, results, strict=True):
