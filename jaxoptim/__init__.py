@@ -2,10 +2,13 @@
 
 The pure face: every optimizer is a function that returns an optax transformation, built from a rule, the
 mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``.
-``jaxoptim.optim`` has the same optimizers as torch-style classes.
+``jaxoptim.optim`` has the same optimizers as torch-style classes, ``jaxoptim.checkpoint`` files, and
+``jaxoptim.interop`` the way to torch and back.
 """
 
 from jaxoptim import averaging as averaging
+from jaxoptim import checkpoint as checkpoint
+from jaxoptim import interop as interop
 from jaxoptim import optim as optim
 from jaxoptim import rules as rules
 from jaxoptim import schedules as schedules

@@ -7,6 +7,7 @@ from jaxoptim.core.numerics import owned as owned
 from jaxoptim.core.numerics import sqrt as sqrt
 from jaxoptim.core.packing import Packed as Packed
 from jaxoptim.core.packing import pack as pack
+from jaxoptim.core.rearrangement import Rearrangement as Rearrangement
 from jaxoptim.core.rule import Arrays as Arrays
 from jaxoptim.core.rule import ClosedDecayRate as ClosedDecayRate
 from jaxoptim.core.rule import Coefficient as Coefficient

@@ -39,9 +39,14 @@ def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:
 
 
 def owned(array: Any) -> jax.Array:
-    """A copy of an array of another library, complete on return: its owner may change it at once."""
+    """A copy of an array of another library, complete on return: its owner may change it at once.
+
+    A tensor of torch may be on any device, sparse, a view, a lazy conjugate, or part of a graph of gradients.
+    """
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
         return jnp.asarray(np.array(array))
+    if hasattr(array, "to_dense"):
+        array = array.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
     return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.decay import Decay
+from jaxoptim.core.rearrangement import Rearrangement
 
 R = TypeVar("R", bound="Hyperparameters")
 
@@ -245,6 +246,18 @@ class Rule(Hyperparameters, abc.ABC):
 
     def check_sparse(self) -> None:
         """Raise for hyperparameters that do not go with a sparse gradient."""
+
+    def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
+        """The slots of an array whose numbers are moved, such as those of torch's ``[out, in]`` for ``[in, out]``.
+
+        A rule that looks at the shape of an array says here which moves it goes along with.
+
+        Errors:
+            ``ValueError`` for a move after which the rule would make other updates, with the reason.
+        """
+        if not self.elementwise:
+            raise ValueError(f"{type(self).__name__} depends on the order of the axes.")
+        return {name: move(slot) if np.shape(slot) == move.shape else slot for name, slot in slots.items()}
 
 
 def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:

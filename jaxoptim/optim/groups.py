@@ -102,7 +102,7 @@ def selected(
     for entry in groups:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
             raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
-        matches = _predicate(entry[0])
+        matches = predicate(entry[0])
         mine = {index: name for index, name in left.items() if matches(name)}
         if not mine:
             raise ValueError(
@@ -114,12 +114,17 @@ def selected(
     return [*chosen, group(left)] if left else chosen
 
 
-def _predicate(selector: Selector) -> Callable[[str], Any]:
+def predicate(selector: Selector) -> Callable[[str], Any]:
+    """Whether a selector selects a path.
+
+    Errors:
+        ``TypeError`` for what is no selector.
+    """
     if isinstance(selector, str | re.Pattern):
         return re.compile(selector).fullmatch
     if callable(selector):
         return selector
-    raise TypeError(f"groups: a selector is a regular expression or a predicate of the path, but got {selector!r}.")
+    raise TypeError(f"A selector is a regular expression or a predicate of the path, but got {selector!r}.")
 
 
 def _with_none(tree: Any) -> list[Any]:

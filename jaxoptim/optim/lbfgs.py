@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim import rules
-from jaxoptim.core import OptState
+from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.core.numerics import is_complex
 from jaxoptim.optim import program
 from jaxoptim.optim.bucket import Bucket, Contents
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.state_dicts import Moves
 from jaxoptim.optim.storage import Group, Storage
 
 _HISTORY = ("old_dirs", "old_stps", "ro")
@@ -203,10 +205,36 @@ class LBFGS(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def _rearranged(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Any, Any],
+        given: Sequence[Parameter],
+        wanted: Sequence[Parameter],
+        moves: Moves,
+    ) -> Mapping[Any, Any]:
+        """The state with its vectors in another order of the parameters."""
+        if list(given) == list(wanted) and not moves:
+            return state
+        starts = np.cumsum([0, *(_length(param) for param in given)])
+        index = []
+        for param in wanted:
+            start, width = starts[given.index(param)], _length(param) // max(int(np.prod(param.shape)), 1)
+            numbers = np.arange(start, start + _length(param)).reshape(-1, width)
+            index.append(numbers[moves[param].index.reshape(-1)] if param in moves else numbers)
+        order = np.concatenate([numbers.reshape(-1) for numbers in index])
+        entry = dict(state.get(given[0], {}))
+        for name in ("d", "prev_flat_grad"):
+            if name in entry:
+                entry[name] = as_jax(entry[name])[order]
+        for name in ("old_dirs", "old_stps"):
+            if name in entry:
+                entry[name] = [as_jax(row)[order] for row in entry[name]]
+        others = {key: value for key, value in state.items() if key is not given[0]}
+        return others | ({wanted[0]: entry} if entry else {})
+
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
-        size = sum(
-            int(np.prod(p.shape)) * (2 if np.issubdtype(p.dtype, np.complexfloating) else 1) for p in group["params"]
-        )
+        size = sum(map(_length, group["params"]))
         for index, param in enumerate(group["params"]):
             given = state.get(param, {})
             if unknown := sorted(set(given) - set(_ENTRIES) if index == 0 else set(given)):
@@ -214,12 +242,19 @@ class LBFGS(Optimizer):
                     f"loaded state dict has {unknown[0]!r} for the parameter {param.name or index!r}, but LBFGS keeps "
                     f"{', '.join(_ENTRIES)}, of the first parameter only. Load an LBFGS, or use strict=False."
                 )
-            for name in ("d", "prev_flat_grad"):
-                if given.get(name) is not None and np.shape(given[name]) != (size,):
+            vectors = [(name, given[name]) for name in ("d", "prev_flat_grad") if given.get(name) is not None]
+            vectors += [(name, row) for name in ("old_dirs", "old_stps") for row in given.get(name) or []]
+            for name, vector in vectors:
+                if np.shape(vector) != (size,):
                     raise ValueError(
-                        f"loaded state dict has {name!r} of shape {np.shape(given[name])}, but the parameters hold "
+                        f"loaded state dict has {name!r} of shape {np.shape(vector)}, but the parameters hold "
                         f"{size} real numbers."
                     )
+            if len(lengths := {len(given.get(name) or []) for name in _HISTORY}) > 1:
+                raise ValueError(
+                    f"loaded state dict has {' and '.join(map(str, sorted(lengths)))} entries in its lists "
+                    f"{', '.join(_HISTORY)}, which must be equally long."
+                )
 
     @hooked
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
@@ -249,6 +284,11 @@ class LBFGS(Optimizer):
         if not (callable(closure) and jax.tree_util.all_leaves([closure])):
             self._storage.advance(closure)
         return self._storage.search(closure)
+
+
+def _length(param: Parameter) -> int:
+    """The number of real numbers in a parameter."""
+    return int(np.prod(param.shape)) * (2 if is_complex(param) else 1)
 
 
 _init = jax.jit(lambda rule, values: rule.init(flatten(values)))

@@ -16,7 +16,7 @@ from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, sel
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from jaxoptim.optim.parameter import zeros_like
+from jaxoptim.optim.parameter import Parameter, zeros_like
 from jaxoptim.optim.program import LossFunctions
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Storage
@@ -369,16 +369,20 @@ class Optimizer(Hooked):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Load what :meth:`state_dict` gave. Options come from it too; slots keep the dtypes they have here.
+        """Load what :meth:`state_dict` gave, here or in torch. Options come from it too.
+
+        Slots keep the dtypes they have here. Where both sides name all parameters (``param_names``, the names of
+        :class:`Parameter`, the paths of a pytree), they are matched by name, else by position.
 
         Args:
-            state_dict: in torch's layout. It is not changed.
-            strict: check the names and shapes of all slots (default True); otherwise, as torch does, take what
-                there is.
+            state_dict: in torch's layout, with arrays of JAX, NumPy or torch. It is not changed.
+            strict: check class, parameters, options, slots and shapes (default True); otherwise, as torch does,
+                take what there is.
 
         Errors:
-            ``ValueError`` for another number of groups or parameters, or a slot of another name or shape, with
-            the name of the parameter; ``KeyError`` for a missing option. Nothing is changed then.
+            ``ValueError`` for a state dict of another class, of other parameters or groups, for an option that
+            is unknown or out of range, and for a slot of another name or shape, with the name of the parameter;
+            ``KeyError`` for a missing option. Nothing is changed then.
 
         Example:
             >>> import jax.numpy as jnp
@@ -389,13 +393,28 @@ class Optimizer(Hooked):
             >>> new.param_groups[0]["lr"]
             0.1
         """
+        self._load(state_dict, strict)
+
+    def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
+        """Load what may have other names and axes; see :func:`state_dicts.to_load`."""
         state_dict = state_dict.copy()
         for before in self._load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self.__setstate__(state_dicts.to_load(self, state_dict, strict))
+        self.__setstate__(state_dicts.to_load(self, state_dict, strict, **correspondence))
         for after in self._load_state_dict_post_hooks.values():
             after(self)
+
+    def _rearranged(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Any, Any],
+        given: Sequence[Parameter],
+        wanted: Sequence[Parameter],
+        moves: state_dicts.Moves,
+    ) -> Mapping[Any, Any]:
+        """State of parameters that are given in one order and wanted in another, with the numbers of some moved."""
+        return state_dicts.rearranged(self, groups, state, moves)
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""

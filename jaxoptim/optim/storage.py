@@ -284,8 +284,12 @@ class Storage:
             return None if bucket is None or bucket.state is None else id(bucket)
         names, scalars = self._slot_kinds(rule)
         state = {name: slot for name, slot in self._loose[param].items() if slot is not None}
-        slots = [(name, float(state[name]) if name in scalars else None) for name in names if name in state]
-        return (_count(state), *slots) if slots or "step" in state else None
+        if "step" not in state and not state.keys() & set(names):
+            return None
+        if not rule.elementwise:
+            names = [name for name, slot in abstract_slots(rule, param.struct).items() if slot is not None]
+        numbers = [(name, float(state[name])) for name in names if name in scalars & state.keys()]
+        return (_count(state), *numbers, *(name for name in names if name not in state))
 
     def _slot_kinds(self, rule: Rule) -> tuple[list[str], set[str]]:
         """The names of a rule's slots, and of those that are one number for each parameter."""

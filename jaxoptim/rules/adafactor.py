@@ -7,12 +7,14 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxoptim.core import (
     Coefficient,
     NonNegative,
     Numeric,
     OptionalNonNegative,
+    Rearrangement,
     Rule,
     Slots,
     factory,
@@ -110,6 +112,31 @@ class Adafactor(Rule):
         scaled = grad * jax.lax.rsqrt(jnp.maximum(variance, eps1 * eps1))
         size = size / jnp.maximum(1.0, rms(scaled) / self.d)
         return -size * scaled - shrinkage(self, param), slots | new
+
+    def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
+        factors = {name: slots[name] for name in ("row_var", "col_var") if slots.get(name) is not None}
+        if not factors and len(move.index.shape) < 2:
+            return {
+                name: move(slot) if name == "variance" and slot is not None else slot for name, slot in slots.items()
+            }
+        if len(factors) < 2 or len(move.index.shape) < 2:
+            raise ValueError("Adafactor keeps means of rows and columns of matrices, but the variance of vectors.")
+        moved = [_factor(axis, factors, move) for axis in (-1, -2)]
+        return slots | dict(zip(("row_var", "col_var"), moved, strict=True))
+
+
+def _factor(axis: int, factors: dict[str, Any], move: Rearrangement) -> jax.Array:
+    """The mean over an axis after a move: whichever of the means before it has become constant along that axis."""
+    for factor in factors.values():
+        positions = np.arange(np.size(factor), dtype=np.int32).reshape(np.shape(factor))
+        moved = np.broadcast_to(positions, move.shape).reshape(-1)[move.index]
+        kept = moved.take([0], axis)
+        if kept.size == positions.size == np.unique(kept).size and (moved == kept).all():
+            return jnp.asarray(np.asarray(factor).reshape(-1)[kept])
+    raise ValueError(
+        f"Adafactor keeps the means of the squared gradient over the last two axes, of {move.shape}, from which those "
+        f"over the last two of {move.index.shape} cannot be computed. Keep these two axes last."
+    )
 
 
 def rms(x: jax.Array) -> jax.Array:

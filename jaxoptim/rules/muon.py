@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import Coefficient, NonNegative, OpenDecayRate, Rule, Scalar, Slots, factory, rule
+from jaxoptim.core import Coefficient, NonNegative, OpenDecayRate, Rearrangement, Rule, Scalar, Slots, factory, rule
 from jaxoptim.core.numerics import with_replicated
 from jaxoptim.rules._terms import shrinkage, zeros
 
@@ -107,6 +107,18 @@ class Muon(Rule):
         else:
             ratio = math.sqrt(max(1, rows / columns))
         return -self.lr * ratio * orthogonal - shrinkage(self, param), {"momentum_buffer": buffer}
+
+    def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
+        if not (move.is_identity() or move.is_transposition()):
+            raise ValueError("Muon orthogonalizes a matrix, which a transposition keeps, but no other move.")
+        rows, columns = move.shape
+        if move.is_transposition() and rows != columns and self.adjust_lr_fn != "match_rms_adamw":
+            raise ValueError(
+                f"Muon multiplies the learning rate by sqrt(max(1, rows / columns)), which is another for "
+                f"{rows}x{columns} and {columns}x{rows}. Keep torch's orientation, or train with "
+                "adjust_lr_fn='match_rms_adamw'."
+            )
+        return {name: move(slot) for name, slot in slots.items()}
 
     def orthogonalized(self, matrix: jax.Array) -> jax.Array:
         """The matrix with its singular values brought near one, by Newton and Schulz's iteration."""

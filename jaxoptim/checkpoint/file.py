@@ -1,0 +1,236 @@
+"""The files: what is in them, how damage is seen, how they are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxoptim.checkpoint.encoding import Arrays, Malformed, decoded, decoded_like, encoded
+
+FORMAT_VERSION = 1
+"""The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
+
+
+def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    The file is written beside ``path``, brought to the disk, and renamed; whoever reads ``path`` finds the old
+    checkpoint or the new one, also after a crash at any moment.
+
+    Args:
+        path: the file. Its folder must exist.
+        state_dict: what ``state_dict()`` of optimizers, schedulers and averaged models gave, arrays, typed PRNG
+            keys, numbers, strings, None, ``OptState``, and dicts, lists and tuples of these, however nested; or any
+            other pytree, which :func:`load` needs ``like`` for.
+        keep: how many checkpoints to keep, an int >= 1 (default 1). Those before the last are
+            ``name.1.suffix`` (the newest), ``name.2.suffix``, ...
+
+    Errors:
+        ``TypeError`` for what is no data, such as a function, with its path; ``ValueError`` for an array of which
+        this process has only a part (use orbax), and for ``keep`` below 1; ``OSError`` of the disk. What was at
+        ``path`` is still there then.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp
+        >>> from jaxoptim import checkpoint, optim
+        >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
+        >>> opt.step({"w": jnp.ones(2)})
+        >>> path = tempfile.mkdtemp() + "/run.safetensors"
+        >>> checkpoint.save(path, {"params": opt.params, "opt": opt.state_dict(), "key": jax.random.key(0)})
+        >>> run = checkpoint.load(path)
+        >>> resumed = optim.Adam(run["params"])
+        >>> resumed.load_state_dict(run["opt"])
+        >>> resumed.param_groups[0]["lr"], float(resumed.state_dict()["state"][0]["step"])
+        (0.1, 1.0)
+    """
+    from jaxoptim import __version__
+
+    safetensors = _safetensors()
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {keep!r}.")
+    arrays: Arrays = {}
+    tree = encoded(state_dict, (), arrays)
+    content = json.dumps({"format": FORMAT_VERSION, "jaxoptim": __version__, "tree": tree}, allow_nan=False)
+    with _replacing(Path(os.path.realpath(path)), keep) as partial:
+        try:
+            safetensors.numpy.save_file(
+                arrays, partial, metadata={"jaxoptim": content, "sha256": _checksum(content, arrays)}
+            )
+        except safetensors.SafetensorError as error:
+            raise OSError(f"The checkpoint {os.fspath(path)} could not be written: {error}") from error
+
+
+def load(path: str | os.PathLike[str], like: Any = None) -> Any:
+    """Read what :func:`save` wrote. Nothing in a file is executed, whoever made it.
+
+    Args:
+        path: the file.
+        like: a pytree, concrete or from ``jax.eval_shape``, of the structure that was saved (default None). Each
+            array comes in the dtype and with the sharding of the one in ``like``.
+
+    Returns:
+        What was saved. JAX's arrays come as such, those of NumPy too.
+
+    Errors:
+        ``FileNotFoundError``; ``ValueError`` for a file that is damaged, of another program, or of a newer
+        version of this library, for 64-bit arrays while ``jax_enable_x64`` is off, and for what does not fit
+        ``like``, with its path.
+
+    Example:
+        See :func:`save`. A state of the pure face, where no structure is needed, and any other pytree, where it is:
+
+        >>> import tempfile, jax, jaxoptim, jax.numpy as jnp
+        >>> from jaxoptim import checkpoint
+        >>> path = tempfile.mkdtemp() + "/run.safetensors"
+        >>> state = jaxoptim.adam().init({"w": jnp.ones(2)})
+        >>> checkpoint.save(path, state)
+        >>> int(checkpoint.load(path).step), int(checkpoint.load(path, like=jax.eval_shape(lambda: state)).step)
+        (0, 0)
+    """
+    path = Path(path)
+    tree, arrays = _read(path)
+    try:
+        return decoded(tree, arrays) if like is None else decoded_like(tree, arrays, like)
+    except (Malformed, RecursionError, KeyError) as error:
+        raise ValueError(f"The checkpoint {path} was not written by jaxoptim: {error}.") from error
+
+
+def _safetensors() -> Any:
+    """The library that reads and writes the arrays, an optional dependency."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("Checkpoints need safetensors: pip install 'jaxoptim[checkpoint]'.") from error
+    return safetensors
+
+
+def _checksum(content: str, arrays: Arrays) -> str:
+    """A digest of everything that is read."""
+    digest = hashlib.sha256(content.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[Any, Arrays]:
+    """The tree and the arrays of a file, checked."""
+    safetensors = _safetensors()
+    with path.open("rb") as file:
+        start = file.read(2)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as tensors:
+            metadata = tensors.metadata() or {}
+            if not {"jaxoptim", "sha256"} <= metadata.keys():
+                raise ValueError(f"{path} is a file of safetensors, but no checkpoint of jaxoptim.")
+            content = _parsed(path, metadata["jaxoptim"])
+            arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dict
+    except (safetensors.SafetensorError, AttributeError) as error:
+        if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+            raise ValueError(
+                f"{path} is a file of torch.save or pickle, which could run code, so it is not opened here. Give what "
+                "torch.load(path, weights_only=True) returns to load_state_dict."
+            ) from error
+        raise _damaged(path, f"it is no file of safetensors ({error})") from error
+    if _checksum(metadata["jaxoptim"], arrays) != metadata["sha256"]:
+        raise _damaged(path, "its checksum is wrong")
+    return content["tree"], arrays
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    """The metadata of a file whose version can be read."""
+    try:
+        content = json.loads(text)
+        version = content["format"]
+        content["tree"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its metadata cannot be read ({error})") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint {path} has format {version!r}, of jaxoptim {content.get('jaxoptim')}; this version reads "
+            f"formats up to {FORMAT_VERSION}. Upgrade jaxoptim."
+        )
+    return content
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    earlier = _earlier(path, 1)
+    advice = f" An earlier checkpoint is {earlier}." if earlier.exists() else ""
+    return ValueError(f"The checkpoint {path} is damaged, or no checkpoint: {problem}.{advice}")
+
+
+def _earlier(path: Path, number: int) -> Path:
+    """The file of an earlier checkpoint."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, keep: int) -> Iterator[Path]:
+    """A file to write, which takes the place of ``path`` when it is complete; at each moment ``path`` is whole."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent}, where the checkpoint should go, does not exist.")
+    mine = f".{path.name}.{socket.gethostname()}."
+    for left in path.parent.glob(f"{glob.escape(mine)}*.partial"):
+        if not _is_running(left.name.removeprefix(mine).split(".")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    # A folder, because safetensors writes files of its own beside the one it is asked for.
+    room = path.with_name(f"{mine}{os.getpid()}.{uuid.uuid4().hex}.partial")
+    room.mkdir()
+    try:
+        partial = room / path.name
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, partial)
+            _shift(path, keep, room / "second")
+        partial.replace(path)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)  # brings the renaming to the disk
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _shift(path: Path, keep: int, second: Path) -> None:
+    """Make room for one more checkpoint; ``path`` stays where it is, and gets a second name."""
+    newest = _earlier(path, 1)
+    if keep == 1 or (newest.exists() and newest.samefile(path)):  # the latter after a crash between here and renaming
+        return
+    for number in range(keep - 1, 1, -1):
+        if (older := _earlier(path, number - 1)).exists():
+            older.replace(_earlier(path, number))
+    try:
+        os.link(path, second)
+    except OSError:  # a file system without links
+        shutil.copy2(path, second)
+    second.replace(newest)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process of this machine still runs; where that cannot be asked, it does."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

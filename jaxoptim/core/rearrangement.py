@@ -1,0 +1,67 @@
+"""The same numbers in other places: a linear layer's ``[out, in]`` as a kernel's ``[in, out]``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rearrangement:
+    """Where each number of an array goes.
+
+    Attributes:
+        index: in the new shape, the position of each number in the old array, flattened.
+        shape: the old shape.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxoptim.core import Rearrangement
+        >>> transpose = Rearrangement.of(np.transpose, (2, 3), "weight")
+        >>> transpose(np.arange(6.0).reshape(2, 3)).tolist()
+        [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+        >>> transpose.inverse()(np.ones((3, 2))).shape
+        (2, 3)
+    """
+
+    index: np.ndarray
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, function: Callable[[Any], Any], shape: tuple[int, ...], name: str) -> Rearrangement:
+        """What a function does to an array of this shape, seen from what it does to their positions.
+
+        Errors:
+            ``ValueError`` that names the parameter, if the function does anything but move the numbers.
+        """
+        positions = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
+        index = np.asarray(function(positions))
+        if not np.array_equal(np.sort(index, axis=None), positions.reshape(-1)):
+            raise ValueError(
+                f"The transform of {name!r} changes numbers or loses some. It may only move them, as a transposition "
+                "or a reshape does: the squares in exp_avg_sq, for one, would not follow anything else."
+            )
+        return cls(index, tuple(shape))
+
+    def __call__(self, array: Any) -> jax.Array:
+        """The numbers of an array in their new places."""
+        return jnp.asarray(np.asarray(array).reshape(-1)[self.index])
+
+    def inverse(self) -> Rearrangement:
+        """The way back."""
+        back = np.empty(self.index.size, np.int32)
+        back[self.index.reshape(-1)] = np.arange(self.index.size, dtype=np.int32)
+        return Rearrangement(back.reshape(self.shape), self.index.shape)
+
+    def is_identity(self) -> bool:
+        """Whether every number stays in its place."""
+        return self.shape == self.index.shape and np.array_equal(self.index.reshape(-1), np.arange(self.index.size))
+
+    def is_transposition(self) -> bool:
+        """Whether a matrix is transposed."""
+        return len(self.shape) == 2 and np.array_equal(self.index, np.arange(self.index.size).reshape(self.shape).T)

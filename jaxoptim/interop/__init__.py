@@ -1,0 +1,3 @@
+"""Bridges to other libraries, each of which imports its library when it is used."""
+
+from jaxoptim.interop import torch as torch

@@ -1,0 +1,79 @@
+"""Which parameter of a state dict is which parameter here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_POSITION = re.compile(r"params|\d+(\.\d+)*")
+"""The path of an array that stands alone, or in lists only: it tells where it stands, not what it is."""
+
+Names = Sequence[Sequence[Any]]
+"""For each group the names of its parameters, None for those that have none."""
+
+
+def by_name(groups: list[dict[str, Any]], there: Names, here: Names, strict: bool) -> list[dict[str, Any]]:
+    """The groups of a state dict in the order of the optimizer's, and the parameters in each too.
+
+    Where one side has no names, or two parameters of one name, both are taken to have one order already.
+
+    Args:
+        groups: the groups of the state dict.
+        there: the names of their parameters.
+        here: the names of the optimizer's.
+        strict: whether names that differ are an error; otherwise they are ignored.
+
+    Errors:
+        ``ValueError`` for names that are on one side only, or in other groups.
+    """
+    if not (_are_names(there) and _are_names(here)):
+        return groups
+    try:
+        return matched(groups, there, here)
+    except ValueError:
+        if strict:
+            raise
+        return groups
+
+
+def matched(groups: list[dict[str, Any]], there: Names, here: Names) -> list[dict[str, Any]]:
+    """The same where all names are different; arguments and errors as :func:`by_name`."""
+    places = {
+        name: (index, key)
+        for index, names in enumerate(there)
+        for name, key in zip(names, groups[index]["params"], strict=True)
+    }
+    wanted = [name for names in here for name in names]
+    missing, extra = [name for name in wanted if name not in places], [name for name in places if name not in wanted]
+    if missing or extra:
+        problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it has {_some(extra)}, unknown here"] * bool(
+            extra
+        )
+        raise ValueError(
+            f"loaded state dict is of other parameters: {', and '.join(problems)}. Give both the same names "
+            "(jaxoptim.interop.torch.carry_over translates them), or match by position with strict=False."
+        )
+    result = []
+    for index, names in enumerate(here):
+        source = places[names[0]][0] if names else index
+        if set(names) != set(there[source]):
+            raise ValueError(
+                f"loaded state dict has other groups: group {index} here is of {_some(names) or 'nothing'}, group "
+                f"{source} there of {_some(there[source]) or 'nothing'}. Make the optimizer with the same groups."
+            )
+        ordered = {"param_names": list(names)} if "param_names" in groups[source] else {}
+        result.append({**groups[source], **ordered, "params": [places[name][1] for name in names]})
+    return result
+
+
+def _are_names(names: Names) -> bool:
+    """Whether every parameter has a name of its own."""
+    flat = [name for group in names for name in group]
+    if not flat or len(set(flat)) != len(flat):
+        return False
+    return not any(name is None or _POSITION.fullmatch(name) for name in flat)
+
+
+def _some(names: Sequence[Any]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
