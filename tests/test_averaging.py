@@ -1855,3 +1855,10 @@ def test_a_complex_parameter_does_not_lose_its_imaginary_part():
     for update in (lambda: averaged.update_parameters(imaginary), lambda: average.update(state, imaginary)):
         with pytest.raises(TypeError, match="'w' is complex"):
             update()
+
+
+def test_a_complex_average_is_no_state_of_a_real_one():
+    model = AveragedModel({"w": jnp.ones(2)})
+    given = AveragedModel({"w": jnp.ones(2, complex)}).state_dict()
+    with pytest.raises(RuntimeError, match="is complex in the state dict, but real in the model"):
+        model.load_state_dict(given)

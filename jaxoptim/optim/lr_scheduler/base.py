@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -63,6 +64,10 @@ def write(group: dict[str, Any], key: str, value: Any) -> None:
     """Set an option of a group; what was an array stays one, of its shape and dtype."""
     old = group[key]
     group[key] = jnp.full_like(old, value) if isinstance(old, jax.Array) else value
+
+
+_TELLING = ("_schedulers", "_milestones")
+"""Entries of a state dict that tell the class though their names are private."""
 
 
 def warn(message: str, depth: int = 3) -> None:
@@ -196,8 +201,38 @@ class LRScheduler:
 
         Args:
             state_dict: it is not changed.
+
+        Errors:
+            ``ValueError`` for a state dict of another class of this library, or of another number of groups or
+            schedulers; nothing is changed then.
         """
-        vars(self).update(own(state_dict))
+        state = own(state_dict)
+        self._check_saved(state)
+        self._restore(state)
+
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
+        """Raise for what another class has saved: torch keeps no name of it, but the options differ."""
+        ours = self.state_dict()
+        lacking = [name for name in inspect.signature(type(self)).parameters if name in ours.keys() - state.keys()]
+        unknown = [name for name in state if name not in ours and (name in _TELLING or not name.startswith("_"))]
+        unknown = [name for name in unknown if name != "verbose"]  # of older versions of torch
+        if lacking or (unknown and type(self).__module__.startswith("jaxoptim.")):
+            found = [f"lacks {', '.join(map(repr, lacking))}"] * bool(lacking)
+            found += [f"has {', '.join(map(repr, unknown))}"] * bool(unknown)
+            raise ValueError(
+                f"The state dict is not of {type(self).__name__}: it {' and '.join(found)}. Load the state of the same "
+                f"scheduler, which has {', '.join(name for name in ours if not name.startswith('_'))}."
+            )
+        there, here = state.get("base_lrs", []), ours.get("base_lrs", [])
+        if len(there) != len(here):
+            raise ValueError(
+                f"The state dict is of an optimizer with {len(there)} parameter groups, but this {type(self).__name__} "
+                f"schedules {len(here)}."
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over a state dict that was checked."""
+        vars(self).update(state)
 
     def get_last_lr(self) -> list[Any]:
         """The rate of each group after the last step.

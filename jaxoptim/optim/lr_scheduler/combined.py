@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxoptim.optim.lr_scheduler.base import LRScheduler, own, values
+from jaxoptim.optim.lr_scheduler.base import LRScheduler, values
 from jaxoptim.optim.lr_scheduler.plateau import ReduceLROnPlateau
 from jaxoptim.optim.optimizer import Optimizer
 
@@ -47,17 +47,21 @@ class _Composite(LRScheduler):
         state["_schedulers"] = [scheduler.state_dict() for scheduler in self._schedulers]
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = own(state_dict)
-        saved = state.pop("_schedulers")
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
+        super()._check_saved(state)
+        saved = state.get("_schedulers", [])
         if len(saved) != len(self._schedulers):
             raise ValueError(
                 f"The state dict has {len(saved)} schedulers, but this {type(self).__name__} has "
                 f"{len(self._schedulers)}."
             )
-        vars(self).update(state)
         for scheduler, its in zip(self._schedulers, saved, strict=True):
+            scheduler._check_saved(its)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for scheduler, its in zip(self._schedulers, state.pop("_schedulers"), strict=True):
             scheduler.load_state_dict(its)
+        super()._restore(state)
 
 
 def _optimizer_of(owner: LRScheduler, index: int, scheduler: Any) -> Optimizer:

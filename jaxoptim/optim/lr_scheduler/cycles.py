@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from jaxoptim.optim.lr_scheduler.base import LRScheduler, check_optimizer, own, per_group, write
+from jaxoptim.optim.lr_scheduler.base import LRScheduler, check_optimizer, per_group, write
 from jaxoptim.optim.lr_scheduler.factors import load_state_of, state_of
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.schedules import arguments as of
@@ -160,10 +160,9 @@ class CyclicLR(_WithMomentum):
         state["_scale_fn_custom"] = None if function is None else state_of(function)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = own(state_dict)
+    def _restore(self, state: dict[str, Any]) -> None:
         load_state_of(self._scale_fn_custom, state.pop("_scale_fn_custom"))
-        vars(self).update(state)
+        super()._restore(state)
         self._settle_scale_mode()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxoptim import schedules
-from jaxoptim.optim.lr_scheduler.base import LRScheduler, own, values
+from jaxoptim.optim.lr_scheduler.base import LRScheduler, values
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.schedules import arguments as of
 
@@ -35,11 +35,10 @@ class _WithLambdas(LRScheduler):
         state["lr_lambdas"] = [state_of(function) for function in self.lr_lambdas]
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = own(state_dict)
+    def _restore(self, state: dict[str, Any]) -> None:
         for function, saved in zip(self.lr_lambdas, state.pop("lr_lambdas"), strict=False):
             load_state_of(function, saved)
-        vars(self).update(state)
+        super()._restore(state)
 
 
 def state_of(function: Any) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, SupportsFloat
 
 from jaxoptim.optim.lr_scheduler.base import (
@@ -10,7 +10,6 @@ from jaxoptim.optim.lr_scheduler.base import (
     LRScheduler,
     check_optimizer,
     number,
-    own,
     values,
     warn,
     write,
@@ -140,10 +139,11 @@ class ReduceLROnPlateau(LRScheduler):
             if new != old:
                 write(group, "lr", new)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, here or in torch."""
-        state = own(state_dict)
+    def _check_saved(self, state: Mapping[str, Any]) -> None:
+        super()._check_saved(state)
         options = {name: state.get(name, getattr(self, name)) for name in ("mode", "factor", "threshold_mode")}
         check_plateau(**options)
-        vars(self).update(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
         self.mode_worse = worst(self.mode)

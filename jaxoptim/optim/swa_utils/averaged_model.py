@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from jaxoptim.averaging import checked_decay, copied, dtype_of, ema_step, first_copied, floating, start, swa_step
 from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
+from jaxoptim.core.numerics import is_complex
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.optimizer import Optimizer
 
@@ -255,10 +256,15 @@ class AveragedModel:
             for name, array in current.items()
             if name in state_dict and np.shape(state_dict[name]) != array.shape
         ]
+        given = {} if problems else {name: copied(state_dict.get(name, array)) for name, array in current.items()}
+        problems += [
+            f"{name} is complex in the state dict, but real in the model."
+            for name, array in given.items()
+            if is_complex(array) and not is_complex(current[name])
+        ]
         if problems:
             raise RuntimeError("Error(s) in loading state_dict for AveragedModel:\n" + "\n".join(problems))
-        given = {name: state_dict.get(name, array) for name, array in current.items()}
-        new = {name: copied(x).astype(current[name].dtype) for name, x in given.items()}
+        new = {name: array.astype(current[name].dtype) for name, array in given.items()}
         self.n_averaged = new.pop("n_averaged")
         self._fill(list(new.values()))
 
