@@ -1858,11 +1858,11 @@ def test_the_state_of_another_class_is_refused_and_changes_nothing(row):
         if other.name == row.name or {row.name, other.name} == twins:
             continue
         for side in (Ours, Theirs):
-            with pytest.raises(ValueError, match=f"not of {row.name}: it (lacks|has) '|has [02] schedulers"):
+            with pytest.raises(ValueError, match=rf"not of {row.name}: it (lacks|has) '|has [02] schedulers"):
                 scheduler.load_state_dict(built(other, side).state_dict())
-    with pytest.raises(ValueError, match="of an optimizer with 1 parameter groups, but this .* schedules 2"):
-        one = optimizer(Ours, rates=RATES[:1])
-        scheduler.load_state_dict(row.scheduler(Ours.classes, one).state_dict())
+    one = row.scheduler(Ours.classes, optimizer(Ours, rates=RATES[:1]))
+    with pytest.raises(ValueError, match=r"of an optimizer with 1 parameter groups, but this .* schedules 2"):
+        scheduler.load_state_dict(one.state_dict())
     assert scheduler.state_dict() == before
 
 
@@ -1870,9 +1870,7 @@ def test_composites_check_the_states_of_their_parts():
     scheduler = built(chained(STEP, LINEAR), Ours)
     with pytest.raises(ValueError, match="not of StepLR: it lacks 'step_size', 'gamma' and has"):
         scheduler.load_state_dict(built(chained(LINEAR, STEP), Ours).state_dict())
-    with pytest.raises(
-        ValueError, match="has 1 schedulers, but this ChainedLR|has 1 schedulers, but this ChainedScheduler"
-    ):
+    with pytest.raises(ValueError, match="has 1 schedulers, but this ChainedScheduler has 2"):
         scheduler.load_state_dict(built(chained(STEP), Ours).state_dict())
 
 
