@@ -15,6 +15,7 @@ import optax
 import pyro.optim.adagrad_rmsprop
 import pyro.optim.clipped_adam
 import pyro.optim.dct_adam
+import pytest
 import torch
 
 import jaxoptim
@@ -310,6 +311,12 @@ CASES = [Case(row, options) for row in ROWS for options in row.options]
 
 FIRST = [Case(row, row.options[0]) for row in ROWS]
 """Every row once."""
+
+
+def slow_unless(is_fast: Callable[[Case], bool], cases: list[Case]) -> list[Any]:
+    """Cases as parameters of a test, those that are not fast left to ``make test-slow``."""
+    return [pytest.param(case, id=str(case), marks=[] if is_fast(case) else pytest.mark.slow) for case in cases]
+
 
 SPARSE = [
     *(case for case in CASES if case.row.sparse),

@@ -764,7 +764,7 @@ def test_an_update_is_donated(mode):
         assert pointers(averaged) == before  # the new averages stand where the old ones stood
 
 
-def test_memory_does_not_grow():
+def test_memory_does_not_grow(only_new_garbage):
     models = [AveragedModel(ones(), **options) for options in MODES.values()]
     counts = []
     for n in range(3):

@@ -180,7 +180,7 @@ def test_a_raising_closure_changes_nothing(calls):
     opt.step(closure)
 
 
-def test_the_users_arrays_live_and_memory_does_not_grow():
+def test_the_users_arrays_live_and_memory_does_not_grow(only_new_garbage):
     mine = {"w": jnp.full((30, 10), 0.3), "b": jnp.zeros(())}
     opt = optim.LBFGS(mine, history_size=5, max_iter=4)
     counts, held = [], []

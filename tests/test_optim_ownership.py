@@ -114,7 +114,7 @@ def test_buffers_that_nobody_else_holds_are_donated():
     ],
     ids=["step", "minimize", "params", "state_dict", "missing", "assigned"],
 )
-def test_memory_does_not_grow(use):
+def test_memory_does_not_grow(use, only_new_garbage):
     opt = optim.Adam(tree(), lr=0.1)
     counts = []
     for _ in range(6):
@@ -124,7 +124,7 @@ def test_memory_does_not_grow(use):
     assert counts[2:] == [counts[2]] * 4
 
 
-def test_a_dropped_optimizer_frees_its_memory():
+def test_a_dropped_optimizer_frees_its_memory(only_new_garbage):
     gc.collect()
     before = len(jax.live_arrays())
     opt = optim.Adam(tree(), lr=0.1)

@@ -10,21 +10,16 @@ from jax.experimental.sparse import BCOO
 import parity
 from jaxoptim import optim, rules
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
-from table import CASES, FIRST, SPARSE, STATES, Case
+from table import CASES, FIRST, SPARSE, STATES, Case, slow_unless
 
 STEPS = 200
 ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
-DENSE = [
-    pytest.param(case, id=str(case), marks=[] if case in STATES else pytest.mark.slow)
-    for case in CASES
-    if not case.row.sparse
-]
+DENSE = slow_unless(STATES.__contains__, [case for case in CASES if not case.row.sparse])
 """Every option set; in the fast tests, those that keep state of another kind."""
-COMPLEX = [
-    pytest.param(case, id=str(case), marks=[] if case.row.name in ("SGD", "NAdam", "Rprop") else pytest.mark.slow)
-    for case in STATES
-    if case.row.complex and not case.row.sparse
-]
+COMPLEX = slow_unless(
+    lambda case: case.row.name in ("SGD", "NAdam", "Rprop"),
+    [case for case in STATES if case.row.complex and not case.row.sparse],
+)
 NEW_OPTIONS = {"betas": (0.7, 0.9), "alpha": 0.8, "rho": 0.7, "eps": 1e-4, "d": 1.5, "lambd": 0.01, "clip_norm": 0.3}
 """What a group is changed to in mid-run, where it has the option."""
 

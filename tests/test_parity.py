@@ -11,7 +11,7 @@ import jaxoptim
 import parity
 from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, FIRST, ROWS, SPARSE, Case
+from table import CASES, FIRST, ROWS, SPARSE, Case, slow_unless
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
@@ -24,16 +24,13 @@ def test_float64_agrees_with_the_parent(case):
     assert parity.float64_distance(case) < 1e-12
 
 
-@pytest.mark.parametrize("case", [case for case in DENSE if case.row.complex], ids=str)
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, [case for case in DENSE if case.row.complex]))
 def test_complex_parameters_agree_with_the_parent(case):
     assert parity.float64_distance(case, is_complex=True) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=str(case), marks=[] if case in FIRST else pytest.mark.slow) for case in DENSE],
-)
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     ours, theirs = parity.low_precision_errors(case, dtype)
     assert ours <= CHANCE * theirs
@@ -51,7 +48,9 @@ def test_optax_agrees_where_the_options_can_be_made_equal(row, options, tx, x64)
     assert distance(ours, run_optax(tx, start, noise, "float64", parity.SLOPE)) < 1e-12
 
 
-@pytest.mark.parametrize("case", [case for case in DENSE if case.row.rule is not rules.Muon], ids=str)
+@pytest.mark.parametrize(
+    "case", slow_unless(FIRST.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
+)
 def test_the_optax_form_agrees_with_the_exact_form(case, x64):
     start, noise = problem(case.row.shapes)
     exact = run_ours(case.ours(), start, noise, "float64", parity.SLOPE)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import jaxoptim
 from jaxoptim import Decay, rules
 from jaxoptim.core import Rule, Scalar, enabled, rule
-from table import CASES, FIRST, ROWS, Case
+from table import CASES, FIRST, ROWS, Case, slow_unless
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3) + 1, "b": jnp.ones((3, 2))}
 
@@ -79,6 +79,10 @@ TUNED = [
 ]
 
 
+def is_common(case: Case) -> bool:
+    return case.row.name in ("SGD", "Adam", "RMSprop")
+
+
 @pytest.mark.parametrize("case", TUNED, ids=str)
 def test_changing_any_number_of_a_rule_compiles_nothing_new(case):
     step, compiled = counting_step()
@@ -124,11 +128,7 @@ def test_vmap_over_an_array_given_for_one_number():
 @pytest.mark.parametrize(
     "case",
     # Rprop moves by the sign alone and Muon rounds to bfloat16; their rates still act linearly.
-    [
-        pytest.param(case, id=str(case), marks=[] if case.row.name in ("SGD", "Adam", "RMSprop") else pytest.mark.slow)
-        for case in FIRST
-        if "lr" in case.row.rule.specs
-    ],
+    slow_unless(is_common, [case for case in FIRST if "lr" in case.row.rule.specs]),
 )
 def test_derivative_by_the_learning_rate_is_the_finite_difference(case, x64):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
@@ -156,7 +156,7 @@ def test_derivative_by_a_decay_rate(name, x64):
     assert float(derivative) == pytest.approx(float((final(0.8 + h) - final(0.8 - h)) / (2 * h)), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in TUNED if c.row.rule is not rules.SparseAdam], ids=str)
+@pytest.mark.parametrize("case", slow_unless(is_common, [c for c in TUNED if c.row.rule is not rules.SparseAdam]))
 def test_hypergradients_are_finite_where_a_gradient_was_always_zero(case):
     def final(rule):
         params, state = {"w": jnp.ones((2, 2))}, jaxoptim.init(rule, {"w": jnp.ones((2, 2))})

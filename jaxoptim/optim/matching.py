@@ -45,7 +45,7 @@ def matched(groups: list[dict[str, Any]], there: Names, here: Names) -> list[dic
         for name, key in zip(names, groups[index]["params"], strict=True)
     }
     wanted = [name for names in here for name in names]
-    missing, extra = [name for name in wanted if name not in places], [name for name in places if name not in wanted]
+    missing, extra = [x for x in wanted if x not in places], [x for x in places if x not in set(wanted)]
     if missing or extra:
         problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"it has {_some(extra)}, unknown here"] * bool(
             extra

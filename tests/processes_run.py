@@ -1,0 +1,51 @@
+"""One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS INDEX FOLDER``.
+
+It saves a sharded state with orbax, restores it and compares the bits; and asks our ``save``, which must refuse.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxoptim
+from jaxoptim import checkpoint
+
+
+def main(address, index, folder):
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, 2, index)
+    assert (len(jax.devices()), len(jax.local_devices())) == (4, 2)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    values = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    params = {
+        "w": jax.make_array_from_callback(values.shape, NamedSharding(mesh, P("x")), lambda at: values[at]),
+        "h": jax.make_array_from_callback((8,), NamedSharding(mesh, P()), lambda at: jnp.ones(8, jnp.bfloat16)[at]),
+    }
+    rule = jaxoptim.rules.Adam(lr=0.1)
+    _, state = jax.jit(jaxoptim.step)(rule, params, params, jax.jit(jaxoptim.init, static_argnums=0)(rule, params))
+    assert not state.slots["exp_avg"]["w"].is_fully_replicated
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        restored = checkpointer.restore(folder / "state", like)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        assert (a.sharding, a.dtype) == (b.sharding, b.dtype)
+        for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
+    print("restored", flush=True)
+    try:
+        checkpoint.save(folder / "ours.safetensors", {"opt": state})
+    except ValueError as error:
+        print("refused:", error, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
