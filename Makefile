@@ -23,6 +23,7 @@ bench: $(VENV)/.test
 	$(PYTHON) benchmarks/step.py
 	$(PYTHON) benchmarks/lbfgs.py
 	$(PYTHON) benchmarks/averaging.py
+	$(PYTHON) benchmarks/checkpoint.py
 
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test

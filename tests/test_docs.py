@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, core, optim, rules, schedules
+from jaxoptim import averaging, checkpoint, core, interop, optim, rules, schedules
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +17,9 @@ PUBLIC = {f"jaxoptim.{name}": value for name, value in vars(jaxoptim).items() if
 PUBLIC |= {f"rules.{name}": value for name, value in vars(rules).items() if callable(value)}
 PUBLIC |= {f"schedules.{name}": value for name, value in vars(schedules).items() if callable(value)}
 PUBLIC |= {f"averaging.{name}": value for name, value in vars(averaging).items() if name in ("swa", "ema")}
+PUBLIC |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in ("save", "load")}
+INTEROP = ("to_torch", "load_state_dict", "from_torch", "to_torch_state_dict", "carry_over", "carry_back")
+PUBLIC |= {f"interop.torch.{name}": getattr(interop.torch, name) for name in INTEROP}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -78,8 +81,9 @@ def test_readme_names_the_two_commands_and_what_they_need():
         assert link.startswith("http") or (ROOT / link).exists(), link
 
 
-def test_readme_snippets_run_in_order():
+def test_readme_snippets_run_in_order(tmp_path, monkeypatch):
     assert SNIPPETS
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
@@ -88,7 +92,7 @@ def test_readme_snippets_run_in_order():
 def test_import_needs_only_jax_optax_and_numpy():
     code = (
         "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "
-        "'sklearn'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+        "'sklearn', 'safetensors'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -88,18 +88,20 @@ def test_the_torch_style_example_fails_if_the_losses_differ():
     assert re.fullmatch(r"The losses differ by \S+, more than 0e\+00\.\n", done.stderr)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("torch_style", "This example compares with torch, which is not installed: pip install torch.\n"),
-        ("resume_from_torch", "This example begins in torch, which is not installed: pip install torch==2.13.0\n"),
-    ],
-)
-def test_the_examples_about_torch_say_that_they_need_it(name, said, tmp_path):
+def test_the_examples_about_torch_say_that_they_need_it(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError")
-    done = python(ROOT / "examples" / f"{name}.py", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    assert done.stderr == said
+    code = """
+for name in ("torch_style", "resume_from_torch"):
+    try:
+        __import__(name)
+    except SystemExit as error:
+        print(error)
+"""
+    done = python("-c", code, PYTHONPATH=os.pathsep.join([str(tmp_path), str(TORCH_STYLE.parent)]))
+    assert done.stdout.splitlines() == [
+        "This example compares with torch, which is not installed: pip install torch.",
+        "This example begins in torch, which is not installed: pip install torch==2.13.0",
+    ], done.stderr
 
 
 @pytest.mark.slow
@@ -219,95 +221,95 @@ def test_the_picture_of_all_schedules(tmp_path):
     assert (tmp_path / "new" / "folder" / "schedules.png").stat().st_size < 300_000
 
 
-RESUME = ROOT / "examples" / "resume_from_torch.py"
-
-
-def resume_from_torch(tmp_path, *arguments):
-    """The two final test accuracies, in percent, of torch alone and of the run that changed over."""
-    stdout = ran(RESUME.name, *arguments, "--out", tmp_path / "new" / "folder")
-    assert_png(tmp_path / "new" / "folder" / "resume_from_torch.png")
+def check_resumed(stdout, folder, epochs):
+    """Check the table and the figure, and give the final test accuracy of the run that changed over, in percent."""
+    assert_png(folder / "resume_from_torch.png")
     rows = re.findall(r"^ *(\d+) +(\d+\.\d+) +(\d+\.\d+) +(\S+e\S+) +(\d+\.\d+)% +(\d+\.\d+)%$", stdout, re.M)
-    assert [int(epoch) for epoch, *_ in rows] == list(range(1, len(rows) + 1))
+    assert [int(epoch) for epoch, *_ in rows] == list(range(1, epochs + 1))
     for _, alone, crossing, *_ in rows:
         assert float(crossing) == pytest.approx(float(alone), rel=1e-5)
     assert 0 < float(rows[-1][3]) < 1e-4, "the run ends in JAX"
     assert float(re.search(r"^kink where the run changes over, after step \d+: (\S+)$", stdout, re.M)[1]) < 1e-5
     jax, back = re.search(r"^test accuracy at the end: (\S+)% in JAX, (\S+)% back in torch$", stdout, re.M).groups()
     assert jax == back == rows[-1][5]
-    return len(rows), *map(float, rows[-1][4:])
+    assert float(jax) == pytest.approx(float(rows[-1][4]), abs=0.5)
+    return float(jax)
 
 
-def test_a_run_of_torch_goes_on_without_a_kink(tmp_path):
-    epochs, alone, crossing = resume_from_torch(tmp_path, "--epochs", 3)
-    assert epochs == 3
-    assert crossing == pytest.approx(alone, abs=0.5)
-    assert crossing > 88
+def resume_with(tmp_path, code):
+    code = f"import resume_from_torch as e\n{code}"
+    return python("-c", code, "--epochs", 2, "--out", tmp_path, PYTHONPATH=str(ROOT / "examples"))
+
+
+LATE_SCHEDULER = """
+change_over = e.change_over
+def late(path, steps):
+    run = change_over(path, steps)
+    run.scheduler.last_epoch -= 1
+    return run
+e.change_over = late
+e.main()
+"""
+KINK = r"The jumps of the losses where the run changes over differ by \S+, more than 1e-04\.\n"
+
+
+def test_a_run_of_torch_goes_on_without_a_kink_and_with_one_if_its_scheduler_is_late(tmp_path):
+    done = resume_with(tmp_path / "new" / "folder", f"e.main()\nprint('-----')\n{LATE_SCHEDULER}")
+    right, late = done.stdout.split("-----\n")
+    assert check_resumed(right, tmp_path / "new" / "folder", epochs=2) > 85
+    assert done.returncode == 1
+    assert re.fullmatch(KINK, done.stderr), done.stderr
+    assert late, "the table comes first"
 
 
 @pytest.mark.slow
 def test_a_run_of_torch_goes_on_to_what_torch_reaches(tmp_path):
-    epochs, alone, crossing = resume_from_torch(tmp_path)
-    assert epochs == 10
-    assert crossing == pytest.approx(alone, abs=0.5)
-    assert crossing > 95.5
+    stdout = ran("resume_from_torch.py", "--out", tmp_path)
+    assert check_resumed(stdout, tmp_path, epochs=10) > 95.5
 
 
-def test_the_example_of_resuming_fails_if_the_run_goes_on_otherwise(tmp_path):
-    code = f"""
-import sys
-from unittest.mock import patch
-import resume_from_torch as e
-
-change_over, load_in_jax, tolerance = e.change_over, e.load_in_jax, e.TOLERANCE
-
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param("e.KINK = 1.0\n" + LATE_SCHEDULER, r"The losses differ by \S+, more than 1e-03\.\n"),
+        pytest.param(
+            """
+change_over = e.change_over
 def without_state(path, steps):
     run = change_over(path, steps)
-    group = {{name: run.optimizer.param_groups[0][name] for name in ("lr", "betas")}}
-    state = run.scheduler.state_dict()
-    run = e.new_in_jax(run.optimizer.params, steps)
-    run.scheduler.load_state_dict(state)
-    run.optimizer.param_groups[0].update(group)
-    return run
-
-def late_scheduler(path, steps):
-    run = change_over(path, steps)
-    run.scheduler.last_epoch -= 1
-    return run
-
-def other_decay(path, steps):
+    new = e.new_in_jax(run.optimizer.params, steps)
+    new.scheduler.load_state_dict(run.scheduler.state_dict())
+    new.optimizer.param_groups[0].update({x: run.optimizer.param_groups[0][x] for x in ("lr", "betas")})
+    return new
+e.change_over = without_state
+e.main()
+""",
+            KINK,
+        ),
+        pytest.param(
+            """
+load_in_jax = e.load_in_jax
+def without_decay(path, steps):
     run = load_in_jax(path, steps)
     run.optimizer.param_groups[0]["weight_decay"] = 0.0
     return run
-
-for name, wrong in (
-    ("change_over", without_state),
-    ("change_over", late_scheduler),
-    ("TOLERANCE", 0.0),
-    ("load_in_jax", other_decay),
-    ("change_back", lambda run, steps: e.new_in_torch(steps)),
-):
-    sys.argv = ["resume_from_torch.py", "--epochs", "1", "--out", {str(tmp_path)!r}]
-    with patch.object(e, name, wrong):
-        try:
-            e.main()
-        except SystemExit as error:
-            print(error, file=sys.stderr)
-        else:
-            print("went well", file=sys.stderr)
-"""
-    done = python("-c", code, PYTHONPATH=str(RESUME.parent))
-    kink = r"The jumps of the losses where the run changes over differ by \S+, more than 1e-04\."
-    said = [
-        kink,
-        kink,
-        r"The losses differ by \S+, more than 0e\+00\.",
-        r"The run that was loaded from \S+resume_from_torch\.safetensors went on otherwise than .*\.",
-        r"The test accuracy is \S+% in JAX, but \S+% back in torch\.",
-    ]
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(said), done.stderr
-    for line, pattern in zip(lines, said, strict=True):
-        assert re.fullmatch(pattern, line), done.stderr
+e.load_in_jax = without_decay
+e.main()
+""",
+            r"The run that was loaded from \S+\.safetensors went on otherwise than the one that was saved\.\n",
+        ),
+        pytest.param(
+            "e.change_back = lambda run, steps: e.new_in_torch(steps); e.main()",
+            r"The test accuracy is \S+% in JAX, but \S+% back in torch\.\n",
+        ),
+    ],
+    ids=["losses", "kink", "resumed-in-jax", "back-in-torch"],
+)
+def test_the_example_of_resuming_fails_if_a_run_goes_on_otherwise(code, said, tmp_path):
+    done = resume_with(tmp_path, code)
+    assert done.returncode == 1
+    assert re.fullmatch(said, done.stderr), done.stderr
 
 
 def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
@@ -315,7 +317,6 @@ def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
         ["one_cycle", "--epochs", "two"],
         ["plateau_ema", "--out", __file__],
         ["plot_schedules", "--steps", "3"],
-        ["resume_from_torch", "--epochs", "0"],
     ]
     code = f"""
 import importlib, sys
@@ -327,10 +328,9 @@ for command in {commands}:
         print(error.code)
 """
     done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
-    assert done.stdout.split() == ["2"] * 4, done.stderr
-    epochs, out, steps, none = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 3, done.stderr
+    epochs, out, steps = done.stderr.splitlines()
     assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
     assert out.startswith("plateau_ema: ")
     assert __file__ in out
     assert steps == "plot_schedules: unrecognized arguments: --steps 3"
-    assert none.startswith("resume_from_torch: argument --epochs: '0' is not a number of epochs")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import OptState, owned
+from jaxoptim.core.numerics import placed_like
 from jaxoptim.optim.state_dicts import StateDict
 
 Arrays = dict[str, np.ndarray]
@@ -41,8 +42,14 @@ def dotted(path: Path) -> str:
     return repr(".".join(path)) if path else "the whole"
 
 
-def encoded(x: Any, path: Path, arrays: Arrays) -> Any:
+def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
     """A tree as JSON; its arrays are put into ``arrays``.
+
+    Args:
+        x: the tree.
+        path: where it stands in the whole.
+        arrays: to be filled.
+        nodes: whether other nodes than dicts, lists and tuples are allowed, which only ``like`` can restore.
 
     Errors:
         ``TypeError`` for what is no data, ``ValueError`` for an array that is not all here; with the path.
@@ -52,27 +59,30 @@ def encoded(x: Any, path: Path, arrays: Arrays) -> Any:
     if isinstance(x, float):
         return float(x) if math.isfinite(x) else {"float": repr(float(x))}
     if isinstance(x, complex):
-        return {"complex": [encoded(x.real, path, arrays), encoded(x.imag, path, arrays)]}
+        return {"complex": [encoded(part, path, arrays) for part in (x.real, x.imag)]}
     if isinstance(x, np.generic):
         return encoded(x.item(), path, arrays)
     if isinstance(x, jax.Array | np.ndarray):
         return _encoded_array(x, path, arrays)
     if type(x) in (list, tuple):
-        items = [encoded(item, (*path, str(index)), arrays) for index, item in enumerate(x)]
+        items = [encoded(item, (*path, str(index)), arrays, nodes) for index, item in enumerate(x)]
         return items if type(x) is list else {"tuple": items}
     if isinstance(x, dict) and type(x) in (dict, OrderedDict, Counter, defaultdict, StateDict):
+        nodes = nodes and not isinstance(x, StateDict)
+        places = [(*path, _named(jax.tree_util.DictKey(key))) for key in x]
         items = [
-            [encoded(key, path, arrays), encoded(value, (*path, _named(jax.tree_util.DictKey(key))), arrays)]
-            for key, value in x.items()
+            [encoded(key, place, arrays, False), encoded(value, place, arrays, nodes)]
+            for place, (key, value) in zip(places, x.items(), strict=True)
         ]
         if isinstance(x, StateDict):
             return {"dict": items, "class": x.made_by, "names": x.names}
         return {"dict" if type(x) is defaultdict else type(x).__name__: items}
     children = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)[0]
-    if any(not keys for keys, _ in children):
+    if not nodes or any(not keys for keys, _ in children):
         raise TypeError(
             f"A checkpoint holds arrays, numbers, strings and containers of them, but {dotted(path)} is "
-            f"{type(x).__name__}. Leave it out, or put its data there."
+            f"{type(x).__name__}. Leave it out, or put its data there; for a schedule in a group of an optimizer, a "
+            "scheduler and its state_dict."
         )
     pairs = [(_named(*keys), child) for keys, child in children]
     return {"node": [[name, encoded(child, (*path, name), arrays)] for name, child in pairs], "type": type(x).__name__}
@@ -198,23 +208,17 @@ def _leaf_like(x: Any, arrays: Arrays, path: Path, like: Any) -> Any:
         key = _as_key(x, owned(host))
         if key.dtype != like.dtype:
             raise ValueError(f"{dotted(path)} is a {key.dtype} in the checkpoint, {like.dtype} in like.")
-        return _placed(key, like)
+        return placed_like(key, like)
     if _rank(host.dtype) > _rank(like.dtype):
         raise ValueError(f"{dotted(path)} has dtype {host.dtype} in the checkpoint, which {like.dtype} cannot hold.")
     host = host.astype(like.dtype)
-    return host if isinstance(like, np.ndarray) else _placed(owned(host), like)
+    return host if isinstance(like, np.ndarray) else placed_like(owned(host), like)
 
 
 def _rank(dtype: Any) -> int:
     """The kind of a dtype, each of which can hold the numbers of those before it."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     return next(rank for rank, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind))
-
-
-def _placed(array: jax.Array, like: Any) -> jax.Array:
-    """An array on the devices of another."""
-    sharding = getattr(like, "sharding", None)
-    return array if sharding is None or sharding == array.sharding else jax.device_put(array, sharding)
 
 
 def _opened(x: Any) -> tuple[str, Any]:

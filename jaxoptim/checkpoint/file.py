@@ -194,9 +194,9 @@ def _replacing(path: Path, keep: int) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, partial)
-            _shift(path, keep, room / "second")
+        (room / "fresh").touch()
+        shutil.copymode(path if path.exists() else room / "fresh", partial)  # safetensors lets nobody else read
+        _shift(path, keep, room / "second")
         partial.replace(path)
     finally:
         shutil.rmtree(room, ignore_errors=True)
@@ -211,7 +211,9 @@ def _replacing(path: Path, keep: int) -> Iterator[Path]:
 def _shift(path: Path, keep: int, second: Path) -> None:
     """Make room for one more checkpoint; ``path`` stays where it is, and gets a second name."""
     newest = _earlier(path, 1)
-    if keep == 1 or (newest.exists() and newest.samefile(path)):  # the latter after a crash between here and renaming
+    if keep == 1 or not path.exists():
+        return
+    if newest.exists() and newest.samefile(path):  # after a crash between here and the renaming
         return
     for number in range(keep - 1, 1, -1):
         if (older := _earlier(path, number - 1)).exists():

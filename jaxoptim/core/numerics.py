@@ -43,11 +43,17 @@ def owned(array: Any) -> jax.Array:
 
     A tensor of torch may be on any device, sparse, a view, a lazy conjugate, or part of a graph of gradients.
     """
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
-        return jnp.asarray(np.array(array))
     if hasattr(array, "to_dense"):
         array = array.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
-    return jax.block_until_ready(jnp.array(jnp.from_dlpack(array)))
+    if not isinstance(array, np.ndarray) and hasattr(array, "__dlpack__"):
+        array = jnp.from_dlpack(array)  # which NumPy has not the dtypes for
+    return jnp.asarray(np.array(array))  # on no particular device, where JAX would otherwise keep it to its own
+
+
+def placed_like(array: jax.Array, like: Any) -> jax.Array:
+    """An array on the devices of another, or of a ``ShapeDtypeStruct`` that says them."""
+    sharding = getattr(like, "sharding", None)
+    return array if sharding is None or sharding == array.sharding else jax.device_put(array, sharding)
 
 
 def as_jax(array: Any) -> jax.Array:

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 import jaxoptim.optim
-from jaxoptim.core import Decay, Hyperparameters, OptState, Rearrangement, as_jax
-from jaxoptim.core.numerics import is_complex
+from jaxoptim.core import Decay, Hyperparameters, OptState, Packed, Rearrangement, as_jax
+from jaxoptim.core.numerics import is_complex, placed_like
 from jaxoptim.optim import Optimizer, Parameter, state_dicts
 from jaxoptim.optim.groups import Selector, predicate
 
@@ -208,6 +208,10 @@ def _number(x: Any) -> Any:
 
 def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
     """The torch-style optimizer of a rule."""
+    if isinstance(params, Packed):
+        raise TypeError(
+            "The parameters are packed, but torch keeps state by parameter. Give params.unpack(), and pack later."
+        )
     classes = [x for x in vars(jaxoptim.optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
     own = type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
     made = next((x for x in classes if getattr(x, "rule", None) is type(rule)), own)(params)
@@ -227,7 +231,7 @@ def carry_over(
     """Continue a whole run of torch: put its parameters and its optimizer's state into an optimizer of ours.
 
     Args:
-        optimizer: of the same class, over parameters of any values and of the dtypes wanted.
+        optimizer: of the same class, over parameters of any values, with the dtypes and devices wanted.
         params: torch's parameters by name, such as ``module.state_dict()``. Names that no parameter here has
             (buffers) are left out.
         state_dict: of torch's optimizer.
@@ -243,6 +247,9 @@ def carry_over(
         transform that does not only move numbers, or with which the optimizer would go on otherwise (Muon's
         orientation, the last two axes in Adafactor); and those of ``Optimizer.load_state_dict``. They name the
         parameter. Nothing is changed then.
+
+    A scheduler is made before, because that sets the rate, and takes torch's state after:
+    ``scheduler.load_state_dict(...)``.
 
     Muon of a square matrix that is transposed makes the same steps up to the bfloat16 in which it iterates.
 
@@ -272,7 +279,7 @@ def carry_over(
         value = move(as_jax(params[name]))
         if is_complex(value) and not is_complex(param):
             raise ValueError(f"{label!r} is real, but {name!r} in torch is complex.")
-        values[param] = value.astype(param.dtype)
+        values[param] = placed_like(value.astype(param.dtype), param.value)
     labels = {name: label for label, name, _ in places.values()}
     there = _names_in(state_dict, [name for name in params if name in labels], order)
     moves = {param: move for param, (_, _, move) in places.items() if not move.is_identity()}

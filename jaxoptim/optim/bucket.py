@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import OptState, Packed, Rule, as_jax, init, pack, trees
+from jaxoptim.core.numerics import placed_like
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.parameter import Parameter
 
@@ -169,7 +170,7 @@ class Bucket:
                 like = self._leaf(slot_trees[name], index)
                 slot = as_jax(slot).astype(like.dtype)
                 trees.check_shape(f"slot {name!r}", self.labels[index], slot, like)
-                slot_trees[name] = self._with_leaf(slot_trees[name], index, slot)
+                slot_trees[name] = self._with_leaf(slot_trees[name], index, placed_like(slot, like))
         self.state = OptState(jnp.asarray(count, jnp.int32), slot_trees, shared or {})
 
     def slots_of(self, index: int) -> dict[str, Any]:
