@@ -1,9 +1,12 @@
-"""The checkpoints of each released format, which stay loadable: what is in them, and what wrote them.
+"""The checkpoints of each released format, which stay loadable: what is in them, and what wrote them; and helpers.
 
 ``python tests/checkpoint_files.py`` writes the file of the current format. Run it once when the format changes; the
 files of earlier formats are never written again.
 """
 
+import json
+import math
+import struct
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -16,12 +19,14 @@ import jaxoptim
 from jaxoptim import checkpoint
 from jaxoptim.optim.state_dicts import StateDict
 
+NAME = "run.safetensors"
 FOLDER = Path(__file__).parent / "checkpoints"
 PARAMS = {"b": (1,), "w": (2,)}
 """The shapes of the parameters whose optimizers are in the files."""
 
-JAX = "bool int8 int16 int32 uint8 uint16 uint32 float16 bfloat16 float32 complex64 int4 uint4".split()
-FLOAT8 = "float8_e4m3fn float8_e4m3b11fnuz float8_e5m2 float8_e5m2fnuz float8_e4m3fnuz".split()
+JAX = ["bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "int4", "uint4"]
+JAX += ["float16", "bfloat16", "float32", "complex64"]
+FLOAT8 = ["float8_e4m3fn", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e4m3fnuz"]
 NUMPY = [*JAX, *FLOAT8, "int64", "uint64", "float64", "complex128"]
 
 
@@ -81,6 +86,52 @@ CONTENTS = {1: format_1}
 
 def path_of(version):
     return FOLDER / f"format-{version}.safetensors"
+
+
+# What the tests of checkpoints share.
+
+
+def assert_identical(a, b, path=""):
+    """Equal in every bit, every type and every order."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert_identical(list(a), list(b), f"the keys of {path}")
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+        if isinstance(a, StateDict):
+            assert (a.made_by, a.names) == (b.made_by, b.names), path
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_identical(x, y, f"{path}.{index}")
+    elif isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        np.testing.assert_array_equal(jax.random.key_data(a), jax.random.key_data(b), err_msg=path)
+    elif isinstance(a, jax.Array | np.ndarray):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+    elif isinstance(a, float):
+        assert struct.pack("d", a) == struct.pack("d", b) or (math.isnan(a) and math.isnan(b)), path
+    elif isinstance(a, complex):
+        assert_identical((a.real, a.imag), (b.real, b.imag), path)
+    else:
+        assert a == b, path
+
+
+def reloaded(x, folder, like=None):
+    checkpoint.save(folder / NAME, x)
+    return checkpoint.load(folder / NAME, like)
+
+
+def header_of(path):
+    """The header of a file by the definition of safetensors, and the JSON of ours in it."""
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return header, json.loads(header["__metadata__"]["jaxoptim"])
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("something that can run code was called")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(path, steps):
         scheduler.load_state_dict(run["scheduler"])
         averaged.load_state_dict(run["averaged"])
         key, done = run["key"], run["done"]
-    print("from", done, flush=True)
+    print("from", done, flush=True)  # noqa: T201
     while done < steps:
         key, subkey = jax.random.split(key)
         opt.step(gradients(opt.params, subkey))
@@ -42,13 +42,13 @@ def main(path, steps):
         everything = {"params": opt.params, "opt": opt.state_dict(), "scheduler": scheduler.state_dict()}
         everything |= {"averaged": averaged.state_dict(), "key": key, "done": done}
         checkpoint.save(path, everything, keep=2)
-        print("saved", flush=True)
+        print("saved", flush=True)  # noqa: T201
     run = checkpoint.load(path)
     keys, rates = jax.random.key_data(run.pop("key")), repr((run["scheduler"], run["opt"]["param_groups"]))
     digest = hashlib.sha256(rates.encode())
     for x in jax.tree.leaves((run["params"], run["opt"]["state"], run["averaged"], keys, run["done"])):
         digest.update(np.asarray(x).tobytes())
-    print("digest", digest.hexdigest(), flush=True)
+    print("digest", digest.hexdigest(), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def main(address, index, folder):
         assert (a.sharding, a.dtype) == (b.sharding, b.dtype)
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
             assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
-    print("restored", flush=True)
+    print("restored", flush=True)  # noqa: T201
     try:
         checkpoint.save(folder / "ours.safetensors", {"opt": state})
     except ValueError as error:
-        print("refused:", error, flush=True)
+        print("refused:", error, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1622,7 +1622,7 @@ def test_options_and_unknown_keys_come_from_the_state_dict():
 
 @by_row(TORCH)
 def test_options_that_older_checkpoints_lack_are_off(row):
-    added = ["foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "amsgrad"]
+    added = ["foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"]
     if row.name in ("Adafactor", "Muon", "SparseAdam"):
         added = ["foreach"]  # the rest is as old as the class
 

@@ -1,15 +1,11 @@
-"""Trees of data as JSON, with the arrays beside it.
-
-None, booleans, numbers, strings and lists stand for themselves. Everything else is an object that says first what
-it is: ``{"dict": [[key, value], ...]}``, ``{"array": name}``, ...
-"""
+"""Trees of data as JSON with the arrays beside it, and back. ``docs/checkpoints.md`` describes the JSON."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,21 +21,60 @@ Path = tuple[str, ...]
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NATIVE = frozenset((*_INTEGERS, "bool", "float16", "bfloat16", "float32", "float64", "complex64"))
 """The dtypes that safetensors gives back as they are; arrays of others are kept as their bytes."""
+
 _MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {
     "dict": dict,
     "OrderedDict": OrderedDict,
     "Counter": lambda items: Counter(dict(items)),
 }
-_SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {"list": list, "tuple": tuple}
+_INFINITE = {repr(x): x for x in (math.nan, math.inf, -math.inf)}
+_HEXADECIMAL = 1000
+"""The bits from which an integer is written as hexadecimal digits, which Python reads at any length."""
 
 
 class Malformed(Exception):
     """JSON that :func:`encoded` cannot have made."""
 
 
+class Stored(NamedTuple):
+    """An array from a file.
+
+    Attributes:
+        host: its numbers; the data of a key.
+        numpy: whether it was an array of NumPy.
+        scalar: whether it was a scalar of NumPy.
+        key: the kind of PRNG key that it is the data of, or None.
+    """
+
+    host: np.ndarray
+    numpy: bool
+    scalar: bool
+    key: str | None
+
+
+class Node(NamedTuple):
+    """A node of a pytree that is neither dict, list nor tuple: the name of its type, and its children."""
+
+    type: str
+    children: dict[str, Any]
+
+
 def dotted(path: Path) -> str:
     """A path for messages."""
     return repr(".".join(path)) if path else "the whole"
+
+
+def _named(key: Any) -> str:
+    """A key of a path as JAX prints it."""
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _entry(key: Any) -> str:
+    """A key of a dict as JAX prints it."""
+    return _named(jax.tree_util.DictKey(key))
+
+
+# To JSON.
 
 
 def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
@@ -54,22 +89,22 @@ def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
     Errors:
         ``TypeError`` for what is no data, ``ValueError`` for an array that is not all here; with the path.
     """
+    if isinstance(x, int) and x.bit_length() > _HEXADECIMAL:
+        return {"int": hex(x)}
     if x is None or isinstance(x, bool | int | str):
         return x
     if isinstance(x, float):
         return float(x) if math.isfinite(x) else {"float": repr(float(x))}
     if isinstance(x, complex):
         return {"complex": [encoded(part, path, arrays) for part in (x.real, x.imag)]}
-    if isinstance(x, np.generic):
-        return encoded(x.item(), path, arrays)
-    if isinstance(x, jax.Array | np.ndarray):
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
         return _encoded_array(x, path, arrays)
     if type(x) in (list, tuple):
         items = [encoded(item, (*path, str(index)), arrays, nodes) for index, item in enumerate(x)]
         return items if type(x) is list else {"tuple": items}
     if isinstance(x, dict) and type(x) in (dict, OrderedDict, Counter, defaultdict, StateDict):
         nodes = nodes and not isinstance(x, StateDict)
-        places = [(*path, _named(jax.tree_util.DictKey(key))) for key in x]
+        places = [(*path, _entry(key)) for key in x]
         items = [
             [encoded(key, place, arrays, False), encoded(value, place, arrays, nodes)]
             for place, (key, value) in zip(places, x.items(), strict=True)
@@ -88,15 +123,10 @@ def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
     return {"node": [[name, encoded(child, (*path, name), arrays)] for name, child in pairs], "type": type(x).__name__}
 
 
-def _named(key: Any) -> str:
-    """A key of a path as JAX prints it."""
-    return jax.tree_util.keystr((key,), simple=True)
-
-
-def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, str]:
+def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, Any]:
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"A checkpoint is saved outside of compiled functions, but {dotted(path)} is traced.")
-    entry = {}
+    entry: dict[str, Any] = {}
     if isinstance(x, jax.Array):
         if not x.is_fully_addressable:
             raise ValueError(
@@ -105,172 +135,224 @@ def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, str]:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             entry["key"] = str(jax.random.key_impl(x))
             x = jax.random.key_data(x)
-    kind = "numpy" if isinstance(x, np.ndarray) else "array"
+    elif isinstance(x, np.generic):
+        entry["scalar"] = True
     host = np.asarray(x, order="C")
-    if host.dtype.hasobject or host.dtype.names is not None or host.dtype.kind in "USmM":
+    if not _is_numeric(host.dtype):
         raise TypeError(f"A checkpoint holds arrays of numbers, but {dotted(path)} has dtype {host.dtype}.")
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"A checkpoint holds plain arrays, but {dotted(path)} has a mask. Put that beside it.")
+    host = host.astype(host.dtype.newbyteorder("="), copy=False)
     if host.dtype.name not in _NATIVE:
         entry["dtype"] = host.dtype.name
         host = np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.dtype.itemsize)
-    base = name = ".".join(path) or "array"
+    base = name = ".".join(path).encode("utf-8", "backslashreplace").decode() or "array"
     for number in range(len(arrays) + 1):
         if name not in arrays and name != "__metadata__":
             break
         name = f"{base} ({number + 2})"
     arrays[name] = host
-    return {kind: name, **entry}
+    return {"array" if isinstance(x, jax.Array) else "numpy": name, **entry}
 
 
-def decoded(x: Any, arrays: Arrays, path: Path = ()) -> Any:
-    """The tree that :func:`encoded` was given.
+def _is_numeric(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.number))
+
+
+# From JSON.
+
+
+def parsed(x: Any, arrays: Arrays) -> Any:
+    """The tree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
 
     Errors:
-        :class:`Malformed`; ``ValueError`` for a node that only ``like`` can make, and for a dtype that JAX
-        does not hold now.
+        :class:`Malformed`, and any other for JSON that is not of this kind.
     """
-    kind, content = _opened(x)
-    if kind == "plain":
-        return content
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind]([decoded(item, arrays, (*path, str(index))) for index, item in enumerate(content)])
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    if isinstance(x, list):
+        return [parsed(item, arrays) for item in x]
+    kind, content = next(iter(x.items()))
+    if kind in ("array", "numpy"):
+        return _stored(kind, arrays[content], x)
+    if kind == "tuple":
+        return tuple(parsed(item, arrays) for item in _a(list, content))
     if kind in _MAPPINGS:
-        items = [(decoded(key, arrays), value) for key, value in content]
-        items = [(key, decoded(value, arrays, (*path, _named(jax.tree_util.DictKey(key))))) for key, value in items]
-        mapping = _MAPPINGS[kind](items)
-        return StateDict(mapping, made_by=x["class"], names=x["names"]) if "class" in x else mapping
+        mapping = _MAPPINGS[kind]([(_key(parsed(x, arrays)), parsed(y, arrays)) for x, y in _pairs(content)])
+        if "class" not in x:
+            return mapping
+        names = [
+            [None if name is None else _a(str, name) for name in _a(list, group)] for group in _a(list, x["names"])
+        ]
+        return StateDict(mapping, made_by=_a(str, x["class"]), names=names)
     if kind == "node":
-        children = {name: decoded(child, arrays, (*path, name)) for name, child in content}
-        if x["type"] != OptState.__name__:
-            raise ValueError(
-                f"The checkpoint has a {x['type']} at {dotted(path)}. Give load(path, like=...) such a tree."
-            )
-        return OptState(**children)
-    host = _host(x, arrays)
-    if kind == "numpy":
-        return host
-    _check_held(host.dtype, path)
-    return _as_key(x, owned(host))
+        children = {_a(str, name): parsed(child, arrays) for name, child in _pairs(content)}
+        if x["type"] == OptState.__name__ and children.keys() != set(OptState._fields):
+            raise Malformed(f"an OptState has {', '.join(OptState._fields)}")
+        return Node(_a(str, x["type"]), children)
+    if kind == "float":
+        return _INFINITE[content]
+    if kind == "int":
+        return int(content, 16)
+    if kind == "complex":
+        real, imag = (_a(float, parsed(part, arrays)) for part in content)
+        return complex(real, imag)
+    raise Malformed(f"{kind!r} stands for nothing")
 
 
-def decoded_like(x: Any, arrays: Arrays, like: Any) -> Any:
+def _a(kind: type, x: Any) -> Any:
+    if type(x) is not kind:
+        raise Malformed(f"{str(x)[:100]} stands where a {kind.__name__} is expected")
+    return x
+
+
+def _pairs(x: Any) -> list[Any]:
+    return [_a(list, item) for item in _a(list, x)]
+
+
+def _key(x: Any) -> Any:
+    """The key of a dict."""
+    if isinstance(x, tuple) and not isinstance(x, Stored | Node):
+        return tuple(map(_key, x))
+    if x is None or isinstance(x, bool | int | float | complex | str):
+        return x
+    raise Malformed("the key of a dict is no plain value")
+
+
+def _stored(kind: str, host: np.ndarray, x: dict[str, Any]) -> Stored:
+    if "dtype" in x:
+        dtype = jnp.dtype(_dtype_name(x["dtype"]))
+        if dtype.name != x["dtype"] or not _is_numeric(dtype):
+            raise Malformed(f"{x['dtype']!r} is no dtype of numbers")
+        host = np.frombuffer(bytearray(host.tobytes()), dtype).reshape(host.shape[:-1])
+    key = _a(str, x["key"]) if "key" in x else None
+    if key is not None:
+        jax.eval_shape(lambda data: jax.random.wrap_key_data(data, impl=key), host)
+    scalar = x.get("scalar", False)
+    if scalar and host.shape:
+        raise Malformed("a scalar has a shape")
+    return Stored(host, kind == "numpy", scalar, key)
+
+
+def _dtype_name(name: str) -> str:
+    """A name that NumPy does not take for an expression."""
+    if not _a(str, name).replace("_", "").isalnum():
+        raise Malformed(f"{name!r} is no dtype")
+    return name
+
+
+# From what was parsed.
+
+
+def decoded(x: Any, path: Path = ()) -> Any:
+    """The tree that was saved.
+
+    Errors:
+        ``ValueError`` for a node that only ``like`` can make, and for a dtype that JAX does not hold now.
+    """
+    if isinstance(x, Stored):
+        return _decoded_array(x, path)
+    if isinstance(x, Node):
+        if x.type != OptState.__name__:
+            raise ValueError(f"It has a {x.type} at {dotted(path)}. Give load(path, like=...) such a tree.")
+        return OptState(**{name: decoded(child, (*path, name)) for name, child in x.children.items()})
+    if isinstance(x, list | tuple):
+        return type(x)(decoded(item, (*path, str(index))) for index, item in enumerate(x))
+    if isinstance(x, dict):
+        new = x.copy()
+        new.update(
+            {key: decoded(value, (*path, _entry(key))) for key, value in x.items()} if type(x) is not Counter else {}
+        )
+        return new
+    return x
+
+
+def _decoded_array(x: Stored, path: Path) -> Any:
+    if x.numpy:
+        return x.host[()] if x.scalar else x.host
+    held = jax.dtypes.canonicalize_dtype(x.host.dtype)
+    if held != x.host.dtype:
+        raise ValueError(
+            f"{dotted(path)} has dtype {x.host.dtype}, of which JAX would make {held}. Switch jax_enable_x64 on "
+            "(JAX_ENABLE_X64=1), or give load(path, like=...) a tree with the dtypes that you want."
+        )
+    return owned(x.host) if x.key is None else jax.random.wrap_key_data(owned(x.host), impl=x.key)
+
+
+def decoded_like(x: Any, like: Any) -> Any:
     """The tree in the structure, dtypes and shardings of another.
 
     Errors:
         As :func:`decoded`; ``ValueError`` for what does not fit, with its path.
     """
-    found = dict(_leaves(x, ()))
+    found: dict[Path, Any] = {}
+    for path, leaf in _leaves(x, ()):
+        if path in found:
+            raise ValueError(f"It has two things at {dotted(path)}, which like cannot tell apart.")
+        found[path] = leaf
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    wanted = {tuple(map(_named, keys)): leaf for keys, leaf in leaves}
-    for here, there, problem in (
-        (wanted, found, "has nothing at"),
-        (found, wanted, "has something that like lacks at"),
-    ):
-        if lacking := [path for path in here if path not in there]:
-            raise ValueError(f"The checkpoint {problem} {dotted(lacking[0])} ({len(lacking)} such places).")
-    return jax.tree.unflatten(treedef, [_leaf_like(found[path], arrays, path, leaf) for path, leaf in wanted.items()])
+    wanted = [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves]
+    paths = {path for path, _ in wanted}
+    if missing := [path for path, _ in wanted if path not in found]:
+        raise ValueError(f"It has nothing at {dotted(missing[0])}, but like has ({len(missing)} such).")
+    if extra := [path for path in found if path not in paths]:
+        raise ValueError(f"It has something that like lacks at {dotted(extra[0])} ({len(extra)} such).")
+    return jax.tree.unflatten(treedef, [_leaf_like(found[path], path, leaf) for path, leaf in wanted])
 
 
 def _leaves(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """What JAX takes for the leaves of a tree, with their paths."""
-    kind, content = _opened(x)
-    if kind in _SEQUENCES:
-        pairs: Sequence[tuple[str, Any]] = [(str(index), item) for index, item in enumerate(content)]
-    elif kind in ("dict", "OrderedDict"):
-        pairs = [(_named(jax.tree_util.DictKey(decoded(key, {}))), value) for key, value in content]
-    elif kind == "node":
-        pairs = content
+    if isinstance(x, Node):
+        children = list(x.children.items())
+    elif isinstance(x, list | tuple) and not isinstance(x, Stored):
+        children = [(str(index), item) for index, item in enumerate(x)]
+    elif isinstance(x, dict) and type(x) is not Counter:
+        children = [(_entry(key), value) for key, value in x.items()]
     else:
-        pairs = []
+        children = []
         if x is not None:
             yield path, x
-    for name, child in pairs:
+    for name, child in children:
         yield from _leaves(child, (*path, name))
 
 
-def _leaf_like(x: Any, arrays: Arrays, path: Path, like: Any) -> Any:
+def _leaf_like(x: Any, path: Path, like: Any) -> Any:
     """One leaf, as the one in ``like`` is."""
-    kind, content = _opened(x)
     if not hasattr(like, "shape") or not hasattr(like, "dtype"):
-        value = decoded(x, arrays, path)
+        value = decoded(x, path)
         if type(value) is not type(like):
             raise ValueError(
                 f"{dotted(path)} is {type(value).__name__} in the checkpoint, {type(like).__name__} in like."
             )
         return value
-    host = np.asarray(content) if kind == "plain" else _host(x, arrays)
     is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-    if is_key != ("key" in x if isinstance(x, dict) else False):
-        raise ValueError(f"{dotted(path)} is {'no' if is_key else 'a'} PRNG key in the checkpoint, otherwise in like.")
-    shape = host.shape[: len(like.shape)] if is_key else host.shape
-    if shape != tuple(like.shape):
-        raise ValueError(f"{dotted(path)} has shape {shape} in the checkpoint, {tuple(like.shape)} in like.")
-    if is_key:
-        key = _as_key(x, owned(host))
-        if key.dtype != like.dtype:
-            raise ValueError(f"{dotted(path)} is a {key.dtype} in the checkpoint, {like.dtype} in like.")
-        return placed_like(key, like)
-    if _rank(host.dtype) > _rank(like.dtype):
-        raise ValueError(f"{dotted(path)} has dtype {host.dtype} in the checkpoint, which {like.dtype} cannot hold.")
-    host = host.astype(like.dtype)
-    return host if isinstance(like, np.ndarray) else placed_like(owned(host), like)
+    if is_key or (isinstance(x, Stored) and x.key is not None):
+        value = decoded(x, path)
+        found = getattr(value, "dtype", type(value).__name__)
+        if found != like.dtype:
+            raise ValueError(f"{dotted(path)} is {found} in the checkpoint, {like.dtype} in like.")
+    else:
+        value = _converted(x, path, like.dtype)
+    if value.shape != tuple(like.shape):
+        raise ValueError(f"{dotted(path)} has shape {value.shape} in the checkpoint, {tuple(like.shape)} in like.")
+    return value if isinstance(like, np.ndarray) else placed_like(value if is_key else owned(value), like)
+
+
+def _converted(x: Any, path: Path, dtype: Any) -> np.ndarray:
+    """An array or number in a dtype that can hold it, if not all of its digits."""
+    host = x.host if isinstance(x, Stored) else np.asarray(x)
+    if not _is_numeric(host.dtype) or _rank(host.dtype) > _rank(dtype):
+        kind = f"dtype {host.dtype}" if _is_numeric(host.dtype) else type(x).__name__
+        raise ValueError(f"{dotted(path)} has {kind} in the checkpoint, which {dtype} cannot hold.")
+    with np.errstate(over="ignore"):
+        new = host.astype(dtype)
+    lost = new != host if jnp.issubdtype(dtype, jnp.integer) else np.isinf(new) & ~np.isinf(host)
+    if np.any(lost):
+        raise ValueError(f"{dotted(path)} has numbers in the checkpoint that {dtype} cannot hold.")
+    return new
 
 
 def _rank(dtype: Any) -> int:
     """The kind of a dtype, each of which can hold the numbers of those before it."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     return next(rank for rank, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind))
-
-
-def _opened(x: Any) -> tuple[str, Any]:
-    """What kind of thing a piece of JSON is, and its content."""
-    if x is None or isinstance(x, bool | int | float | str):
-        return "plain", x
-    if isinstance(x, list):
-        return "list", x
-    kind = next(iter(x)) if isinstance(x, dict) and x else ""
-    if kind == "float" and x[kind] in ("nan", "inf", "-inf"):
-        return "plain", float(x[kind])
-    if kind == "complex" and isinstance(x[kind], list):
-        return "plain", complex(*(_opened(part)[1] for part in x[kind]))
-    if kind in ("array", "numpy") and isinstance(x[kind], str):
-        return kind, x[kind]
-    if kind == "tuple" and isinstance(x[kind], list):
-        return kind, x[kind]
-    if (kind in _MAPPINGS or kind == "node") and all(isinstance(item, list) and len(item) == 2 for item in x[kind]):
-        return kind, x[kind]
-    raise Malformed(f"{str(x)[:100]} stands for nothing")
-
-
-def _host(x: Any, arrays: Arrays) -> np.ndarray:
-    """The array that a piece of JSON refers to."""
-    kind, name = _opened(x)
-    if kind not in ("array", "numpy") or name not in arrays:
-        raise Malformed(f"there is no array {name!r}")
-    host = arrays[name]
-    if "dtype" not in x:
-        return host
-    try:
-        dtype = jnp.dtype(x["dtype"])
-        return np.frombuffer(host.tobytes(), dtype).reshape(host.shape[:-1])
-    except (TypeError, ValueError) as error:
-        raise Malformed(f"the array {name!r} cannot have dtype {x['dtype']!r}") from error
-
-
-def _check_held(dtype: np.dtype, path: Path) -> None:
-    """Raise for a dtype that JAX would change without a word."""
-    held = jax.dtypes.canonicalize_dtype(dtype)
-    if held != dtype:
-        raise ValueError(
-            f"{dotted(path)} has dtype {dtype}, of which JAX would make {held}. Switch jax_enable_x64 on "
-            "(JAX_ENABLE_X64=1), or give load(path, like=...) a tree with the dtypes that you want."
-        )
-
-
-def _as_key(x: dict[str, str], array: jax.Array) -> jax.Array:
-    """An array, or the typed key that it is the data of."""
-    if "key" not in x:
-        return array
-    try:
-        return jax.random.wrap_key_data(array, impl=x["key"])
-    except (TypeError, ValueError) as error:
-        raise Malformed(f"a PRNG key cannot be of kind {x['key']!r}") from error

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxoptim.checkpoint.encoding import Arrays, Malformed, decoded, decoded_like, encoded
+from jaxoptim.checkpoint.encoding import Arrays, decoded, decoded_like, encoded, parsed
 
 FORMAT_VERSION = 1
 """The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
@@ -100,11 +101,11 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
         (0, 0)
     """
     path = Path(path)
-    tree, arrays = _read(path)
+    tree = _read(path)
     try:
-        return decoded(tree, arrays) if like is None else decoded_like(tree, arrays, like)
-    except (Malformed, RecursionError, KeyError) as error:
-        raise ValueError(f"The checkpoint {path} was not written by jaxoptim: {error}.") from error
+        return decoded(tree) if like is None else decoded_like(tree, like)
+    except ValueError as error:
+        raise ValueError(f"The checkpoint {path} cannot be loaded like this: {error}") from error
 
 
 def _safetensors() -> Any:
@@ -126,8 +127,8 @@ def _checksum(content: str, arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[Any, Arrays]:
-    """The tree and the arrays of a file, checked."""
+def _read(path: Path) -> Any:
+    """The tree in a file, checked."""
     safetensors = _safetensors()
     with path.open("rb") as file:
         start = file.read(2)
@@ -135,8 +136,8 @@ def _read(path: Path) -> tuple[Any, Arrays]:
         with safetensors.safe_open(path, framework="numpy") as tensors:
             metadata = tensors.metadata() or {}
             if not {"jaxoptim", "sha256"} <= metadata.keys():
-                raise ValueError(f"{path} is a file of safetensors, but no checkpoint of jaxoptim.")
-            content = _parsed(path, metadata["jaxoptim"])
+                raise ValueError(f"{path} is a file of safetensors, but no checkpoint of jaxoptim.{_advice(path)}")
+            content = _content(path, metadata["jaxoptim"])
             arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dict
     except (safetensors.SafetensorError, AttributeError) as error:
         if zipfile.is_zipfile(path) or start[:1] == b"\x80":
@@ -147,29 +148,36 @@ def _read(path: Path) -> tuple[Any, Arrays]:
         raise _damaged(path, f"it is no file of safetensors ({error})") from error
     if _checksum(metadata["jaxoptim"], arrays) != metadata["sha256"]:
         raise _damaged(path, "its checksum is wrong")
-    return content["tree"], arrays
+    try:
+        return parsed(content["tree"], arrays)
+    except Exception as error:  # whatever a file can be made to say
+        problem = f"The checkpoint {path} was not written by jaxoptim ({error!r:.200})."
+        raise ValueError(problem + _advice(path)) from error
 
 
-def _parsed(path: Path, text: str) -> dict[str, Any]:
+def _content(path: Path, text: str) -> dict[str, Any]:
     """The metadata of a file whose version can be read."""
     try:
         content = json.loads(text)
         version = content["format"]
-        content["tree"]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its metadata cannot be read ({error})") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise _damaged(path, f"its metadata cannot be read ({error!r:.200})") from error
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
             f"The checkpoint {path} has format {version!r}, of jaxoptim {content.get('jaxoptim')}; this version reads "
-            f"formats up to {FORMAT_VERSION}. Upgrade jaxoptim."
+            f"formats 1 to {FORMAT_VERSION}. Upgrade jaxoptim.{_advice(path)}"
         )
     return content
 
 
 def _damaged(path: Path, problem: str) -> ValueError:
-    earlier = _earlier(path, 1)
-    advice = f" An earlier checkpoint is {earlier}." if earlier.exists() else ""
-    return ValueError(f"The checkpoint {path} is damaged, or no checkpoint: {problem}.{advice}")
+    return ValueError(f"The checkpoint {path} is damaged, or no checkpoint: {problem}.{_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    """A last sentence for the message about a file that cannot be read."""
+    earlier = _earlier(Path(os.path.realpath(path)), 1)
+    return f" An earlier checkpoint is {earlier}." if earlier.exists() else ""
 
 
 def _earlier(path: Path, number: int) -> Path:
@@ -196,16 +204,20 @@ def _replacing(path: Path, keep: int) -> Iterator[Path]:
             os.fsync(file.fileno())
         (room / "fresh").touch()
         shutil.copymode(path if path.exists() else room / "fresh", partial)  # safetensors lets nobody else read
-        _shift(path, keep, room / "second")
-        partial.replace(path)
+        with _RENAMING:
+            _shift(path, keep, room / "second")
+            partial.replace(path)
     finally:
         shutil.rmtree(room, ignore_errors=True)
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)  # brings the renaming to the disk
-        try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # the renaming is brought to the disk where the file system can do that
             os.fsync(folder)
-        finally:
-            os.close(folder)
+        os.close(folder)
+
+
+_RENAMING = threading.Lock()
+"""Lets the threads of a process that save at one place move files one after the other."""
 
 
 def _shift(path: Path, keep: int, second: Path) -> None:
@@ -213,16 +225,22 @@ def _shift(path: Path, keep: int, second: Path) -> None:
     newest = _earlier(path, 1)
     if keep == 1 or not path.exists():
         return
-    if newest.exists() and newest.samefile(path):  # after a crash between here and the renaming
+    if newest.exists() and _are_one(newest, path):  # after a crash between here and the renaming
         return
-    for number in range(keep - 1, 1, -1):
-        if (older := _earlier(path, number - 1)).exists():
-            older.replace(_earlier(path, number))
+    gap = next((number for number in range(1, keep) if not _earlier(path, number).exists()), keep - 1)
+    for number in range(gap, 1, -1):
+        _earlier(path, number - 1).replace(_earlier(path, number))
     try:
         os.link(path, second)
     except OSError:  # a file system without links
         shutil.copy2(path, second)
     second.replace(newest)
+
+
+def _are_one(a: Path, b: Path) -> bool:
+    """Whether a file is another by a second name, or a copy that ``shutil.copy2`` has made."""
+    first, second = a.stat(), b.stat()
+    return a.samefile(b) or (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
 def _is_running(pid: str) -> bool:

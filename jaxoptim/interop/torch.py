@@ -15,8 +15,10 @@ import numpy as np
 import jaxoptim.optim
 from jaxoptim.core import Decay, Hyperparameters, OptState, Packed, Rearrangement, as_jax
 from jaxoptim.core.numerics import is_complex, placed_like
+from jaxoptim.core.rule import Off
 from jaxoptim.optim import Optimizer, Parameter, state_dicts
 from jaxoptim.optim.groups import Selector, predicate
+from jaxoptim.optim.matching import by_name
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +63,8 @@ def to_torch(state_dict: Any) -> Any:
         state_dict = dict(state_dict)
     if isinstance(state_dict, jax.Array | np.ndarray):
         return _tensor(state_dict)
+    if isinstance(state_dict, np.generic):
+        return state_dict.item()
     if isinstance(state_dict, dict):
         new = type(state_dict)()
         new.update({key: to_torch(value) for key, value in state_dict.items()})
@@ -80,7 +84,10 @@ def _tensor(array: Any) -> torch.Tensor:
     host = np.asarray(array)
     if not host.size:
         return torch.empty(host.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(host.tobytes()), dtype=dtype).reshape(host.shape)
+    try:
+        return torch.frombuffer(bytearray(host.tobytes()), dtype=dtype).reshape(host.shape)
+    except NotImplementedError as error:
+        raise TypeError(f"torch has no numbers of dtype {array.dtype}, only its name.") from error
 
 
 def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -88,14 +95,14 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
 
     torch's own ``load_state_dict`` gives every slot the dtype of its parameter, also the float32 numbers of NAdam
     (``mu_product``) and ASGD (``eta``, ``mu``), and goes on with other roundings than without the interruption.
-    This one puts them back.
+    This one puts them back. Where both sides have names, parameters are matched by name.
 
     Args:
         optimizer: of torch, the class that ``state_dict`` is of.
         state_dict: of ours.
 
     Errors:
-        What torch's ``load_state_dict`` raises.
+        ``ValueError`` for the state of another class and for other names; what torch's ``load_state_dict`` raises.
 
     Example:
         >>> import torch, jax.numpy as jnp
@@ -110,6 +117,16 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
     import torch
 
     converted = to_torch(state_dict)
+    if isinstance(state_dict, state_dicts.StateDict):
+        if state_dict.made_by != type(optimizer).__name__:
+            raise ValueError(
+                f"The state dict is of {state_dict.made_by}, but torch's optimizer is {type(optimizer).__name__}."
+            )
+        there = [group.get("param_names", [None]) for group in optimizer.param_groups]
+        groups = by_name(converted["param_groups"], state_dict.names, there, strict=True)
+        if groups != converted["param_groups"] and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("The state of LBFGS is in the order of the parameters. Use carry_back, which changes it.")
+        converted["param_groups"] = groups
     optimizer.load_state_dict(converted)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ids = [key for group in converted["param_groups"] for key in group["params"]]
@@ -198,11 +215,14 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
 def _options(rule: Hyperparameters) -> dict[str, Any]:
     """The hyperparameters of a rule as plain numbers where they are numbers."""
     plain = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}  # type: ignore[arg-type]
-    return {name: jax.tree.map(_number, value, is_leaf=lambda x: isinstance(x, Decay)) for name, value in plain.items()}
+    return {
+        name: jax.tree.map(_number, value, is_leaf=lambda x: isinstance(x, Decay | Off))
+        for name, value in plain.items()
+    }
 
 
 def _number(x: Any) -> Any:
-    x = x.rate if isinstance(x, Decay) else x
+    x = x.rate if isinstance(x, Decay) else 0.0 if isinstance(x, Off) else x
     return x.item() if isinstance(x, jax.Array | np.ndarray | np.generic) and x.ndim == 0 else x
 
 
@@ -214,9 +234,7 @@ def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
         )
     classes = [x for x in vars(jaxoptim.optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
     own = type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
-    made = next((x for x in classes if getattr(x, "rule", None) is type(rule)), own)(params)
-    made.param_groups[0].update(_options(rule))
-    return made
+    return next((x for x in classes if getattr(x, "rule", None) is type(rule)), own)(params, **_options(rule))
 
 
 def carry_over(

@@ -37,6 +37,7 @@ class DecayingRate(Optimizer):
 
     def from_functional(self, params: Any, state: Any) -> None:
         """Return from the pure face; see :meth:`Optimizer.from_functional`."""
+        self._storage.settle()
         before = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}
         super().from_functional(params, state)
         after = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}

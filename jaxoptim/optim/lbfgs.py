@@ -14,7 +14,7 @@ from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.core.numerics import is_complex
-from jaxoptim.optim import program
+from jaxoptim.optim import program, state_dicts
 from jaxoptim.optim.bucket import Bucket, Contents
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
@@ -25,6 +25,9 @@ from jaxoptim.optim.storage import Group, Storage
 _HISTORY = ("old_dirs", "old_stps", "ro")
 _ENTRIES = ("func_evals", "n_iter", "al", "d", "t", *_HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
 """torch's state, in its order; ``al`` is scratch."""
+_LISTS = ("al", *_HISTORY)
+_VECTORS = ("d", "prev_flat_grad", "old_dirs", "old_stps")
+"""The entries with a number for each of the parameters."""
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
@@ -242,14 +245,12 @@ class LBFGS(Optimizer):
                     f"loaded state dict has {unknown[0]!r} for the parameter {param.name or index!r}, but LBFGS keeps "
                     f"{', '.join(_ENTRIES)}, of the first parameter only. Load an LBFGS, or use strict=False."
                 )
-            vectors = [(name, given[name]) for name in ("d", "prev_flat_grad") if given.get(name) is not None]
-            vectors += [(name, row) for name in ("old_dirs", "old_stps") for row in given.get(name) or []]
-            for name, vector in vectors:
-                if np.shape(vector) != (size,):
-                    raise ValueError(
-                        f"loaded state dict has {name!r} of shape {np.shape(vector)}, but the parameters hold "
-                        f"{size} real numbers."
-                    )
+            label = state_dicts.labels(group)[index]
+            entries = [(name, given[name]) for name in _ENTRIES if name not in _LISTS and given.get(name) is not None]
+            entries += [(name, entry) for name in _HISTORY for entry in given.get(name) or []]
+            for name, entry in entries:
+                wanted = jax.ShapeDtypeStruct((size,) if name in _VECTORS else (), jnp.float32)
+                state_dicts.check_array(name, label, entry, wanted)
             if len(lengths := {len(given.get(name) or []) for name in _HISTORY}) > 1:
                 raise ValueError(
                     f"loaded state dict has {' and '.join(map(str, sorted(lengths)))} entries in its lists "

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Moves = Mapping[Parameter, Rearrangement]
 """How the numbers of some parameters are moved on the way into an optimizer, or out of it."""
 
+_ADDED = TORCH_FLAGS.keys() | {"maximize", "decoupled_weight_decay", "dct_dim", "subsample"}
+"""The options that checkpoints may lack: torch added them to its classes later, or its parents have them elsewhere."""
 _OF_SCHEDULERS = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
 """The options that schedulers add to a group."""
 
@@ -194,15 +196,20 @@ def labels(group: Mapping[str, Any]) -> list[str]:
 
 
 def _check_options(optimizer: Optimizer, index: int, group: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raise for options that the optimizer does not take, which are those of another class or of a typo."""
+    """Raise for options of another class, and for typing errors."""
     known = optimizer.defaults.keys() | mine.keys() | _OF_SCHEDULERS | {"params", "param_names"}
+    members = labels(mine)
+    some = ", ".join(members[:3]) + (", ..." if len(members) > 3 else "")
     if unknown := [name for name in group if name not in known]:
-        members = labels(mine)
-        some = ", ".join(members[:3]) + (", ..." if len(members) > 3 else "")
         raise ValueError(
             f"loaded state dict has the options {', '.join(map(repr, unknown))} in group {index} (of {some}), which "
             f"{type(optimizer).__name__} does not take. It takes {', '.join(optimizer.defaults)}. Load the state of "
             "the same optimizer, give the group such an entry first, or use strict=False."
+        )
+    if missing := [name for name in optimizer.defaults if name not in group.keys() | _ADDED]:
+        raise KeyError(
+            f"loaded state dict has no option {', '.join(map(repr, missing))} in group {index} (of {some}). "
+            f"{type(optimizer).__name__} takes {', '.join(optimizer.defaults)}. Load the state of the same optimizer."
         )
 
 
@@ -222,7 +229,9 @@ def _copied(value: Any) -> Any:
 
 
 def _own(x: Any) -> Any:
-    return owned(x) if hasattr(x, "__array__") and not isinstance(x, jax.Array) else x
+    if isinstance(x, jax.Array) or not hasattr(x, "__array__"):
+        return x
+    return x if isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm" else owned(x)
 
 
 def rearranged(
@@ -263,8 +272,14 @@ def check_slots(optimizer: Optimizer, group: dict[str, Any], state: Mapping[Any,
                 f"the options of that group has {_list(wanted)}. Load the state of the same optimizer, or use "
                 "strict=False."
             )
-        for slot in wanted - count:
-            check_array(slot, label, given[slot], slots[slot])
+        for slot in [name for name in (*slots, *count) if name in wanted]:
+            check_array(slot, label, given[slot], slots.get(slot, _COUNT))
+        if "step" in given and not np.all(np.asarray(given["step"]) >= 0):
+            raise ValueError(f"loaded state dict has a 'step' below zero for the parameter {label}: {given['step']}.")
+
+
+_COUNT = jax.ShapeDtypeStruct((), jnp.float32)
+"""How the count of steps is kept."""
 
 
 def check_array(slot: str, label: str, given: Any, wanted: Any) -> None:
