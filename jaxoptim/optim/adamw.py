@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxoptim import rules
 from jaxoptim.core import enabled
-from jaxoptim.optim import state_dicts
+from jaxoptim.optim import state_checks
 from jaxoptim.optim.optimizer import Groups, Number, Optimizer
 
 
@@ -64,7 +64,7 @@ class AdamW(Optimizer):
         if group.get("decoupled_weight_decay") is False and enabled(self.rule(weight_decay=decay).weight_decay):
             raise ValueError(
                 f"loaded state dict is of Adam: it adds weight_decay={decay} times the parameter to the gradient of "
-                f"{state_dicts.labels(group)[0]}, which AdamW does not. Load it into Adam, or use strict=False, which "
+                f"{state_checks.labels(group)[0]}, which AdamW does not. Load it into Adam, or use strict=False, which "
                 "decouples the decay from now on, as torch does."
             )
         super()._check_state(group, state)

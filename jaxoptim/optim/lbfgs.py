@@ -14,7 +14,7 @@ from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.core.numerics import is_complex
-from jaxoptim.optim import program, state_dicts
+from jaxoptim.optim import program, state_checks
 from jaxoptim.optim.bucket import Bucket, Contents
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
@@ -245,12 +245,12 @@ class LBFGS(Optimizer):
                     f"loaded state dict has {unknown[0]!r} for the parameter {param.name or index!r}, but LBFGS keeps "
                     f"{', '.join(_ENTRIES)}, of the first parameter only. Load an LBFGS, or use strict=False."
                 )
-            label = state_dicts.labels(group)[index]
+            label = state_checks.labels(group)[index]
             entries = [(name, given[name]) for name in _ENTRIES if name not in _LISTS and given.get(name) is not None]
             entries += [(name, entry) for name in _HISTORY for entry in given.get(name) or []]
             for name, entry in entries:
                 wanted = jax.ShapeDtypeStruct((size,) if name in _VECTORS else (), jnp.float32)
-                state_dicts.check_array(name, label, entry, wanted)
+                state_checks.check_array(name, label, entry, wanted)
             if len(lengths := {len(given.get(name) or []) for name in _HISTORY}) > 1:
                 raise ValueError(
                     f"loaded state dict has {' and '.join(map(str, sorted(lengths)))} entries in its lists "

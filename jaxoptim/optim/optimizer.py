@@ -10,7 +10,7 @@ import jax
 import optax
 
 from jaxoptim.core import Rule, trees
-from jaxoptim.optim import functional, state_dicts, subclass
+from jaxoptim.optim import functional, state_checks, state_dicts, subclass
 from jaxoptim.optim.bucket import Bucket
 from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
@@ -418,7 +418,7 @@ class Optimizer(Hooked):
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""
-        state_dicts.check_slots(self, group, state)
+        state_checks.check_slots(self, group, state)
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and copying keep: all but the hooks, as in torch."""

@@ -1,0 +1,116 @@
+"""The states of the pure face, from torch and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxoptim.optim
+from jaxoptim.core import Decay, Hyperparameters, OptState, Packed
+from jaxoptim.core.rule import Off
+from jaxoptim.interop.torch.tensors import to_torch
+from jaxoptim.optim import Optimizer
+
+
+def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]) -> OptState:
+    """The state with which the pure face continues what torch has begun.
+
+    Args:
+        rule: the optimizer, such as ``rules.Adam(lr=1e-3)``. Its numbers count, not those of the state dict.
+        params: the current parameters, a pytree of arrays. They are matched with those of the state dict by name
+            if that has ``param_names``, else in the order of ``jax.tree.leaves``.
+        state_dict: of torch's optimizer (or ours), with one parameter group.
+
+    Returns:
+        A state as ``jaxoptim.init(rule, params)`` makes it. torch's SGD and Muon keep no count of steps; where they
+        have state the count is 1.
+
+    Errors:
+        As ``Optimizer.load_state_dict``; ``ValueError`` if parameters were updated a different number of times,
+        which one state has no place for.
+
+    Example:
+        >>> import torch, jax, jax.numpy as jnp, jaxoptim
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> theirs = torch.optim.Adam([weight], lr=0.1)
+        >>> (weight**2).sum().backward()
+        >>> theirs.step()
+        >>> rule, params = jaxoptim.rules.Adam(lr=0.1), {"weight": jnp.asarray(weight.detach().numpy())}
+        >>> state = jaxoptim.interop.torch.from_torch(rule, params, theirs.state_dict())
+        >>> int(state.step), [round(x, 3) for x in state.slots["exp_avg"]["weight"].tolist()]
+        (1, [0.2, 0.2])
+    """
+    optimizer = _optimizer(rule, params)
+    options = {name: optimizer.param_groups[0][name] for name in _options(rule)}
+    groups = [{**group, **options} for group in state_dict["param_groups"]]
+    optimizer._load({**state_dict, "param_groups": groups}, True)
+    _, _, state = optimizer.to_functional()
+    if not isinstance(state, OptState):
+        counts = {
+            label: "none" if bucket.state is None else int(bucket.state.step)
+            for bucket in optimizer._storage.buckets
+            for label in bucket.labels
+        }
+        raise ValueError(
+            "One OptState has one count of steps, but the parameters were updated a different number of times: "
+            f"{', '.join(f'{name!r} {count}' for name, count in counts.items())}. Load the state dict into "
+            f"optim.{type(rule).__name__} and use its to_functional(), which makes an optax.partition of them."
+        )
+    return state
+
+
+def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> dict[str, Any]:
+    """The way back: what torch's class loads to continue from a state of the pure face.
+
+    Args:
+        rule: the optimizer. Its numbers become the options of the group; a schedule, its value at ``state.step``.
+        params: the current parameters.
+        state: of ``jaxoptim.init(rule, params)`` and its successors.
+
+    Returns:
+        A state dict of tensors, one group, in the order of ``jax.tree.leaves``.
+
+    Errors:
+        ``ValueError`` for a state of another structure.
+
+    Example:
+        >>> import torch, jax.numpy as jnp, jaxoptim
+        >>> rule, params = jaxoptim.rules.Adam(lr=0.1), {"weight": jnp.ones(2)}
+        >>> params, state = jaxoptim.step(rule, params, params, jaxoptim.init(rule, params))
+        >>> theirs = torch.optim.Adam([torch.ones(2)])
+        >>> theirs.load_state_dict(jaxoptim.interop.torch.to_torch_state_dict(rule, params, state))
+        >>> theirs.param_groups[0]["lr"]
+        0.1
+    """
+    optimizer = _optimizer(rule.at(state.step), params)
+    optimizer.from_functional(params, state)
+    return to_torch(optimizer.state_dict())
+
+
+def _options(rule: Hyperparameters) -> dict[str, Any]:
+    """The hyperparameters of a rule as plain numbers where they are numbers."""
+    plain = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}  # type: ignore[arg-type]
+    return {
+        name: jax.tree.map(_number, value, is_leaf=lambda x: isinstance(x, Decay | Off))
+        for name, value in plain.items()
+    }
+
+
+def _number(x: Any) -> Any:
+    x = x.rate if isinstance(x, Decay) else 0.0 if isinstance(x, Off) else x
+    return x.item() if isinstance(x, jax.Array | np.ndarray | np.generic) and x.ndim == 0 else x
+
+
+def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
+    """The torch-style optimizer of a rule."""
+    if isinstance(params, Packed):
+        raise TypeError(
+            "The parameters are packed, but torch keeps state by parameter. Give params.unpack(), and pack later."
+        )
+    classes = [x for x in vars(jaxoptim.optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
+    own = type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
+    return next((x for x in classes if getattr(x, "rule", None) is type(rule)), own)(params, **_options(rule))
