@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections import Counter, OrderedDict, defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import nnx
+from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -409,3 +410,29 @@ def test_the_format_of_today_has_its_file(tmp_path):
     (header, content), (new_header, new) = header_of(latest), header_of(tmp_path / NAME)
     assert content["tree"] == new["tree"]
     assert header.keys() == new_header.keys()
+
+
+def test_like_takes_state_dicts_as_they_were_saved(tmp_path):
+    params = FrozenDict({"w": jnp.ones(2)})
+    opt = optim.SGD(params, momentum=0.9)
+    opt.step(params)
+    saved = {"params": opt.params, "opt": opt.state_dict(), "step": 3}
+    loaded = reloaded(saved, tmp_path, {"params": params, "opt": optim.SGD(params).state_dict(), "step": 0})
+    assert_identical(loaded["opt"], saved["opt"])
+    assert isinstance(loaded["params"], FrozenDict)
+
+
+@pytest.mark.parametrize("given", ["opt", "scheduler", "tensor", "cycle"])
+def test_what_is_no_data_comes_with_advice(given, tmp_path):
+    opt = optim.SGD([jnp.ones(1)])
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    trees = {
+        "opt": (opt, TypeError, r"'x' is SGD. Save its state_dict\(\)"),
+        "scheduler": (optim.lr_scheduler.StepLR(opt, 1), TypeError, r"'x' is StepLR. Save its state_dict\(\)"),
+        "tensor": (torch.ones(1), TypeError, "'x' is Tensor. Make it an array of JAX or NumPy"),
+        "cycle": (cycle, ValueError, "nested too deeply, or holds itself"),
+    }
+    value, error, message = trees[given]
+    with pytest.raises(error, match=message):
+        checkpoint.save(tmp_path / NAME, {"x": value})

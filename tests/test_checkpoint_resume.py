@@ -199,7 +199,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_an_undisturbed_one(tmp_path):
     digests = [output.splitlines()[-1:] for output, _ in outputs]
     assert digests[0] == digests[1], outputs
     assert digests[0][0].startswith("digest ")
-    assert sorted(os.listdir(path.parent)) == ["run.1.safetensors", NAME]
+    assert sorted(os.listdir(path.parent)) == [NAME, "run.safetensors.1"]
 
 
 # Sharded and multi-process runs.

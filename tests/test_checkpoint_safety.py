@@ -51,7 +51,7 @@ def check_damaged(path, raw):
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         checkpoint.load(path)
-    assert str(path.with_name("run.1.safetensors")) in str(caught.value)
+    assert str(path.with_name("run.safetensors.1")) in str(caught.value)
 
 
 BITS = [pytest.param(slice(part, None, 8), id=f"{part}/8", marks=pytest.mark.slow) for part in range(8)]
@@ -98,7 +98,7 @@ def test_an_error_through_a_link_names_the_earlier_checkpoint_too(tmp_path):
     path.write_bytes(raw[:-1])
     link = tmp_path / "link.safetensors"
     link.symlink_to(path)
-    with pytest.raises(ValueError, match=re.escape("run.1.safetensors")):
+    with pytest.raises(ValueError, match=re.escape("run.safetensors.1")):
         checkpoint.load(link)
 
 
@@ -377,7 +377,7 @@ def test_a_full_disk_is_an_error_of_the_disk_and_the_old_file_stays(tmp_path):
 
 def kept(path):
     """What the checkpoints hold, the newest first."""
-    names = [path, *(path.with_name(f"{path.stem}.{n}{path.suffix}") for n in range(1, 9))]
+    names = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 9))]
     return [checkpoint.load(name) if name.exists() else None for name in names]
 
 
@@ -431,7 +431,7 @@ def test_a_reader_always_finds_a_whole_checkpoint(tmp_path):
     def read():
         while not stop.is_set():
             try:
-                for name in (NAME, "run.1.safetensors"):
+                for name in (NAME, "run.safetensors.1"):
                     run = checkpoint.load(tmp_path / name)
                     assert (run["w"] == run["n"]).all()
                     seen.append(run["n"]) if name == NAME else None

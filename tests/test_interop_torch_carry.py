@@ -14,6 +14,7 @@ from jaxoptim.core import Rearrangement
 from test_interop_torch import FEEDBACK, HALF, close, numbers, quartic, refused, same_state, through_file
 
 carry_over, carry_back = interop.torch.carry_over, interop.torch.carry_back
+from_torch, load_state_dict, to_torch = interop.torch.from_torch, interop.torch.load_state_dict, interop.torch.to_torch
 
 # Whole runs.
 
@@ -343,7 +344,7 @@ CARRY_ERRORS = {
     "a repetition": ({"transforms": {".*bias": lambda x: x[x * 0]}}, "transform of 'l1.bias' changes numbers"),
     "a short order": ({"order": ["0.weight"]}, "has 4 parameters, but 1 were expected: '0.weight'"),
     "a wrong order": ({"order": ["0.bias", "0.weight", "2.weight", "2.bias"]}, "of shape .* for the parameter 'l1"),
-    "an unknown order": ({"order": ["0.weight", "0.bias", "2.weight", "x"]}, "lacks 'l2.bias', and it has 'x'"),
+    "an unknown order": ({"order": ["0.weight", "0.bias", "2.weight", "x"]}, "order has 'x', but torch has '0.weight'"),
 }  # fmt: skip
 
 
@@ -375,7 +376,7 @@ def test_other_classes_groups_and_complex_tensors_are_not_carried_over():
     ours = optim.SGD({"w": np.ones(2)})
     with refused(ours, "'w' is real, but 'w' in torch is complex"):
         carry_over(ours, {"w": complex_tensor}, torch.optim.SGD([complex_tensor]).state_dict())
-    with pytest.raises(ValueError, match="order lacks 'w'"):
+    with pytest.raises(ValueError, match="order has 'v', but torch has 'w'"):
         carry_back(ours, {"w": torch.ones(2)}, order=["v"])
 
 
@@ -412,3 +413,148 @@ def test_complex_matrices_of_lbfgs_are_transposed_and_reordered(x64):
         theirs.step(closure)
         ours.minimize(loss)
     close([ours.params["k"].T, ours.params["a"]], [z, r])
+
+
+def entangled(*, groups=False, reverse=False):
+    """Two parameters of one shape with different state; torch's optimizer has them in an order of its own."""
+    tensors = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a", "b")}
+    named = [("b", tensors["b"]), ("a", tensors["a"])]
+    given = [{"params": [pair], "lr": 0.1 * (i + 1)} for i, pair in enumerate(named)] if groups else named
+    theirs = torch.optim.SGD(given, lr=0.1, momentum=0.9)
+    (tensors["a"].sum() + 10 * tensors["b"].sum()).backward()
+    theirs.step()
+    return tensors, theirs
+
+
+def buffers(tensors, theirs):
+    return [theirs.state[tensors[name]]["momentum_buffer"].tolist() for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["one group", "groups"])
+def test_the_way_back_keeps_names_and_groups_apart(groups):
+    tensors, theirs = entangled(groups=groups)
+    selectors = [("a", {})] if groups else None
+    ours = optim.SGD({"a": np.zeros(2), "b": np.zeros(2)}, momentum=0.9, groups=selectors)
+    carry_over(ours, tensors, theirs.state_dict())
+    assert [slots["momentum_buffer"].tolist() for slots in ours.state.values()] == [[1, 1], [10, 10]]
+    _, named = carry_back(ours, tensors)
+    _, ordered = carry_back(ours, tensors, order=["b", "a"])
+    for state_dict in (named, ordered):
+        others, fresh = entangled(groups=groups)
+        fresh.state.clear()
+        load_state_dict(fresh, state_dict)
+        assert buffers(others, fresh) == [[1, 1], [10, 10]]
+        assert [group["lr"] for group in fresh.param_groups] == ([0.1, 0.2] if groups else [0.1])
+    others = {name: torch.nn.Parameter(torch.ones(2)) for name in ("a", "b")}
+    unnamed = [{"params": [others["b"]]}, {"params": [others["a"]]}] if groups else [others["b"], others["a"]]
+    fresh = torch.optim.SGD(unnamed, momentum=0.9)
+    load_state_dict(fresh, ordered)
+    assert buffers(others, fresh) == [[1, 1], [10, 10]]
+    fresh.add_param_group({"params": [torch.ones(1)]})  # which torch refuses after loading names
+
+
+def test_tied_weights_count_by_the_first_of_their_names():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.mid, self.head = torch.nn.Embedding(4, 4), *(torch.nn.Linear(4, 4, False) for _ in "mh")
+            self.head.weight = self.emb.weight
+
+    module = Tied()
+    theirs = torch.optim.Adam(module.parameters())
+    (module.emb.weight.sum() + 5 * module.mid.weight.sum()).backward()
+    theirs.step()
+    given = {"names": {"head": "head.weight", "mid": "mid.weight"}, "transforms": {".*": np.transpose}}
+    ours = optim.Adam({"head": np.zeros((4, 4)), "mid": np.zeros((4, 4))})
+    for order in (None, ["head.weight", "mid.weight"]):
+        carry_over(ours, module.state_dict(), theirs.state_dict(), **given, order=order)
+        means = [float(slots["exp_avg"][0, 0]) for slots in ours.state.values()]
+        assert means == pytest.approx([0.1, 0.5])
+    tensors, state_dict = carry_back(ours, module.state_dict(), **given)
+    assert set(tensors) == set(module.state_dict())
+    again = torch.optim.Adam(module.parameters())
+    load_state_dict(again, state_dict)
+    assert float(again.state[module.emb.weight]["exp_avg"][0, 0]) == pytest.approx(0.1)
+
+
+def test_what_was_frozen_in_torch_need_not_be_here():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    theirs = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    theirs.step()
+    ours = optim.Adam({"1": {"weight": np.zeros((2, 2)), "bias": np.zeros(2)}})
+    carry_over(ours, module.state_dict(), theirs.state_dict())
+    assert len(ours.state) == 2
+    np.testing.assert_array_equal(ours.params["1"]["weight"], module[1].weight.detach())
+    (module[0].requires_grad_(True)(torch.ones(1, 2))).sum().backward()
+    theirs.step()
+    with pytest.raises(ValueError, match=r"of other parameters: it has '0.weight', '0.bias', unknown here"):
+        carry_over(ours, module.state_dict(), theirs.state_dict())
+
+
+def test_torch_is_not_given_the_state_of_another_class_or_shape():
+    ours = optim.SGD({"b": np.ones(2), "w": np.ones((2, 2))}, momentum=0.9)
+    ours.minimize(lambda p: (p["w"] ** 2).sum() + (p["b"] ** 2).sum())
+    _, plain = carry_back(ours, {"w": torch.ones(2, 2), "b": torch.ones(2)})
+    weights = [torch.ones(2, 2), torch.ones(2)]
+
+    class Mine(torch.optim.SGD):
+        """A class of the user's."""
+
+    for name in ("Adam", "Adagrad", "RMSprop", "LBFGS"):
+        theirs = getattr(torch.optim, name)(weights)
+        for state_dict in (ours.state_dict(), plain):
+            with pytest.raises(ValueError, match=f"(is of SGD|has no option).* but torch's optimizer is {name}"):
+                load_state_dict(theirs, state_dict)
+    load_state_dict(Mine(weights), plain)
+    with pytest.raises(ValueError, match=r"shape \(2,\), but torch's parameter there has \(2, 2\). .* use carry_back"):
+        load_state_dict(Mine(weights), ours.state_dict())
+    with pytest.raises(TypeError, match="An optimizer of torch is expected, but got SGD"):
+        load_state_dict(ours, plain)
+
+
+MODULE = torch.nn.Linear(2, 1)
+MISTAKES = {
+    "a module": (lambda o, sd: carry_over(o, MODULE, sd), TypeError, "params is tensors by name, .* but got Linear"),
+    "pairs": (lambda o, sd: carry_over(o, MODULE.named_parameters(), sd), TypeError, "params is tensors by"),
+    "a path": (lambda o, sd: carry_over(o, "run.pt", sd), TypeError, "params is tensors by name, .* but got str"),
+    "torch's optimizer": (
+        lambda o, sd: carry_over(torch.optim.SGD(MODULE.parameters()), {}, sd),
+        TypeError,
+        "optimizer is an optimizer of jaxoptim.optim, but got SGD",
+    ),
+    "an optimizer for its state": (
+        lambda o, sd: carry_over(o, MODULE.state_dict(), torch.optim.SGD(MODULE.parameters())),
+        TypeError,
+        "A state dict is expected, .* but got SGD",
+    ),
+    "the whole file": (lambda o, sd: carry_over(o, MODULE.state_dict(), {"model": 1}), KeyError, "it has 'model'"),
+    "names in a list": (
+        lambda o, sd: carry_over(o, MODULE.state_dict(), sd, names=[("a", "b")]),
+        TypeError,
+        "names is a dict by paths here, but got list",
+    ),
+    "one transform": (
+        lambda o, sd: carry_over(o, MODULE.state_dict(), sd, transforms=np.transpose),
+        TypeError,
+        "transforms is a dict by paths here",
+    ),
+    "a transform of tensors": (
+        lambda o, sd: carry_over(o, MODULE.state_dict(), sd, transforms={"weight": lambda x: x.permute(1, 0)}),
+        ValueError,
+        "transform of 'weight' fails on an array of shape .* It is given a NumPy array",
+    ),
+    "arrays of JAX": (lambda o, sd: carry_back(o, o.params), TypeError, "'bias' is ArrayImpl"),
+    "an optimizer to load": (lambda o, sd: o.load_state_dict(MODULE), TypeError, "A state dict is expected"),
+    "an optimizer to torch": (lambda o, sd: to_torch(o), TypeError, "to_torch takes a state dict, .* but got SGD"),
+    "a class for a rule": (lambda o, sd: from_torch(optim.SGD, o.params, sd), TypeError, "A rule is expected, such as"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_natural_mistake_is_named(mistake):
+    call, error, message = MISTAKES[mistake]
+    ours = optim.SGD({"weight": np.zeros((1, 2)), "bias": np.zeros(1)})
+    with refused(ours, message, error):
+        call(ours, torch.optim.SGD(MODULE.parameters()).state_dict())

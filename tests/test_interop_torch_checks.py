@@ -359,3 +359,23 @@ def test_what_goes_to_torch_is_plain_and_ours_stays_as_it_was(name, x64):
     assert isinstance(saved, StateDict)
     assert isinstance(saved["mine"]["a"][1][0], np.ndarray)
     assert frozen(opt) == before
+
+
+def test_digits_are_names_if_both_sides_have_the_same():
+    tensors = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1)) for _ in range(12)])
+    theirs = torch.optim.SGD(tensors.named_parameters(), momentum=0.9)
+    sum(i * tensor.sum() for i, tensor in enumerate(tensors)).backward()
+    theirs.step()
+    for params in ({str(i): np.ones(1) for i in range(12)}, [np.ones(1)] * 12):
+        ours = optim.SGD(params)
+        ours.load_state_dict(theirs.state_dict())
+        slots = {param.name: float(entry["momentum_buffer"][0]) for param, entry in ours.state.items()}
+        assert slots == {str(i): i for i in range(12)}
+
+
+def test_the_parameter_without_a_counterpart_is_named():
+    old, new = optim.SGD({"b": np.ones(1), "w": np.ones(1)}), {"b": np.ones(1), "head": np.ones(1), "w": np.ones(1)}
+    with pytest.raises(ValueError, match="2 parameters there, 3 here; 'head' has nothing there"):
+        optim.SGD(new).load_state_dict(old.state_dict(), strict=False)
+    with pytest.raises(ValueError, match="3 parameters there, 2 here; the parameter 'head' has nothing here"):
+        old.load_state_dict(optim.SGD(new).state_dict(), strict=False)

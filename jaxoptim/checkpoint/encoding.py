@@ -114,10 +114,15 @@ def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
         return {"dict" if type(x) is defaultdict else type(x).__name__: items}
     children = jax.tree_util.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)[0]
     if not nodes or any(not keys for keys, _ in children):
+        if hasattr(x, "state_dict"):
+            advice = "Save its state_dict()."
+        elif hasattr(x, "__dlpack__"):
+            advice = "Make it an array of JAX or NumPy."
+        else:
+            advice = "Leave it out; for a schedule in a group of an optimizer, save a scheduler's state_dict()."
         raise TypeError(
             f"A checkpoint holds arrays, numbers, strings and containers of them, but {dotted(path)} is "
-            f"{type(x).__name__}. Leave it out, or put its data there; for a schedule in a group of an optimizer, a "
-            "scheduler and its state_dict."
+            f"{type(x).__name__}. {advice}"
         )
     pairs = [(_named(*keys), child) for keys, child in children]
     return {"node": [[name, encoded(child, (*path, name), arrays)] for name, child in pairs], "type": type(x).__name__}
@@ -290,7 +295,7 @@ def decoded_like(x: Any, like: Any) -> Any:
         if path in found:
             raise ValueError(f"It has two things at {dotted(path)}, which like cannot tell apart.")
         found[path] = leaf
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: isinstance(x, StateDict))
     wanted = [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves]
     paths = {path for path, _ in wanted}
     if missing := [path for path, _ in wanted if path not in found]:
@@ -301,12 +306,12 @@ def decoded_like(x: Any, like: Any) -> Any:
 
 
 def _leaves(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """What JAX takes for the leaves of a tree, with their paths."""
+    """What JAX takes for the leaves of a tree, and state dicts, with their paths."""
     if isinstance(x, Node):
         children = list(x.children.items())
     elif isinstance(x, list | tuple) and not isinstance(x, Stored):
         children = [(str(index), item) for index, item in enumerate(x)]
-    elif isinstance(x, dict) and type(x) is not Counter:
+    elif isinstance(x, dict) and type(x) not in (Counter, StateDict):
         children = [(_entry(key), value) for key, value in x.items()]
     else:
         children = []

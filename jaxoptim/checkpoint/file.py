@@ -36,12 +36,12 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
             keys, numbers, strings, None, ``OptState``, and dicts, lists and tuples of these, however nested; or any
             other pytree, which :func:`load` needs ``like`` for.
         keep: how many checkpoints to keep, an int >= 1 (default 1). Those before the last are
-            ``name.1.suffix`` (the newest), ``name.2.suffix``, ...
+            ``<path>.1`` (the newest), ``<path>.2``, ... A smaller number than before removes none of them.
 
     Errors:
         ``TypeError`` for what is no data, such as a function, with its path; ``ValueError`` for an array of which
-        this process has only a part (use orbax), and for ``keep`` below 1; ``OSError`` of the disk. What was at
-        ``path`` is still there then.
+        this process has only a part (use orbax), for hundreds of dicts in each other, and for ``keep`` below 1;
+        ``OSError`` of the disk. What was at ``path`` is still there then.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp
@@ -62,7 +62,10 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {keep!r}.")
     arrays: Arrays = {}
-    tree = encoded(state_dict, (), arrays)
+    try:
+        tree = encoded(state_dict, (), arrays)
+    except RecursionError as error:
+        raise ValueError("The tree to save is nested too deeply, or holds itself.") from error
     content = json.dumps({"format": FORMAT_VERSION, "jaxoptim": __version__, "tree": tree}, allow_nan=False)
     with _replacing(Path(os.path.realpath(path)), keep) as partial:
         try:
@@ -79,7 +82,8 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     Args:
         path: the file.
         like: a pytree, concrete or from ``jax.eval_shape``, of the structure that was saved (default None). Each
-            array comes in the dtype and with the sharding of the one in ``like``.
+            array comes in the dtype and with the sharding of the one in ``like``. Where it has the state dict of
+            an optimizer, whatever that holds, the one that was saved comes as it was.
 
     Returns:
         What was saved. JAX's arrays come as such, those of NumPy too.
@@ -182,7 +186,7 @@ def _advice(path: Path) -> str:
 
 def _earlier(path: Path, number: int) -> Path:
     """The file of an earlier checkpoint."""
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+    return path.with_name(f"{path.name}.{number}")
 
 
 @contextlib.contextmanager

@@ -40,7 +40,13 @@ class Rearrangement:
             ``ValueError`` that names the parameter, if the function does anything but move the numbers.
         """
         positions = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
-        index = np.asarray(function(positions))
+        try:
+            index = np.asarray(function(positions))
+        except Exception as error:
+            raise ValueError(
+                f"The transform of {name!r} fails on an array of shape {shape}: {error}. It is given a NumPy array; "
+                "functions of numpy and jax.numpy take that."
+            ) from error
         if not np.array_equal(np.sort(index, axis=None), positions.reshape(-1)):
             raise ValueError(
                 f"The transform of {name!r} changes numbers or loses some. It may only move them, as a transposition "

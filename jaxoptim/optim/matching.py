@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _POSITION = re.compile(r"params|\d+(\.\d+)*")
-"""The path of an array that stands alone, or in lists only: it tells where it stands, not what it is."""
+"""The path of an array that stands alone, or in lists only: it tells where it stands, and perhaps not what it is."""
 
 Names = Sequence[Sequence[Any]]
 """For each group the names of its parameters, None for those that have none."""
@@ -27,7 +27,10 @@ def by_name(groups: list[dict[str, Any]], there: Names, here: Names, strict: boo
     Errors:
         ``ValueError`` for names that are on one side only, or in other groups.
     """
-    if not (_are_names(there) and _are_names(here)):
+    if not (_are_unique(there) and _are_unique(here)):
+        return groups
+    same = {name for names in there for name in names} == {name for names in here for name in names}
+    if not same and any(_POSITION.fullmatch(name) for side in (there, here) for names in side for name in names):
         return groups
     try:
         return matched(groups, there, here)
@@ -67,12 +70,10 @@ def matched(groups: list[dict[str, Any]], there: Names, here: Names) -> list[dic
     return result
 
 
-def _are_names(names: Names) -> bool:
+def _are_unique(names: Names) -> bool:
     """Whether every parameter has a name of its own."""
     flat = [name for group in names for name in group]
-    if not flat or len(set(flat)) != len(flat):
-        return False
-    return not any(name is None or _POSITION.fullmatch(name) for name in flat)
+    return bool(flat) and None not in flat and len(set(flat)) == len(flat)
 
 
 def _some(names: Sequence[Any]) -> str:

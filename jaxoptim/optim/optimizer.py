@@ -372,7 +372,8 @@ class Optimizer(Hooked):
         """Load what :meth:`state_dict` gave, here or in torch. Options come from it too.
 
         Slots keep the dtypes they have here. Where both sides name all parameters (``param_names``, the names of
-        :class:`Parameter`, the paths of a pytree), they are matched by name, else by position.
+        :class:`Parameter`, the paths of a pytree), they are matched by name, else by position: that of
+        ``jax.tree.leaves``, which sorts the keys of a dict.
 
         Args:
             state_dict: in torch's layout, with arrays of JAX, NumPy or torch. It is not changed.
@@ -397,6 +398,7 @@ class Optimizer(Hooked):
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
         """Load what may have other names and axes; see :func:`state_dicts.to_load`."""
+        state_checks.check_layout(state_dict)
         state_dict = state_dict.copy()
         for before in self._load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)

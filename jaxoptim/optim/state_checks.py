@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +28,17 @@ _COUNT = jax.ShapeDtypeStruct((), jnp.float32)
 """How the count of steps is kept."""
 
 
+def check_layout(state_dict: Any) -> None:
+    """Raise for what is no state dict of an optimizer."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"A state dict is expected, which an optimizer's state_dict() gives, but got {type(state_dict).__name__}."
+        )
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise KeyError(f"loaded state dict has no {key!r}; it has {', '.join(map(repr, state_dict)) or 'nothing'}")
+
+
 def check_class(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Raise for a state dict that says that it is of another optimizer."""
     maker = getattr(state_dict, "made_by", optimizer.rule.__name__)
@@ -48,19 +59,22 @@ def labels(group: Mapping[str, Any]) -> list[str]:
     return [repr(name or f"params[{index}]") for index, name in enumerate(names_of(group))]
 
 
-def check_size(index: int, group: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def check_size(index: int, group: Mapping[str, Any], mine: Mapping[str, Any], names: Sequence[str | None]) -> None:
     """Raise for groups of different size, by way of the first parameter that has no counterpart."""
     there, here = len(group["params"]), len(mine["params"])
     if there == here:
         return
+    ours = names_of(mine)
+    named = not {None} & {*names, *ours} and len(names) == there
     if there < here:
-        lonely = f"{labels(mine)[there]} has nothing there"
+        lonely = next((i for i, name in enumerate(ours) if named and name not in names), there)
+        problem = f"{labels(mine)[lonely]} has nothing there"
     else:
-        names = group.get("param_names", group["params"])
-        lonely = f"the parameter {names[here]!r} has nothing here"
+        name = next((name for name in names if named and name not in ours), (names or group["params"])[here])
+        problem = f"the parameter {name or group['params'][here]!r} has nothing here"
     raise ValueError(
         "loaded state dict contains a parameter group that doesn't match the size of optimizer's group: "
-        f"group {index} has {there} parameters there, {here} here; {lonely}"
+        f"group {index} has {there} parameters there, {here} here; {problem}"
     )
 
 
@@ -73,7 +87,7 @@ def check_options(optimizer: Optimizer, index: int, group: Mapping[str, Any], mi
         raise ValueError(
             f"loaded state dict has the options {', '.join(map(repr, unknown))} in group {index} (of {some}), which "
             f"{type(optimizer).__name__} does not take. It takes {', '.join(optimizer.defaults)}. Load the state of "
-            "the same optimizer, give the group such an entry first, or use strict=False."
+            "the same optimizer. Keys of your own are taken if the group here has them too, or with strict=False."
         )
     if missing := [name for name in optimizer.defaults if name not in group.keys() | _ADDED]:
         raise KeyError(

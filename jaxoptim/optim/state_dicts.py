@@ -98,9 +98,7 @@ def to_load(
     Errors:
         ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
     """
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise KeyError(f"loaded state dict has no {key!r}; it has {', '.join(map(repr, state_dict)) or 'nothing'}")
+    state_checks.check_layout(state_dict)
     if strict:
         state_checks.check_class(optimizer, state_dict)
     here = optimizer.param_groups
@@ -114,10 +112,11 @@ def to_load(
             f"it has {len(groups)}, the optimizer has {len(here)}"
         )
     order = [key for group in groups for key in group["params"]]
-    groups = _in_our_order(optimizer, groups, state_dict, strict, names)
+    there = names or getattr(state_dict, "names", [_names_there(group) for group in groups])
+    groups = _in_our_order(optimizer, groups, there, strict, names is not None)
     params: dict[Any, Parameter] = {}
     for index, (group, mine) in enumerate(zip(groups, here, strict=True)):
-        state_checks.check_size(index, group, mine)
+        state_checks.check_size(index, group, mine, there[index])
         if strict:
             state_checks.check_options(optimizer, index, group, mine)
         params |= zip(group["params"], mine["params"], strict=True)
@@ -139,15 +138,14 @@ def to_load(
 def _in_our_order(
     optimizer: Optimizer,
     groups: list[dict[str, Any]],
-    state_dict: Mapping[str, Any],
+    names: Sequence[Sequence[Any]],
     strict: bool,
-    names: Sequence[Sequence[str]] | None,
+    are_labels: bool,
 ) -> list[dict[str, Any]]:
     """The groups, and the parameters in each, as the optimizer has them."""
     here = optimizer.param_groups
-    if names is None:
-        there = getattr(state_dict, "names", [_names_there(group) for group in groups])
-        return by_name(groups, there, [state_checks.names_of(group) for group in here], strict)
+    if not are_labels:
+        return by_name(groups, names, [state_checks.names_of(group) for group in here], strict)
     optimizer._storage.settle()
     groups = matched(groups, names, [[optimizer._storage.labels[p] for p in group["params"]] for group in here])
     return [{name: option for name, option in group.items() if name != "param_names"} for group in groups]

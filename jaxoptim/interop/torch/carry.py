@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxoptim.core import Rearrangement, as_jax
 from jaxoptim.core.numerics import is_complex, placed_like
 from jaxoptim.interop.torch.tensors import as_tensor, to_torch
-from jaxoptim.optim import Optimizer, Parameter
+from jaxoptim.optim import Optimizer, Parameter, state_checks
 from jaxoptim.optim.groups import Selector, predicate
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def carry_over(
     *,
     names: Names | None = None,
     transforms: Transforms | None = None,
-    order: Sequence[str] | None = None,
+    order: Iterable[str] | None = None,
 ) -> None:
     """Continue a whole run of torch: put its parameters and its optimizer's state into an optimizer of ours.
 
@@ -39,11 +39,15 @@ def carry_over(
             (buffers) are left out.
         state_dict: of torch's optimizer.
         names: torch's name of each parameter here (default None: they are equal).
-        transforms: functions that move the numbers of a parameter, such as a transposition for ``[out, in]`` to
-            ``[in, out]``, by regular expression or predicate of its path here (default None). Slots of the same
-            shape follow; so do Adafactor's means of rows and columns, which a transposition exchanges.
+        transforms: functions of a NumPy array that move the numbers of a parameter, such as a transposition for
+            ``[out, in]`` to ``[in, out]``, by regular expression or predicate of its path here (default None).
+            Slots of the same shape follow; so do Adafactor's means of rows and columns, which a transposition
+            exchanges. A square matrix for which one is forgotten goes unnoticed.
         order: torch's names in the order of its optimizer's parameters (default None: those in ``state_dict``, if
             it has ``param_names``; or, of a single group, the order of ``params``).
+
+    A parameter has one counterpart: one of torch cannot become several. Those of torch that are not here and were
+    never updated, such as frozen layers, are left out. Tied weights count by the first of their names.
 
     Errors:
         ``ValueError`` for a parameter that one side lacks, for shapes that differ after the transform, for a
@@ -76,6 +80,7 @@ def carry_over(
         >>> ours.param_groups[0]["lr"]
         0.1
     """
+    state_checks.check_layout(state_dict)
     places = _places(optimizer, params, names, transforms)
     values = {}
     for param, (label, name, move) in places.items():
@@ -83,10 +88,21 @@ def carry_over(
         if is_complex(value) and not is_complex(param):
             raise ValueError(f"{label!r} is real, but {name!r} in torch is complex.")
         values[param] = placed_like(value.astype(param.dtype), param.value)
-    labels = {name: label for label, name, _ in places.values()}
-    there = _names_in(state_dict, [name for name in params if name in labels], order)
+    first = _first_names(params)
+    labels = {first[name]: label for label, name, _ in places.values()}
+    there = _names_in(state_dict, params, first, [*labels], order)
+    groups, called = [], []
+    for group, known in zip(state_dict["param_groups"], there, strict=True):
+        # What is not here and was never updated there, such as a frozen layer, has nothing to bring.
+        kept = [
+            (key, name)
+            for key, name in zip(group["params"], known, strict=True)
+            if name in labels or state_dict["state"].get(key)
+        ]
+        groups.append({**group, "params": [key for key, _ in kept]})
+        called.append([labels.get(name, name) for _, name in kept])
     moves = {param: move for param, (_, _, move) in places.items() if not move.is_identity()}
-    optimizer._load(dict(state_dict), True, names=[[labels.get(n, n) for n in group] for group in there], moves=moves)
+    optimizer._load({**state_dict, "param_groups": groups}, True, names=called, moves=moves)
     for param, value in values.items():
         param.value = value
 
@@ -97,7 +113,7 @@ def carry_back(
     *,
     names: Names | None = None,
     transforms: Transforms | None = None,
-    order: Sequence[str] | None = None,
+    order: Iterable[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The way back from :func:`carry_over`: a run of ours as torch's parameters and optimizer state.
 
@@ -106,11 +122,12 @@ def carry_back(
         params: torch's parameters by name, for their shapes, dtypes and order.
         names: as in :func:`carry_over`.
         transforms: as in :func:`carry_over`, from torch to here; they are inverted.
-        order: torch's names in the order of its optimizer's parameters (default None: that of ``params``).
+        order: torch's names in the order of its optimizer's parameters, and so of its groups (default None: that of
+            ``params``, and the groups as they are here).
 
     Returns:
-        ``(tensors by torch's name, state dict)``, for ``module.load_state_dict(tensors, strict=False)`` and
-        :func:`load_state_dict`. The groups are those of ``optimizer``.
+        ``(tensors by torch's name, state dict)``, for ``module.load_state_dict(tensors, strict=False)``, which keeps
+        buffers and frozen layers, and :func:`load_state_dict`, which matches the names if torch's optimizer has some.
 
     Errors:
         As :func:`carry_over`.
@@ -128,21 +145,24 @@ def carry_back(
         ((2, 3), (2, 3))
     """
     places = _places(optimizer, params, names, transforms)
-    known = {name: param for param, (_, name, _) in places.items()}
-    ranks = {name: rank for rank, name in enumerate(order or params)}
+    first = _first_names(params)
+    known = {first[name]: param for param, (_, name, _) in places.items()}
+    ranks = {name: rank for rank, name in enumerate(_translated(params if order is None else order, first))}
     if missing := [name for name in known if name not in ranks]:
         raise ValueError(f"order lacks {missing[0]!r}. It has all of torch's names.")
     tensors = {
-        name: as_tensor(places[known[name]][2].inverse()(known[name].value)).to(params[name].dtype)
-        for name in params
-        if name in known
+        name: as_tensor(places[known[first[name]]][2].inverse()(known[first[name]].value)).to(tensor.dtype)
+        for name, tensor in params.items()
+        if first[name] in known
     }
     saved = optimizer.state_dict()
     given = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [
-        {**group, "params": sorted(mine["params"], key=lambda param: ranks[places[param][1]])}
+        {**group, "params": sorted(mine["params"], key=lambda param: ranks[first[places[param][1]]])}
         for group, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
+    if order is not None:
+        groups.sort(key=lambda group: ranks[first[places[group["params"][0]][1]]] if group["params"] else len(ranks))
     wanted = [param for group in groups for param in group["params"]]
     numbered = dict(enumerate(given))
     state = {numbered.get(key, key): entry for key, entry in saved["state"].items()}
@@ -150,8 +170,7 @@ def carry_back(
     state = dict(optimizer._rearranged(optimizer.param_groups, state, given, wanted, inverse))
     ids = {param: index for index, param in enumerate(wanted)}
     for group in groups:
-        if "param_names" in group:
-            group["param_names"] = [places[param][1] for param in group["params"]]
+        group["param_names"] = [first[places[param][1]] for param in group["params"]]
         group["params"] = [ids[param] for param in group["params"]]
     slots = {ids[param]: state[param] for param in wanted if param in state}
     others = {key: entry for key, entry in state.items() if key not in ids}
@@ -162,6 +181,20 @@ def _places(
     optimizer: Optimizer, params: Tensors, names: Names | None, transforms: Transforms | None
 ) -> dict[Parameter, tuple[str, str, Rearrangement]]:
     """For each parameter its path here, its name in torch, and how its numbers go from there to here."""
+    for what, given, kind in (
+        ("optimizer", optimizer, Optimizer),
+        ("params", params, Mapping),
+        ("transforms", transforms or {}, Mapping),
+        ("names", names or {}, Mapping | Callable),
+    ):
+        if not isinstance(given, kind):
+            wanted = {
+                "optimizer": "an optimizer of jaxoptim.optim",
+                "params": "tensors by name, such as module.state_dict()",
+            }
+            raise TypeError(f"{what} is {wanted.get(what, 'a dict by paths here')}, but got {type(given).__name__}.")
+    if foreign := [name for name, tensor in params.items() if not hasattr(tensor, "detach")]:
+        raise TypeError(f"params has tensors of torch, but {foreign[0]!r} is {type(params[foreign[0]]).__name__}.")
     optimizer._storage.settle()
     inside = optimizer._storage.parameters()
     labels = {param: optimizer._storage.labels[param] for param in inside}
@@ -176,16 +209,17 @@ def _places(
             )
     places: dict[Parameter, tuple[str, str, Rearrangement]] = {}
     taken: dict[str, str] = {}
+    first = _first_names(params)
     for param, label in labels.items():
         name = names(label) if callable(names) else (names or {}).get(label, label)
         if name not in params:
             raise ValueError(
                 f"torch has no parameter {name!r} for {label!r} here; it has {_listed(params)}. Give names, a dict "
-                "from the paths here to the names there."
+                "from the paths here to torch's names."
             )
-        if name in taken:
-            raise ValueError(f"{label!r} and {taken[name]!r} cannot both be {name!r} in torch.")
-        taken[name] = label
+        if first[name] in taken:
+            raise ValueError(f"{label!r} and {taken[first[name]]!r} cannot both be {first[name]!r} in torch.")
+        taken[first[name]] = label
         function = next((function for _, selects, function in rules if selects(label)), lambda x: x)
         move = Rearrangement.of(function, tuple(params[name].shape), label)
         if move.index.shape != param.shape:
@@ -197,18 +231,49 @@ def _places(
     return places
 
 
-def _names_in(state_dict: Mapping[str, Any], known: Sequence[str], order: Sequence[str] | None) -> list[list[str]]:
+def _first_names(params: Tensors) -> dict[str, str]:
+    """For each name the first one of its tensor: tied weights have several, and torch's optimizer has them once."""
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(_place_of(name, tensor), name) for name, tensor in params.items()}
+
+
+def _place_of(name: str, tensor: Any) -> Any:
+    """Where a tensor keeps its numbers; the name where that is unknown."""
+    address = tensor.data_ptr() if hasattr(tensor, "data_ptr") else 0
+    return (address, tuple(tensor.shape), tensor.stride()) if address else name
+
+
+def _translated(order: Iterable[str], first: Mapping[str, str]) -> list[str]:
+    """The first names of the tensors that some names stand for, each once.
+
+    Errors:
+        ``ValueError`` for a name that no tensor has.
+    """
+    names = list(order)
+    if unknown := [name for name in names if name not in first]:
+        raise ValueError(f"order has {unknown[0]!r}, but torch has {_listed(first)}.")
+    return list(dict.fromkeys(first[name] for name in names))
+
+
+def _names_in(
+    state_dict: Mapping[str, Any],
+    params: Tensors,
+    first: Mapping[str, str],
+    known: Sequence[str],
+    order: Iterable[str] | None,
+) -> list[list[str]]:
     """The names in torch of the parameters of each group in a state dict."""
     groups = state_dict["param_groups"]
     if order is None and all("param_names" in group for group in groups):
-        return [list(group["param_names"]) for group in groups]
+        return [[first.get(name, name) for name in group["param_names"]] for group in groups]
     if order is None and len(groups) > 1:
         raise ValueError(
             f"The state dict has {len(groups)} groups and no param_names, so the order of its parameters is not known. "
             "Give order, torch's names in the order of the groups, or make torch's optimizer of named_parameters()."
         )
-    flat = known if order is None else order
     count = sum(len(group["params"]) for group in groups)
+    everything = _translated(params if order is None else order, first)
+    flat = everything if order is not None or count == len(everything) else [x for x in everything if x in known]
     if count != len(flat):
         raise ValueError(
             f"The state dict has {count} parameters, but {len(flat)} were expected: {_listed(flat)}. "

@@ -13,7 +13,7 @@ import jaxoptim.optim
 from jaxoptim.core import Decay, Hyperparameters, OptState, Packed
 from jaxoptim.core.rule import Off
 from jaxoptim.interop.torch.tensors import to_torch
-from jaxoptim.optim import Optimizer
+from jaxoptim.optim import Optimizer, state_checks
 
 
 def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]) -> OptState:
@@ -22,16 +22,18 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]
     Args:
         rule: the optimizer, such as ``rules.Adam(lr=1e-3)``. Its numbers count, not those of the state dict.
         params: the current parameters, a pytree of arrays. They are matched with those of the state dict by name
-            if that has ``param_names``, else in the order of ``jax.tree.leaves``.
+            if that has ``param_names``, else in the order of ``jax.tree.leaves`` (sorted keys).
         state_dict: of torch's optimizer (or ours), with one parameter group.
 
     Returns:
-        A state as ``jaxoptim.init(rule, params)`` makes it. torch's SGD and Muon keep no count of steps; where they
-        have state the count is 1.
+        A state as ``transformation(rule).init(params)`` makes it. torch's SGD and Muon keep no count of steps; where
+        they have state the count is 1.
 
     Errors:
         As ``Optimizer.load_state_dict``; ``ValueError`` if parameters were updated a different number of times,
         which one state has no place for.
+
+    Where names or layouts differ, ``carry_over`` into the torch-style class and its ``to_functional()`` lead here.
 
     Example:
         >>> import torch, jax, jax.numpy as jnp, jaxoptim
@@ -44,6 +46,7 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]
         >>> int(state.step), [round(x, 3) for x in state.slots["exp_avg"]["weight"].tolist()]
         (1, [0.2, 0.2])
     """
+    state_checks.check_layout(state_dict)
     optimizer = _optimizer(rule, params)
     options = {name: optimizer.param_groups[0][name] for name in _options(rule)}
     groups = [{**group, **options} for group in state_dict["param_groups"]]
@@ -107,6 +110,8 @@ def _number(x: Any) -> Any:
 
 def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
     """The torch-style optimizer of a rule."""
+    if not isinstance(rule, Hyperparameters):
+        raise TypeError(f"A rule is expected, such as rules.Adam(lr=1e-3), but got {rule!r:.200}.")
     if isinstance(params, Packed):
         raise TypeError(
             "The parameters are packed, but torch keeps state by parameter. Give params.unpack(), and pack later."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxoptim.optim import state_dicts
+from jaxoptim.optim import state_checks, state_dicts
 from jaxoptim.optim.matching import by_name
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ def to_torch(state_dict: Any) -> Any:
         dtype that owns its memory. ``torch.load(weights_only=True)`` reads it back after ``torch.save``.
 
     Errors:
-        ``TypeError`` for an array of a dtype that torch lacks, such as a typed PRNG key. What torch's
-        ``load_state_dict`` raises is its own; :func:`load_state_dict` keeps torch from changing dtypes.
+        ``TypeError`` for what is no state dict, and for an array of a dtype that torch lacks, such as a typed PRNG
+        key. What torch's ``load_state_dict`` raises is its own; :func:`load_state_dict` keeps torch from changing
+        dtypes.
 
     Example:
         >>> import torch, jax.numpy as jnp
@@ -42,19 +43,22 @@ def to_torch(state_dict: Any) -> Any:
         >>> theirs.param_groups[0]["lr"], theirs.state_dict()["state"][0]["momentum_buffer"].tolist()
         (0.1, [1.0, 1.0])
     """
-    if isinstance(state_dict, state_dicts.StateDict):
-        state_dict = dict(state_dict)
-    if isinstance(state_dict, jax.Array | np.ndarray):
-        return as_tensor(state_dict)
-    if isinstance(state_dict, np.generic):
-        return state_dict.item()
-    if isinstance(state_dict, dict):
-        new = type(state_dict)()
-        new.update({key: to_torch(value) for key, value in state_dict.items()})
+    if not isinstance(state_dict, Mapping | list | tuple | jax.Array | np.ndarray):
+        raise TypeError(f"to_torch takes a state dict, what state_dict() returns, but got {type(state_dict).__name__}.")
+    return _converted(state_dict)
+
+
+def _converted(x: Any) -> Any:
+    """A piece of a state dict with tensors for arrays."""
+    if isinstance(x, jax.Array | np.ndarray):
+        return as_tensor(x)
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, dict):
+        new = {} if isinstance(x, state_dicts.StateDict) else type(x)()
+        new.update({key: _converted(value) for key, value in x.items()})
         return new
-    if type(state_dict) in (list, tuple):
-        return type(state_dict)(map(to_torch, state_dict))
-    return state_dict
+    return type(x)(map(_converted, x)) if type(x) in (list, tuple) else x
 
 
 def as_tensor(array: Any) -> torch.Tensor:
@@ -78,14 +82,16 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
 
     torch's own ``load_state_dict`` gives every slot the dtype of its parameter, also the float32 numbers of NAdam
     (``mu_product``) and ASGD (``eta``, ``mu``), and goes on with other roundings than without the interruption.
-    This one puts them back. Where both sides have names, parameters are matched by name.
+    This one puts them back. Where both sides have names, parameters are matched by name, else by position (that of
+    ``jax.tree.leaves``, which sorts the keys of a dict).
 
     Args:
         optimizer: of torch, the class that ``state_dict`` is of.
         state_dict: of ours.
 
     Errors:
-        ``ValueError`` for the state of another class and for other names; what torch's ``load_state_dict`` raises.
+        ``ValueError`` for the state of another class, for other names, and for a slot that has not the shape of its
+        parameter; what torch's ``load_state_dict`` raises. Nothing is changed then.
 
     Example:
         >>> import torch, jax.numpy as jnp
@@ -99,17 +105,23 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
     """
     import torch
 
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"An optimizer of torch is expected, but got {type(optimizer).__name__}.")
+    state_checks.check_layout(state_dict)
+    _check_class(optimizer, state_dict)
     converted = to_torch(state_dict)
-    if isinstance(state_dict, state_dicts.StateDict):
-        if state_dict.made_by != type(optimizer).__name__:
+    groups = converted["param_groups"]
+    if all("param_names" in group for group in optimizer.param_groups):
+        names = getattr(state_dict, "names", [group.get("param_names", [None]) for group in groups])
+        ordered = by_name(groups, names, [group["param_names"] for group in optimizer.param_groups], strict=True)
+        if ordered != groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
-                f"The state dict is of {state_dict.made_by}, but torch's optimizer is {type(optimizer).__name__}."
+                "The vectors of LBFGS are in the order of the parameters. Use carry_back, which changes it."
             )
-        there = [group.get("param_names", [None]) for group in optimizer.param_groups]
-        groups = by_name(converted["param_groups"], state_dict.names, there, strict=True)
-        if groups != converted["param_groups"] and isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("The state of LBFGS is in the order of the parameters. Use carry_back, which changes it.")
-        converted["param_groups"] = groups
+        converted["param_groups"] = ordered
+    else:
+        converted["param_groups"] = [{k: x for k, x in group.items() if k != "param_names"} for group in groups]
+    _check_shapes(optimizer, converted)
     optimizer.load_state_dict(converted)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ids = [key for group in converted["param_groups"] for key in group["params"]]
@@ -118,3 +130,33 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
             loaded = optimizer.state[param].get(name)
             if name in _SINGLE and isinstance(loaded, torch.Tensor):
                 optimizer.state[param][name] = slot.to(loaded.device)
+
+
+def _check_class(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise for the state of another class; a user's own class counts as the one that it derives from."""
+    kind = next(cls.__name__ for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.", "pyro.")))
+    maker = getattr(state_dict, "made_by", kind)
+    options = [name for group in state_dict["param_groups"] for name in optimizer.defaults if name not in group]
+    if maker != kind or options:
+        found = f"is of {maker}" if maker != kind else f"has no option {options[0]!r}"
+        raise ValueError(f"The state dict {found}, but torch's optimizer is {type(optimizer).__name__}.")
+
+
+_FACTORS = ("row_var", "col_var")
+"""The slots that have not the shape of their parameter."""
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise for slots of another shape than their parameter; L-BFGS has vectors for all of them."""
+    import torch
+
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return
+    for group, theirs in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
+        for key, param in zip(group["params"], theirs["params"], strict=False):
+            for name, slot in state_dict["state"].get(key, {}).items():
+                if isinstance(slot, torch.Tensor) and slot.ndim and name not in _FACTORS and slot.shape != param.shape:
+                    raise ValueError(
+                        f"{name!r} of the parameter number {key} has shape {tuple(slot.shape)}, but torch's parameter "
+                        f"there has {tuple(param.shape)}. If torch has another order, use carry_back."
+                    )

@@ -206,6 +206,10 @@ class LRScheduler:
             ``ValueError`` for a state dict of another class of this library, or of another number of groups or
             schedulers; nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"A state dict is expected, what state_dict() returns, but got {type(state_dict).__name__}."
+            )
         state = own(state_dict)
         self._check_saved(state)
         self._restore(state)
