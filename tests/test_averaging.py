@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -1082,6 +1082,7 @@ def test_the_momentum_of_a_layer_is_found(momentum, form):
 @pytest.mark.slow  # every momentum is another program
 @settings(max_examples=40, deadline=None)
 @given(momentum=st.floats(0, 0.9999), form=st.sampled_from(["flax", "torch"]))
+@example(momentum=1.6395889532038418e-16, form="torch")
 def test_any_momentum_is_found_in_float64(momentum, form):
     with jax.enable_x64(True):
         averaged = AveragedModel(linear_variables())

@@ -47,7 +47,7 @@ class Rearrangement:
                 f"The transform of {name!r} fails on an array of shape {shape}: {error}. It is given a NumPy array; "
                 "functions of numpy and jax.numpy take that."
             ) from error
-        if not np.array_equal(np.sort(index, axis=None), positions.reshape(-1)):
+        if not _is_permutation(index, positions.size):
             raise ValueError(
                 f"The transform of {name!r} changes numbers or loses some. It may only move them, as a transposition "
                 "or a reshape does: the squares in exp_avg_sq, for one, would not follow anything else."
@@ -71,3 +71,12 @@ class Rearrangement:
     def is_transposition(self) -> bool:
         """Whether a matrix is transposed."""
         return len(self.shape) == 2 and np.array_equal(self.index, np.arange(self.index.size).reshape(self.shape).T)
+
+
+def _is_permutation(index: np.ndarray, size: int) -> bool:
+    """Whether each position occurs once."""
+    if index.size != size or index.dtype.kind not in "iu" or (size and not 0 <= index.min() <= index.max() < size):
+        return False
+    seen = np.zeros(size, bool)
+    seen[index.reshape(-1)] = True
+    return bool(seen.all())

@@ -25,7 +25,7 @@ Transforms = Mapping[Selector, Callable[[Any], Any]]
 def carry_over(
     optimizer: Optimizer,
     params: Tensors,
-    state_dict: Mapping[str, Any],
+    state_dict: dict[str, Any],
     *,
     names: Names | None = None,
     transforms: Transforms | None = None,
@@ -102,7 +102,9 @@ def carry_over(
         groups.append({**group, "params": [key for key, _ in kept]})
         called.append([labels.get(name, name) for _, name in kept])
     moves = {param: move for param, (_, _, move) in places.items() if not move.is_identity()}
-    optimizer._load({**state_dict, "param_groups": groups}, True, names=called, moves=moves)
+    given = state_dict.copy()
+    given["param_groups"] = groups
+    optimizer._load(given, True, names=called, moves=moves)
     for param, value in values.items():
         param.value = value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +12,10 @@ import jaxoptim.optim
 from jaxoptim.core import Decay, Hyperparameters, OptState, Packed
 from jaxoptim.core.rule import Off
 from jaxoptim.interop.torch.tensors import to_torch
-from jaxoptim.optim import Optimizer, state_checks
+from jaxoptim.optim import Optimizer
 
 
-def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]) -> OptState:
+def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -> OptState:
     """The state with which the pure face continues what torch has begun.
 
     Args:
@@ -46,11 +45,12 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: Mapping[str, Any]
         >>> int(state.step), [round(x, 3) for x in state.slots["exp_avg"]["weight"].tolist()]
         (1, [0.2, 0.2])
     """
-    state_checks.check_layout(state_dict)
     optimizer = _optimizer(rule, params)
     options = {name: optimizer.param_groups[0][name] for name in _options(rule)}
-    groups = [{**group, **options} for group in state_dict["param_groups"]]
-    optimizer._load({**state_dict, "param_groups": groups}, True)
+    optimizer.load_state_dict(state_dict)  # with its own options, which tell what it is of
+    for name, option in options.items():
+        optimizer.param_groups[0][name] = option
+    optimizer.load_state_dict(optimizer.state_dict())
     _, _, state = optimizer.to_functional()
     if not isinstance(state, OptState):
         counts = {

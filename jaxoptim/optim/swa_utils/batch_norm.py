@@ -102,8 +102,13 @@ def _divided(x: jax.Array, divisor: float) -> jax.Array:
 
 
 def _probes(old: list[Any]) -> list[float]:
-    """For each running statistic a value beside which that of a batch vanishes."""
-    return [2.0 ** min(100, int(jnp.finfo(x.dtype).maxexp) - 2) if floating(x) else 0.0 for x in old]
+    """For each running statistic a value beside which that of a batch vanishes, also after a tiny momentum."""
+
+    def probe(dtype: Any) -> float:
+        limit = int(jnp.finfo(dtype).maxexp)
+        return 2.0 ** max(min(100, limit - 2), limit * 25 // 32)
+
+    return [probe(x.dtype) if floating(x) else 0.0 for x in old]
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
