@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +11,8 @@ import optax
 
 from contenders import Builders, torch, torch_runs_here
 from jaxoptim import averaging, optim
-from timing import Effort, Run, heading, measure, row
-from trees import TREES, random_tree
+from tables import print_tables
+from timing import Run
 
 DECAY = 0.999
 Params = dict[str, jax.Array]
@@ -113,21 +112,5 @@ def _scheduled(module: Any, optimizer: Any) -> Callable[[], None]:
     return module.OneCycleLR(optimizer, max_lr=0.1, total_steps=10**9).step
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print one table for each tree and task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each contender")
-    parser.add_argument("--quick", action="store_true", help="three short rounds and one first step: for a look")
-    options = parser.parse_args(arguments)
-    effort = Effort(3, 0.05, 1) if options.quick else Effort(options.rounds)
-    for tree in ("mlp", "1000x100", "resnet50"):
-        params, grads = random_tree(TREES[tree](), 0), random_tree(TREES[tree](), 1)
-        for task, builders in (("averaged update", averages(params)), ("step", schedulers(params, grads))):
-            times = measure(builders, effort)
-            reference = times.get(next(reversed(builders)))
-            rows = [row(name, times[name], reference) for name in builders]
-            print("\n".join(["", f"{task}, {tree}", heading("step", "last"), *rows]), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, "step", {"averaged update": lambda params, _: averages(params), "step": schedulers})

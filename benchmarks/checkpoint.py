@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from orbax.checkpoint import StandardCheckpointer
 
 from contenders import Builders, torch, torch_runs_here
 from jaxoptim import checkpoint, optim
-from timing import Effort, Run, heading, measure, row
-from trees import TREES, random_tree
+from tables import print_tables
+from timing import Run
 
 Params = dict[str, jax.Array]
 
@@ -116,23 +115,12 @@ def resuming(params: Params, grads: Params, folder: Path) -> Builders:
     return builders
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print one table for each tree and task."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each contender")
-    parser.add_argument("--quick", action="store_true", help="three short rounds and one first step: for a look")
-    options = parser.parse_args(arguments)
-    effort = Effort(3, 0.05, 1) if options.quick else Effort(options.rounds)
-    for tree in ("mlp", "1000x100", "resnet50"):
-        params, grads = random_tree(TREES[tree](), 0), random_tree(TREES[tree](), 1)
-        for task, contenders in (("saving", saving), ("resuming", resuming)):
-            with tempfile.TemporaryDirectory() as folder:
-                builders = contenders(params, grads, Path(folder))
-                times = measure(builders, effort)
-            reference = times.get(next(reversed(builders)))
-            rows = [row(name, times[name], reference) for name in builders]
-            print("\n".join(["", f"{task}, {tree}", heading("run", "last"), *rows]), flush=True)
+def in_a_folder(contenders: Callable[[Params, Params, Path], Builders]) -> Callable[[Params, Params], Builders]:
+    """Contenders whose files go into a folder that lasts as long as the process."""
+    return lambda params, grads: contenders(params, grads, Path(tempfile.mkdtemp(dir=FOLDER.name)))
 
+
+FOLDER = tempfile.TemporaryDirectory()
 
 if __name__ == "__main__":
-    main()
+    print_tables(__doc__, "run", {"saving": in_a_folder(saving), "resuming": in_a_folder(resuming)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,8 +11,7 @@ import numpy as np
 from jaxoptim import rules
 from jaxoptim.optim.clipped_adam import DecayingRate
 from jaxoptim.optim.optimizer import Groups, Number
-from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.state_dicts import Moves
+from jaxoptim.optim.state_dicts import Transfer
 
 
 class DCTAdam(DecayingRate):
@@ -30,17 +29,10 @@ class DCTAdam(DecayingRate):
     rule = rules.DCTAdam
     step_type: ClassVar[type | None] = int
 
-    def _rearranged(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: Mapping[Any, Any],
-        given: Sequence[Parameter],
-        wanted: Sequence[Parameter],
-        moves: Moves,
-    ) -> Mapping[Any, Any]:
+    def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
         """The state with a count for each number, where Pyro has one for all until it meets a subsample."""
-        new = dict(super()._rearranged(groups, state, given, wanted, moves))
-        for param in [param for group in groups if group.get("subsample_aware") for param in group["params"]]:
+        new = dict(super()._transferred(state, transfer))
+        for param in [param for group in transfer.groups if group.get("subsample_aware") for param in group["params"]]:
             if np.ndim(step := new.get(param, {}).get("step", ())) == 0:
                 new[param] = {**new[param], "step": jnp.full(param.shape, step)}
         return new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxoptim.optim.bucket import Bucket, Contents
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.state_dicts import Moves
+from jaxoptim.optim.state_dicts import Transfer
 from jaxoptim.optim.storage import Group, Storage
 
 _HISTORY = ("old_dirs", "old_stps", "ro")
@@ -208,15 +208,9 @@ class LBFGS(Optimizer):
             )
         super().add_param_group(param_group)
 
-    def _rearranged(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: Mapping[Any, Any],
-        given: Sequence[Parameter],
-        wanted: Sequence[Parameter],
-        moves: Moves,
-    ) -> Mapping[Any, Any]:
+    def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
         """The state with its vectors in another order of the parameters."""
+        _, given, wanted, moves = transfer
         if list(given) == list(wanted) and not moves:
             return state
         starts = np.cumsum([0, *(_length(param) for param in given)])

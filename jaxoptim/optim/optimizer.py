@@ -16,7 +16,7 @@ from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, sel
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from jaxoptim.optim.parameter import Parameter, zeros_like
+from jaxoptim.optim.parameter import zeros_like
 from jaxoptim.optim.program import LossFunctions
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Storage
@@ -407,16 +407,9 @@ class Optimizer(Hooked):
         for after in self._load_state_dict_post_hooks.values():
             after(self)
 
-    def _rearranged(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: Mapping[Any, Any],
-        given: Sequence[Parameter],
-        wanted: Sequence[Parameter],
-        moves: state_dicts.Moves,
-    ) -> Mapping[Any, Any]:
-        """State of parameters that are given in one order and wanted in another, with the numbers of some moved."""
-        return state_dicts.rearranged(self, groups, state, moves)
+    def _transferred(self, state: Mapping[Any, Any], transfer: state_dicts.Transfer) -> Mapping[Any, Any]:
+        """State by parameter as the other side has it."""
+        return state_dicts.transferred(self, state, transfer)
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""

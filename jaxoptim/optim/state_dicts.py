@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,21 @@ from jaxoptim.optim.subclass import TORCH_FLAGS
 if TYPE_CHECKING:
     from jaxoptim.optim.optimizer import Optimizer
 
-Moves = Mapping[Parameter, Rearrangement]
-"""How the numbers of some parameters are moved on the way into an optimizer, or out of it."""
+
+class Transfer(NamedTuple):
+    """What changes between the state dict of one optimizer and that of another.
+
+    Attributes:
+        groups: the options, with the parameters of the optimizer here.
+        given: all parameters in the order on the side that the state comes from.
+        wanted: in the order on the other.
+        moves: where the numbers of some parameters go.
+    """
+
+    groups: Sequence[dict[str, Any]]
+    given: Sequence[Parameter]
+    wanted: Sequence[Parameter]
+    moves: Mapping[Parameter, Rearrangement]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -83,7 +96,7 @@ def to_load(
     state_dict: Mapping[str, Any],
     strict: bool,
     names: Sequence[Sequence[str]] | None = None,
-    moves: Moves | None = None,
+    moves: Mapping[Parameter, Rearrangement] | None = None,
 ) -> dict[str, Any]:
     """The state and the groups that a state dict describes, with the optimizer's own parameters; checked.
 
@@ -128,7 +141,7 @@ def to_load(
         state_checks.check_strays(state_dict["state"], params)
     state: Mapping[Any, Any] = {params.get(key, key): _copied(value) for key, value in state_dict["state"].items()}
     given, wanted = [params[key] for key in order], [param for group in here for param in group["params"]]
-    state = optimizer._rearranged(groups, state, given, wanted, moves or {})
+    state = optimizer._transferred(state, Transfer(groups, given, wanted, moves or {}))
     if strict:
         for group in groups:
             optimizer._check_state(group, state)
@@ -178,20 +191,18 @@ def _own(x: Any) -> Any:
     return x if isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm" else owned(x)
 
 
-def rearranged(
-    optimizer: Optimizer, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any], moves: Moves
-) -> dict[Any, Any]:
+def transferred(optimizer: Optimizer, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:
     """State by parameter, with the numbers of some moved.
 
     Errors:
         ``ValueError`` that names a parameter with which the rule does not go along.
     """
     new = dict(state)
-    for group in groups:
+    for group in transfer.groups:
         for label, param in zip(state_checks.labels(group), group["params"], strict=True):
-            if param in moves and state.get(param):
+            if param in transfer.moves and state.get(param):
                 try:
-                    new[param] = optimizer._storage.rule_of(group).rearranged(state[param], moves[param])
+                    new[param] = optimizer._storage.rule_of(group).rearranged(state[param], transfer.moves[param])
                 except ValueError as error:
                     raise ValueError(f"The state of {label} cannot follow its transform: {error}") from error
     return new

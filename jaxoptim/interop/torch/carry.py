@@ -10,6 +10,7 @@ from jaxoptim.core.numerics import is_complex, placed_like
 from jaxoptim.interop.torch.tensors import as_tensor, to_torch
 from jaxoptim.optim import Optimizer, Parameter, state_checks
 from jaxoptim.optim.groups import Selector, predicate
+from jaxoptim.optim.state_dicts import Transfer
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +170,7 @@ def carry_back(
     numbered = dict(enumerate(given))
     state = {numbered.get(key, key): entry for key, entry in saved["state"].items()}
     inverse = {param: move.inverse() for param, (_, _, move) in places.items() if not move.is_identity()}
-    state = dict(optimizer._rearranged(optimizer.param_groups, state, given, wanted, inverse))
+    state = dict(optimizer._transferred(state, Transfer(optimizer.param_groups, given, wanted, inverse)))
     ids = {param: index for index, param in enumerate(wanted)}
     for group in groups:
         group["param_names"] = [first[places[param][1]] for param in group["params"]]
