@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import OptState, owned
-from jaxoptim.core.numerics import placed_like
+from jaxoptim.core.numerics import is_numeric, placed_like
 from jaxoptim.optim.state_dicts import StateDict
 
 Arrays = dict[str, np.ndarray]
@@ -143,7 +143,7 @@ def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, Any]:
     elif isinstance(x, np.generic):
         entry["scalar"] = True
     host = np.asarray(x, order="C")
-    if not _is_numeric(host.dtype):
+    if not is_numeric(host.dtype):
         raise TypeError(f"A checkpoint holds arrays of numbers, but {dotted(path)} has dtype {host.dtype}.")
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"A checkpoint holds plain arrays, but {dotted(path)} has a mask. Put that beside it.")
@@ -158,10 +158,6 @@ def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, Any]:
         name = f"{base} ({number + 2})"
     arrays[name] = host
     return {"array" if isinstance(x, jax.Array) else "numpy": name, **entry}
-
-
-def _is_numeric(dtype: Any) -> bool:
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.number))
 
 
 # From JSON.
@@ -227,7 +223,7 @@ def _key(x: Any) -> Any:
 def _stored(kind: str, host: np.ndarray, x: dict[str, Any]) -> Stored:
     if "dtype" in x:
         dtype = jnp.dtype(_dtype_name(x["dtype"]))
-        if dtype.name != x["dtype"] or not _is_numeric(dtype):
+        if dtype.name != x["dtype"] or not is_numeric(dtype):
             raise Malformed(f"{x['dtype']!r} is no dtype of numbers")
         host = np.frombuffer(bytearray(host.tobytes()), dtype).reshape(host.shape[:-1])
     key = _a(str, x["key"]) if "key" in x else None
@@ -265,9 +261,8 @@ def decoded(x: Any, path: Path = ()) -> Any:
         return type(x)(decoded(item, (*path, str(index))) for index, item in enumerate(x))
     if isinstance(x, dict):
         new = x.copy()
-        new.update(
-            {key: decoded(value, (*path, _entry(key))) for key, value in x.items()} if type(x) is not Counter else {}
-        )
+        for key, value in x.items():
+            new[key] = decoded(value, (*path, _entry(key)))
         return new
     return x
 
@@ -346,8 +341,8 @@ def _leaf_like(x: Any, path: Path, like: Any) -> Any:
 def _converted(x: Any, path: Path, dtype: Any) -> np.ndarray:
     """An array or number in a dtype that can hold it, if not all of its digits."""
     host = x.host if isinstance(x, Stored) else np.asarray(x)
-    if not _is_numeric(host.dtype) or _rank(host.dtype) > _rank(dtype):
-        kind = f"dtype {host.dtype}" if _is_numeric(host.dtype) else type(x).__name__
+    if not is_numeric(host.dtype) or _rank(host.dtype) > _rank(dtype):
+        kind = f"dtype {host.dtype}" if is_numeric(host.dtype) else type(x).__name__
         raise ValueError(f"{dotted(path)} has {kind} in the checkpoint, which {dtype} cannot hold.")
     with np.errstate(over="ignore"):
         new = host.astype(dtype)

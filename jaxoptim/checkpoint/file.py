@@ -135,7 +135,7 @@ def _read(path: Path) -> Any:
     """The tree in a file, checked."""
     safetensors = _safetensors()
     with path.open("rb") as file:
-        start = file.read(2)
+        start = file.read(1)
     try:
         with safetensors.safe_open(path, framework="numpy") as tensors:
             metadata = tensors.metadata() or {}
@@ -144,7 +144,7 @@ def _read(path: Path) -> Any:
             content = _content(path, metadata["jaxoptim"])
             arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - no dict
     except (safetensors.SafetensorError, AttributeError) as error:
-        if zipfile.is_zipfile(path) or start[:1] == b"\x80":
+        if zipfile.is_zipfile(path) or start == b"\x80":
             raise ValueError(
                 f"{path} is a file of torch.save or pickle, which could run code, so it is not opened here. Give what "
                 "torch.load(path, weights_only=True) returns to load_state_dict."

@@ -76,6 +76,11 @@ def is_complex(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
+def is_numeric(dtype: Any) -> bool:
+    """Whether a dtype is of numbers or truth values, also of those that NumPy lacks."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.number))
+
+
 def view_as_real(x: jax.Array) -> jax.Array:
     """A complex array as real numbers, in pairs along a last axis; a real array as it is."""
     return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x

@@ -213,20 +213,16 @@ class LBFGS(Optimizer):
         _, given, wanted, moves = transfer
         if list(given) == list(wanted) and not moves:
             return state
-        starts = np.cumsum([0, *(_length(param) for param in given)])
+        ends = dict(zip(given, np.cumsum([_length(param) for param in given]), strict=True))
         index = []
         for param in wanted:
-            start, width = starts[given.index(param)], _length(param) // max(int(np.prod(param.shape)), 1)
-            numbers = np.arange(start, start + _length(param)).reshape(-1, width)
+            numbers = np.arange(ends[param] - _length(param), ends[param]).reshape(-1, 2 if is_complex(param) else 1)
             index.append(numbers[moves[param].index.reshape(-1)] if param in moves else numbers)
         order = np.concatenate([numbers.reshape(-1) for numbers in index])
         entry = dict(state.get(given[0], {}))
-        for name in ("d", "prev_flat_grad"):
-            if name in entry:
-                entry[name] = as_jax(entry[name])[order]
-        for name in ("old_dirs", "old_stps"):
-            if name in entry:
-                entry[name] = [as_jax(row)[order] for row in entry[name]]
+        for name in [name for name in _VECTORS if name in entry]:
+            x = entry[name]
+            entry[name] = [as_jax(row)[order] for row in x] if name in _LISTS else as_jax(x)[order]
         others = {key: value for key, value in state.items() if key is not given[0]}
         return others | ({wanted[0]: entry} if entry else {})
 

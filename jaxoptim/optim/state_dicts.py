@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import Rearrangement, owned
+from jaxoptim.core.numerics import is_numeric
 from jaxoptim.optim import state_checks
 from jaxoptim.optim.matching import by_name, matched
 from jaxoptim.optim.parameter import Parameter
@@ -125,7 +126,7 @@ def to_load(
             f"it has {len(groups)}, the optimizer has {len(here)}"
         )
     order = [key for group in groups for key in group["params"]]
-    there = names or getattr(state_dict, "names", [_names_there(group) for group in groups])
+    there = names or names_in(state_dict)
     groups = _in_our_order(optimizer, groups, there, strict, names is not None)
     params: dict[Any, Parameter] = {}
     for index, (group, mine) in enumerate(zip(groups, here, strict=True)):
@@ -164,10 +165,15 @@ def _in_our_order(
     return [{name: option for name, option in group.items() if name != "param_names"} for group in groups]
 
 
-def _names_there(group: Mapping[str, Any]) -> list[str | None]:
-    """The names of the parameters of a group in a state dict."""
-    names = group.get("param_names", [])
-    return list(names) if len(names) == len(group["params"]) else [None] * len(group["params"])
+def names_in(state_dict: Mapping[str, Any]) -> list[list[str | None]]:
+    """For each group of a state dict the names of its parameters, None for those that have none."""
+    if isinstance(state_dict, StateDict):
+        return state_dict.names
+    found = []
+    for group in state_dict["param_groups"]:
+        names, size = group.get("param_names", []), len(group["params"])
+        found.append(list(names) if len(names) == size else [None] * size)
+    return found
 
 
 def _switch_off_missing(optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -188,7 +194,7 @@ def _copied(value: Any) -> Any:
 def _own(x: Any) -> Any:
     if isinstance(x, jax.Array) or not hasattr(x, "__array__"):
         return x
-    return x if isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm" else owned(x)
+    return owned(x) if not isinstance(x, np.ndarray) or is_numeric(x.dtype) else x
 
 
 def transferred(optimizer: Optimizer, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:

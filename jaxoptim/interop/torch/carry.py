@@ -82,15 +82,16 @@ def carry_over(
         0.1
     """
     state_checks.check_layout(state_dict)
-    places = _places(optimizer, params, names, transforms)
+    _check_arguments(optimizer, params, names, transforms)
+    first = _first_names(params)
+    places = _places(optimizer, params, first, names, transforms)
     values = {}
     for param, (label, name, move) in places.items():
         value = move(as_jax(params[name]))
         if is_complex(value) and not is_complex(param):
             raise ValueError(f"{label!r} is real, but {name!r} in torch is complex.")
         values[param] = placed_like(value.astype(param.dtype), param.value)
-    first = _first_names(params)
-    labels = {first[name]: label for label, name, _ in places.values()}
+    labels = {name: label for label, name, _ in places.values()}
     there = _names_in(state_dict, params, first, [*labels], order)
     groups, called = [], []
     for group, known in zip(state_dict["param_groups"], there, strict=True):
@@ -147,43 +148,43 @@ def carry_back(
         >>> tuple(tensors["weight"].shape), tuple(state_dict["state"][0]["momentum_buffer"].shape)
         ((2, 3), (2, 3))
     """
-    places = _places(optimizer, params, names, transforms)
+    _check_arguments(optimizer, params, names, transforms)
     first = _first_names(params)
-    known = {first[name]: param for param, (_, name, _) in places.items()}
+    places = _places(optimizer, params, first, names, transforms)
+    known = {name: param for param, (_, name, _) in places.items()}
     ranks = {name: rank for rank, name in enumerate(_translated(params if order is None else order, first))}
     if missing := [name for name in known if name not in ranks]:
         raise ValueError(f"order lacks {missing[0]!r}. It has all of torch's names.")
+    inverse = {param: move.inverse() for param, (_, _, move) in places.items()}
     tensors = {
-        name: as_tensor(places[known[first[name]]][2].inverse()(known[first[name]].value)).to(tensor.dtype)
+        name: as_tensor(inverse[param](param.value)).to(tensor.dtype)
         for name, tensor in params.items()
-        if first[name] in known
+        if (param := known.get(first[name])) is not None
     }
     saved = optimizer.state_dict()
     given = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [
-        {**group, "params": sorted(mine["params"], key=lambda param: ranks[first[places[param][1]]])}
+        {**group, "params": sorted(mine["params"], key=lambda param: ranks[places[param][1]])}
         for group, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     if order is not None:
-        groups.sort(key=lambda group: ranks[first[places[group["params"][0]][1]]] if group["params"] else len(ranks))
+        groups.sort(key=lambda group: ranks[places[group["params"][0]][1]] if group["params"] else len(ranks))
     wanted = [param for group in groups for param in group["params"]]
     numbered = dict(enumerate(given))
     state = {numbered.get(key, key): entry for key, entry in saved["state"].items()}
-    inverse = {param: move.inverse() for param, (_, _, move) in places.items() if not move.is_identity()}
-    state = dict(optimizer._transferred(state, Transfer(optimizer.param_groups, given, wanted, inverse)))
+    moves = {param: move for param, move in inverse.items() if not move.is_identity()}
+    state = dict(optimizer._transferred(state, Transfer(optimizer.param_groups, given, wanted, moves)))
     ids = {param: index for index, param in enumerate(wanted)}
     for group in groups:
-        group["param_names"] = [first[places[param][1]] for param in group["params"]]
+        group["param_names"] = [places[param][1] for param in group["params"]]
         group["params"] = [ids[param] for param in group["params"]]
     slots = {ids[param]: state[param] for param in wanted if param in state}
     others = {key: entry for key, entry in state.items() if key not in ids}
     return tensors, to_torch({"state": slots | others, "param_groups": groups})
 
 
-def _places(
-    optimizer: Optimizer, params: Tensors, names: Names | None, transforms: Transforms | None
-) -> dict[Parameter, tuple[str, str, Rearrangement]]:
-    """For each parameter its path here, its name in torch, and how its numbers go from there to here."""
+def _check_arguments(optimizer: Any, params: Any, names: Any, transforms: Any) -> None:
+    """Raise for arguments of the wrong kind."""
     for what, given, kind in (
         ("optimizer", optimizer, Optimizer),
         ("params", params, Mapping),
@@ -198,6 +199,16 @@ def _places(
             raise TypeError(f"{what} is {wanted.get(what, 'a dict by paths here')}, but got {type(given).__name__}.")
     if foreign := [name for name, tensor in params.items() if not hasattr(tensor, "detach")]:
         raise TypeError(f"params has tensors of torch, but {foreign[0]!r} is {type(params[foreign[0]]).__name__}.")
+
+
+def _places(
+    optimizer: Optimizer,
+    params: Tensors,
+    first: Mapping[str, str],
+    names: Names | None,
+    transforms: Transforms | None,
+) -> dict[Parameter, tuple[str, str, Rearrangement]]:
+    """For each parameter its path here, its first name in torch, and how its numbers go from there to here."""
     optimizer._storage.settle()
     inside = optimizer._storage.parameters()
     labels = {param: optimizer._storage.labels[param] for param in inside}
@@ -212,7 +223,6 @@ def _places(
             )
     places: dict[Parameter, tuple[str, str, Rearrangement]] = {}
     taken: dict[str, str] = {}
-    first = _first_names(params)
     for param, label in labels.items():
         name = names(label) if callable(names) else (names or {}).get(label, label)
         if name not in params:
@@ -220,9 +230,10 @@ def _places(
                 f"torch has no parameter {name!r} for {label!r} here; it has {_listed(params)}. Give names, a dict "
                 "from the paths here to torch's names."
             )
-        if first[name] in taken:
-            raise ValueError(f"{label!r} and {taken[first[name]]!r} cannot both be {first[name]!r} in torch.")
-        taken[first[name]] = label
+        name = first[name]
+        if name in taken:
+            raise ValueError(f"{label!r} and {taken[name]!r} cannot both be {name!r} in torch.")
+        taken[name] = label
         function = next((function for _, selects, function in rules if selects(label)), lambda x: x)
         move = Rearrangement.of(function, tuple(params[name].shape), label)
         if move.index.shape != param.shape:

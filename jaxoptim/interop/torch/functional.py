@@ -48,9 +48,9 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
     optimizer = _optimizer(rule, params)
     options = {name: optimizer.param_groups[0][name] for name in _options(rule)}
     optimizer.load_state_dict(state_dict)  # with its own options, which tell what it is of
-    for name, option in options.items():
-        optimizer.param_groups[0][name] = option
-    optimizer.load_state_dict(optimizer.state_dict())
+    (group,) = optimizer.param_groups
+    group.update(options)
+    optimizer._check_state(group, optimizer.state)
     _, _, state = optimizer.to_functional()
     if not isinstance(state, OptState):
         counts = {
@@ -117,5 +117,6 @@ def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
             "The parameters are packed, but torch keeps state by parameter. Give params.unpack(), and pack later."
         )
     classes = [x for x in vars(jaxoptim.optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
-    own = type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
-    return next((x for x in classes if getattr(x, "rule", None) is type(rule)), own)(params, **_options(rule))
+    found = [x for x in classes if getattr(x, "rule", None) is type(rule)]
+    kind: Any = found[0] if found else type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
+    return kind(params, **_options(rule))

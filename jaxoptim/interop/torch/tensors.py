@@ -112,7 +112,7 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
     converted = to_torch(state_dict)
     groups = converted["param_groups"]
     if all("param_names" in group for group in optimizer.param_groups):
-        names = getattr(state_dict, "names", [group.get("param_names", [None]) for group in groups])
+        names = state_dicts.names_in(state_dict)
         ordered = by_name(groups, names, [group["param_names"] for group in optimizer.param_groups], strict=True)
         if ordered != groups and isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError(
