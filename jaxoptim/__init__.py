@@ -10,6 +10,7 @@ from jaxoptim import averaging as averaging
 from jaxoptim import checkpoint as checkpoint
 from jaxoptim import interop as interop
 from jaxoptim import optim as optim
+from jaxoptim import pyro as pyro
 from jaxoptim import rules as rules
 from jaxoptim import schedules as schedules
 from jaxoptim.core import Decay as Decay
@@ -35,6 +36,8 @@ from jaxoptim.rules.dct_adam import dct_adam as dct_adam
 from jaxoptim.rules.lbfgs import lbfgs as lbfgs
 from jaxoptim.rules.muon import muon as muon
 from jaxoptim.rules.nadam import nadam as nadam
+from jaxoptim.rules.newton import newton as newton
+from jaxoptim.rules.newton import newton_step as newton_step
 from jaxoptim.rules.radam import radam as radam
 from jaxoptim.rules.rmsprop import rmsprop as rmsprop
 from jaxoptim.rules.rprop import rprop as rprop

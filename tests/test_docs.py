@@ -66,7 +66,7 @@ def test_rules_state_their_mathematics_and_source(name):
 def test_the_pure_face_has_every_factory():
     names = (
         "adadelta adafactor adagrad adagrad_rmsprop adam adamax adamw asgd clipped_adam dct_adam lbfgs muon nadam "
-        "radam rmsprop rprop sgd sparse_adam"
+        "newton radam rmsprop rprop sgd sparse_adam"
     )
     for name in names.split():
         assert getattr(jaxoptim, name).__name__ == name

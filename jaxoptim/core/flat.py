@@ -11,7 +11,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
-from jaxoptim.core.packing import Packed, _join, _split
+from jaxoptim.core.packing import Packed, join, split
 
 
 def flatten(tree: Any) -> jax.Array:
@@ -94,7 +94,7 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
     sizes = [math.prod(x.shape) * (2 if is_complex(x) else 1) for x in arrays]
     if vector.shape != (sum(sizes),):
         raise ValueError(f"The vector has shape {vector.shape}, but the tree holds {sum(sizes)} real numbers.")
-    parts = iter(zip(arrays, _split(vector, sizes) if sizes else [], strict=True))
+    parts = iter(zip(arrays, split(vector, sizes) if sizes else [], strict=True))
     return jax.tree.unflatten(treedef, [None if leaf is None else _placed(*next(parts)) for leaf in leaves])
 
 
@@ -122,7 +122,7 @@ def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
 
 def _joined(arrays: list[Any]) -> jax.Array:
     dtype = _flat_dtype(arrays)
-    return _join([view_as_real(x).reshape(-1).astype(dtype) for x in arrays]) if arrays else jnp.zeros(0, dtype)
+    return join([view_as_real(x).reshape(-1).astype(dtype) for x in arrays]) if arrays else jnp.zeros(0, dtype)
 
 
 def _flat_dtype(arrays: list[Any]) -> Any:

@@ -135,7 +135,7 @@ class Packed:
             leaf = jnp.asarray(leaf)
             trees.check_shape(what, place.name, leaf, place)
             (large if place.buffer is None else members[place.buffer]).append(leaf)
-        return Packed(tuple(_join(group) for group in members), tuple(large), self._layout)
+        return Packed(tuple(join(group) for group in members), tuple(large), self._layout)
 
     def get(self, index: int) -> Any:
         """One array of the tree, without unpacking the others.
@@ -182,9 +182,9 @@ class Packed:
         if self._is_shared(index):
             return [buffer for _ in members]
         if not isinstance(buffer, jax.core.Tracer):
-            return _read(buffer, members)
+            return read(buffer, members)
         batch = buffer.shape[:-1]
-        parts = _split(buffer, [math.prod(shape) for shape, _ in members])
+        parts = split(buffer, [math.prod(shape) for shape, _ in members])
         return [part.reshape(batch + shape) for part, (shape, _) in zip(parts, members, strict=True)]
 
     def _is_shared(self, index: int) -> bool:
@@ -258,7 +258,7 @@ def _is_sharded(x: jax.Array) -> bool:
     return len(x.sharding.device_set) > 1
 
 
-def _read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[jax.Array]:
+def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[jax.Array]:
     """The arrays of these shapes and offsets, by programs that know shapes only.
 
     A program for a whole layout would have a kernel for each offset, and compile for seconds.
@@ -299,7 +299,7 @@ def _with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _join(arrays: list[jax.Array]) -> jax.Array:
+def join(arrays: list[jax.Array]) -> jax.Array:
     """Arrays as one flat one, through concatenations of at most ``_GROUP`` arrays each.
 
     The barrier keeps the compiler from merging them again: most are of equal shapes, and equal kernels are
@@ -312,11 +312,11 @@ def _join(arrays: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(arrays)
 
 
-def _split(buffer: jax.Array, sizes: list[int]) -> list[jax.Array]:
+def split(buffer: jax.Array, sizes: list[int]) -> list[jax.Array]:
     """The last axis of a buffer in parts, by a tree of operations with at most ``_GROUP`` results each."""
     axis = buffer.ndim - 1
     if len(sizes) <= _GROUP:
         return list(jax.lax.split(buffer, sizes, axis))
     groups = [sizes[i : i + _GROUP] for i in range(0, len(sizes), _GROUP)]
-    parts = _split(buffer, [sum(group) for group in groups])
+    parts = split(buffer, [sum(group) for group in groups])
     return [piece for group, part in zip(groups, parts, strict=True) for piece in jax.lax.split(part, group, axis)]

@@ -152,11 +152,11 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, Opt
 
 
 @functools.singledispatch
-def transformation(rule: Hyperparameters, /) -> optax.GradientTransformationExtraArgs:
+def transformation(rule: Any, /) -> optax.GradientTransformationExtraArgs:
     """A rule as an optax transformation.
 
     Args:
-        rule: the optimizer.
+        rule: an instance of a rule. A Pyro-style optimizer will do too: its transformation is of a dict by names.
 
     Returns:
         ``optax.GradientTransformationExtraArgs``, whose ``update`` takes ``params`` third and ignores

@@ -76,31 +76,22 @@ class Contents:
         return new
 
 
-class Bucket:
-    """Parameters of one group with one count of steps: one run of the pure face.
-
-    Values and slots are packed (:class:`~jaxoptim.Packed`) if the rule is elementwise; otherwise they are
-    plain trees. State exists from the first update on.
+class Cells:
+    """Parameters whose values, and state, are kept together; how, a subclass says.
 
     Args:
-        group: the dict of options that the parameters follow.
         labels: a unique name for each parameter, for error messages.
-        params: the parameters. The bucket takes their values over.
-        times: how often one step updates them: as often as they stand in the group.
-        packed: keep small arrays in one buffer.
+        params: the parameters. Their values are taken over.
+        contents: the values, and the state.
 
     Attributes:
         names: the names of the slots in the rule's order, which compiled programs forget.
         outdated: the indices of parameters whose current value is no longer here.
     """
 
-    def __init__(
-        self, group: dict[str, Any], labels: Sequence[str], params: Sequence[Parameter], times: int, packed: bool
-    ) -> None:
-        self.group, self.labels, self.params = group, tuple(labels), tuple(params)
-        self.times, self.packed = times, packed
-        tree = OrderedDict(zip(labels, [param.value for param in params], strict=True))
-        self.contents = Contents(pack(tree) if packed else tree, None)
+    def __init__(self, labels: Sequence[str], params: Sequence[Parameter], contents: Contents) -> None:
+        self.labels, self.params = tuple(labels), tuple(params)
+        self.contents = contents
         self.names: list[str] = []
         self.outdated: set[int] = set()
         self._read: dict[int, jax.Array] = {}
@@ -133,7 +124,7 @@ class Bucket:
         return self._read[index]
 
     def read_all(self) -> None:
-        """Read the values of all parameters, which for packed ones is faster than one after the other."""
+        """Read the values of all parameters, which is faster than one after the other."""
         if len(self._read) < len(self.params):
             self._read = dict(enumerate(self._leaves(self.values)))
 
@@ -155,6 +146,55 @@ class Bucket:
             copies = [jnp.copy(x) if other else x for x, other in zip(leaves, held, strict=True)]
             self.contents = Contents.tree_unflatten(form, copies)
 
+    def slots_of(self, index: int) -> dict[str, Any]:
+        """The slots of one parameter, without those it lacks; empty before the first update."""
+        slot_trees = {} if self.state is None else self.state.slots
+        slots = {name: self._leaf(slot_trees[name], index) for name in self.names if name in slot_trees}
+        return {name: slot for name, slot in slots.items() if slot is not None}
+
+    def all_slots(self) -> list[dict[str, Any]]:
+        """The slots of every parameter, as :meth:`slots_of` gives them."""
+        slot_trees = {} if self.state is None else self.state.slots
+        leaves = {name: self._leaves(slot_trees[name]) for name in self.names if name in slot_trees}
+        return [
+            {name: leaves[name][index] for name in leaves if leaves[name][index] is not None}
+            for index in range(len(self.params))
+        ]
+
+    def _leaves(self, tree: Any) -> list[Any]:
+        """What the parameters have in values or in a slot."""
+        return [self._leaf(tree, index) for index in range(len(self.params))]
+
+    def _leaf(self, tree: Any, index: int) -> Any:
+        """What one parameter has there."""
+        raise NotImplementedError
+
+    def _with_leaf(self, tree: Any, index: int, value: Any) -> Any:
+        """The same with something else for one parameter."""
+        raise NotImplementedError
+
+
+class Bucket(Cells):
+    """Parameters of one group with one count of steps: one run of the pure face.
+
+    Values and slots are packed (:class:`~jaxoptim.Packed`) if the rule is elementwise; otherwise they are
+    plain trees. State exists from the first update on.
+
+    Args:
+        group: the dict of options that the parameters follow.
+        labels: a unique name for each parameter, for error messages.
+        params: the parameters. The bucket takes their values over.
+        times: how often one step updates them: as often as they stand in the group.
+        packed: keep small arrays in one buffer.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], labels: Sequence[str], params: Sequence[Parameter], times: int, packed: bool
+    ) -> None:
+        self.group, self.times, self.packed = group, times, packed
+        tree = OrderedDict(zip(labels, [param.value for param in params], strict=True))
+        super().__init__(labels, params, Contents(pack(tree) if packed else tree, None))
+
     def start(self, rule: Rule) -> None:
         """Make the state before the first update, or the slots that a change of options has added."""
         fresh = _init(rule, self.values)
@@ -172,21 +212,6 @@ class Bucket:
                 trees.check_shape(f"slot {name!r}", self.labels[index], slot, like)
                 slot_trees[name] = self._with_leaf(slot_trees[name], index, placed_like(slot, like))
         self.state = OptState(jnp.asarray(count, jnp.int32), slot_trees, shared or {})
-
-    def slots_of(self, index: int) -> dict[str, Any]:
-        """The slots of one parameter, without those it lacks; empty before the first update."""
-        slot_trees = {} if self.state is None else self.state.slots
-        slots = {name: self._leaf(slot_trees[name], index) for name in self.names if name in slot_trees}
-        return {name: slot for name, slot in slots.items() if slot is not None}
-
-    def all_slots(self) -> list[dict[str, Any]]:
-        """The slots of every parameter, as :meth:`slots_of` gives them."""
-        slot_trees = {} if self.state is None else self.state.slots
-        leaves = {name: self._leaves(slot_trees[name]) for name in self.names if name in slot_trees}
-        return [
-            {name: leaves[name][index] for name in leaves if leaves[name][index] is not None}
-            for index in range(len(self.params))
-        ]
 
     def _leaves(self, tree: Any) -> list[Any]:
         return list(unpacked(tree).values())

@@ -18,6 +18,7 @@ class DecayingRate(Optimizer):
     steps of each parameter.
     """
 
+    decays: ClassVar[tuple[str, str] | None] = ("lr", "lrd")
     fixed: ClassVar[Mapping[str, Any]] = {"lrd": 1.0}
 
     def _update(self, run: Callable[[], Any]) -> Any:

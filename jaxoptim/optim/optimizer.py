@@ -88,6 +88,8 @@ class Optimizer(Hooked):
 
     storage_class: ClassVar[type[Storage]] = Storage
     """What keeps the parameters and makes the updates."""
+    decays: ClassVar[tuple[str, str] | None] = None
+    """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters of the rule that the class sees to itself, and the values that switch them off there."""
 

@@ -11,7 +11,7 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import owned
 
 if TYPE_CHECKING:
-    from jaxoptim.optim.bucket import Bucket
+    from jaxoptim.optim.bucket import Cells
 
 
 class Parameter:
@@ -28,6 +28,9 @@ class Parameter:
         name: as given; the dotted path if the optimizer was given a pytree.
         shape: of the value.
         dtype: of the value.
+        dct_dim: the axis, negative, along which a Pyro-style ``DCTAdam`` transforms the gradient (default None).
+        subsample: what the next gradient is about, to a Pyro-style ``DCTAdam`` that is aware of subsamples: a
+            dict of negative axis to indices along it (default None: everything).
 
     Errors:
         ``TypeError`` for a value that is not floating or complex; ``ValueError`` for a value or gradient
@@ -42,21 +45,23 @@ class Parameter:
         [0.8, -1.6]
     """
 
-    __slots__ = ("__weakref__", "_bucket", "_grad", "_index", "_value", "dtype", "name", "shape")
+    __slots__ = ("__weakref__", "_cells", "_grad", "_index", "_value", "dct_dim", "dtype", "name", "shape", "subsample")
 
     def __init__(self, value: Any, name: str | None = None) -> None:
         self.name = name
         self._value: jax.Array | None = _copied(value, name)
         self._grad: Any = None
-        self._bucket: Bucket | None = None
+        self._cells: Cells | None = None
         self._index = 0
         self.shape: tuple[int, ...] = self._value.shape
         self.dtype = self._value.dtype
+        self.dct_dim: int | None = None
+        self.subsample: dict[int, Any] | None = None
 
     @property
     def value(self) -> jax.Array:
         """The current array."""
-        return self._bucket.read(self._index) if self._value is None else self._value  # type: ignore[union-attr]
+        return self._cells.read(self._index) if self._value is None else self._value  # type: ignore[union-attr]
 
     @value.setter
     def value(self, value: Any) -> None:
@@ -90,16 +95,16 @@ class Parameter:
         """Shape and dtype, for abstract evaluation."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
-    def enter(self, bucket: Bucket, index: int) -> None:
-        """Let a bucket keep the value from now on."""
+    def enter(self, cells: Cells, index: int) -> None:
+        """Let an optimizer's cells keep the value from now on."""
         self.leave()
-        self._bucket, self._index, self._value = bucket, index, None
+        self._cells, self._index, self._value = cells, index, None
 
     def leave(self) -> None:
-        """Tell the bucket that keeps the value that it no longer does; the caller puts it elsewhere."""
-        if self._bucket is not None:
-            self._bucket.outdated.add(self._index)
-            self._bucket = None
+        """Tell the cells that keep the value that they no longer do; the caller puts it elsewhere."""
+        if self._cells is not None:
+            self._cells.outdated.add(self._index)
+            self._cells = None
 
     def _described(self) -> str:
         return "a parameter" if self.name is None else repr(self.name)
@@ -109,11 +114,12 @@ class Parameter:
         return f"Parameter(shape={self.shape}, dtype={self.dtype}{name})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"value": self.value, "grad": self._grad, "name": self.name}
+        about = {"dct_dim": self.dct_dim, "subsample": self.subsample}
+        return {"value": self.value, "grad": self._grad, "name": self.name, **about}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["value"], state["name"])  # type: ignore[misc]
-        self._grad = state["grad"]
+        self._grad, self.dct_dim, self.subsample = state["grad"], state["dct_dim"], state["subsample"]
 
 
 def zeros_like(grad: Any) -> Any:

@@ -7,6 +7,7 @@ shapes. Numbers are data: a new learning rate is a new array of the same shape.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import Rule, check_gradient, step, trees
+from jaxoptim.core import check_gradient, step, trees
 from jaxoptim.core.packing import unpacked
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.bucket import Contents, Static
@@ -32,26 +33,31 @@ class Rules:
     """The rules of all groups as one array of their numbers.
 
     Args:
-        rules: one rule for each bucket.
+        rules: one rule for each bucket, or any other pytrees whose leaves are numbers, NumPy arrays of numbers, and
+            other arrays.
 
     Each scalar that crosses into a compiled call costs as much as a small array, so all of them go as one,
     which stays on the device until a number changes.
     """
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
+    def __init__(self, rules: Sequence[Any]) -> None:
         leaves, treedef = jax.tree.flatten(list(rules))
-        numbers = [isinstance(leaf, float) or _is_number(leaf) for leaf in leaves]
-        floats = [np.asarray(x).item() for x, number in zip(leaves, numbers, strict=True) if number]
+        shapes = tuple(_shape_of_numbers(leaf) for leaf in leaves)
+        numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
         # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
-        self._numbers: Any = jnp.asarray(np.array(floats, jnp.result_type(float)))
-        self._arrays = [x for x, number in zip(leaves, numbers, strict=True) if not number]
-        self._form = Static(treedef, tuple(numbers))
+        self._numbers: Any = jnp.asarray(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))
+        self._arrays = [x for x, shape in zip(leaves, shapes, strict=True) if shape is None]
+        self._form = Static(treedef, shapes)
 
     def each(self) -> list[Any]:
         """The rules, each with its numbers."""
-        treedef, kinds = self._form.content
-        numbers, arrays = iter(self._numbers), iter(self._arrays)
-        return jax.tree.unflatten(treedef, [next(numbers) if number else next(arrays) for number in kinds])
+        treedef, shapes = self._form.content
+        leaves, arrays, position = [], iter(self._arrays), 0
+        for shape in shapes:
+            size = math.prod(shape or ())
+            leaves.append(next(arrays) if shape is None else self._numbers[position : position + size].reshape(shape))
+            position += 0 if shape is None else size
+        return jax.tree.unflatten(treedef, leaves)
 
     def tree_flatten(self) -> tuple[Any, Static]:
         """The arrays, and how rules are made of them."""
@@ -164,8 +170,13 @@ def _stepped(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: li
     return tuple(new)
 
 
-def _is_number(x: Any) -> bool:
-    return bool(x.size == 1 and jnp.issubdtype(x.dtype, jnp.floating))
+def _shape_of_numbers(x: Any) -> tuple[int, ...] | None:
+    """The shape in which a leaf of a rule comes out of the array of numbers; None for what stays by itself."""
+    if isinstance(x, float):
+        return ()
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    return x.shape if isinstance(x, np.ndarray) else () if x.size == 1 else None
 
 
 class LossFunctions:

@@ -101,7 +101,8 @@ class Storage:
                 f"A parameter group of {self.rule.__name__} has no option {missing[0]!r}. "
                 f"It takes {', '.join(self._fields)}."
             )
-        rule = self.rule(**{name: group[name] for name in self._fields} | dict(self.fixed))
+        options = {name: jax.tree.map(_plain, group[name]) for name in self._fields}
+        rule = self.rule(**options | dict(self.fixed))
         for name in self._fields:
             if isinstance(group[name], jax.Array) and group[name].size != 1:
                 raise ValueError(f"Tensor {name} must be 1-element, but it has shape {group[name].shape}.")
@@ -289,7 +290,7 @@ class Storage:
         if not rule.elementwise:
             names = [name for name, slot in abstract_slots(rule, param.struct).items() if slot is not None]
         numbers = [(name, float(state[name])) for name in names if name in scalars & state.keys()]
-        return (_count(state), *numbers, *(name for name in names if name not in state))
+        return (count_in(state), *numbers, *(name for name in names if name not in state))
 
     def _slot_kinds(self, rule: Rule) -> tuple[list[str], set[str]]:
         """The names of a rule's slots, and of those that are one number for each parameter."""
@@ -317,7 +318,7 @@ class Storage:
         bucket = Bucket(group, [self.labels[param] for param in params], params, times, packed)
         if has_past:
             slots = [{name: x for name, x in s.items() if name in names and x is not None} for s in states]
-            bucket.load(rule, _count(states[0]) if count is None else count, slots)
+            bucket.load(rule, count_in(states[0]) if count is None else count, slots)
         for param, state in zip(params, states, strict=True):
             self._extras.pop(param, None)
             if extras := {name: x for name, x in state.items() if name not in (*names, "step")}:
@@ -356,9 +357,14 @@ class Storage:
         return labels
 
 
-def _count(state: dict[str, Any]) -> int:
+def count_in(state: dict[str, Any]) -> int:
     """The steps that a parameter's state has seen; state without a count is past its first step."""
     return int(np.max(state.get("step", 1)))  # DCTAdam counts for each number
+
+
+def _plain(x: Any) -> Any:
+    """An option, a NumPy array of one element as a number."""
+    return x.item() if isinstance(x, np.ndarray) and x.size == 1 else x
 
 
 def _scalar_slots(rule: Rule) -> set[str]:

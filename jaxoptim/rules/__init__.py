@@ -13,6 +13,7 @@ from jaxoptim.rules.dct_adam import DCTAdam as DCTAdam
 from jaxoptim.rules.lbfgs import LBFGS as LBFGS
 from jaxoptim.rules.muon import Muon as Muon
 from jaxoptim.rules.nadam import NAdam as NAdam
+from jaxoptim.rules.newton import Newton as Newton
 from jaxoptim.rules.radam import RAdam as RAdam
 from jaxoptim.rules.rmsprop import RMSprop as RMSprop
 from jaxoptim.rules.rprop import Rprop as Rprop

@@ -1,0 +1,3 @@
+"""Pyro's interfaces: ``from jaxoptim import pyro`` in place of ``import pyro``."""
+
+from jaxoptim.pyro import optim as optim

@@ -1,0 +1,122 @@
+"""From parameters, their values and states to the cells that hold them, without a compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import OptState, as_jax, init, trees
+from jaxoptim.core.numerics import placed_like
+from jaxoptim.optim.bucket import Cells, Contents, abstract_slots
+from jaxoptim.optim.storage import count_in
+from jaxoptim.pyro.optim.member import Member
+from jaxoptim.pyro.optim.together import Setting, Single, Stack
+
+
+class Rows:
+    """What cells hold of each parameter, read without a compiled program: in NumPy, large arrays excepted."""
+
+    def __init__(self, places: dict[str, tuple[Cells, int]]) -> None:
+        self._places = places
+        self._read: dict[int, Any] = {}
+
+    def of(self, member: Member, slots: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
+        """The value, the count of steps and the slots of a parameter."""
+        value, step, old = None, 0, dict[str, Any]()
+        if member.name in self._places:
+            cells, index = self._places[member.name]
+            whole = self._read.setdefault(id(cells), self._all(cells))
+            part = whole if isinstance(cells, Single) else jax.tree.map(lambda x: x[index], whole)
+            value = None if cells.params[index] is not member.param or index in cells.outdated else part[0]
+            step, old = int(part[1].step), part[1].slots
+        if member.assigned is not None:
+            step = count_in(member.assigned) if member.assigned else 0
+            old = {name: member.assigned[name] for name in slots if name in member.assigned}
+        return member.param.value if value is None else value, step, old
+
+    def _all(self, cells: Cells) -> Any:
+        contents = (cells.values, cells.state)
+        return contents if isinstance(cells, Single) else jax.tree.map(np.asarray, contents)
+
+
+def built(members: list[Member], rows: Rows) -> Callable[[], Cells]:
+    """Cells of these parameters; made at the end, when nothing can fail any more."""
+    first = members[0]
+    rule, struct = first.setting.rule, first.param.struct
+    slots = abstract_slots(rule, struct)
+    kept = [complete(member, slots, *rows.of(member, slots)) for member in members]
+    params, labels = [member.param for member in members], [member.name for member in members]
+    if isinstance(first.kind, tuple) and len(first.kind) == 2:
+        value, step, own = kept[0]
+        state = OptState(jnp.asarray(step, jnp.int32), jax.tree.map(as_jax, own), {})
+        contents, kind = Contents(as_jax(value), state), Single
+    else:
+        values, steps, every = zip(*kept, strict=True)
+        stacks = {name: None if like is None else _stack([s[name] for s in every]) for name, like in slots.items()}
+        state = OptState(jnp.asarray(np.array(steps, np.int32)), stacks, {})
+        whole = (_stack(values), state)
+        like = jax.ShapeDtypeStruct((), struct.dtype, sharding=first.sharding)
+        contents, kind = Contents(*jax.tree.map(lambda x: placed_like(x, like), whole)), Stack  # type: ignore[assignment]
+
+    def make() -> Cells:
+        cells = kind(labels, params, contents)
+        cells.names = list(slots)
+        return cells
+
+    return make
+
+
+def complete(
+    member: Member, slots: dict[str, Any], value: Any, step: int, given: dict[str, Any]
+) -> tuple[Any, int, dict[str, Any]]:
+    """A value, a count, and all slots of a rule."""
+    missing = [name for name, like in slots.items() if like is not None and given.get(name) is None]
+    new: dict[str, Any] = {}
+    if missing and member.step_type is None:
+        step = 0  # what torch counts by the presence of the slot alone starts anew
+    fresh = init(member.setting.rule, as_jax(value)).slots if missing and step else {}
+    for name, like in slots.items():
+        if like is None:
+            new[name] = None
+        elif name in missing:
+            new[name] = fresh[name] if fresh else np.zeros(like.shape, like.dtype)
+        else:
+            new[name] = given[name] if isinstance(given[name], jax.Array | np.ndarray) else np.asarray(given[name])
+            trees.check_shape(f"slot {name!r}", member.name, new[name], like)
+            new[name] = new[name].astype(like.dtype)
+    return value, step, new
+
+
+def _stack(arrays: Sequence[Any]) -> jax.Array:
+    return jnp.asarray(np.stack([np.asarray(x) for x in arrays]))
+
+
+def stacked(members: list[Member], cells: Cells) -> Setting:
+    """The settings of the parameters of some cells as one, whose leaves are arrays of numbers."""
+    settings = [member.setting for member in members]
+    if isinstance(cells, Single):
+        return settings[0]
+    leaves = [jax.tree.leaves(setting) for setting in settings]
+    numbers = np.array(leaves, np.float64).reshape(len(members), -1).T
+    return jax.tree.unflatten(jax.tree.structure(settings[0]), list(numbers))
+
+
+def factors_of(members: list[Member], cells: Cells) -> Any:
+    """What an option of each parameter is multiplied by at each step; None if nothing is."""
+    if members[0].decays is None:
+        return None
+    factors = [member.options[member.decays[1]] for member in members]  # type: ignore[index]
+    if all(isinstance(factor, float | int) and factor == 1 for factor in factors):
+        return None
+    numbers = np.array([float(np.asarray(factor).reshape(())) for factor in factors])
+    return float(numbers[0]) if isinstance(cells, Single) else numbers
+
+
+def step_of(cells: Cells, index: int) -> int:
+    """The count of steps of one parameter."""
+    step = cells.state.step  # type: ignore[union-attr]
+    return int(step if isinstance(cells, Single) else step[index])

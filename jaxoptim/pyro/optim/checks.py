@@ -1,0 +1,69 @@
+"""What a :class:`PyroOptim` is given, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from jaxoptim.core import trees
+from jaxoptim.optim.parameter import Parameter
+
+
+def listed(params: Iterable[Parameter]) -> list[Parameter]:
+    """Parameters as a list; raises for what is no collection."""
+    if isinstance(params, Parameter) or not isinstance(params, Iterable):
+        raise TypeError(f"A list of parameters is expected, but got {params!r}. Give optimizer([parameter]).")
+    return list(params)
+
+
+def check_name(param: Any) -> None:
+    """Raise for what is no parameter with a name."""
+    if not isinstance(param, Parameter):
+        raise TypeError(
+            f"Parameters are expected, jaxoptim.optim.Parameter(value, name), but one is {type(param).__name__}. For "
+            "arrays there is update(params, grads)."
+        )
+    if not isinstance(param.name, str):
+        raise ValueError(
+            f"A parameter of shape {param.shape} has no name, by which its options and state are found. "
+            "Give Parameter(value, name)."
+        )
+
+
+def check_same(param: Parameter, shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise for a value that cannot go on where the parameter of that name is."""
+    if param.shape != shape or param.dtype != dtype:
+        raise ValueError(
+            f"The parameter {param.name!r} has shape {shape} and dtype {dtype} now, but its state is of shape "
+            f"{param.shape} and dtype {param.dtype}. Take another name, or a new optimizer."
+        )
+
+
+def check_dict(what: str, name: str, given: Any) -> None:
+    """Raise for a function of the name that has returned no dict."""
+    if not isinstance(given, dict):
+        raise TypeError(
+            f"per-param {what} arg must return defaults dictionary, but for {name!r} the function returned {given!r}."
+        )
+
+
+def checked_update(params: Any, grads: Any) -> Mapping[str, Any]:
+    """Gradients by name, after checks of both dicts."""
+    for what, given in (("params", params), ("grads", grads)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"update takes dicts by the names of parameters, but {what} is {type(given).__name__}.")
+        for name, value in given.items():
+            if not isinstance(name, str):
+                raise TypeError(f"update takes dicts by the names of parameters, but {what} has the key {name!r}.")
+            if isinstance(value, jax.core.Tracer):
+                raise TypeError(
+                    f"update keeps state, so it cannot be compiled, but {what}[{name!r}] is traced. In a compiled "
+                    "function, use jaxoptim.transformation(optimizer), whose state you carry."
+                )
+    if missing := sorted(params.keys() - grads.keys()):
+        raise ValueError(f"grads has nothing for {missing[0]!r}. Give None where a value is to stay.")
+    if extra := sorted(grads.keys() - params.keys()):
+        raise ValueError(f"grads has {extra[0]!r}, which params lacks. The names are {', '.join(map(repr, params))}.")
+    return trees.owned_arrays(dict(grads))

@@ -1,0 +1,62 @@
+"""Clipping of one parameter's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
+
+from jaxoptim.core import Hyperparameters, OptionalNonNegative, rule, sparse
+from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype
+
+
+@rule
+class Clip(Hyperparameters):
+    r"""Clip a gradient: first its norm, then each number.
+
+    .. math::
+        g \leftarrow g \min\Bigl(1, \frac{c}{\lVert g \rVert_2 + 10^{-6}}\Bigr), \qquad
+        g \leftarrow \mathrm{clip}(g, -v, v)
+
+    Args:
+        clip_norm: :math:`c \ge 0`, a bound on the norm of this gradient alone (default None: no bound).
+        clip_value: :math:`v \ge 0`, a bound on each number (default None: no bound).
+
+    Errors:
+        ``ValueError`` for a bound that is negative or no number; ``TypeError`` when the numbers of a complex gradient
+        are to be bounded.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.pyro.optim.clipping import Clip
+        >>> clipped = Clip(clip_norm=1.0, clip_value=0.7).clipped(jnp.array([3.0, 4.0]))
+        >>> [round(x, 3) for x in clipped.tolist()]
+        [0.6, 0.7]
+    """
+
+    clip_norm: OptionalNonNegative = None
+    clip_value: OptionalNonNegative = None
+
+    def clipped(self, grad: Any) -> Any:
+        """The gradient within the bounds, in its dtype; the rows of a sparse one are summed first."""
+        if self.clip_norm is None and self.clip_value is None:
+            return grad
+        if isinstance(grad, BCOO):
+            rows, values = sparse.distinct_rows(grad)
+            return BCOO((self._clipped(values), rows[:, None]), shape=grad.shape)
+        return self._clipped(grad)
+
+    def _clipped(self, grad: jax.Array) -> jax.Array:
+        given = grad.dtype
+        grad = grad.astype(computing_dtype(given))
+        clip = self.cast(real_dtype(grad.dtype))
+        if clip.clip_norm is not None:
+            norm = jnp.sqrt(jnp.sum((grad * grad.conj()).real))
+            grad = grad * jnp.minimum(1, clip.clip_norm / (norm + 1e-6))
+        if clip.clip_value is not None:
+            if is_complex(grad):
+                raise TypeError("clip_value bounds real numbers, but the gradient is complex. Use clip_norm.")
+            grad = jnp.clip(grad, -clip.clip_value, clip.clip_value)
+        return grad.astype(given)

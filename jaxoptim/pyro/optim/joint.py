@@ -1,0 +1,248 @@
+"""Parameters by name, each with a torch-style optimizer of its own, which are all updated in one call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+from jaxoptim.core import OptState
+from jaxoptim.optim.bucket import Cells, Contents
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.program import RegroupNeeded, Rules
+from jaxoptim.pyro.optim import together
+from jaxoptim.pyro.optim.arrangement import Rows, built, factors_of, stacked, step_of
+from jaxoptim.pyro.optim.member import Member
+from jaxoptim.pyro.optim.together import Plan, Setting, Stack
+
+
+class Selection(NamedTuple):
+    """The cells that take part in a step.
+
+    Attributes:
+        cells: their numbers.
+        plan: what compiled programs know of them.
+        source: for each of their parameters the index of its gradient among those given, None for one that is not
+            updated.
+        masks: for each of the cells which parameters are updated, None if all are.
+        decaying: for each of the cells the parameters whose options decay, None if all do.
+    """
+
+    cells: tuple[int, ...]
+    plan: Plan
+    source: list[int | None]
+    masks: Any
+    decaying: Any
+
+
+class Joint:
+    """Parameters with optimizers of their own, in stacks of those that differ in numbers only.
+
+    Attributes:
+        members: by name.
+        written: whether an option was written since the last step.
+        moved: whether parameters have to find their places anew.
+        settings: of all cells.
+    """
+
+    def __init__(self) -> None:
+        self.members: dict[str, Member] = {}
+        self.written = self.moved = False
+        self._cells: list[Cells] = []
+        self._kinds: list[Hashable] = []
+        self._places: dict[str, tuple[Cells, int]] = {}
+        self.settings: list[Setting] = []
+        self._factors: list[Any] = []
+        self._lagging = False
+        self._rules: dict[tuple[int, ...], Rules] = {}
+        self._selections: dict[Any, Selection] = {}
+
+    def add(self, member: Member) -> None:
+        """Take a parameter in; it finds its place before the next step."""
+        self.members[member.name] = member
+        self.moved = True
+
+    def read_all(self) -> None:
+        """Read the values of all parameters, which is faster than one after the other."""
+        for cells in self._cells:
+            cells.read_all()
+
+    # State.
+
+    def state_of(self, member: Member) -> dict[str, Any]:
+        """The state of a parameter by torch's names; empty before its first step."""
+        if (place := self._places.get(member.name)) is None:
+            return {}
+        cells, index = place
+        step = step_of(cells, index)
+        if step == 0:
+            return {}
+        count: dict[str, Any] = {}
+        if member.step_type is not None:
+            count = {"step": step if member.step_type is int else jnp.asarray(step, jnp.float32)}
+        return count | cells.slots_of(index)
+
+    def pure(self, name: str) -> tuple[Setting, OptState | None]:
+        """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
+        self.settle()
+        cells, index = self._places[name]
+        at = self._cells.index(cells)
+        setting = self._decayed(at, None)
+        if isinstance(cells, Stack):
+            setting = jax.tree.map(lambda numbers: float(numbers[index]), setting)
+        started = step_of(cells, index) > 0
+        return setting, jax.tree.map(lambda x: cells._leaf(x, index), cells.state) if started else None
+
+    def write_decayed(self) -> None:
+        """Write into the groups what steps have made of their options."""
+        if not self._lagging:
+            return
+        self._lagging = False
+        for cells, setting, factor in zip(self._cells, self.settings, self._factors, strict=True):
+            if factor is None:
+                continue
+            for index, param in enumerate(cells.params):
+                member = self.members[str(param.name)]
+                if not member.written:
+                    target = member.decays[0]  # type: ignore[index]
+                    numbers = getattr(setting.rule, target)
+                    number: Any = float(numbers[index] if isinstance(cells, Stack) else numbers)
+                    if isinstance(old := member.options[target], jax.Array):
+                        number = jnp.full_like(old, number)
+                    member.become(target, number)
+
+    # A step.
+
+    def advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
+        """One step of these parameters; of those whose gradient is None only options decay."""
+        self.settle()
+        try:
+            self._advance(params, grads)
+        except RegroupNeeded:
+            for param, grad in zip(params, grads, strict=True):
+                self.members[str(param.name)].has_rows |= isinstance(grad, BCOO)
+            self._arrange()
+            self._advance(params, grads)
+
+    def _advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
+        missing = [grad is None for grad in grads]
+        selection = self.select(tuple([param.name for param in params]), tuple(missing) if any(missing) else None)
+        settings = self.decayed(selection)
+        if selection.masks is None:
+            ordered = [grads[index] for index in selection.source]  # type: ignore[index]
+        else:
+            rows = [param for at in selection.cells for param in self._cells[at].params]
+            ordered = [
+                _zeros(param.shape, param.dtype) if index is None else grads[index]
+                for param, index in zip(rows, selection.source, strict=True)
+            ]
+        contents = self.take(selection)
+        if contents:
+            rules = self.rules(selection, settings)
+            contents = together.advance(selection.plan, rules, contents, ordered, selection.masks)
+        self.put(selection, settings, contents)
+
+    def select(self, names: tuple[str | None, ...], missing: tuple[bool, ...] | None = None) -> Selection:
+        """The cells that take part in a step of these parameters, some of which may have no gradient."""
+        key = names, missing
+        if key not in self._selections:
+            given = {name: index for index, name in enumerate(names) if missing is None or not missing[index]}
+            cells = [at for at, of in enumerate(self._cells) if any(param.name in given for param in of.params)]
+            params = [[param.name for param in self._cells[at].params] for at in cells]
+            source = [given.get(name) for row in params for name in row]
+            partly = None in source
+            masks = tuple(np.array([name in given for name in row]) for row in params) if partly else None
+            stepped = set(names)
+            touched = [[param.name in stepped for param in of.params] for of in self._cells]
+            decaying = None if all(map(all, touched)) else [np.array(row) for row in touched]
+            plan = Plan([self._cells[at] for at in cells])
+            self._selections = dict(list(self._selections.items())[-64:])
+            self._selections[key] = Selection(tuple(cells), plan, source, masks, decaying)
+        return self._selections[key]
+
+    def decayed(self, selection: Selection) -> list[Setting]:
+        """The settings of all cells in the step that comes."""
+        if not any(factor is not None for factor in self._factors):
+            return self.settings
+        rows = selection.decaying
+        return [self._decayed(at, None if rows is None else rows[at]) for at in range(len(self._cells))]
+
+    def _decayed(self, at: int, rows: Any) -> Setting:
+        setting, factor = self.settings[at], self._factors[at]
+        if factor is None:
+            return setting
+        target = self.members[str(self._cells[at].params[0].name)].decays[0]  # type: ignore[index]
+        old = getattr(setting.rule, target)
+        new = old * factor if rows is None else np.where(rows, old * factor, old)
+        return setting._replace(rule=setting.rule.replace(**{target: new}))
+
+    def rules(self, selection: Selection, settings: Sequence[Setting]) -> Rules:
+        """Settings as compiled programs take them."""
+        if settings is not self.settings:
+            return Rules([settings[at] for at in selection.cells])
+        if selection.cells not in self._rules:
+            self._rules[selection.cells] = Rules([settings[at] for at in selection.cells])
+        return self._rules[selection.cells]
+
+    def take(self, selection: Selection) -> tuple[Contents, ...]:
+        """What a compiled program takes, and destroys."""
+        for at in selection.cells:
+            self._cells[at].keep_what_others_hold()
+        return tuple(self._cells[at].contents for at in selection.cells)
+
+    def put(self, selection: Selection, settings: list[Setting], contents: Sequence[Contents]) -> None:
+        """Put in what it has returned."""
+        for at, new in zip(selection.cells, contents, strict=True):
+            self._cells[at].replace(new)
+        self._lagging |= settings is not self.settings
+        self.settings = settings
+
+    # Places.
+
+    def settle(self) -> None:
+        """Bring cells and settings up to date with options, states and values that were assigned."""
+        if self.moved or self.written:
+            self._arrange()
+        for cells in self._cells:
+            if cells.outdated:
+                cells.update_outdated()
+
+    def _arrange(self) -> None:
+        """Put those parameters into one stack whose settings differ in numbers only."""
+        self.write_decayed()
+        kinds: dict[Hashable, list[Member]] = {}
+        for member in self.members.values():
+            kinds.setdefault(member.kind, []).append(member)
+        rows = Rows(self._places)
+        made: list[tuple[Cells, Contents] | Callable[[], Cells]] = []
+        for kind, members in kinds.items():
+            old = self._places[members[0].name][0] if members[0].name in self._places else None
+            same = old is not None and old.params == tuple(member.param for member in members)
+            if same and self._kinds[self._cells.index(old)] == kind and all(m.assigned is None for m in members):  # type: ignore[arg-type]
+                made.append(functools.partial(_same, old))
+            else:
+                made.append(built(members, rows))
+        self._cells = [make() for make in made]  # type: ignore[operator]
+        self._kinds = list(kinds)
+        self._places = {str(p.name): (cells, i) for cells in self._cells for i, p in enumerate(cells.params)}
+        self.settings = [stacked(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
+        self._factors = [factors_of(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
+        self._rules.clear()
+        self._selections.clear()
+        for member in self.members.values():
+            member.assigned = None
+        self.moved = self.written = False
+
+
+def _same(cells: Any) -> Cells:
+    return cells
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros(shape, dtype)

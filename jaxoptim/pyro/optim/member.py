@@ -1,0 +1,163 @@
+"""One parameter of many: its options, and where its torch-style optimizer keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxoptim.optim.optimizer import Optimizer
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.state import State
+from jaxoptim.optim.storage import Group, Storage
+from jaxoptim.pyro.optim.clipping import Clip
+from jaxoptim.pyro.optim.together import Setting
+
+if TYPE_CHECKING:
+    from jaxoptim.pyro.optim.joint import Joint
+
+_MAX_SIZE = 16384
+"""Larger arrays stay by themselves, as in :func:`jaxoptim.pack`: to copy them would cost more than it saves."""
+
+
+class Options(dict[str, Any]):
+    """The group of one parameter, which says when an option is written."""
+
+    def __init__(self, group: Group, written: Callable[[], None]) -> None:
+        super().__init__(group)
+        self._written = written
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self._written()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._written()
+
+    def __ior__(self, other: Any) -> Options:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    # By way of the two above.
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class Member(Storage):
+    """One parameter of a :class:`Joint`: where its torch-style optimizer keeps it.
+
+    Args:
+        joint: what it belongs to.
+        param: the parameter.
+        optimizer: an optimizer of this parameter alone, which moves in here.
+        clip: how the gradient is clipped.
+    """
+
+    def __init__(self, joint: Joint, param: Parameter, optimizer: Optimizer, clip: Clip) -> None:
+        old = optimizer._storage
+        self.written = True
+        super().__init__(old.rule, old.step_type, old.fixed)
+        self.joint, self.param, self.optimizer, self.clip = joint, param, optimizer, clip
+        self.assigned: dict[str, Any] | None = old.state_of(param) or None
+        self.groups, self.forest, self.is_list = old.groups, old.forest, old.is_list
+        self.decays: tuple[str, str] | None = optimizer.decays
+        self.has_rows = False
+        self.subsample: Any = None
+        self.sharding = param.value.sharding
+        self._setting: Setting | None = None
+        optimizer._storage, optimizer._state = self, State(self)
+
+    @property
+    def groups(self) -> list[Group]:
+        """The group of the parameter, as of now."""
+        self.joint.write_decayed()
+        return self._groups
+
+    @groups.setter
+    def groups(self, groups: list[Group]) -> None:
+        self._groups: list[Group] = [Options(group, self._write) for group in groups]
+        self._write()
+
+    def _write(self) -> None:
+        self.written = True
+        if "joint" in vars(self):
+            self.joint.written = True
+
+    def become(self, name: str, value: Any) -> None:
+        """Write what steps have made of an option, which they know already."""
+        dict.__setitem__(self.options, name, value)
+        self._setting = None
+
+    @property
+    def options(self) -> Group:
+        """The options, without what the last steps have made of them."""
+        return self._groups[0]
+
+    @property
+    def setting(self) -> Setting:
+        """The rule of the current options, and the clipping."""
+        if self.written or self._setting is None:
+            self._setting = Setting(self.rule_of(self.options), self.clip)
+            self.written = False
+        return self._setting
+
+    @property
+    def kind(self) -> Hashable:
+        """What parameters have in common that stand in one stack."""
+        setting, param = self.setting, self.param
+        leaves = jax.tree.leaves(setting)
+        alone = self.has_rows or setting.rule.sparse == "required" or np.prod(param.shape) > _MAX_SIZE
+        if alone or not all(isinstance(leaf, float) for leaf in leaves) or len(self.sharding.device_set) > 1:
+            return (jax.tree.structure(setting), param)
+        return (jax.tree.structure(setting), param.shape, param.dtype, self.sharding)
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter."""
+        return str(self.param.name)
+
+    def move_to(self, param: Parameter) -> None:
+        """Go on with another parameter."""
+        self.assigned = self.state_of(self.param)
+        self._groups = [Options(dict(self.options, params=[param]), self._write)]
+        self.param, self.forest, self.sharding = param, [[param]], param.value.sharding
+        self._write()
+        self.joint.moved = True
+
+    # What the torch-style optimizer asks for.
+
+    def has_state(self, param: Parameter) -> bool:
+        """Whether ``state`` has an entry for the parameter."""
+        return bool(self.state_of(param))
+
+    def state_of(self, param: Parameter) -> dict[str, Any]:
+        """The state by torch's names, a new dict."""
+        if param is not self.param:
+            return {}
+        return dict(self.assigned) if self.assigned is not None else self.joint.state_of(self)
+
+    def states(self) -> dict[Parameter, dict[str, Any]]:
+        """The state, if there is some."""
+        return {self.param: state} if (state := self.state_of(self.param)) else {}
+
+    def set_state(self, param: Parameter, state: dict[str, Any]) -> None:
+        """Give the parameter another state, from the next step on."""
+        if param is self.param:
+            self.assigned = state
+            self.joint.moved = True
+
+    def settle(self) -> None:
+        """Refuse: a step is made by the whole."""
+        raise TypeError(
+            "This optimizer is one of many in a PyroOptim, which makes the steps of all. Call it with a list of "
+            "parameters, or its update(params, grads)."
+        )

@@ -1,0 +1,297 @@
+"""Optimizers that are given the loss and not its gradient, and that share one evaluation of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from jaxoptim import rules
+from jaxoptim.core import Hyperparameters, init, transformation, trees
+from jaxoptim.core.sparse import rows_of
+from jaxoptim.optim.optimizer import Optimizer
+from jaxoptim.optim.program import Rules
+from jaxoptim.pyro.optim import parts as steps
+from jaxoptim.pyro.optim.evaluation import Evaluation
+from jaxoptim.pyro.optim.horovod import HorovodOptimizer
+from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, checked, differentiated, values_of
+from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
+from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
+from jaxoptim.pyro.optim.parts import Owned, Part
+from jaxoptim.pyro.optim.together import advanced
+from jaxoptim.pyro.optim.torch_style import TorchStyle
+
+
+class PyroMultiOptimizer(Compiled):
+    """A :class:`PyroOptim` in the interface of :class:`MultiOptimizer`.
+
+    Args:
+        optim: makes the steps; options, clipping, state and schedules are its.
+
+    Attributes:
+        optim: as given.
+
+    Errors:
+        ``TypeError`` for anything but a :class:`PyroOptim`.
+
+    Example:
+        >>> from jaxoptim.optim import Parameter
+        >>> from jaxoptim.pyro import optim
+        >>> params = {"x": Parameter(3.0, "x")}
+        >>> optimizer = optim.multi.PyroMultiOptimizer(optim.SGD({"lr": 0.5}))
+        >>> float(optimizer.step(lambda values: values["x"] ** 2, params)), float(params["x"].value)
+        (9.0, 0.0)
+    """
+
+    def __init__(self, optim: PyroOptim) -> None:
+        if not isinstance(optim, PyroOptim):
+            raise TypeError(f"Expected a PyroOptim object but got a {type(optim)}")
+        self.optim = optim
+
+    def step(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Params,
+        *args: Any,
+        has_aux: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> Any:
+        """See :meth:`MultiOptimizer.step`."""
+        if not isinstance(self.optim, HorovodOptimizer):
+            return super().step(loss_fn, params, *args, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
+        params, args = checked(params), trees.owned_arrays(args)
+        loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
+        self.optim.advance(list(params.values()), [grads[name] for name in params], skip_nonfinite)
+        return (loss, aux) if has_aux else loss
+
+    def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        new = {}
+        for name, value in evaluation.values.items():
+            setting, state = self.optim.pure(name, value)
+            state = init(setting.rule, value) if state is None else state
+            grad: Any = evaluation.grads[name]
+            grad = rows_of(grad) if setting.rule.sparse == "required" else grad
+            new[name], _ = advanced(setting, value, grad, state)
+        return new
+
+    def _open(self, params: Params) -> Part:
+        if isinstance(self.optim, HorovodOptimizer):
+            raise TypeError(
+                "A HorovodOptimizer reduces gradients between two compiled programs, so it cannot share one with other "
+                "optimizers. Give all parameters to it, or reduce the loss itself over the data."
+            )
+        return steps.joint_part(self.optim.joint_of(list(params.values())), tuple(params))
+
+
+class TorchMultiOptimizer(PyroMultiOptimizer):
+    """A torch-style class in the interface of :class:`MultiOptimizer`.
+
+    Args:
+        optim_constructor: see :class:`PyroOptim`.
+        optim_args: see :class:`PyroOptim`.
+
+    Example:
+        >>> from jaxoptim import optim
+        >>> from jaxoptim.pyro.optim.multi import TorchMultiOptimizer
+        >>> params = {"x": optim.Parameter(3.0, "x")}
+        >>> _ = TorchMultiOptimizer(optim.SGD, {"lr": 0.5}).step(lambda values: values["x"] ** 2, params)
+        >>> float(params["x"].value)
+        0.0
+    """
+
+    def __init__(self, optim_constructor: Constructor, optim_args: OptimArgs) -> None:
+        super().__init__(PyroOptim(optim_constructor, optim_args))
+
+
+class TransformationMultiOptimizer(Compiled):
+    """A rule, or an optax transformation, in the interface of :class:`MultiOptimizer`.
+
+    Args:
+        optimizer: an instance of a rule (``rules.Adam()``, ``rules.LBFGS()``, ...), whose numbers are data of the
+            compiled program; or a transformation, whose ``update`` gets ``value``, ``grad`` and ``value_fn``.
+
+    Errors:
+        ``TypeError`` for anything else.
+
+    Example:
+        >>> from jaxoptim import optim, rules
+        >>> from jaxoptim.pyro.optim.multi import TransformationMultiOptimizer
+        >>> params = {"x": optim.Parameter(3.0, "x")}
+        >>> _ = TransformationMultiOptimizer(rules.LBFGS()).step(lambda values: (values["x"] - 1) ** 2, params)
+        >>> round(float(params["x"].value), 3)
+        1.0
+    """
+
+    def __init__(self, optimizer: Hyperparameters | optax.GradientTransformation) -> None:
+        if not isinstance(optimizer, Hyperparameters | optax.GradientTransformation):
+            raise TypeError(f"Expected a rule or a transformation but got a {type(optimizer).__name__}")
+        self.optimizer = optimizer
+        self._owned = Owned()
+
+    def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        state = self._owned.state
+        state = self.transformation.init(evaluation.values) if state is None else state
+        return steps.updated(self.optimizer, evaluation, state)[0]
+
+    def _open(self, params: Params) -> Part:
+        return steps.transformation_part(self._owned, self.optimizer, params)
+
+    @property
+    def transformation(self) -> Any:
+        """The transformation."""
+        return transformation(self.optimizer) if isinstance(self.optimizer, Hyperparameters) else self.optimizer
+
+
+class Newton(Compiled):
+    """Newton's method on each parameter by itself: ``pyro.optim.multi.Newton``.
+
+    The equations are those of :func:`jaxoptim.newton_step`. Each parameter is a batch of problems along its last axis
+    (a scalar is one of length 1), and sees the others at their old values.
+
+    Args:
+        trust_radii: the radius of the trust region of each parameter, a dict by name; those that are left out take
+            plain Newton steps (default None: all).
+
+    Errors:
+        ``ValueError`` for a radius that is not positive, and, at a step, for one of a parameter that there is not.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.optim import Parameter
+        >>> from jaxoptim.pyro.optim.multi import Newton
+        >>> params = {"x": Parameter([3.0, -1.0], "x")}
+        >>> _ = Newton().step(lambda values: jnp.sum((values["x"] - 1) ** 2), params)
+        >>> params["x"].value.tolist()
+        [1.0, 1.0]
+    """
+
+    _second_order = True
+
+    def __init__(self, trust_radii: Mapping[str, Any] | None = None) -> None:
+        self.trust_radii = dict(trust_radii or {})
+        self._rule = rules.Newton(self.trust_radii)
+        self._owned = Owned()
+
+    def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        self._rule_for(evaluation.values)
+        return steps.newton_steps(evaluation, self.trust_radii)
+
+    def _open(self, params: Params) -> Part:
+        self._rule_for({name: param.struct for name, param in params.items()})
+        bucket = self._owned.taken(params, lambda values: None)
+        radii = {name: float(radius) for name, radius in self.trust_radii.items()}
+        return Part(steps.NewtonProgram(), Rules([radii]), bucket.contents, self._owned.put)
+
+    def _rule_for(self, params: Any) -> None:
+        """Raise for parameters that Newton's method cannot take, and for radii of others."""
+        transformation(self._rule).init(params)
+
+
+class MixedMultiOptimizer(Compiled):
+    """Several optimizers, each for some of the parameters: ``pyro.optim.multi.MixedMultiOptimizer``.
+
+    All of them see the old values of all parameters, in one evaluation of the loss. (In Pyro a part sees what those
+    before it have done, if it does not fail.)
+
+    Args:
+        parts: a list of ``(names, optimizer)``: a :class:`MultiOptimizer`, a :class:`PyroOptim`, a rule or a
+            transformation.
+
+    Attributes:
+        parts: a list of ``(names, multi-optimizer)``.
+
+    Errors:
+        ``ValueError`` for a name in two parts; at a step, for a parameter in no part; ``KeyError`` for a name that
+        there is no parameter of.
+
+    Example:
+        >>> from jaxoptim.optim import Parameter
+        >>> from jaxoptim.pyro import optim
+        >>> params = {"x": Parameter(3.0, "x"), "y": Parameter(2.0, "y")}
+        >>> mixed = optim.multi.MixedMultiOptimizer([(["x"], optim.SGD({"lr": 0.25})), (["y"], optim.multi.Newton())])
+        >>> _ = mixed.step(lambda values: values["x"] ** 2 + values["y"] ** 2, params)
+        >>> float(params["x"].value), float(params["y"].value)
+        (1.5, 0.0)
+    """
+
+    def __init__(self, parts: Iterable[tuple[Iterable[str], Any]]) -> None:
+        self.parts: list[tuple[list[str], MultiOptimizer]] = []
+        owners: dict[str, MultiOptimizer] = {}
+        for given, optimizer in parts:
+            if isinstance(given, str):
+                raise TypeError(f"A part is (list of names, optimizer), but the names are the string {given!r}.")
+            names, multi = list(given), as_multi_optimizer(optimizer)
+            if isinstance(multi, TorchStyle):
+                raise TypeError("A torch-style optimizer owns its parameters. Give PyroOptim(optim.Adam, options).")
+            for name in names:
+                if name in owners:
+                    raise ValueError(
+                        f"Attempted to optimize parameter '{name}' by two different optimizers: "
+                        f"{owners[name]} vs {multi}"
+                    )
+                owners[name] = multi
+            self.parts.append((names, multi))
+
+    def _needs_second(self) -> bool:
+        return any(isinstance(multi, Compiled) and multi._needs_second() for _, multi in self.parts)
+
+    def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
+        self._check_names(params)
+        shares = [multi._shares({name: params[name] for name in names}) for names, multi in self.parts if names]
+        return [share for of in shares for share in of]
+
+    def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        self._check_names(evaluation.values)
+        new: dict[str, jax.Array] = {}
+        for names, multi in self.parts:
+            its = evaluation.of(names)
+            new |= multi._new_values(its) if isinstance(multi, Compiled) else multi.get_step(its.loss_of, its.values)
+        return {name: new[name] for name in evaluation.values}
+
+    def _check_names(self, params: Mapping[str, Any]) -> None:
+        named = [name for names, _ in self.parts for name in names]
+        if missing := [name for name in named if name not in params]:
+            raise KeyError(
+                f"A part of MixedMultiOptimizer names {missing[0]!r}, but the parameters are "
+                f"{', '.join(map(repr, params)) or 'none'}."
+            )
+        if extra := [name for name in params if name not in named]:
+            raise ValueError(
+                f"The parameter {extra[0]!r} is in no part of MixedMultiOptimizer, so nothing would optimize it. The "
+                f"parts have {', '.join(map(repr, named)) or 'no names'}."
+            )
+
+
+def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:
+    """Any optimizer of this library in the interface of :class:`MultiOptimizer`.
+
+    Args:
+        optimizer: a :class:`MultiOptimizer` (as it is), a :class:`PyroOptim`, an instance of a rule, a
+            transformation, a torch-style optimizer, or a function that makes one of a dict of parameters.
+
+    Errors:
+        ``TypeError`` for anything else.
+
+    Example:
+        >>> from jaxoptim import rules
+        >>> from jaxoptim.pyro.optim.multi import as_multi_optimizer
+        >>> type(as_multi_optimizer(rules.Adam())).__name__
+        'TransformationMultiOptimizer'
+    """
+    if isinstance(optimizer, MultiOptimizer):
+        return optimizer
+    if isinstance(optimizer, PyroOptim):
+        return PyroMultiOptimizer(optimizer)
+    if isinstance(optimizer, rules.Newton):
+        return Newton(optimizer.trust_radii)
+    if isinstance(optimizer, Hyperparameters | optax.GradientTransformation):
+        return TransformationMultiOptimizer(optimizer)
+    if isinstance(optimizer, Optimizer) or callable(optimizer):
+        return TorchStyle(optimizer)
+    raise TypeError(
+        f"Expected an optimizer but got a {type(optimizer).__name__}. Allowed are a PyroOptim, a MultiOptimizer, an "
+        "instance of a rule such as rules.Adam(), an optax transformation, a torch-style optimizer, and a function "
+        "that makes one of a dict of parameters."
+    )

@@ -1,0 +1,183 @@
+"""What an optimizer is that is given the loss and not its gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import trees
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim import parts as steps
+from jaxoptim.pyro.optim.evaluation import Evaluation, Values, evaluated
+from jaxoptim.pyro.optim.parts import Part
+
+Params = Mapping[str, Parameter]
+
+
+class MultiOptimizer:
+    r"""The base of optimizers that differentiate the loss themselves: ``pyro.optim.multi.MultiOptimizer``.
+
+    .. math::
+        \theta \leftarrow \mathrm{get\_step}(L, \theta)
+
+    The loss is a function of a dict of named values, where Pyro takes the graph of one tensor. A subclass of your own
+    defines :meth:`get_step`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim.optim import Parameter
+        >>> from jaxoptim.pyro.optim.multi import MultiOptimizer
+        >>> class GradientDescent(MultiOptimizer):
+        ...     def get_step(self, loss_fn, params, *args):
+        ...         values = {name: jnp.asarray(getattr(p, "value", p)) for name, p in params.items()}
+        ...         grads = jax.grad(loss_fn)(values, *args)
+        ...         return {name: values[name] - 0.5 * grads[name] for name in values}
+        >>> params = {"x": Parameter(3.0, "x")}
+        >>> float(GradientDescent().step(lambda values: values["x"] ** 2, params)), float(params["x"].value)
+        (9.0, 0.0)
+    """
+
+    _second_order = False
+    """Whether :meth:`_new_values` needs second derivatives."""
+
+    def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
+        """The values after a step. Nothing is changed, state included; derivatives pass through.
+
+        Args:
+            loss_fn: ``loss_fn(values, *args)`` returns a real scalar; ``values`` is a dict of name to array.
+            params: a dict of name to parameter or array.
+            args: passed on to ``loss_fn``.
+
+        Returns:
+            A dict of the new values.
+
+        Errors:
+            ``NotImplementedError`` in a subclass that does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no get_step. Define it to return a dict of new values.")
+
+    def step(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Params,
+        *args: Any,
+        has_aux: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> Any:
+        """Update parameters in place once, all from one evaluation of the loss at their old values.
+
+        It is compiled once for each ``loss_fn`` and shapes of ``args``; pass one function again and again, and data as
+        arguments.
+
+        Args:
+            loss_fn: ``loss_fn(values, *args)`` returns a real scalar, or ``(scalar, aux)``; ``values`` is a dict of
+                name to array.
+            params: a dict of name to parameter.
+            args: pytrees of arrays.
+            has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
+            skip_nonfinite: leave parameters and state as they are if the loss or a gradient is not finite (default
+                False).
+
+        Returns:
+            The loss before the step, or ``(loss, aux)``.
+
+        Errors:
+            ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not
+            a scalar, and for a parameter whose name is not its key; what ``loss_fn`` raises. Nothing is changed then.
+        """
+        params, args = checked(params), trees.owned_arrays(args)
+        shares = self._shares(params)
+        parts, own = [], dict[str, Any]()
+        for optimizer, its in shares:
+            if isinstance(optimizer, Compiled):
+                parts.append((optimizer, its))
+            else:
+                own |= _own_step(optimizer, its, params, loss_fn, args, has_aux)
+        held = {name: params[name].value for name in own}
+        opened = [optimizer._open(its) for optimizer, its in parts]
+        result = steps.make_step(opened, loss_fn, args, held, has_aux, skip_nonfinite)
+        if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if has_aux else result))):
+            for name, value in own.items():
+                params[name].value = value
+        return result
+
+    def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
+        """Which optimizer updates which parameters."""
+        return [(self, params)]
+
+
+def _own_step(
+    optimizer: MultiOptimizer,
+    its: Params,
+    params: Params,
+    loss_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    has_aux: bool,
+) -> dict[str, Any]:
+    """The step of a user's class, which is not compiled: it may do anything."""
+    others = {name: param.value for name, param in params.items() if name not in its}
+
+    def loss_of(values: Values, *args: Any) -> Any:
+        result = loss_fn(others | dict(values), *args)
+        return result[0] if has_aux else result
+
+    new = optimizer.get_step(loss_of, its, *args)
+    if missing := [name for name in its if name not in new]:
+        raise ValueError(f"The get_step of {type(optimizer).__name__} has returned nothing for {missing[0]!r}.")
+    return {name: new[name] for name in its}
+
+
+class Compiled(MultiOptimizer):
+    """A multi-optimizer of this library, whose step is part of a compiled program."""
+
+    def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
+        """See :meth:`MultiOptimizer.get_step`."""
+        evaluation = evaluated(loss_fn, values_of(params), args, False, self._needs_second())
+        return self._new_values(evaluation)
+
+    def _needs_second(self) -> bool:
+        return self._second_order
+
+    def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        """The values after a step from an evaluation; a pure function of it."""
+        raise NotImplementedError
+
+    def _open(self, params: Params) -> Part:
+        """This optimizer's share of a compiled step."""
+        raise NotImplementedError
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "has_aux"))
+def differentiated(loss_fn: Callable[..., Any], has_aux: bool, values: dict[str, jax.Array], args: Any) -> Any:
+    """The loss, its auxiliary output and its gradients."""
+    evaluation = evaluated(loss_fn, values, args, has_aux, False)
+    return evaluation.loss, evaluation.aux, evaluation.grads
+
+
+def checked(params: Any) -> Params:
+    """A dict of parameters, each under its name; one without a name gets it."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"A dict of name to Parameter is expected, but got {type(params).__name__}.")
+    for name, param in params.items():
+        if not isinstance(param, Parameter):
+            raise TypeError(
+                f"A dict of name to Parameter is expected, but {name!r} is {type(param).__name__}. Give "
+                "Parameter(value, name), or call get_step, which takes arrays."
+            )
+        if param.name is None:
+            param.name = name
+        if param.name != name:
+            raise ValueError(f"The parameter under the key {name!r} is called {param.name!r}. Both must be equal.")
+    return params
+
+
+def values_of(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Parameters or arrays as arrays, not weakly typed."""
+    arrays = {name: jnp.asarray(p.value if isinstance(p, Parameter) else p) for name, p in params.items()}
+    for name, x in arrays.items():
+        trees.check_array("parameter", name, x)
+    return {name: jax.lax.convert_element_type(x, x.dtype) for name, x in arrays.items()}

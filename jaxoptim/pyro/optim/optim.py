@@ -1,0 +1,401 @@
+"""Pyro's optimizers: parameters by name, met while the program runs, each with options and a count of its own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim import checkpoint
+from jaxoptim.core import OptState, bound
+from jaxoptim.optim.lbfgs import LBFGS
+from jaxoptim.optim.optimizer import Optimizer
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed
+from jaxoptim.pyro.optim.clipping import Clip
+from jaxoptim.pyro.optim.evaluation import all_finite
+from jaxoptim.pyro.optim.joint import Joint
+from jaxoptim.pyro.optim.member import Member
+from jaxoptim.pyro.optim.together import Setting
+
+OptimArgs = Mapping[str, Any] | Callable[..., dict[str, Any]]
+"""Options for all parameters, or a function that makes those of one from its name."""
+Constructor = Callable[..., Optimizer]
+"""A torch-style class, or a function ``(params, **options) -> optimizer``."""
+
+_DIVIDER = "$$$"
+"""What Pyro puts between the names of a module and of its parameter."""
+
+
+def is_scheduler(optimizer: Any) -> bool:
+    """Whether an object schedules the learning rate of an optimizer.
+
+    Args:
+        optimizer: anything.
+
+    Returns:
+        True for a :class:`PyroLRScheduler` (where Pyro's function says False) and for a scheduler of
+        ``jaxoptim.optim.lr_scheduler``.
+
+    Example:
+        >>> from jaxoptim.pyro import optim
+        >>> optim.is_scheduler(optim.Adam({}))
+        False
+    """
+    return hasattr(optimizer, "optimizer")
+
+
+class PyroOptim:
+    r"""A torch-style optimizer for parameters that are met while the program runs: what ``pyro.optim.PyroOptim`` is.
+
+    Each parameter has options, state and a count of steps of its own, under its name, from its first step on:
+
+    .. math::
+        \theta_i, s_i \leftarrow
+        \mathrm{step}(\mathrm{rule}(\text{options of } i),\ \theta_i,\ \mathrm{clip}_i(g_i),\ s_i).
+
+    All of them are updated in one compiled call, in which options are data. Another set of known parameters needs no
+    other program (but for large arrays); new parameters, however many, need one.
+
+    Args:
+        optim_constructor: a class of ``jaxoptim.optim`` (or a function of ``params`` and options that returns one),
+            ``LBFGS`` excepted.
+        optim_args: its options, a dict; or a function of the parameter's name that returns a dict and is asked once
+            for each name. ``"$$$"`` in a name, Pyro's mark between a module and its parameter, comes as a dot. Of
+            two arguments, deprecated, it gets the module's name and the parameter's.
+        clip_args: how gradients are clipped, a dict with ``clip_norm`` (a bound on the norm of each parameter's
+            gradient, applied first) and ``clip_value`` (a bound on each number); or a function of the names of module
+            and parameter (default None: not at all). The parameter's ``grad`` is left as it is.
+
+    Attributes:
+        pt_optim_constructor: as given.
+        pt_optim_args: as given.
+        pt_clip_args: as given.
+
+    Errors:
+        ``TypeError`` for arguments of another kind; at the first step of a parameter, with its name, ``TypeError``
+        for an option or clipping that does not exist and ``ValueError`` for one out of range. A call that raises
+        leaves everything as it was.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.optim import Parameter
+        >>> from jaxoptim.pyro import optim
+        >>> loc, scale = Parameter(1.0, "loc"), Parameter(2.0, "scale")
+        >>> optimizer = optim.Adam(lambda name: {"lr": 0.5 if name == "loc" else 0.25}, {"clip_norm": 10.0})
+        >>> loc.grad, scale.grad = jnp.array(3.0), jnp.array(-1.0)
+        >>> optimizer([loc, scale])
+        >>> round(float(loc.value), 3), round(float(scale.value), 3)
+        (0.5, 2.25)
+    """
+
+    def __init__(
+        self, optim_constructor: Constructor, optim_args: OptimArgs, clip_args: OptimArgs | None = None
+    ) -> None:
+        if not callable(optim_constructor) or optim_constructor is LBFGS:
+            raise TypeError(
+                f"optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got {optim_constructor!r}."
+            )
+        clip_args = {} if clip_args is None else clip_args
+        for what, given in (("optim_args", optim_args), ("clip_args", clip_args)):
+            if not (callable(given) or isinstance(given, Mapping)):
+                raise TypeError(
+                    f"{what} must be function that returns defaults or a defaults dictionary, but got {given!r}. Give "
+                    "{'lr': 0.1}, or a function of the parameter's name that returns such a dict."
+                )
+        self.pt_optim_constructor = optim_constructor
+        self.pt_optim_args = optim_args
+        self.pt_clip_args = clip_args
+        self._joint = Joint()
+        self._asked: dict[str, tuple[dict[str, Any], Clip]] = {}
+        self._waiting: dict[str, Any] = {}
+        self._met: list[Parameter] = []
+        self._subsampled: list[Member] = []
+
+    @property
+    def optim_objs(self) -> Mapping[str, Any]:
+        """The torch-style optimizer of each parameter, by name.
+
+        What you write into its ``param_groups`` or ``state`` takes effect at the next step; it makes no steps itself.
+        """
+        return MappingProxyType({name: member.optimizer for name, member in self._joint.members.items()})
+
+    # Steps.
+
+    def __call__(self, params: Iterable[Parameter]) -> None:
+        """Update parameters once, each from its ``grad``.
+
+        Args:
+            params: parameters with names. One whose ``grad`` is None is left as it is. A new parameter under a known
+                name continues what that name has begun.
+
+        Errors:
+            ``TypeError`` for what is no parameter; ``ValueError`` for a parameter without a name, for two of one
+            name, and for one of another shape than the parameter of that name so far.
+
+        Example:
+            See :class:`PyroOptim`.
+        """
+        params = params if isinstance(params, list) else listed(params)
+        joint = self.joint_of(params)
+        self._advance(joint, params, [param.grad for param in params], False)
+
+    def update(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Update values by name: the same step without parameters that change.
+
+        Args:
+            params: a dict of name to array.
+            grads: a dict of name to gradient, None where a value is to stay.
+
+        Returns:
+            A dict of the new values. What was given is left as it is.
+
+        Errors:
+            ``ValueError`` for gradients of other names or shapes; ``TypeError`` inside a compiled function, where
+            there is ``jaxoptim.transformation(optimizer)``.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim.pyro import optim
+            >>> optimizer = optim.SGD({"lr": 0.5})
+            >>> optimizer.update({"loc": jnp.array(1.0)}, {"loc": jnp.array(3.0)})
+            {'loc': Array(-0.5, dtype=float32)}
+        """
+        grads = checked_update(params, grads)
+        known = {name: self._joint.members[name].param for name in params if name in self._joint.members}
+        cells = [known.get(name) or Parameter(value, name) for name, value in params.items()]
+        self._check_known(cells, params)
+        joint = self.joint_of(cells)
+        for cell, value in zip(cells, params.values(), strict=True):
+            if cell.name in known and cell.value is not value:
+                cell.value = value
+        self._advance(joint, cells, [grads[name] for name in params], False)
+        joint.read_all()
+        return {str(cell.name): cell.value for cell in cells}
+
+    def joint_of(self, params: list[Parameter]) -> Joint:
+        """What keeps parameters, these among them, for a step that others make too."""
+        if params != self._met:
+            self._meet(params)
+        self._settle_subsamples()
+        return self._joint
+
+    def pure(self, name: str, value: jax.Array) -> tuple[Setting, OptState | None]:
+        """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
+        return self._joint.pure(name) if name in self._joint.members else (self._setting(name, value), None)
+
+    def advance(self, params: list[Parameter], grads: list[Any], skip_nonfinite: bool = False) -> None:
+        """The step of parameters along gradients that were found elsewhere."""
+        self._advance(self.joint_of(params), params, grads, skip_nonfinite)
+
+    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> None:
+        if not (skip_nonfinite and not bool(all_finite(grads))):
+            joint.advance(params, grads)
+
+    def _settle_subsamples(self) -> None:
+        for member in self._subsampled:
+            if member.param.subsample is not member.subsample:
+                member.subsample = member.param.subsample
+                member.options["subsample"] = jax.tree.map(np.asarray, member.subsample)
+
+    def _check_known(self, cells: list[Parameter], params: Mapping[str, Any]) -> None:
+        for cell, value in zip(cells, params.values(), strict=True):
+            check_same(cell, jnp.shape(value), jnp.result_type(value))
+
+    def _meet(self, params: list[Parameter]) -> None:
+        """Take in the parameters that are new, or new under a known name; all of them or none."""
+        seen: dict[str, Parameter] = {}
+        for param in params:
+            check_name(param)
+            if seen.setdefault(str(param.name), param) is not param:
+                raise ValueError(
+                    f"Two of the parameters are called {param.name!r}. Parameters are told apart by their names."
+                )
+        if len(seen) != len(params):
+            raise ValueError("A parameter stands twice in the list. Give each once.")
+        members, new = self._joint.members, list[Member]()
+        for name, param in seen.items():
+            if name in members:
+                check_same(members[name].param, param.shape, param.dtype)
+            else:
+                new.append(self._member(name, param))
+        for member in new:
+            self._joint.add(member)
+            self._waiting.pop(member.name, None)
+            if "subsample" in member.options:
+                self._subsampled.append(member)
+        for name, param in seen.items():
+            if members[name].param is not param:
+                members[name].move_to(param)
+        self._met = list(params)
+
+    # From a name to an optimizer.
+
+    def _ask(self, name: str) -> tuple[dict[str, Any], Clip]:
+        """The options and the clipping of a name."""
+        if name not in self._asked:
+            module, _, own = name.partition(_DIVIDER)
+            pieces = (module, own or module)
+            options = self.pt_optim_args
+            if callable(options):
+                one = len(inspect.signature(options).parameters) == 1
+                options = options(name.replace(_DIVIDER, ".")) if one else options(*pieces)
+                check_dict("optim", name, options)
+            clip = self.pt_clip_args
+            if callable(clip):
+                clip = clip(*pieces)
+                check_dict("clip", name, clip)
+            what = f"clip_args of {name!r}: Clip"
+            self._asked[name] = (dict(options), Clip(**bound(what, inspect.signature(Clip), (), clip)))
+        return self._asked[name]
+
+    def _optimizer(self, name: str, param: Parameter) -> Optimizer:
+        """The torch-style optimizer of one parameter."""
+        options, _ = self._ask(name)
+        try:
+            optimizer = self.pt_optim_constructor([param], **options)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"The options of {name!r}, {options}, do not work: {error}") from error
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optim_constructor must make an optimizer of jaxoptim.optim, but made {type(optimizer).__name__}."
+            )
+        (group,) = optimizer.param_groups
+        if "dct_dim" in group and group["dct_dim"] is None and param.dct_dim is not None:
+            group["dct_dim"] = param.dct_dim
+            optimizer._storage.check_param(optimizer._storage.rule_of(group), name, param)
+        return optimizer
+
+    def _member(self, name: str, param: Parameter) -> Member:
+        """A parameter as it comes in, with the state that has been waiting for it."""
+        optimizer = self._optimizer(name, param)
+        if name in self._waiting:
+            self._load(name, optimizer, self._waiting[name])
+        return Member(self._joint, param, optimizer, self._ask(name)[1])
+
+    def _setting(self, name: str, like: Any) -> Setting:
+        """The setting of a parameter that has made no steps, which the pure face goes on with."""
+        with jax.ensure_compile_time_eval():
+            optimizer = self._optimizer(name, Parameter(np.zeros(like.shape, like.dtype), name))
+        (group,) = optimizer.param_groups
+        rule = optimizer._storage.rule_of(group).replace(**{option: group[option] for option in optimizer.fixed})
+        return Setting(rule, self._ask(name)[1])
+
+    # Saving and loading.
+
+    def get_state(self) -> dict[str, Any]:
+        """The state of all parameters.
+
+        Returns:
+            A dict of name to the state dict of its optimizer, in torch's layout; also those that wait for their
+            parameter (which Pyro leaves out).
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim.pyro import optim
+            >>> optimizer = optim.Adam({"lr": 0.5})
+            >>> _ = optimizer.update({"loc": jnp.array(1.0)}, {"loc": jnp.array(3.0)})
+            >>> sorted(optimizer.get_state()["loc"]["state"][0])
+            ['exp_avg', 'exp_avg_sq', 'step']
+        """
+        return {name: self._saved(name) for name in self._joint.members} | self._waiting
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`get_state` gave, here or in Pyro. Options come from it too.
+
+        Args:
+            state_dict: a dict of name to state. The state of a name that is not known yet waits for its parameter; that
+                of a known one takes effect at once (Pyro ignores it).
+
+        Errors:
+            ``TypeError`` for what is no dict of dicts; ``ValueError`` and ``KeyError`` for a state that does not fit
+            the parameter of that name. Nothing is changed then. The state that waits is checked when its parameter
+            comes.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim.pyro import optim
+            >>> old, new = optim.Adam({"lr": 0.5}), optim.Adam({})
+            >>> params = old.update({"loc": jnp.array(1.0)}, {"loc": jnp.array(3.0)})
+            >>> new.set_state(old.get_state())
+            >>> new.update(params, {"loc": jnp.array(3.0)})["loc"] == old.update(params, {"loc": jnp.array(3.0)})["loc"]
+            Array(True, dtype=bool)
+        """
+        if not isinstance(state_dict, Mapping) or not all(isinstance(of, Mapping) for of in state_dict.values()):
+            raise TypeError("set_state takes what get_state() gave: a dict of parameter name to state dict.")
+        known = [name for name in state_dict if name in self._joint.members]
+        before = {name: self._saved(name) for name in known}
+        try:
+            for name in known:
+                self._load(name, self._joint.members[name].optimizer, state_dict[name])
+        except BaseException:
+            for name in known:
+                self._load(name, self._joint.members[name].optimizer, before[name])
+            raise
+        self._waiting |= {name: state for name, state in state_dict.items() if name not in known}
+
+    def save(self, filename: str | os.PathLike[str]) -> None:
+        """Write :meth:`get_state` to a file, as ``jaxoptim.checkpoint.save`` does.
+
+        Args:
+            filename: the file.
+
+        Errors:
+            See ``jaxoptim.checkpoint.save``.
+        """
+        checkpoint.save(filename, self.get_state())
+
+    def load(self, filename: str | os.PathLike[str], map_location: Any = None) -> None:
+        """Read what :meth:`save` wrote, here or in Pyro, into :meth:`set_state`.
+
+        Args:
+            filename: the file. One of Pyro's is read by ``torch.load(weights_only=True)``, which needs torch.
+            map_location: passed on to ``torch.load``; without effect on files of this library (default None).
+
+        Errors:
+            See :meth:`set_state` and ``jaxoptim.checkpoint.load``; ``ImportError`` for a file of Pyro's without torch.
+        """
+        self.set_state(_from_pyro(filename, map_location) if _is_torch_file(filename) else checkpoint.load(filename))
+
+    def _saved(self, name: str) -> Any:
+        """The state of one parameter."""
+        return self._joint.members[name].optimizer.state_dict()
+
+    def _load(self, name: str, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Give an optimizer the state of one parameter."""
+        restored(name, optimizer, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        about = {name: vars(self)[name] for name in ("pt_optim_constructor", "pt_optim_args", "pt_clip_args")}
+        return about | {"state": self.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        PyroOptim.__init__(self, state["pt_optim_constructor"], state["pt_optim_args"], state["pt_clip_args"])
+        self._waiting = state["state"]
+
+
+def restored(name: str, owner: Any, state: Any) -> None:
+    """Load a state dict into an optimizer or a scheduler; what does not fit is told with the parameter's name."""
+    try:
+        owner.load_state_dict(state)
+    except (KeyError, ValueError, TypeError) as error:
+        raise type(error)(f"The state of {name!r} does not fit: {error.args[0] if error.args else error}") from error
+
+
+def _is_torch_file(filename: str | os.PathLike[str]) -> bool:
+    return zipfile.is_zipfile(filename)
+
+
+def _from_pyro(filename: str | os.PathLike[str], map_location: Any) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"{os.fspath(filename)} was written by Pyro, and needs torch to be read.") from error
+    return torch.load(filename, map_location=map_location, weights_only=True)

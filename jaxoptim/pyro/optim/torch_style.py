@@ -1,0 +1,85 @@
+"""Torch-style optimizers where a multi-optimizer is expected."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxoptim.core import trees
+from jaxoptim.optim.lbfgs import LBFGS
+from jaxoptim.optim.optimizer import Optimizer
+from jaxoptim.pyro.optim.evaluation import all_finite
+from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, checked, differentiated, values_of
+
+
+class TorchStyle(MultiOptimizer):
+    """A torch-style optimizer in the interface of :class:`MultiOptimizer`.
+
+    Args:
+        optimizer: an instance, whose parameters have the names of those that are optimized, and take their places in
+            the dict that :meth:`step` is given; or a function that makes one of a dict of parameters.
+
+    Errors:
+        ``TypeError`` for a function that makes something else; ``ValueError`` for other names.
+    """
+
+    def __init__(self, optimizer: Optimizer | Callable[[Params], Optimizer]) -> None:
+        self._make = (lambda params: optimizer) if isinstance(optimizer, Optimizer) else optimizer
+        self._optimizer: Optimizer | None = None
+        self._losses: dict[Any, Callable[..., Any]] = {}
+
+    def step(
+        self,
+        loss_fn: Callable[..., Any],
+        params: Params,
+        *args: Any,
+        has_aux: bool = False,
+        skip_nonfinite: bool = False,
+    ) -> Any:
+        """See :meth:`MultiOptimizer.step`. Of L-BFGS no step is skipped: it stops at what is not finite by itself."""
+        params, args = checked(params), trees.owned_arrays(args)
+        optimizer = self._prepared(params)
+        leaves = jax.tree.leaves(optimizer._storage.tree())
+        names = tuple(str(param.name) for param in leaves)
+        loss_of = self._losses.setdefault((loss_fn, names), functools.partial(_loss_of_tree, loss_fn, names))
+        if not skip_nonfinite or isinstance(optimizer, LBFGS):
+            return optimizer.minimize(loss_of, *args, has_aux=has_aux)
+        loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
+        if bool(all_finite((loss, grads))):
+            optimizer.step(jax.tree.unflatten(jax.tree.structure(optimizer._storage.tree()), map(grads.get, names)))
+        return (loss, aux) if has_aux else loss
+
+    def _prepared(self, params: Params) -> Optimizer:
+        """The optimizer, of exactly these parameters."""
+        if self._optimizer is None:
+            optimizer = self._make(params)
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(
+                    "The optimizer is a function, so it should make a torch-style optimizer of a dict of parameters, "
+                    f"but made {type(optimizer).__name__}. Give lambda params: optim.Adam(params, lr=0.1)."
+                )
+            self._optimizer = optimizer
+        own = {str(param.name): param for param in self._optimizer._storage.parameters()}
+        if own.keys() - params.keys():
+            name = sorted(own.keys() - params.keys())[0]
+            raise ValueError(
+                f"The optimizer has a parameter {name!r}, but the loss is of {', '.join(map(repr, params))}."
+            )
+        for name, param in params.items():
+            if name not in own:
+                if self._make(params) is self._optimizer:
+                    raise ValueError(
+                        f"The optimizer has no parameter {name!r}. It has {', '.join(map(repr, own))}. Give a function "
+                        "that makes the optimizer: lambda params: optim.Adam(params, lr=0.1)."
+                    )
+                self._optimizer.add_param_group({"params": {name: param}})
+            elif own[name] is not param and isinstance(params, dict):
+                params[name] = own[name]
+        return self._optimizer
+
+
+def _loss_of_tree(loss_fn: Callable[..., Any], names: tuple[str, ...], tree: Any, *args: Any) -> Any:
+    return loss_fn(dict(zip(names, jax.tree.leaves(tree), strict=True)), *args)
