@@ -97,23 +97,13 @@ def _stack(arrays: Sequence[Any]) -> jax.Array:
 
 def stacked(members: list[Member], cells: Cells) -> Setting:
     """The settings of the parameters of some cells as one, whose leaves are arrays of numbers."""
-    settings = [member.setting for member in members]
+    steps = np.asarray(cells.state.step).reshape(-1)  # type: ignore[union-attr]
+    settings = [member.setting_since(int(step)) for member, step in zip(members, steps, strict=True)]
     if isinstance(cells, Single):
         return settings[0]
     leaves = [jax.tree.leaves(setting) for setting in settings]
     numbers = np.array(leaves, np.float64).reshape(len(members), -1).T
     return jax.tree.unflatten(jax.tree.structure(settings[0]), list(numbers))
-
-
-def factors_of(members: list[Member], cells: Cells) -> Any:
-    """What an option of each parameter is multiplied by at each step; None if nothing is."""
-    if members[0].decays is None:
-        return None
-    factors = [member.options[member.decays[1]] for member in members]  # type: ignore[index]
-    if all(isinstance(factor, float | int) and factor == 1 for factor in factors):
-        return None
-    numbers = np.array([float(np.asarray(factor).reshape(())) for factor in factors])
-    return float(numbers[0]) if isinstance(cells, Single) else numbers
 
 
 def step_of(cells: Cells, index: int) -> int:

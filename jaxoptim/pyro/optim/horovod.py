@@ -67,8 +67,8 @@ class HorovodOptimizer(PyroOptim):
         super().__init__(pyro_optim.pt_optim_constructor, pyro_optim.pt_optim_args, pyro_optim.pt_clip_args)
         self.op, self.axis_name = op, axis_name
 
-    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> None:
-        super()._advance(joint, params, self._reduced(params, grads), skip_nonfinite)
+    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> bool:
+        return super()._advance(joint, params, self._reduced(params, grads), skip_nonfinite)
 
     def _reduced(self, params: Sequence[Parameter], grads: Sequence[Any]) -> list[Any]:
         """The gradients of all replicas as one."""

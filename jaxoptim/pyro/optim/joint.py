@@ -16,7 +16,7 @@ from jaxoptim.optim.bucket import Cells, Contents
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim import together
-from jaxoptim.pyro.optim.arrangement import Rows, built, factors_of, stacked, step_of
+from jaxoptim.pyro.optim.arrangement import Rows, built, stacked, step_of
 from jaxoptim.pyro.optim.member import Member
 from jaxoptim.pyro.optim.together import Plan, Setting, Stack
 
@@ -30,14 +30,12 @@ class Selection(NamedTuple):
         source: for each of their parameters the index of its gradient among those given, None for one that is not
             updated.
         masks: for each of the cells which parameters are updated, None if all are.
-        decaying: for each of the cells the parameters whose options decay, None if all do.
     """
 
     cells: tuple[int, ...]
     plan: Plan
     source: list[int | None]
     masks: Any
-    decaying: Any
 
 
 class Joint:
@@ -47,7 +45,6 @@ class Joint:
         members: by name.
         written: whether an option was written since the last step.
         moved: whether parameters have to find their places anew.
-        settings: of all cells.
     """
 
     def __init__(self) -> None:
@@ -56,8 +53,7 @@ class Joint:
         self._cells: list[Cells] = []
         self._kinds: list[Hashable] = []
         self._places: dict[str, tuple[Cells, int]] = {}
-        self.settings: list[Setting] = []
-        self._factors: list[Any] = []
+        self._settings: list[Setting] = []
         self._lagging = False
         self._rules: dict[tuple[int, ...], Rules] = {}
         self._selections: dict[Any, Selection] = {}
@@ -65,6 +61,12 @@ class Joint:
     def add(self, member: Member) -> None:
         """Take a parameter in; it finds its place before the next step."""
         self.members[member.name] = member
+        self.moved = True
+
+    def remove(self, name: str) -> None:
+        """Let a parameter go, which keeps its value."""
+        param = self.members.pop(name).param
+        param.value = param.value
         self.moved = True
 
     def read_all(self) -> None:
@@ -91,30 +93,25 @@ class Joint:
         """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
         self.settle()
         cells, index = self._places[name]
-        at = self._cells.index(cells)
-        setting = self._decayed(at, None)
+        setting = self._settings[self._cells.index(cells)]
         if isinstance(cells, Stack):
             setting = jax.tree.map(lambda numbers: float(numbers[index]), setting)
         started = step_of(cells, index) > 0
         return setting, jax.tree.map(lambda x: cells._leaf(x, index), cells.state) if started else None
 
-    def write_decayed(self) -> None:
+    def write_faded(self) -> None:
         """Write into the groups what steps have made of their options."""
         if not self._lagging:
             return
         self._lagging = False
-        for cells, setting, factor in zip(self._cells, self.settings, self._factors, strict=True):
-            if factor is None:
-                continue
-            for index, param in enumerate(cells.params):
-                member = self.members[str(param.name)]
-                if not member.written:
-                    target = member.decays[0]  # type: ignore[index]
-                    numbers = getattr(setting.rule, target)
-                    number: Any = float(numbers[index] if isinstance(cells, Stack) else numbers)
-                    if isinstance(old := member.options[target], jax.Array):
-                        number = jnp.full_like(old, number)
-                    member.become(target, number)
+        for cells, setting in zip(self._cells, self._settings, strict=True):
+            if (fading := setting.fading) is not None:
+                steps = np.asarray(cells.state.step).reshape(-1) - fading.since  # type: ignore[union-attr]
+                numbers = getattr(setting.rule, fading.option) * np.asarray(fading.factor.rate) ** steps
+                for param, number in zip(cells.params, numbers, strict=True):
+                    member = self.members[str(param.name)]
+                    if not member.written:
+                        member.become(fading.option, float(number))
 
     # A step.
 
@@ -132,7 +129,6 @@ class Joint:
     def _advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
         missing = [grad is None for grad in grads]
         selection = self.select(tuple([param.name for param in params]), tuple(missing) if any(missing) else None)
-        settings = self.decayed(selection)
         if selection.masks is None:
             ordered = [grads[index] for index in selection.source]  # type: ignore[index]
         else:
@@ -143,9 +139,11 @@ class Joint:
             ]
         contents = self.take(selection)
         if contents:
-            rules = self.rules(selection, settings)
-            contents = together.advance(selection.plan, rules, contents, ordered, selection.masks)
-        self.put(selection, settings, contents)
+            contents = together.advance(selection.plan, self.rules(selection), contents, ordered, selection.masks)
+        self.put(selection, contents)
+        for param, absent in zip(params, missing, strict=True) if any(missing) else ():
+            if absent:
+                self.members[str(param.name)].decay()
 
     def select(self, names: tuple[str | None, ...], missing: tuple[bool, ...] | None = None) -> Selection:
         """The cells that take part in a step of these parameters, some of which may have no gradient."""
@@ -157,36 +155,15 @@ class Joint:
             source = [given.get(name) for row in params for name in row]
             partly = None in source
             masks = tuple(np.array([name in given for name in row]) for row in params) if partly else None
-            stepped = set(names)
-            touched = [[param.name in stepped for param in of.params] for of in self._cells]
-            decaying = None if all(map(all, touched)) else [np.array(row) for row in touched]
             plan = Plan([self._cells[at] for at in cells])
             self._selections = dict(list(self._selections.items())[-64:])
-            self._selections[key] = Selection(tuple(cells), plan, source, masks, decaying)
+            self._selections[key] = Selection(tuple(cells), plan, source, masks)
         return self._selections[key]
 
-    def decayed(self, selection: Selection) -> list[Setting]:
-        """The settings of all cells in the step that comes."""
-        if not any(factor is not None for factor in self._factors):
-            return self.settings
-        rows = selection.decaying
-        return [self._decayed(at, None if rows is None else rows[at]) for at in range(len(self._cells))]
-
-    def _decayed(self, at: int, rows: Any) -> Setting:
-        setting, factor = self.settings[at], self._factors[at]
-        if factor is None:
-            return setting
-        target = self.members[str(self._cells[at].params[0].name)].decays[0]  # type: ignore[index]
-        old = getattr(setting.rule, target)
-        new = old * factor if rows is None else np.where(rows, old * factor, old)
-        return setting._replace(rule=setting.rule.replace(**{target: new}))
-
-    def rules(self, selection: Selection, settings: Sequence[Setting]) -> Rules:
+    def rules(self, selection: Selection) -> Rules:
         """Settings as compiled programs take them."""
-        if settings is not self.settings:
-            return Rules([settings[at] for at in selection.cells])
         if selection.cells not in self._rules:
-            self._rules[selection.cells] = Rules([settings[at] for at in selection.cells])
+            self._rules[selection.cells] = Rules([self._settings[at] for at in selection.cells])
         return self._rules[selection.cells]
 
     def take(self, selection: Selection) -> tuple[Contents, ...]:
@@ -195,12 +172,11 @@ class Joint:
             self._cells[at].keep_what_others_hold()
         return tuple(self._cells[at].contents for at in selection.cells)
 
-    def put(self, selection: Selection, settings: list[Setting], contents: Sequence[Contents]) -> None:
+    def put(self, selection: Selection, contents: Sequence[Contents]) -> None:
         """Put in what it has returned."""
         for at, new in zip(selection.cells, contents, strict=True):
             self._cells[at].replace(new)
-        self._lagging |= settings is not self.settings
-        self.settings = settings
+        self._lagging = True
 
     # Places.
 
@@ -214,7 +190,7 @@ class Joint:
 
     def _arrange(self) -> None:
         """Put those parameters into one stack whose settings differ in numbers only."""
-        self.write_decayed()
+        self.write_faded()
         kinds: dict[Hashable, list[Member]] = {}
         for member in self.members.values():
             kinds.setdefault(member.kind, []).append(member)
@@ -230,8 +206,7 @@ class Joint:
         self._cells = [make() for make in made]  # type: ignore[operator]
         self._kinds = list(kinds)
         self._places = {str(p.name): (cells, i) for cells in self._cells for i, p in enumerate(cells.params)}
-        self.settings = [stacked(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
-        self._factors = [factors_of(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
+        self._settings = [stacked(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
         self._rules.clear()
         self._selections.clear()
         for member in self.members.values():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core import Decay
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Group, Storage
 from jaxoptim.pyro.optim.clipping import Clip
-from jaxoptim.pyro.optim.together import Setting
+from jaxoptim.pyro.optim.together import Fading, Setting
 
 if TYPE_CHECKING:
     from jaxoptim.pyro.optim.joint import Joint
@@ -69,7 +72,7 @@ class Member(Storage):
         self.joint, self.param, self.optimizer, self.clip = joint, param, optimizer, clip
         self.assigned: dict[str, Any] | None = old.state_of(param) or None
         self.groups, self.forest, self.is_list = old.groups, old.forest, old.is_list
-        self.decays: tuple[str, str] | None = optimizer.decays
+        self._decays: tuple[str, str] | None = optimizer.decays
         self.has_rows = False
         self.subsample: Any = None
         self.sharding = param.value.sharding
@@ -79,7 +82,7 @@ class Member(Storage):
     @property
     def groups(self) -> list[Group]:
         """The group of the parameter, as of now."""
-        self.joint.write_decayed()
+        self.joint.write_faded()
         return self._groups
 
     @groups.setter
@@ -92,10 +95,17 @@ class Member(Storage):
         if "joint" in vars(self):
             self.joint.written = True
 
-    def become(self, name: str, value: Any) -> None:
+    def become(self, name: str, value: float) -> None:
         """Write what steps have made of an option, which they know already."""
-        dict.__setitem__(self.options, name, value)
+        old = self.options[name]
+        dict.__setitem__(self.options, name, jnp.full_like(old, value) if isinstance(old, jax.Array) else value)
         self._setting = None
+
+    def decay(self) -> None:
+        """Let options decay without a step: what happens to a parameter whose gradient is None."""
+        if self.setting.fading is not None:
+            group, (option, factor) = self.groups[0], self._decays  # type: ignore[misc]
+            group[option] = group[option] * group[factor]
 
     @property
     def options(self) -> Group:
@@ -104,11 +114,21 @@ class Member(Storage):
 
     @property
     def setting(self) -> Setting:
-        """The rule of the current options, and the clipping."""
+        """The rule of the current options, and the clipping, as they are for a parameter without any steps."""
         if self.written or self._setting is None:
-            self._setting = Setting(self.rule_of(self.options), self.clip)
+            fading = None
+            if self._decays is not None and (factor := self.options[self._decays[1]]) != 1:
+                fading = Fading(self._decays[0], Decay.of(float(factor)), 0.0)
+            self._setting = Setting(self.rule_of(self.options), self.clip, fading)
             self.written = False
         return self._setting
+
+    def setting_since(self, step: int) -> Setting:
+        """The same for a parameter that has made some steps."""
+        setting = self.setting
+        if setting.fading is None:
+            return setting
+        return setting._replace(fading=dataclasses.replace(setting.fading, since=float(step)))
 
     @property
     def kind(self) -> Hashable:

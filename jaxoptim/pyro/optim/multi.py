@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxoptim import rules
@@ -63,7 +64,8 @@ class PyroMultiOptimizer(Compiled):
             return super().step(loss_fn, params, *args, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
         params, args = checked(params), trees.owned_arrays(args)
         loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
-        self.optim.advance(list(params.values()), [grads[name] for name in params], skip_nonfinite)
+        taken = self.optim.advance(list(params.values()), [grads[name] for name in params], skip_nonfinite)
+        loss = loss if taken else jnp.full_like(loss, jnp.nan)
         return (loss, aux) if has_aux else loss
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
@@ -82,7 +84,8 @@ class PyroMultiOptimizer(Compiled):
                 "A HorovodOptimizer reduces gradients between two compiled programs, so it cannot share one with other "
                 "optimizers. Give all parameters to it, or reduce the loss itself over the data."
             )
-        return steps.joint_part(self.optim.joint_of(list(params.values())), tuple(params))
+        joint, undo = self.optim.joined(list(params.values()))
+        return steps.joint_part(joint, tuple(params), undo)
 
 
 class TorchMultiOptimizer(PyroMultiOptimizer):
@@ -131,9 +134,8 @@ class TransformationMultiOptimizer(Compiled):
         self._owned = Owned()
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
-        state = self._owned.state
-        state = self.transformation.init(evaluation.values) if state is None else state
-        return steps.updated(self.optimizer, evaluation, state)[0]
+        state = steps.grown(self._owned.state, self.transformation.init(evaluation.values))
+        return steps.updated(self.optimizer, evaluation, evaluation.values, state)[0]
 
     def _open(self, params: Params) -> Part:
         return steps.transformation_part(self._owned, self.optimizer, params)
@@ -182,7 +184,7 @@ class Newton(Compiled):
         self._rule_for({name: param.struct for name, param in params.items()})
         bucket = self._owned.taken(params, lambda values: None)
         radii = {name: float(radius) for name, radius in self.trust_radii.items()}
-        return Part(steps.NewtonProgram(), Rules([radii]), bucket.contents, self._owned.put)
+        return Part(steps.NewtonProgram(tuple(params)), Rules([radii]), bucket.contents, self._owned.put)
 
     def _rule_for(self, params: Any) -> None:
         """Raise for parameters that Newton's method cannot take, and for radii of others."""

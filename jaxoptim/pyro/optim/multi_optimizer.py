@@ -83,7 +83,7 @@ class MultiOptimizer:
                 False).
 
         Returns:
-            The loss before the step, or ``(loss, aux)``.
+            The loss before the step, nan if it was skipped, or ``(loss, aux)``.
 
         Errors:
             ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not

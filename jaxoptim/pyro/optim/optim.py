@@ -144,8 +144,7 @@ class PyroOptim:
             See :class:`PyroOptim`.
         """
         params = params if isinstance(params, list) else listed(params)
-        joint = self.joint_of(params)
-        self._advance(joint, params, [param.grad for param in params], False)
+        self.advance(params, [param.grad for param in params])
 
     def update(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Update values by name: the same step without parameters that change.
@@ -172,45 +171,49 @@ class PyroOptim:
         known = {name: self._joint.members[name].param for name in params if name in self._joint.members}
         cells = [known.get(name) or Parameter(value, name) for name, value in params.items()]
         self._check_known(cells, params)
-        joint = self.joint_of(cells)
         for cell, value in zip(cells, params.values(), strict=True):
             if cell.name in known and cell.value is not value:
                 cell.value = value
-        self._advance(joint, cells, [grads[name] for name in params], False)
-        joint.read_all()
+        self.advance(cells, [grads[name] for name in params])
+        self._joint.read_all()
         return {str(cell.name): cell.value for cell in cells}
 
-    def joint_of(self, params: list[Parameter]) -> Joint:
-        """What keeps parameters, these among them, for a step that others make too."""
-        if params != self._met:
-            self._meet(params)
-        self._settle_subsamples()
-        return self._joint
+    def joined(self, params: list[Parameter]) -> tuple[Joint, Callable[[], None]]:
+        """What keeps parameters, these among them, for a step; and a function for when that fails."""
+        undo = self._meet(params) if params != self._met else _nothing
+        for member in self._subsampled:
+            if member.param.subsample is not member.subsample:
+                member.subsample = member.param.subsample
+                member.options["subsample"] = jax.tree.map(np.asarray, member.subsample)
+        return self._joint, undo
 
     def pure(self, name: str, value: jax.Array) -> tuple[Setting, OptState | None]:
         """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
         return self._joint.pure(name) if name in self._joint.members else (self._setting(name, value), None)
 
-    def advance(self, params: list[Parameter], grads: list[Any], skip_nonfinite: bool = False) -> None:
-        """The step of parameters along gradients that were found elsewhere."""
-        self._advance(self.joint_of(params), params, grads, skip_nonfinite)
+    def advance(self, params: list[Parameter], grads: list[Any], skip_nonfinite: bool = False) -> bool:
+        """The step of parameters along gradients that were found elsewhere; whether it was taken."""
+        joint, undo = self.joined(params)
+        try:
+            return self._advance(joint, params, grads, skip_nonfinite)
+        except BaseException:
+            undo()
+            raise
 
-    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> None:
-        if not (skip_nonfinite and not bool(all_finite(grads))):
+    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> bool:
+        taken = not skip_nonfinite or bool(all_finite(grads))
+        if taken:
             joint.advance(params, grads)
-
-    def _settle_subsamples(self) -> None:
-        for member in self._subsampled:
-            if member.param.subsample is not member.subsample:
-                member.subsample = member.param.subsample
-                member.options["subsample"] = jax.tree.map(np.asarray, member.subsample)
+        return taken
 
     def _check_known(self, cells: list[Parameter], params: Mapping[str, Any]) -> None:
         for cell, value in zip(cells, params.values(), strict=True):
             check_same(cell, jnp.shape(value), jnp.result_type(value))
 
-    def _meet(self, params: list[Parameter]) -> None:
-        """Take in the parameters that are new, or new under a known name; all of them or none."""
+    def _meet(self, params: list[Parameter]) -> Callable[[], None]:
+        """Take in the parameters that are new, or new under a known name; all of them or none. What it returns lets
+        the new ones go.
+        """
         seen: dict[str, Parameter] = {}
         for param in params:
             check_name(param)
@@ -226,15 +229,25 @@ class PyroOptim:
                 check_same(members[name].param, param.shape, param.dtype)
             else:
                 new.append(self._member(name, param))
+        consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
         for member in new:
             self._joint.add(member)
-            self._waiting.pop(member.name, None)
-            if "subsample" in member.options:
-                self._subsampled.append(member)
         for name, param in seen.items():
             if members[name].param is not param:
                 members[name].move_to(param)
+        self._set_met(params)
+
+        def undo() -> None:
+            for member in new:
+                self._joint.remove(member.name)
+            self._waiting |= consumed
+            self._set_met([])
+
+        return undo
+
+    def _set_met(self, params: list[Parameter]) -> None:
         self._met = list(params)
+        self._subsampled = [member for member in self._joint.members.values() if "subsample" in member.options]
 
     # From a name to an optimizer.
 
@@ -379,6 +392,10 @@ class PyroOptim:
     def __setstate__(self, state: dict[str, Any]) -> None:
         PyroOptim.__init__(self, state["pt_optim_constructor"], state["pt_optim_args"], state["pt_clip_args"])
         self._waiting = state["state"]
+
+
+def _nothing() -> None:
+    """Undo nothing."""
 
 
 def restored(name: str, owner: Any, state: Any) -> None:

@@ -43,13 +43,15 @@ class Part(NamedTuple):
         program: what is compiled.
         data: its numbers.
         contents: values and state, which the step destroys.
-        close: takes the new ones, and whether the step was taken (None if it could not be skipped).
+        close: takes the new ones.
+        undo: takes back what was done for a step that fails.
     """
 
     program: Program
     data: Any
     contents: Any
-    close: Callable[[Any, Any], None]
+    close: Callable[[Any], None]
+    undo: Callable[[], None] = lambda: None
 
 
 def make_step(
@@ -75,9 +77,14 @@ def make_step(
     """
     programs = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
-    result, taken, new = _step(programs, loss_fn, has_aux, skip_nonfinite, data, contents, held, args)
+    try:
+        result, new = _step(programs, loss_fn, has_aux, skip_nonfinite, data, contents, held, args)
+    except BaseException:
+        for part in parts:
+            part.undo()
+        raise
     for part, its in zip(parts, new, strict=True):
-        part.close(its, taken)
+        part.close(its)
     return result
 
 
@@ -93,7 +100,7 @@ def _step(
     contents: tuple[Any, ...],
     held: dict[str, jax.Array],
     args: tuple[Any, ...],
-) -> tuple[Any, Any, tuple[Any, ...]]:
+) -> tuple[Any, tuple[Any, ...]]:
     values = dict(held)
     for program, its in zip(programs, contents, strict=True):
         values.update(program.values(its))
@@ -107,10 +114,11 @@ def _step(
         program.advanced(numbers, its, evaluation.of(program.values(its)))
         for program, numbers, its in zip(programs, data, contents, strict=True)
     )
-    taken = all_finite((loss, grads)) if skip_nonfinite else None
     if skip_nonfinite:
+        taken = all_finite((loss, grads))
         new = jax.tree.map(functools.partial(jnp.where, taken), new, contents)
-    return (loss, aux) if has_aux else loss, taken, new
+        loss = jnp.where(taken, loss, jnp.nan)
+    return (loss, aux) if has_aux else loss, new
 
 
 class JointProgram(Program):
@@ -134,18 +142,13 @@ class JointProgram(Program):
         return plan.advanced(settings, contents, grads, masks)
 
 
-def joint_part(joint: Joint, names: tuple[str, ...]) -> Part:
+def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None]) -> Part:
     """The share of parameters that are updated together."""
     joint.settle()
     selection = joint.select(names)
-    settings = joint.decayed(selection)
-
-    def close(contents: Any, taken: Any) -> None:
-        skipped = taken is not None and settings is not joint.settings and not bool(taken)
-        joint.put(selection, joint.settings if skipped else settings, contents)
-
-    data = (joint.rules(selection, settings), selection.masks)
-    return Part(JointProgram(selection.plan, names), data, joint.take(selection), close)
+    data = (joint.rules(selection), selection.masks)
+    close = functools.partial(joint.put, selection)
+    return Part(JointProgram(selection.plan, names), data, joint.take(selection), close, undo)
 
 
 class Owned:
@@ -155,20 +158,20 @@ class Owned:
         self._bucket: Bucket | None = None
 
     def taken(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Bucket:
-        """The values and the state, from now on kept here; state that is lacking is made by ``init``."""
-        cells, bucket = tuple(params.values()), self._bucket
-        if bucket is None or bucket.params != cells or bucket.labels != tuple(params):
+        """Values and state of these parameters and of all before; state that is lacking is made by ``init``."""
+        bucket = self._bucket
+        every = dict(params) if bucket is None else dict(zip(bucket.labels, bucket.params, strict=True)) | dict(params)
+        if bucket is None or bucket.params != tuple(every.values()):
             old = None if bucket is None else bucket.state
-            values = {name: param.value for name, param in params.items()}
-            state: Any = _grown(old, init(values))
-            bucket = self._bucket = Bucket({}, list(params), cells, 1, packed=False)
+            state: Any = grown(old, init({name: param.value for name, param in every.items()}))
+            bucket = self._bucket = Bucket({}, list(every), list(every.values()), 1, packed=False)
             bucket.state = state
         if bucket.outdated:
             bucket.update_outdated()
         bucket.keep_what_others_hold()
         return bucket
 
-    def put(self, contents: Contents, taken: Any) -> None:
+    def put(self, contents: Contents) -> None:
         """Put in what a step has returned."""
         if self._bucket is not None:
             self._bucket.replace(contents)
@@ -179,7 +182,7 @@ class Owned:
         return None if self._bucket is None else self._bucket.state
 
 
-def _grown(old: Any, fresh: Any) -> Any:
+def grown(old: Any, fresh: Any) -> Any:
     """A state for more parameters, with what is there already; a fresh one if it is of another shape."""
     kept = dict(jax.tree_util.tree_flatten_with_path(old)[0])
     leaves, treedef = jax.tree_util.tree_flatten_with_path(fresh)
@@ -188,31 +191,50 @@ def _grown(old: Any, fresh: Any) -> Any:
     return jax.tree.unflatten(treedef, [kept.get(path, leaf) for path, leaf in leaves])
 
 
-class TransformationProgram(Program):
-    """Parameters of which a transformation, or a rule, sees all."""
+class OwnedProgram(Program):
+    """Some of the parameters that an :class:`Owned` has."""
 
     def values(self, contents: Any) -> dict[str, jax.Array]:
-        """All of them."""
-        return dict(contents.values)
+        """Those that take part."""
+        return {name: contents.values[name] for name in self.content[0]}
+
+
+class TransformationProgram(OwnedProgram):
+    """Parameters of which a transformation, or a rule, sees all."""
 
     def advanced(self, data: Any, contents: Any, evaluation: Evaluation) -> Any:
         """One update; a rule of one array makes the exact step."""
-        values, (tx,) = contents.values, self.content
-        new, state = updated(tx if data is None else data.each()[0], evaluation, contents.state)
-        return Contents(type(values)((name, new[name]) for name in values), state)
+        _, tx = self.content
+        new, state = updated(tx if data is None else data.each()[0], evaluation, contents.values, contents.state)
+        return Contents(type(contents.values)((name, new[name]) for name in contents.values), state)
 
 
-def updated(optimizer: Any, evaluation: Evaluation, state: Any) -> tuple[dict[str, jax.Array], Any]:
-    """New values and state from a rule or a transformation."""
-    values, grads = evaluation.values, dict[str, Any](evaluation.grads)
+def updated(
+    optimizer: Any, evaluation: Evaluation, values: Mapping[str, jax.Array], state: Any
+) -> tuple[dict[str, jax.Array], Any]:
+    """New values and state from a rule or a transformation.
+
+    Parameters that the evaluation is not about have no gradient for a rule, and a gradient of zero for a transformation
+    of another library, which knows no missing ones.
+    """
+    values = dict(values)
+    grads: dict[str, Any] = {name: evaluation.grads.get(name) for name in values}
     if isinstance(optimizer, Rule):
         if optimizer.sparse == "required":
-            grads = {name: rows_of(grad) for name, grad in grads.items()}
+            grads = {name: None if grad is None else rows_of(grad) for name, grad in grads.items()}
         return step_of_rule(optimizer, values, grads, state)
-    tx = transformation(optimizer) if isinstance(optimizer, Hyperparameters) else optimizer
-    about = {"value": evaluation.loss, "grad": grads, "value_fn": evaluation.loss_of}
-    updates, state = optax.with_extra_args_support(tx).update(grads, state, values, **about)
-    return optax.apply_updates(values, updates), state
+    if isinstance(optimizer, Hyperparameters):
+        optimizer = transformation(optimizer)
+    else:
+        grads = {name: jnp.zeros_like(values[name]) if grad is None else grad for name, grad in grads.items()}
+
+    def value_fn(new: Mapping[str, jax.Array]) -> Any:
+        return evaluation.loss_of({name: new[name] for name in evaluation.values})
+
+    update = optax.with_extra_args_support(optimizer).update
+    updates, state = update(grads, state, values, value=evaluation.loss, grad=grads, value_fn=value_fn)
+    moved = {name: change for name, change in updates.items() if change is not None}
+    return values | optax.apply_updates({name: values[name] for name in moved}, moved), state
 
 
 def transformation_part(owned: Owned, optimizer: Any, params: Mapping[str, Parameter]) -> Part:
@@ -221,23 +243,18 @@ def transformation_part(owned: Owned, optimizer: Any, params: Mapping[str, Param
     tx = transformation(optimizer) if is_rule else optimizer
     bucket = owned.taken(params, tx.init)
     data = Rules([optimizer]) if is_rule else None
-    return Part(TransformationProgram(None if is_rule else tx), data, bucket.contents, owned.put)
+    return Part(TransformationProgram(tuple(params), None if is_rule else tx), data, bucket.contents, owned.put)
 
 
-class NewtonProgram(Program):
+class NewtonProgram(OwnedProgram):
     """Parameters each of which makes a Newton step of its own."""
 
     second_order = True
 
-    def values(self, contents: Any) -> dict[str, jax.Array]:
-        """All of them."""
-        return dict(contents.values)
-
     def advanced(self, data: Any, contents: Any, evaluation: Evaluation) -> Any:
         """See :func:`newton_steps`."""
         (radii,) = data.each()
-        new = newton_steps(evaluation, radii)
-        return Contents(type(contents.values)((name, new[name]) for name in contents.values), None)
+        return Contents(type(contents.values)(contents.values, **newton_steps(evaluation, radii)), None)
 
 
 def newton_steps(evaluation: Evaluation, radii: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import OptState, Rule, check_gradient, init, step
+from jaxoptim.core import Decay, OptState, Rule, check_gradient, init, step
 from jaxoptim.core.packing import join, read, split
 from jaxoptim.optim.bucket import Cells, Contents, Static
 from jaxoptim.optim.parameter import Parameter
@@ -22,11 +23,32 @@ Masks = tuple[Any, ...] | None
 """For each of some cells, which of its parameters are updated; None for all of all."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fading:
+    """An option that every step multiplies by another: ClippedAdam's rate.
+
+    Attributes:
+        option: its name.
+        factor: what it is multiplied by.
+        since: the count of steps at which it had the value that the rule says.
+    """
+
+    option: str = dataclasses.field(metadata={"static": True})
+    factor: Decay
+    since: Any
+
+    def at(self, rule: Rule, step: Any) -> Rule:
+        """The rule at a count of steps."""
+        return rule.replace(**{self.option: getattr(rule, self.option) * self.factor.power(step - self.since)})
+
+
 class Setting(NamedTuple):
     """What a parameter has of its own: its optimizer, and how its gradient is clipped. A pytree of numbers."""
 
     rule: Rule
     clip: Clip
+    fading: Fading | None = None
 
 
 def advanced(setting: Setting, param: Any, grad: Any, state: OptState) -> tuple[Any, OptState]:
@@ -34,9 +56,10 @@ def advanced(setting: Setting, param: Any, grad: Any, state: OptState) -> tuple[
 
     At its first step the slots are made here, so that a new parameter needs no program for that.
     """
-    fresh = init(setting.rule, param).slots
+    rule = setting.rule if setting.fading is None else setting.fading.at(setting.rule, state.step + 1)
+    fresh = init(rule, param).slots
     slots = jax.tree.map(lambda new, old: jnp.where(state.step == 0, new, old), fresh, state.slots)
-    return step(setting.rule, param, setting.clip.clipped(grad), state._replace(slots=slots))
+    return step(rule, param, setting.clip.clipped(grad), state._replace(slots=slots))
 
 
 class Single(Cells):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxoptim.core import trees
 from jaxoptim.optim.lbfgs import LBFGS
@@ -45,15 +46,18 @@ class TorchStyle(MultiOptimizer):
         leaves = jax.tree.leaves(optimizer._storage.tree())
         names = tuple(str(param.name) for param in leaves)
         loss_of = self._losses.setdefault((loss_fn, names), functools.partial(_loss_of_tree, loss_fn, names))
-        if not skip_nonfinite or isinstance(optimizer, LBFGS):
+        whole = set(names) == set(params)
+        if (whole and not skip_nonfinite) or isinstance(optimizer, LBFGS):
             return optimizer.minimize(loss_of, *args, has_aux=has_aux)
         loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
-        if bool(all_finite((loss, grads))):
+        if not skip_nonfinite or bool(all_finite((loss, grads))):
             optimizer.step(jax.tree.unflatten(jax.tree.structure(optimizer._storage.tree()), map(grads.get, names)))
+        else:
+            loss = jnp.full_like(loss, jnp.nan)
         return (loss, aux) if has_aux else loss
 
     def _prepared(self, params: Params) -> Optimizer:
-        """The optimizer, of exactly these parameters."""
+        """The optimizer, these parameters among its own."""
         if self._optimizer is None:
             optimizer = self._make(params)
             if not isinstance(optimizer, Optimizer):
@@ -63,11 +67,6 @@ class TorchStyle(MultiOptimizer):
                 )
             self._optimizer = optimizer
         own = {str(param.name): param for param in self._optimizer._storage.parameters()}
-        if own.keys() - params.keys():
-            name = sorted(own.keys() - params.keys())[0]
-            raise ValueError(
-                f"The optimizer has a parameter {name!r}, but the loss is of {', '.join(map(repr, params))}."
-            )
         for name, param in params.items():
             if name not in own:
                 if self._make(params) is self._optimizer:

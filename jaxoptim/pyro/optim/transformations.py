@@ -50,8 +50,8 @@ def _by_name(optim: PyroOptim, /) -> optax.GradientTransformationExtraArgs:
         updates, new = {}, {}
         for name, grad in items(grads):
             param = None if params is None else params[name]
-            rule, clip = setting(name, grad if params is None else param)
-            updates[name], new[name] = update(rule, jax.tree.map(clip.clipped, grad), state[name], param)
+            its = setting(name, grad if params is None else param)
+            updates[name], new[name] = update(its.rule, jax.tree.map(its.clip.clipped, grad), state[name], param)
         return updates, new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,346 @@
+"""Stochastic variational inference with an object that keeps its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.infer.arguments import Arguments
+from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
+from jaxoptim.pyro.optim.multi import as_multi_optimizer
+
+_MANY = 16
+"""So many programs for other static arguments are more than one means to have."""
+
+_split = jax.jit(lambda key: tuple(jax.random.split(key)))
+
+
+class SVI:
+    r"""Stochastic variational inference: Pyro's ``SVI``, on models and guides of numpyro.
+
+    Each step splits the key, evaluates the loss and its gradient at the unconstrained parameters :math:`u`, and updates
+    them, in one compiled program:
+
+    .. math::
+        k, k' \leftarrow \mathrm{split}(k), \qquad
+        u \leftarrow u + \mathrm{optimizer}(\nabla_u\, \mathrm{loss}(k', T(u), \mathrm{model}, \mathrm{guide})).
+
+    Keys, losses and initial values are those of ``numpyro.infer.SVI`` with the same key. Unlike there, parameters are
+    made when model or guide first reach them, also in later steps, as in Pyro; a step updates those that it reaches.
+
+    Args:
+        model: a model of numpyro.
+        guide: a guide of numpyro, also an automatic one.
+        optim: a Pyro-style optimizer, a ``MultiOptimizer``, a rule, a transformation of optax, a torch-style optimizer
+            or a function that makes one of a dict of parameters.
+        loss: an ELBO of numpyro, or a function ``loss(model, guide, *args, **kwargs)``; see
+            :func:`differentiable_loss`.
+        key: a JAX key for initial values and draws (default ``jax.random.key(0)``).
+        skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the key (default False).
+
+    Attributes:
+        key: the key that the next step splits. Before the first call the one for the initial values.
+        params: a dict of the unconstrained :class:`~jaxoptim.optim.Parameter` by name; empty before the first call.
+            Trees have one for each array: ``decoder$params.Dense_0.kernel``.
+        mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
+            normalisation.
+
+    The arguments of model and guide are data where they are arrays or floats: another value, such as that of an
+    annealing factor, runs the same program. Ints, bools, strings, None, tuples of these and functions are static: each
+    combination compiles a program of its own. A count that changes from step to step goes in as a float or an array.
+
+    Errors:
+        ``TypeError`` for a loss that is no ELBO and no function, a key that is none, and an optimizer of another kind;
+        ``ImportError`` without numpyro. A call that raises leaves parameters, optimizer and key as they were.
+
+    Example:
+        >>> import jax, numpyro
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.infer import Trace_ELBO
+        >>> import jaxoptim
+        >>> from jaxoptim.pyro.infer import SVI
+        >>> def model(data):
+        ...     mean = numpyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("data", dist.Normal(mean, 1.0), obs=data)
+        >>> def guide(data):
+        ...     scale = numpyro.param("scale", 1.0, constraint=dist.constraints.positive)
+        ...     numpyro.sample("mean", dist.Normal(numpyro.param("loc", 0.0), scale))
+        >>> svi = SVI(model, guide, jaxoptim.rules.Adam(lr=0.02), Trace_ELBO(num_particles=10))
+        >>> losses = [svi.step(2.0) for _ in range(300)]
+        >>> {name: round(float(value), 1) for name, value in sorted(svi.get_params().items())}
+        {'loc': 1.0, 'scale': 0.7}
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Any,
+        loss: Any,
+        *,
+        key: jax.Array | None = None,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        for what, fn in (("model", model), ("guide", guide)):
+            if not callable(fn):
+                raise TypeError(f"The {what} must be a function of numpyro's statements, but got {type(fn).__name__}.")
+        self._model, self._guide, self._elbo = model, guide, as_elbo(loss)
+        self._multi = as_multi_optimizer(optim)
+        self.key = jax.random.key(0) if key is None else _checked_key(key)
+        self.params: dict[str, Parameter] = {}
+        self.mutable_state: dict[str, Any] = {}
+        self._skip_nonfinite = bool(skip_nonfinite)
+        self._begun = False
+        self._sites: dict[str, Site] = {}
+        self._programs: dict[Any, _Program] = {}
+        self._forms: dict[Any, Arguments] = {}
+
+    def step(self, /, *args: Any, **kwargs: Any) -> float:
+        """Make one step.
+
+        Args:
+            args: arguments of model and guide.
+            kwargs: keyword arguments of both.
+
+        Returns:
+            The loss before the update.
+
+        Errors:
+            ``TypeError`` for an argument that is neither array nor hashable, and a loss that is no scalar; what model,
+            guide and optimizer raise. A ``UserWarning`` when static arguments make many programs.
+        """
+        return float(self._advance(args, kwargs))
+
+    def evaluate_loss(self, /, *args: Any, **kwargs: Any) -> float:
+        """The loss that the next step begins with; parameters, key and mutable state stay as they are.
+
+        Args:
+            args: arguments of model and guide.
+            kwargs: keyword arguments of both.
+
+        Returns:
+            The loss.
+
+        Errors:
+            As :meth:`step`.
+        """
+        plan = self._plan(args, kwargs)
+        values = {name: param.value for name, param in plan.params.items()}
+        loss, _ = plan.program.evaluate(values, _split(plan.key)[1], plan.mutable, plan.traced)
+        self._commit(plan)
+        return float(loss)
+
+    def run(self, num_steps: int, /, *args: Any, progress_bar: bool = True, **kwargs: Any) -> jax.Array:
+        """Make many steps with the same arguments.
+
+        Args:
+            num_steps: how many, at least 1.
+            args: arguments of model and guide.
+            progress_bar: show one if tqdm is installed (default True).
+            kwargs: keyword arguments of both.
+
+        Returns:
+            The losses, an array of length ``num_steps``.
+
+        Errors:
+            ``ValueError`` for fewer than one step; as :meth:`step`. The steps before an error are made.
+        """
+        num_steps = operator.index(num_steps)
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, but got {num_steps}.")
+        losses: list[Any] = []
+        batch = max(num_steps // 20, 1)
+        with _progress_bar(num_steps, progress_bar) as bar:
+            for count in range(1, num_steps + 1):
+                losses.append(self._advance(args, kwargs))
+                if count % batch == 0:
+                    # A whole batch of losses comes to the host at once: nothing waits for a single step.
+                    losses[-batch:] = jax.device_get(losses[-batch:])
+                    if bar is not None:
+                        bar.set_postfix_str(f"loss {np.mean(losses[-batch:]):.4f}", refresh=False)
+                if bar is not None:
+                    bar.update()
+        return jnp.asarray(np.stack(jax.device_get(losses)))
+
+    def get_params(self) -> dict[str, Any]:
+        """The constrained parameters: what ``numpyro.infer.Predictive`` takes.
+
+        Returns:
+            A dict from the name of each ``param`` statement to its value, an array or a tree of arrays.
+
+        Errors:
+            ``ValueError`` before the first call, when no parameter is known.
+        """
+        if not self._begun:
+            raise ValueError(
+                "There are no parameters before model and guide have run. Call step or evaluate_loss first."
+            )
+        values = {name: param.value for name, param in self.params.items()}
+        return {name: site.value(values) for name, site in self._sites.items()}
+
+    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+        """One step, whose loss nobody waits for."""
+        plan = self._plan(args, kwargs)
+        key, step_key = _split(plan.key)
+        data = (step_key, plan.mutable, plan.traced)
+        if plan.params:
+            loss, mutable = self._multi.step(
+                plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
+            )
+            plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
+        else:
+            loss, mutable = plan.program.evaluate({}, *data)
+        if self._skip_nonfinite and mutable:
+            mutable = _kept_if_finite(loss, mutable, plan.mutable)
+        self._commit(plan)
+        self.key, self.mutable_state = key, mutable
+        return loss
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+        """What a call needs; nothing is changed until :meth:`_commit`."""
+        arguments = Arguments(args, kwargs)
+        program = self._programs.get(arguments.program)
+        plan = _Plan(self.key, arguments, dict(self.params), self._sites, self.mutable_state)
+        if program is None:
+            reached = self._reached(arguments)
+            if reached is None or not reached <= self._sites.keys() | self.mutable_state.keys():
+                found = self._found(args, kwargs)
+                plan.key = plan.key if self._begun else found.key
+                plan.all_params |= {name: Parameter(value, name) for name, value in found.values.items()}
+                plan.sites = found.sites | self._sites
+                plan.mutable = found.mutable | self.mutable_state
+                reached = set(found.sites)
+            sites = {name: site for name, site in plan.sites.items() if name in reached}
+            program = _Program(Objective(self._model, self._guide, self._elbo, sites, {}), arguments, sites)
+        plan.begin(program)
+        return plan
+
+    def _reached(self, arguments: Arguments) -> set[str] | None:
+        """The sites that other shapes of known arguments lead to, without any computation; None for new arguments."""
+        # An automatic guide keeps what it finds at its first run, which must not be traced.
+        if arguments.form not in self._forms:
+            return None
+        names: set[str] = set()
+        known = self._known()
+
+        def look(traced: Any) -> None:
+            found = discover(self._model, self._guide, self._elbo, self.key, *arguments.rebuilt(traced), known)
+            names.update(found.sites, found.mutable)
+
+        jax.eval_shape(look, arguments.traced)
+        return names
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovery:
+        """What model and guide reach, with initial values for what is new."""
+        # The next step draws from children of the key itself.
+        key = jax.random.fold_in(self.key, 1) if self._begun else self.key
+        return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known())
+
+    def _known(self) -> dict[str, Any]:
+        """The values of the sites that need no initial values any more."""
+        return (self.get_params() if self._begun else {}) | self.mutable_state
+
+    def _commit(self, plan: _Plan) -> None:
+        """Keep what a call that has succeeded found out."""
+        self.params.update(plan.all_params)
+        if plan.arguments.program in self._programs:
+            return
+        self._programs[plan.arguments.program] = plan.program
+        if plan.arguments.form not in self._forms:
+            self._forms[plan.arguments.form] = plan.arguments
+            self._warn_of_many()
+        self.key, self._sites, self.mutable_state, self._begun = plan.key, plan.sites, plan.mutable, True
+
+    def _warn_of_many(self) -> None:
+        """Warn once when static arguments make a program at each step."""
+        if len(self._forms) != _MANY:
+            return
+        values: dict[str, set[Any]] = {}
+        for arguments in self._forms.values():
+            for name, value in arguments.static().items():
+                values.setdefault(name, set()).add(value)
+        counts = {name: len(distinct) for name, distinct in values.items()}
+        name = max(counts, key=lambda name: counts[name], default="")
+        if counts.get(name, 0) > _MANY // 2:
+            warnings.warn(
+                f"SVI has compiled {_MANY} programs, because the static argument {name} had {counts[name]} values. "
+                "If it is a number that changes from step to step, pass it as a float or an array.",
+                stacklevel=5,
+            )
+
+
+class _Plan:
+    """One call in the making: what it runs, and what is to be kept when it succeeds."""
+
+    program: _Program
+    params: dict[str, Parameter]
+
+    def __init__(
+        self,
+        key: jax.Array,
+        arguments: Arguments,
+        all_params: dict[str, Parameter],
+        sites: dict[str, Site],
+        mutable: dict[str, Any],
+    ) -> None:
+        self.key, self.arguments, self.traced = key, arguments, arguments.traced
+        self.all_params, self.sites, self.mutable = all_params, sites, mutable
+
+    def begin(self, program: _Program) -> None:
+        """Choose the program and the parameters that it reaches."""
+        self.program = program
+        self.params = {name: self.all_params[name] for name in program.names}
+
+
+class _Program:
+    """The loss for one combination of static arguments, shapes and dtypes.
+
+    Args:
+        objective: the loss over all arguments.
+        arguments: of the first call.
+        sites: the parameters that these arguments lead to.
+    """
+
+    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site]) -> None:
+        self.names = [leaf for site in sites.values() for leaf in site.leaves]
+
+        def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
+            args, kwargs = arguments.rebuilt(traced)
+            return objective.with_mutable_state(params, mutable, key, *args, **kwargs)
+
+        self.loss_fn = loss_fn
+        self.evaluate = jax.jit(loss_fn)
+
+
+@jax.jit
+def _kept_if_finite(loss: jax.Array, new: Any, old: Any) -> Any:
+    """The new mutable state, or the old one where the step was skipped."""
+    return jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(loss), n, o), new, old)
+
+
+def _checked_key(key: Any) -> jax.Array:
+    """A JAX key; raises for anything else."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
+    if not (typed or raw):
+        raise TypeError(f"The key must be a JAX key, such as jax.random.key(0), but got {key!r}.")
+    return key
+
+
+def _progress_bar(total: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """A bar of tqdm, or None without it."""
+    if not wanted:
+        return contextlib.nullcontext()
+    try:
+        import tqdm
+    except ImportError:
+        return contextlib.nullcontext()
+    return tqdm.tqdm(total=total)
