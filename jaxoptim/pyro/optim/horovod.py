@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.flat import flatten, unflatten
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
 from jaxoptim.pyro.optim.optim import PyroOptim
 
@@ -67,10 +66,7 @@ class HorovodOptimizer(PyroOptim):
         super().__init__(pyro_optim.pt_optim_constructor, pyro_optim.pt_optim_args, pyro_optim.pt_clip_args)
         self.op, self.axis_name = op, axis_name
 
-    def _advance(self, joint: Joint, params: list[Parameter], grads: list[Any], skip_nonfinite: bool) -> bool:
-        return super()._advance(joint, params, self._reduced(params, grads), skip_nonfinite)
-
-    def _reduced(self, params: Sequence[Parameter], grads: Sequence[Any]) -> list[Any]:
+    def _reduced(self, params: list[Parameter], grads: list[Any]) -> list[Any]:
         """The gradients of all replicas as one."""
         stacked = [g for p, g in zip(params, grads, strict=True) if g is not None and jnp.ndim(g) == len(p.shape) + 1]
         if len({len(grad) for grad in stacked}) > 1:
