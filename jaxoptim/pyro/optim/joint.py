@@ -18,7 +18,7 @@ from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim import together
 from jaxoptim.pyro.optim.arrangement import Rows, built, stacked, step_of
 from jaxoptim.pyro.optim.member import Member
-from jaxoptim.pyro.optim.together import Plan, Setting, Single, Stack
+from jaxoptim.pyro.optim.together import Plan, Setting, Stack
 
 
 class Selection(NamedTuple):
@@ -115,21 +115,18 @@ class Joint:
 
     # A step.
 
-    def advance(self, params: Sequence[Parameter], grads: Sequence[Any], keep: bool = False) -> None:
-        """One step of these parameters; of those whose gradient is None only options decay.
-
-        With ``keep`` the values so far are not donated, which somebody is known to hold.
-        """
+    def advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
+        """One step of these parameters; of those whose gradient is None only options decay."""
         self.settle()
         try:
-            self._advance(params, grads, keep)
+            self._advance(params, grads)
         except RegroupNeeded:
             for param, grad in zip(params, grads, strict=True):
                 self.members[str(param.name)].has_rows |= isinstance(grad, BCOO)
             self._arrange()
-            self._advance(params, grads, keep)
+            self._advance(params, grads)
 
-    def _advance(self, params: Sequence[Parameter], grads: Sequence[Any], keep: bool) -> None:
+    def _advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
         missing = [grad is None for grad in grads]
         selection = self.select(tuple([param.name for param in params]), tuple(missing) if any(missing) else None)
         if selection.masks is None:
@@ -140,15 +137,9 @@ class Joint:
                 _zeros(param.shape, param.dtype) if index is None else grads[index]
                 for param, index in zip(rows, selection.source, strict=True)
             ]
-        cells = [self._cells[at] for at in selection.cells]
-        kept = tuple(of.values if keep and isinstance(of, Single) else None for of in cells)
-        contents: Sequence[Contents] = [
-            self._taken(of) if values is None else Contents(None, of.state)
-            for of, values in zip(cells, kept, strict=True)
-        ]
-        if cells:
-            data = (selection.plan, self.rules(selection), tuple(contents), kept, ordered, selection.masks)
-            contents = together.advance(*data)
+        contents = self.take(selection)
+        if contents:
+            contents = together.advance(selection.plan, self.rules(selection), contents, ordered, selection.masks)
         self.put(selection, contents)
         for param, absent in zip(params, missing, strict=True) if any(missing) else ():
             if absent:
@@ -177,11 +168,9 @@ class Joint:
 
     def take(self, selection: Selection) -> tuple[Contents, ...]:
         """What a compiled program takes, and destroys."""
-        return tuple(self._taken(self._cells[at]) for at in selection.cells)
-
-    def _taken(self, cells: Cells) -> Contents:
-        cells.keep_what_others_hold()
-        return cells.contents
+        for at in selection.cells:
+            self._cells[at].keep_what_others_hold()
+        return tuple(self._cells[at].contents for at in selection.cells)
 
     def put(self, selection: Selection, contents: Sequence[Contents]) -> None:
         """Put in what it has returned."""

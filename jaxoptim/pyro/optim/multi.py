@@ -64,9 +64,8 @@ class PyroMultiOptimizer(Compiled):
             return super().step(loss_fn, params, *args, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
         params, args = checked(params), trees.owned_arrays(args)
         loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
-        taken = self.optim.advance(
-            list(params.values()), [grads[name] for name in params], skip_nonfinite=skip_nonfinite
-        )
+        given = [grads[name] for name in params]
+        taken = self.optim.advance(list(params.values()), given, skip_nonfinite=skip_nonfinite)
         loss = loss if taken else jnp.full_like(loss, jnp.nan)
         return (loss, aux) if has_aux else loss
 

@@ -174,7 +174,7 @@ class PyroOptim:
         for cell, value in zip(cells, params.values(), strict=True):
             if cell.name in known and cell.value is not value:
                 cell.value = value
-        self.advance(cells, [grads[name] for name in params], keep=True)
+        self.advance(cells, [grads[name] for name in params])
         self._joint.read_all()
         return {str(cell.name): cell.value for cell in cells}
 
@@ -191,23 +191,20 @@ class PyroOptim:
         """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
         return self._joint.pure(name) if name in self._joint.members else (self._setting(name, value), None)
 
-    def advance(
-        self, params: list[Parameter], grads: list[Any], *, skip_nonfinite: bool = False, keep: bool = False
-    ) -> bool:
+    def advance(self, params: list[Parameter], grads: list[Any], *, skip_nonfinite: bool = False) -> bool:
         """The step of parameters along gradients that were found elsewhere; whether it was taken.
 
         Args:
             params: parameters with names.
             grads: a gradient for each, or None.
             skip_nonfinite: make no step if a gradient is not finite (default False).
-            keep: do not donate the values so far, which somebody is known to hold (default False).
         """
         joint, undo = self.joined(params)
         try:
             grads = self._reduced(params, grads)
             taken = not skip_nonfinite or bool(all_finite(grads))
             if taken:
-                joint.advance(params, grads, keep)
+                joint.advance(params, grads)
             return taken
         except BaseException:
             undo()

@@ -171,17 +171,11 @@ def _where(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="contents")
 def advance(
-    plan: Plan,
-    settings: Rules,
-    contents: tuple[Contents, ...],
-    kept: tuple[Any, ...],
-    grads: Sequence[Any],
-    masks: Masks,
+    plan: Plan, settings: Rules, contents: tuple[Contents, ...], grads: Sequence[Any], masks: Masks
 ) -> tuple[Contents, ...]:
-    """One step from gradients. ``kept`` has values that are not donated with the contents, None for those that are.
+    """One step from gradients.
 
     Errors:
         ``RegroupNeeded``, while tracing, for a sparse gradient in a stack; what ``check_gradient`` raises.
     """
-    whole = [its if values is None else Contents(values, its.state) for its, values in zip(contents, kept, strict=True)]
-    return plan.advanced(settings, whole, grads, masks)
+    return plan.advanced(settings, contents, grads, masks)
