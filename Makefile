@@ -24,6 +24,8 @@ bench: $(VENV)/.test
 	$(PYTHON) benchmarks/lbfgs.py
 	$(PYTHON) benchmarks/averaging.py
 	$(PYTHON) benchmarks/checkpoint.py
+	$(PYTHON) benchmarks/newton.py
+	$(PYTHON) benchmarks/pyro_optim.py
 
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, checkpoint, core, interop, optim, rules, schedules
+from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, schedules
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +20,11 @@ PUBLIC |= {f"averaging.{name}": value for name, value in vars(averaging).items()
 PUBLIC |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in ("save", "load")}
 INTEROP = ("to_torch", "load_state_dict", "from_torch", "to_torch_state_dict", "carry_over", "carry_back")
 PUBLIC |= {f"interop.torch.{name}": getattr(interop.torch, name) for name in INTEROP}
+PUBLIC |= {"interop.numpyro.to_numpyro": interop.numpyro.to_numpyro}
+PUBLIC |= {f"pyro.optim.{name}": value for name, value in vars(pyro.optim).items() if callable(value)}
+MULTI = "MultiOptimizer PyroMultiOptimizer TorchMultiOptimizer MixedMultiOptimizer Newton as_multi_optimizer"
+PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name in MULTI.split()}
+PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 

@@ -44,6 +44,9 @@ def is_scheduler(optimizer: Any) -> bool:
         True for a :class:`PyroLRScheduler` (where Pyro's function says False) and for a scheduler of
         ``jaxoptim.optim.lr_scheduler``.
 
+    Errors:
+        None.
+
     Example:
         >>> from jaxoptim.pyro import optim
         >>> optim.is_scheduler(optim.Adam({}))

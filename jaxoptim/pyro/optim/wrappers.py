@@ -17,7 +17,7 @@ def _optimizer(cls: type[optim.Optimizer]) -> Callable[..., PyroOptim]:
     def wrapper(optim_args: OptimArgs, clip_args: OptimArgs | None = None) -> PyroOptim:
         return PyroOptim(cls, optim_args, clip_args)
 
-    return _named(wrapper, cls.__name__, f"{cls.__name__} for named parameters: see :class:`PyroOptim`.")
+    return _named(wrapper, cls, PyroOptim, f"See :class:`PyroOptim`.\n\n    >>> optimizer = {cls.__name__}({{}})")
 
 
 def _scheduler(cls: type[lr_scheduler.LRScheduler]) -> Callable[..., PyroLRScheduler]:
@@ -26,12 +26,29 @@ def _scheduler(cls: type[lr_scheduler.LRScheduler]) -> Callable[..., PyroLRSched
     def wrapper(optim_args: Mapping[str, Any], clip_args: OptimArgs | None = None) -> PyroLRScheduler:
         return PyroLRScheduler(cls, optim_args, clip_args)
 
-    return _named(wrapper, cls.__name__, f"{cls.__name__} for named parameters: see :class:`PyroLRScheduler`.")
+    return _named(wrapper, cls, PyroLRScheduler, "See :class:`PyroLRScheduler`.")
 
 
-def _named(wrapper: Callable[..., Any], name: str, summary: str) -> Callable[..., Any]:
-    wrapper.__name__ = wrapper.__qualname__ = name
-    wrapper.__doc__ = f"{summary}\n\nArgs:\n    optim_args: its options.\n    clip_args: how gradients are clipped."
+def _named(wrapper: Callable[..., Any], cls: type, made: type, example: str) -> Callable[..., Any]:
+    wrapper.__name__ = wrapper.__qualname__ = cls.__name__
+    what = "options" if made is PyroOptim else "'optimizer', 'optim_args' and its options"
+    wrapper.__doc__ = f"""``{cls.__name__}`` for parameters that are met while the program runs.
+
+The mathematics and the options are those of :class:`{cls.__module__}.{cls.__name__}`.
+
+Args:
+    optim_args: {what}; see :class:`{made.__name__}`.
+    clip_args: how gradients are clipped (default None: not at all).
+
+Returns:
+    A :class:`{made.__name__}`.
+
+Errors:
+    Those of :class:`{made.__name__}`.
+
+Example:
+    {example}
+"""
     return wrapper
 
 
