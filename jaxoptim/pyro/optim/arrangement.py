@@ -98,12 +98,11 @@ def _stack(arrays: Sequence[Any]) -> jax.Array:
 def stacked(members: list[Member], cells: Cells) -> Setting:
     """The settings of the parameters of some cells as one, whose leaves are arrays of numbers."""
     steps = np.asarray(cells.state.step).reshape(-1)  # type: ignore[union-attr]
-    settings = [member.setting_since(int(step)) for member, step in zip(members, steps, strict=True)]
+    numbers = [member.numbers_since(int(step)) for member, step in zip(members, steps, strict=True)]
+    form = jax.tree.structure(members[0].setting)
     if isinstance(cells, Single):
-        return settings[0]
-    leaves = [jax.tree.leaves(setting) for setting in settings]
-    numbers = np.array(leaves, np.float64).reshape(len(members), -1).T
-    return jax.tree.unflatten(jax.tree.structure(settings[0]), list(numbers))
+        return jax.tree.unflatten(form, numbers[0])
+    return jax.tree.unflatten(form, list(np.array(numbers, np.float64).reshape(len(members), -1).T))
 
 
 def step_of(cells: Cells, index: int) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import OptState
+from jaxoptim.core import OptState, Rule
 from jaxoptim.optim.bucket import Cells, Contents
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
@@ -56,6 +56,7 @@ class Joint:
         self._settings: list[Setting] = []
         self._lagging = False
         self._rules: dict[tuple[int, ...], Rules] = {}
+        self._made: dict[Hashable, tuple[Rule, Any, list[Any]]] = {}
         self._selections: dict[Any, Selection] = {}
 
     def add(self, member: Member) -> None:
@@ -112,6 +113,17 @@ class Joint:
                     member = self.members[str(param.name)]
                     if not member.written:
                         member.become(fading.option, float(number))
+
+    def made_rule(self, member: Member) -> tuple[Rule, Any, list[Any]]:
+        """The rule of a member's options, its structure and its leaves; many have the same options."""
+        key = (member.rule, *[(type(option), option) for name, option in member.options.items() if name != "params"])
+        try:
+            if key not in self._made:
+                self._made = {} if len(self._made) > 4096 else self._made
+                self._made[key] = _taken_apart(member.rule_of(member.options))
+            return self._made[key]
+        except TypeError:  # an option that is not hashable, or none that there is, which making the rule tells
+            return _taken_apart(member.rule_of(member.options))
 
     # A step.
 
@@ -203,15 +215,21 @@ class Joint:
                 made.append(functools.partial(_same, old))
             else:
                 made.append(built(members, rows))
-        self._cells = [make() for make in made]  # type: ignore[operator]
+        before, self._cells = self._cells, [make() for make in made]  # type: ignore[operator]
         self._kinds = list(kinds)
         self._places = {str(p.name): (cells, i) for cells in self._cells for i, p in enumerate(cells.params)}
         self._settings = [stacked(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]
         self._rules.clear()
-        self._selections.clear()
+        if self._cells != before:
+            self._selections.clear()
         for member in self.members.values():
             member.assigned = None
         self.moved = self.written = False
+
+
+def _taken_apart(rule: Rule) -> tuple[Rule, Any, list[Any]]:
+    leaves, form = jax.tree.flatten(rule)
+    return rule, form, leaves
 
 
 def _same(cells: Any) -> Cells:

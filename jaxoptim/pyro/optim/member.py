@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxoptim.core import Decay
 from jaxoptim.optim.optimizer import Optimizer
@@ -77,6 +76,7 @@ class Member(Storage):
         self.subsample: Any = None
         self.sharding = param.value.sharding
         self._setting: Setting | None = None
+        self._form_of_clip = jax.tree.structure(clip)
         optimizer._storage, optimizer._state = self, State(self)
 
     @property
@@ -119,26 +119,26 @@ class Member(Storage):
             fading = None
             if self._decays is not None and (factor := self.options[self._decays[1]]) != 1:
                 fading = Fading(self._decays[0], Decay.of(float(factor)), 0.0)
-            self._setting = Setting(self.rule_of(self.options), self.clip, fading)
+            rule, form, numbers = self.joint.made_rule(self)
+            self._setting = Setting(rule, self.clip, fading)
+            self._form = (form, self._form_of_clip, fading is None)
+            self._numbers = [*numbers, *jax.tree.leaves((self.clip, fading))]
             self.written = False
         return self._setting
-
-    def setting_since(self, step: int) -> Setting:
-        """The same for a parameter that has made some steps."""
-        setting = self.setting
-        if setting.fading is None:
-            return setting
-        return setting._replace(fading=dataclasses.replace(setting.fading, since=float(step)))
 
     @property
     def kind(self) -> Hashable:
         """What parameters have in common that stand in one stack."""
-        setting, param = self.setting, self.param
-        leaves = jax.tree.leaves(setting)
-        alone = self.has_rows or setting.rule.sparse == "required" or np.prod(param.shape) > _MAX_SIZE
-        if alone or not all(isinstance(leaf, float) for leaf in leaves) or len(self.sharding.device_set) > 1:
-            return (jax.tree.structure(setting), param)
-        return (jax.tree.structure(setting), param.shape, param.dtype, self.sharding)
+        rule, param = self.setting.rule, self.param
+        alone = self.has_rows or rule.sparse == "required" or math.prod(param.shape) > _MAX_SIZE
+        if alone or not all(isinstance(x, float) for x in self._numbers) or len(self.sharding.device_set) > 1:
+            return (self._form, param)
+        return (self._form, param.shape, param.dtype, self.sharding)
+
+    def numbers_since(self, step: int) -> list[Any]:
+        """The leaves of the setting for a parameter that has made some steps."""
+        fading = self.setting.fading
+        return self._numbers if fading is None else [*self._numbers[:-1], float(step)]
 
     @property
     def name(self) -> str:
