@@ -125,7 +125,7 @@ class Optimizer(Hooked):
         self._storage = self.storage_class(self.rule, self.step_type, self.fixed)
         self._state = State(self._storage)
         self._prepare_hooks()
-        self._loss_functions = LossFunctions()
+        self._loss_functions = LossFunctions("minimize", "opt.minimize(loss_fn, batch)")
 
     # Parameters and their groups.
 

@@ -180,9 +180,15 @@ def _shape_of_numbers(x: Any) -> tuple[int, ...] | None:
 
 
 class LossFunctions:
-    """The last loss functions of one optimizer, each of which has its compiled program."""
+    """The last loss functions of one optimizer, each of which has its compiled program.
 
-    def __init__(self) -> None:
+    Args:
+        method: the name of the method that they are given to.
+        call: how to call it.
+    """
+
+    def __init__(self, method: str, call: str) -> None:
+        self._method, self._call = method, call
         self._known: list[Any] = []
 
     def check(self, loss_fn: Callable[..., Any]) -> None:
@@ -191,16 +197,16 @@ class LossFunctions:
             hash(loss_fn)
         except TypeError:
             raise TypeError(
-                f"minimize compiles once for each loss function and so must hash it, but {type(loss_fn).__name__} "
-                "is not hashable. Wrap it in a function, and pass arrays as arguments."
+                f"{self._method} compiles once for each loss function and so must hash it, but "
+                f"{type(loss_fn).__name__} is not hashable. Wrap it in a function, and pass arrays as arguments."
             ) from None
         code = getattr(loss_fn, "__code__", None)
         if code is None or any(known is loss_fn for known in self._known):
             return
         if sum(known.__code__ is code for known in self._known) == 3:
             warnings.warn(
-                f"minimize got a new function {loss_fn.__name__!r} at each of four calls, and compiles every one. "
-                "Define it once, and pass what changes as arguments: opt.minimize(loss_fn, batch).",
+                f"{self._method} got a new function {loss_fn.__name__!r} at each of four calls, and compiles every "
+                f"one. Define it once, and pass what changes as arguments: {self._call}.",
                 stacklevel=4,
             )
         self._known = [*self._known, loss_fn][-8:]

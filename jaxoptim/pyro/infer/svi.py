@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import warnings
 from collections.abc import Callable
@@ -316,7 +317,8 @@ class _Program:
             args, kwargs = arguments.rebuilt(traced)
             return objective.with_mutable_state(params, mutable, key, *args, **kwargs)
 
-        self.loss_fn = loss_fn
+        # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
+        self.loss_fn = functools.partial(loss_fn)
         self.evaluate = jax.jit(loss_fn)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.program import LossFunctions
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.evaluation import Evaluation, Values, evaluated
 from jaxoptim.pyro.optim.parts import Part
@@ -41,6 +42,7 @@ class MultiOptimizer:
         (9.0, 0.0)
     """
 
+    _loss_functions: ClassVar[LossFunctions] = LossFunctions("step", "optimizer.step(loss_fn, params, batch)")
     _second_order = False
     """Whether :meth:`_new_values` needs second derivatives."""
 
@@ -89,6 +91,7 @@ class MultiOptimizer:
             ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not
             a scalar, and for a parameter whose name is not its key; what ``loss_fn`` raises. Nothing is changed then.
         """
+        self._loss_functions.check(loss_fn)
         params, args = checked(params), trees.owned_arrays(args)
         shares = self._shares(params)
         parts, own = [], dict[str, Any]()
