@@ -108,4 +108,4 @@ def stacked(members: list[Member], cells: Cells) -> Setting:
 def step_of(cells: Cells, index: int) -> int:
     """The count of steps of one parameter."""
     step = cells.state.step  # type: ignore[union-attr]
-    return int(step if isinstance(cells, Single) else step[index])
+    return int(np.asarray(step) if isinstance(cells, Single) else np.asarray(step)[index])

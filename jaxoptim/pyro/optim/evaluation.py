@@ -88,4 +88,5 @@ def evaluated(
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is finite."""
-    return functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, finite, jnp.array(True))

@@ -92,13 +92,14 @@ class Joint:
 
     def pure(self, name: str) -> tuple[Setting, OptState | None]:
         """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
-        self.settle()
-        cells, index = self._places[name]
-        setting = self._settings[self._cells.index(cells)]
-        if isinstance(cells, Stack):
-            setting = jax.tree.map(lambda numbers: float(numbers[index]), setting)
-        started = step_of(cells, index) > 0
-        return setting, jax.tree.map(lambda x: cells._leaf(x, index), cells.state) if started else None
+        with jax.ensure_compile_time_eval():
+            self.settle()
+            cells, index = self._places[name]
+            setting = self._settings[self._cells.index(cells)]
+            if isinstance(cells, Stack):
+                setting = jax.tree.map(lambda numbers: float(numbers[index]), setting)
+            started = step_of(cells, index) > 0
+            return setting, jax.tree.map(lambda x: cells._leaf(x, index), cells.state) if started else None
 
     def write_faded(self) -> None:
         """Write into the groups what steps have made of their options."""

@@ -148,7 +148,7 @@ class Member(Storage):
     def move_to(self, param: Parameter) -> None:
         """Go on with another parameter."""
         self.assigned = self.state_of(self.param)
-        self._groups = [Options(dict(self.options, params=[param]), self._write)]
+        self._groups = [Options(dict(self.groups[0], params=[param]), self._write)]
         self.param, self.forest, self.sharding = param, [[param]], param.value.sharding
         self._write()
         self.joint.moved = True

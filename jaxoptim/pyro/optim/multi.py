@@ -64,6 +64,8 @@ class PyroMultiOptimizer(Compiled):
             return super().step(loss_fn, params, *args, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
         params, args = checked(params), trees.owned_arrays(args)
         loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
+        if skip_nonfinite:  # of one replica, and so of all
+            grads = jax.tree.map(lambda grad: jnp.where(jnp.isfinite(loss), grad, jnp.nan), grads)
         given = [grads[name] for name in params]
         taken = self.optim.advance(list(params.values()), given, skip_nonfinite=skip_nonfinite)
         loss = loss if taken else jnp.full_like(loss, jnp.nan)
@@ -78,6 +80,9 @@ class PyroMultiOptimizer(Compiled):
             grad = rows_of(grad) if setting.rule.sparse == "required" else grad
             new[name], _ = advanced(setting, value, grad, state)
         return new
+
+    def _keeper(self) -> Any:
+        return self.optim
 
     def _open(self, params: Params) -> Part:
         if isinstance(self.optim, HorovodOptimizer):
@@ -135,6 +140,7 @@ class TransformationMultiOptimizer(Compiled):
         self._owned = Owned()
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
+        self._owned.check(evaluation.values)
         state = steps.grown(self._owned.state, self.transformation.init(evaluation.values))
         return steps.updated(self.optimizer, evaluation, evaluation.values, state)[0]
 
@@ -174,22 +180,22 @@ class Newton(Compiled):
 
     def __init__(self, trust_radii: Mapping[str, Any] | None = None) -> None:
         self.trust_radii = dict(trust_radii or {})
-        self._rule = rules.Newton(self.trust_radii)
         self._owned = Owned()
+        rules.Newton(self.trust_radii)  # which checks them
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
-        self._rule_for(evaluation.values)
-        return steps.newton_steps(evaluation, self.trust_radii)
+        return steps.newton_steps(evaluation, self._radii(evaluation.values))
 
     def _open(self, params: Params) -> Part:
-        self._rule_for({name: param.struct for name, param in params.items()})
+        radii = self._radii({name: param.struct for name, param in params.items()})
         bucket = self._owned.taken(params, lambda values: None)
-        radii = {name: float(radius) for name, radius in self.trust_radii.items()}
         return Part(steps.NewtonProgram(tuple(params)), Rules([radii]), bucket.contents, self._owned.put)
 
-    def _rule_for(self, params: Any) -> None:
-        """Raise for parameters that Newton's method cannot take, and for radii of others."""
-        transformation(self._rule).init(params)
+    def _radii(self, params: Any) -> dict[str, Any]:
+        """The radii; raises for parameters that Newton's method cannot take, and for radii of others."""
+        rule = rules.Newton(self.trust_radii)
+        transformation(rule).init(params)
+        return rule.trust_radii
 
 
 class MixedMultiOptimizer(Compiled):

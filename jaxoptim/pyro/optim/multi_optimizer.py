@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxoptim.pyro.optim.evaluation import Evaluation, Values, evaluated
 from jaxoptim.pyro.optim.parts import Part
 
 Params = Mapping[str, Parameter]
+
+_CALL = "optimizer.step(loss_fn, params, batch)"
 
 
 class MultiOptimizer:
@@ -42,7 +44,6 @@ class MultiOptimizer:
         (9.0, 0.0)
     """
 
-    _loss_functions: ClassVar[LossFunctions] = LossFunctions("step", "optimizer.step(loss_fn, params, batch)")
     _second_order = False
     """Whether :meth:`_new_values` needs second derivatives."""
 
@@ -91,9 +92,10 @@ class MultiOptimizer:
             ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not
             a scalar, and for a parameter whose name is not its key; what ``loss_fn`` raises. Nothing is changed then.
         """
-        self._loss_functions.check(loss_fn)
+        # Made here and not by a constructor, which a user's class need not call.
+        vars(self).setdefault("_loss_functions", LossFunctions("step", _CALL)).check(loss_fn)
         params, args = checked(params), trees.owned_arrays(args)
-        shares = self._shares(params)
+        shares = _merged(self._shares(params))
         parts, own = [], dict[str, Any]()
         for optimizer, its in shares:
             if isinstance(optimizer, Compiled):
@@ -111,6 +113,19 @@ class MultiOptimizer:
     def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
         """Which optimizer updates which parameters."""
         return [(self, params)]
+
+    def _keeper(self) -> Any:
+        """What keeps the state: two multi-optimizers of one keeper make one step."""
+        return self
+
+
+def _merged(shares: list[tuple[MultiOptimizer, Params]]) -> list[tuple[MultiOptimizer, Params]]:
+    """Shares of one optimizer as one."""
+    merged: dict[int, tuple[MultiOptimizer, Params]] = {}
+    for optimizer, its in shares:
+        first, so_far = merged.get(id(optimizer._keeper()), (optimizer, {}))
+        merged[id(optimizer._keeper())] = first, {**so_far, **its}
+    return list(merged.values())
 
 
 def _own_step(
@@ -131,7 +146,10 @@ def _own_step(
     new = optimizer.get_step(loss_of, its, *args)
     if missing := [name for name in its if name not in new]:
         raise ValueError(f"The get_step of {type(optimizer).__name__} has returned nothing for {missing[0]!r}.")
-    return {name: new[name] for name in its}
+    values = {name: jnp.asarray(new[name]) for name in its}
+    for name, value in values.items():
+        trees.check_shape(f"value that the get_step of {type(optimizer).__name__} has returned", name, value, its[name])
+    return values
 
 
 class Compiled(MultiOptimizer):
@@ -171,10 +189,10 @@ def checked(params: Any) -> Params:
                 f"A dict of name to Parameter is expected, but {name!r} is {type(param).__name__}. Give "
                 "Parameter(value, name), or call get_step, which takes arrays."
             )
-        if param.name is None:
-            param.name = name
-        if param.name != name:
+        if param.name not in (None, name):
             raise ValueError(f"The parameter under the key {name!r} is called {param.name!r}. Both must be equal.")
+    for name, param in params.items():
+        param.name = name
     return params
 
 

@@ -192,7 +192,10 @@ class PyroOptim:
 
     def pure(self, name: str, value: jax.Array) -> tuple[Setting, OptState | None]:
         """The setting of a parameter's next step, and its state as the pure face has it, None before the first."""
-        return self._joint.pure(name) if name in self._joint.members else (self._setting(name, value), None)
+        if name not in self._joint.members:
+            return self._setting(name, value), None
+        check_same(self._joint.members[name].param, value.shape, value.dtype)
+        return self._joint.pure(name)
 
     def advance(self, params: list[Parameter], grads: list[Any], *, skip_nonfinite: bool = False) -> bool:
         """The step of parameters along gradients that were found elsewhere; whether it was taken.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxoptim.core import Hyperparameters, Rule, transformation
+from jaxoptim.core import Hyperparameters, Rule, transformation, trees
 from jaxoptim.core import step as step_of_rule
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.bucket import Bucket, Contents, Static
@@ -176,6 +176,12 @@ class Owned:
         if self._bucket is not None:
             self._bucket.replace(contents)
 
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Raise for values that do not go with the state."""
+        for param in () if self._bucket is None else self._bucket.params:
+            if (name := str(param.name)) in values:
+                trees.check_shape("value", name, values[name], param)
+
     @property
     def state(self) -> Any:
         """The state; None before the first step."""
@@ -214,8 +220,8 @@ def updated(
 ) -> tuple[dict[str, jax.Array], Any]:
     """New values and state from a rule or a transformation.
 
-    Parameters that the evaluation is not about have no gradient for a rule, and a gradient of zero for a transformation
-    of another library, which knows no missing ones.
+    Parameters that the evaluation is not about stay. They have no gradient for a rule, and one of zero for a
+    transformation of another library, which knows no missing ones.
     """
     values = dict(values)
     grads: dict[str, Any] = {name: evaluation.grads.get(name) for name in values}
@@ -233,7 +239,7 @@ def updated(
 
     update = optax.with_extra_args_support(optimizer).update
     updates, state = update(grads, state, values, value=evaluation.loss, grad=grads, value_fn=value_fn)
-    moved = {name: change for name, change in updates.items() if change is not None}
+    moved = {name: updates[name] for name in evaluation.values}
     return values | optax.apply_updates({name: values[name] for name in moved}, moved), state
 
 

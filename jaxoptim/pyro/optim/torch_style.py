@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,9 +28,16 @@ class TorchStyle(MultiOptimizer):
     """
 
     def __init__(self, optimizer: Optimizer | Callable[[Params], Optimizer]) -> None:
-        self._make = (lambda params: optimizer) if isinstance(optimizer, Optimizer) else optimizer
+        self._given = optimizer
         self._optimizer: Optimizer | None = None
         self._losses: dict[Any, Callable[..., Any]] = {}
+
+    def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
+        """Refuse: a torch-style optimizer owns the values that it updates."""
+        raise NotImplementedError(
+            "A torch-style optimizer has no get_step: it owns its parameters. Give PyroOptim(optim.Adam, options), "
+            "or a rule such as rules.Adam()."
+        )
 
     def step(
         self,
@@ -56,26 +63,36 @@ class TorchStyle(MultiOptimizer):
             loss = jnp.full_like(loss, jnp.nan)
         return (loss, aux) if has_aux else loss
 
+    def _make(self, params: Params) -> Optimizer:
+        """The optimizer that the function makes."""
+        optimizer = self._given(params)  # type: ignore[operator]
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "The optimizer is a function, so it should make a torch-style optimizer of a dict of parameters, but "
+                f"made {type(optimizer).__name__}. Give lambda params: optim.Adam(params, lr=0.1)."
+            )
+        return optimizer
+
     def _prepared(self, params: Params) -> Optimizer:
         """The optimizer, these parameters among its own."""
         if self._optimizer is None:
-            optimizer = self._make(params)
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(
-                    "The optimizer is a function, so it should make a torch-style optimizer of a dict of parameters, "
-                    f"but made {type(optimizer).__name__}. Give lambda params: optim.Adam(params, lr=0.1)."
-                )
-            self._optimizer = optimizer
+            self._optimizer = self._given if isinstance(self._given, Optimizer) else self._make(params)
         own = {str(param.name): param for param in self._optimizer._storage.parameters()}
+        given = isinstance(self._given, Optimizer)
+        if not given and isinstance(self._optimizer, LBFGS) and params.keys() - own.keys():
+            self._optimizer = self._make(params)  # its history is of another vector
+            return self._optimizer
         for name, param in params.items():
             if name not in own:
-                if self._make(params) is self._optimizer:
+                if given:
                     raise ValueError(
                         f"The optimizer has no parameter {name!r}. It has {', '.join(map(repr, own))}. Give a function "
                         "that makes the optimizer: lambda params: optim.Adam(params, lr=0.1)."
                     )
                 self._optimizer.add_param_group({"params": {name: param}})
             elif own[name] is not param and isinstance(params, dict):
+                if not given:
+                    own[name].value = param.value
                 params[name] = own[name]
         return self._optimizer
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxoptim import rules
 from jaxoptim.core import init, transformation, update
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
@@ -91,7 +92,7 @@ def _multi(optimizer: MultiOptimizer, /) -> optax.GradientTransformationExtraArg
     if isinstance(optimizer, TransformationMultiOptimizer):
         return optax.with_extra_args_support(optimizer.transformation)
     if isinstance(optimizer, Newton):
-        return transformation(optimizer._rule)
+        return transformation(rules.Newton(optimizer.trust_radii))
     if isinstance(optimizer, MixedMultiOptimizer):
         return _mixed(optimizer)
     raise TypeError(f"{type(optimizer).__name__} has no pure form. Use its step, or its get_step.")
