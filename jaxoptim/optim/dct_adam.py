@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim import rules
+from jaxoptim.optim.bucket import abstract_slots
 from jaxoptim.optim.clipped_adam import DecayingRate
 from jaxoptim.optim.optimizer import Groups, Number
 from jaxoptim.optim.state_dicts import Transfer
@@ -32,9 +33,12 @@ class DCTAdam(DecayingRate):
     def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
         """The state with a count for each number, where Pyro has one for all until it meets a subsample."""
         new = dict(super()._transferred(state, transfer))
-        for param in [param for group in transfer.groups if group.get("subsample_aware") for param in group["params"]]:
-            if np.ndim(step := new.get(param, {}).get("step", ())) == 0:
-                new[param] = {**new[param], "step": jnp.full(param.shape, step)}
+        for group in [group for group in transfer.groups if group.get("subsample_aware")]:
+            rule = self._storage.rule_of(group)
+            for param in group["params"]:
+                if np.ndim(step := new.get(param, {}).get("step", ())) == 0:
+                    counts = abstract_slots(rule, param.struct)["step"]
+                    new[param] = {**new[param], "step": jnp.full(counts.shape, step, counts.dtype)}
         return new
 
     def __init__(

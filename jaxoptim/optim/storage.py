@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import Rule, check_param, trees
+from jaxoptim.core.rule import Traced
 from jaxoptim.optim import program
 from jaxoptim.optim.bucket import Bucket, abstract_slots, slot_names
 from jaxoptim.optim.parameter import Parameter
@@ -101,7 +102,10 @@ class Storage:
                 f"A parameter group of {self.rule.__name__} has no option {missing[0]!r}. "
                 f"It takes {', '.join(self._fields)}."
             )
-        options = {name: jax.tree.map(_plain, group[name]) for name in self._fields}
+        options = {
+            name: group[name] if isinstance(self.rule.specs.get(name), Traced) else jax.tree.map(_plain, group[name])
+            for name in self._fields
+        }
         rule = self.rule(**options | dict(self.fixed))
         for name in self._fields:
             if isinstance(group[name], jax.Array) and group[name].size != 1:

@@ -14,7 +14,7 @@ from jaxoptim.core.numerics import placed_like
 from jaxoptim.optim.bucket import Cells, Contents, abstract_slots
 from jaxoptim.optim.storage import count_in
 from jaxoptim.pyro.optim.member import Member
-from jaxoptim.pyro.optim.together import Setting, Single, Stack
+from jaxoptim.pyro.optim.together import NOT_STARTED, Setting, Single, Stack
 
 
 class Rows:
@@ -26,7 +26,7 @@ class Rows:
 
     def of(self, member: Member, slots: dict[str, Any]) -> tuple[Any, int, dict[str, Any]]:
         """The value, the count of steps and the slots of a parameter."""
-        value, step, old = None, 0, dict[str, Any]()
+        value, step, old = None, NOT_STARTED, dict[str, Any]()
         if member.name in self._places:
             cells, index = self._places[member.name]
             whole = self._read.setdefault(id(cells), self._all(cells))
@@ -34,7 +34,7 @@ class Rows:
             value = None if cells.params[index] is not member.param or index in cells.outdated else part[0]
             step, old = int(part[1].step), part[1].slots
         if member.assigned is not None:
-            step = count_in(member.assigned) if member.assigned else 0
+            step = count_in(member.assigned) if member.assigned else NOT_STARTED
             old = {name: member.assigned[name] for name in slots if name in member.assigned}
         return member.param.value if value is None else value, step, old
 
@@ -77,8 +77,8 @@ def complete(
     missing = [name for name, like in slots.items() if like is not None and given.get(name) is None]
     new: dict[str, Any] = {}
     if missing and member.step_type is None:
-        step = 0  # what torch counts by the presence of the slot alone starts anew
-    fresh = init(member.setting.rule, as_jax(value)).slots if missing and step else {}
+        step = NOT_STARTED  # what torch counts by the presence of the slot alone starts anew
+    fresh = init(member.setting.rule, as_jax(value)).slots if missing and step != NOT_STARTED else {}
     for name, like in slots.items():
         if like is None:
             new[name] = None
@@ -98,7 +98,7 @@ def _stack(arrays: Sequence[Any]) -> jax.Array:
 def stacked(members: list[Member], cells: Cells) -> Setting:
     """The settings of the parameters of some cells as one, whose leaves are arrays of numbers."""
     steps = np.asarray(cells.state.step).reshape(-1)  # type: ignore[union-attr]
-    numbers = [member.numbers_since(int(step)) for member, step in zip(members, steps, strict=True)]
+    numbers = [member.numbers_since(max(int(step), 0)) for member, step in zip(members, steps, strict=True)]
     form = jax.tree.structure(members[0].setting)
     if isinstance(cells, Single):
         return jax.tree.unflatten(form, numbers[0])

@@ -18,7 +18,7 @@ from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim import together
 from jaxoptim.pyro.optim.arrangement import Rows, built, stacked, step_of
 from jaxoptim.pyro.optim.member import Member
-from jaxoptim.pyro.optim.together import Plan, Setting, Stack
+from jaxoptim.pyro.optim.together import NOT_STARTED, Plan, Setting, Stack
 
 
 class Selection(NamedTuple):
@@ -83,7 +83,7 @@ class Joint:
             return {}
         cells, index = place
         step = step_of(cells, index)
-        if step == 0:
+        if step == NOT_STARTED:
             return {}
         count: dict[str, Any] = {}
         if member.step_type is not None:
@@ -98,7 +98,7 @@ class Joint:
             setting = self._settings[self._cells.index(cells)]
             if isinstance(cells, Stack):
                 setting = jax.tree.map(lambda numbers: float(numbers[index]), setting)
-            started = step_of(cells, index) > 0
+            started = step_of(cells, index) != NOT_STARTED
             return setting, jax.tree.map(lambda x: cells._leaf(x, index), cells.state) if started else None
 
     def write_faded(self) -> None:
@@ -108,7 +108,7 @@ class Joint:
         self._lagging = False
         for cells, setting in zip(self._cells, self._settings, strict=True):
             if (fading := setting.fading) is not None:
-                steps = np.asarray(cells.state.step).reshape(-1) - fading.since  # type: ignore[union-attr]
+                steps = np.maximum(np.asarray(cells.state.step).reshape(-1), 0) - fading.since  # type: ignore[union-attr]
                 numbers = getattr(setting.rule, fading.option) * np.asarray(fading.factor.rate) ** steps
                 for param, number in zip(cells.params, numbers, strict=True):
                     member = self.members[str(param.name)]
@@ -163,7 +163,12 @@ class Joint:
         key = names, missing
         if key not in self._selections:
             given = {name: index for index, name in enumerate(names) if missing is None or not missing[index]}
-            cells = [at for at, of in enumerate(self._cells) if any(param.name in given for param in of.params)]
+            # All stacks, so that any set of their parameters is updated by one program; others only if need be.
+            cells = [
+                at
+                for at, of in enumerate(self._cells)
+                if (given and isinstance(of, Stack)) or any(param.name in given for param in of.params)
+            ]
             params = [[param.name for param in self._cells[at].params] for at in cells]
             source = [given.get(name) for row in params for name in row]
             partly = None in source

@@ -147,7 +147,13 @@ class PyroOptim:
             See :class:`PyroOptim`.
         """
         params = params if isinstance(params, list) else listed(params)
-        self.advance(params, [param.grad for param in params])
+        try:
+            grads = [param.grad for param in params]
+        except AttributeError:
+            for param in params:
+                check_name(param)
+            raise
+        self.advance(params, grads)
 
     def update(self, params: Mapping[str, Any], grads: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Update values by name: the same step without parameters that change.
@@ -174,10 +180,16 @@ class PyroOptim:
         known = {name: self._joint.members[name].param for name in params if name in self._joint.members}
         cells = [known.get(name) or Parameter(value, name) for name, value in params.items()]
         self._check_known(cells, params)
-        for cell, value in zip(cells, params.values(), strict=True):
-            if cell.name in known and cell.value is not value:
+        pairs = zip(cells, params.values(), strict=True)
+        changed = [(cell, cell.value, value) for cell, value in pairs if cell.name in known and cell.value is not value]
+        try:
+            for cell, _, value in changed:
                 cell.value = value
-        self.advance(cells, [grads[name] for name in params])
+            self.advance(cells, [grads[name] for name in params])
+        except BaseException:
+            for cell, old, _ in changed:
+                cell.value = old
+            raise
         self._joint.read_all()
         return {str(cell.name): cell.value for cell in cells}
 
@@ -246,14 +258,17 @@ class PyroOptim:
         consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
         for member in new:
             self._joint.add(member)
-        for name, param in seen.items():
-            if members[name].param is not param:
-                members[name].move_to(param)
+        others = [(members[name], param) for name, param in seen.items() if members[name].param is not param]
+        moved = [(member, member.param, param) for member, param in others]
+        for member, _, param in moved:
+            member.move_to(param)
         self._set_met(params)
 
         def undo() -> None:
             for member in new:
                 self._joint.remove(member.name)
+            for member, old, _ in moved:
+                member.move_to(old)
             self._waiting |= consumed
             self._set_met([])
 
@@ -392,8 +407,13 @@ class PyroOptim:
         self.set_state(_from_pyro(filename, map_location) if _is_torch_file(filename) else checkpoint.load(filename))
 
     def _saved(self, name: str) -> Any:
-        """The state of one parameter."""
-        return self._joint.members[name].optimizer.state_dict()
+        """The state of one parameter; counts of each number that are all the same as one, as Pyro has them."""
+        saved = self._joint.members[name].optimizer.state_dict()
+        for entry in saved["state"].values():
+            counts = np.asarray(entry.get("step", 0))
+            if counts.ndim and counts.size and (counts == counts.flat[0]).all():
+                entry["step"] = int(counts.flat[0])
+        return saved
 
     def _load(self, name: str, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Give an optimizer the state of one parameter."""

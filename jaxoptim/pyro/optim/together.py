@@ -19,6 +19,8 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim.clipping import Clip
 
+NOT_STARTED = -1
+"""The count of steps of a parameter that has no state."""
 Masks = tuple[Any, ...] | None
 """For each of some cells, which of its parameters are updated; None for all of all."""
 
@@ -54,12 +56,14 @@ class Setting(NamedTuple):
 def advanced(setting: Setting, param: Any, grad: Any, state: OptState) -> tuple[Any, OptState]:
     """One parameter and its state after one step.
 
-    At its first step the slots are made here, so that a new parameter needs no program for that.
+    A count of :data:`NOT_STARTED` stands for slots that are not made yet. They are made here, so that a new parameter
+    needs no program for that.
     """
-    rule = setting.rule if setting.fading is None else setting.fading.at(setting.rule, state.step + 1)
+    count = jnp.maximum(state.step, 0)
+    rule = setting.rule if setting.fading is None else setting.fading.at(setting.rule, count + 1)
     fresh = init(rule, param).slots
-    slots = jax.tree.map(lambda new, old: jnp.where(state.step == 0, new, old), fresh, state.slots)
-    return step(rule, param, setting.clip.clipped(grad), state._replace(slots=slots))
+    slots = jax.tree.map(lambda new, old: jnp.where(state.step == NOT_STARTED, new, old), fresh, state.slots)
+    return step(rule, param, setting.clip.clipped(grad), state._replace(step=count, slots=slots))
 
 
 class Single(Cells):
