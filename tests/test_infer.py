@@ -115,7 +115,7 @@ CASES = {
     "network": (decoder, lambda: encoder, TraceMeanField_ELBO(), X),
     "bayesian": (bayesian, lambda: autoguide.AutoNormal(bayesian), Trace_ELBO(), X),
 }
-FAST = ["written", "network", "pyro", "mixed", "torch", "Adam"]
+FAST = ["written", "pyro", "mixed", "torch", "Adam"]
 
 
 @functools.cache
@@ -196,6 +196,7 @@ def test_a_loop_of_ones_own_is_the_step():
     same(svi.get_params(), constrain(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", each(["Adam", "ClippedAdam"]))
 def test_a_loop_of_pyros_is_the_step_to_the_bit(kind):
     def make():
@@ -264,6 +265,7 @@ def test_double_precision():
         np.testing.assert_allclose(ours.step(data), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_posterior_of_a_conjugate_model():
     svi = SVI(
         model, guide, jaxoptim.adam(lr=jaxoptim.schedules.exponential_lr(0.1, 0.99)), Trace_ELBO(num_particles=20)
@@ -303,6 +305,7 @@ def test_keys_old_and_new():
 # A plain function as loss.
 
 
+@pytest.mark.slow
 def test_a_function_as_loss_draws_as_trace_elbo_does():
     ours, other = SVI(model, guide, adam(), scaled_elbo, key=KEY), SVI(model, guide, adam(), Trace_ELBO(), key=KEY)
     for _ in range(3):
@@ -474,6 +477,7 @@ def test_other_shapes_may_reach_other_parameters():
     assert svi.params["scale"].value != jnp.log(2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(["written", "normal"]))
 def test_a_smaller_batch_goes_on_with_numpyros_keys(name):
     model, make, elbo, data = CASES[name]
@@ -687,6 +691,7 @@ def test_initial_values_stay_the_users():
     np.testing.assert_array_equal(start, [1.0, 2.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", [rules.LBFGS(line_search_fn="strong_wolfe"), rules.Newton(), pyro.optim.multi.Newton()]
 )

@@ -101,7 +101,7 @@ def test_agrees_with_numpyros_own_adapter():
         np.testing.assert_allclose(mine.params[name], value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LINE_SEARCH)
+@pytest.mark.parametrize("name", each(LINE_SEARCH, ["rule"]))
 @pytest.mark.parametrize("stable", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_loss_itself_reaches_line_searches(name, stable):
     svi = SVI(model, autoguide.AutoDelta(model), to_numpyro(LINE_SEARCH[name]()), Trace_ELBO())
@@ -145,6 +145,7 @@ def test_complex_parameters_descend():
     np.testing.assert_allclose(optim.get_params(state)["z"], 0.8 + 1.6j, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_after_pickling_with_another_object():
     first, second = (SVI(model, guide, to_numpyro(jaxoptim.adam(lr=0.1)), Trace_ELBO()) for _ in range(2))
     state = first.run(KEY, 5, DATA, progress_bar=False).state
@@ -205,6 +206,7 @@ def empty(*args, **kwargs):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [jaxoptim.adam(lr=0.05), rules.LBFGS(line_search_fn="strong_wolfe")])
 def test_networks_have_nested_parameters(tx):
     svi = SVI(regression, empty, to_numpyro(tx), Trace_ELBO())
@@ -230,6 +232,7 @@ def iterated(data):
     numpyro.sample("data", dist.Normal(8 * halves, 1.0).expand([3]).to_event(1), obs=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stable", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "tx",
