@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -35,6 +36,17 @@ class _WithEither(_WithL2, Protocol):
 def zeros(param: jax.Array, *names: str) -> Slots:
     """Slots of the shape of ``param`` that start at zero."""
     return {name: full_like(param) for name in names}
+
+
+def given_loss(does: str, params: Any, value_fn: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    """The loss that an update was given; raises without it, or without parameters, and says what they are for."""
+    if params is None or value_fn is None:
+        missing = "params" if params is None else "value_fn"
+        raise ValueError(
+            f"{does}, but `{missing}` was not given. Call update(grads, state, params, value_fn=loss), where "
+            "loss(params) is a scalar."
+        )
+    return value_fn
 
 
 def needed(rule: Any, param: Any) -> jax.Array:

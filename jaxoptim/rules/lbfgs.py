@@ -15,6 +15,7 @@ from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.rules import _strong_wolfe
 from jaxoptim.rules._strong_wolfe import Line, Sample
+from jaxoptim.rules._terms import given_loss
 
 State = dict[str, jax.Array]
 """What outlives a step, named as torch names it."""
@@ -477,12 +478,7 @@ def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
         value_fn: Callable[[Any], Any] | None = None,
         **extra: Any,
     ) -> tuple[Any, OptState]:
-        if params is None or value_fn is None:
-            missing = "params" if params is None else "value_fn"
-            raise ValueError(
-                f"LBFGS evaluates the loss at several points in one update, but `{missing}` was not given. "
-                "Call update(grads, state, params, value_fn=loss), where loss(params) is a scalar."
-            )
+        loss_fn = given_loss("LBFGS evaluates the loss at several points in one update", params, value_fn)
         if isinstance(params, Packed) and not isinstance(grads, Packed):
             grads = params.pack(grads, "grads")
         x = flatten(params)
@@ -493,7 +489,7 @@ def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
             moved = jax.tree.leaves(unflatten(vector, params), is_leaf=trees.is_leaf)
             held, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
             leaves = [old if g is None else new for new, old, g in zip(moved, held, given, strict=True)]
-            return value_fn(jax.tree.unflatten(treedef, leaves))
+            return loss_fn(jax.tree.unflatten(treedef, leaves))
 
         first = None if value is None else (value, slope)
         current = rule.at(state.step)

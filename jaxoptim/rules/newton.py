@@ -15,6 +15,7 @@ import optax
 from jaxoptim.core import Arrays, Hyperparameters, Numeric, OptState, Packed, factory, is_known, rule, sqrt, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.numerics import computing_dtype, is_complex
+from jaxoptim.rules._terms import given_loss
 
 _SMALLEST_CURVATURE = 1e-8
 """Of a one-dimensional problem; and the least that is added to the Hessian of a larger one within a radius."""
@@ -488,19 +489,14 @@ def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
         value_fn: Callable[[Any], Any] | None = None,
         **extra: Any,
     ) -> tuple[Any, OptState]:
-        if params is None or value_fn is None:
-            missing = "params" if params is None else "value_fn"
-            raise ValueError(
-                f"Newton takes second derivatives of the loss, but `{missing}` was not given. "
-                "Call update(grads, state, params, value_fn=loss), where loss(params) is a scalar."
-            )
+        loss_fn = given_loss("Newton takes second derivatives of the loss", params, value_fn)
         count = optax.safe_increment(state.step)
         if isinstance(params, Packed):
             packed, tree = params, params.unpack()
             given = grads.unpack() if isinstance(grads, Packed) else grads
-            changes = _changes(rule, given, tree, lambda tree: value_fn(packed.pack(tree)))
+            changes = _changes(rule, given, tree, lambda tree: loss_fn(packed.pack(tree)))
             return packed.pack(changes, "grads"), OptState(count, {}, {})
-        return _changes(rule, grads, params, value_fn), OptState(count, {}, {})
+        return _changes(rule, grads, params, loss_fn), OptState(count, {}, {})
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Values = Mapping[str, jax.Array]
+
+
+class Loss(NamedTuple):
+    """A loss function, and whether it returns an auxiliary output too; hashable, so that it names a program."""
+
+    function: Callable[..., Any]
+    has_aux: bool
+
+    def both(self, values: Values, args: Sequence[Any]) -> tuple[Any, Any]:
+        """The loss and the auxiliary output, None if there is none."""
+        result = self.function(dict(values), *args)
+        return result if self.has_aux else (result, None)
+
+    def value(self, values: Values, args: Sequence[Any]) -> Any:
+        """The loss alone."""
+        return self.both(values, args)[0]
 
 
 class Evaluation(NamedTuple):
@@ -52,17 +68,15 @@ class Evaluation(NamedTuple):
         )
 
 
-def evaluated(
-    loss_fn: Callable[..., Any], values: dict[str, jax.Array], args: Any, has_aux: bool, second: bool
-) -> Evaluation:
+def evaluated(loss_fn: Loss, values: dict[str, jax.Array], args: Sequence[Any], second: bool) -> Evaluation:
     """Evaluate a loss and its gradient once, and linearize the gradient if second derivatives are asked for.
 
     Errors:
         ``ValueError`` for a loss that is not a scalar, ``TypeError`` for one that is not real.
     """
 
-    def both(values: dict[str, jax.Array]) -> tuple[Any, Any]:
-        loss, aux = loss_fn(values, *args) if has_aux else (loss_fn(values, *args), None)
+    def repeated(values: dict[str, jax.Array]) -> tuple[Any, Any]:
+        loss, aux = loss_fn.both(values, args)
         if jnp.shape(loss) != ():
             raise ValueError(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
@@ -70,7 +84,7 @@ def evaluated(
         return loss, (loss, aux)
 
     def gradient(values: dict[str, jax.Array]) -> tuple[Any, Any]:
-        (_, outputs), grads = jax.value_and_grad(both, has_aux=True)(values)
+        (_, outputs), grads = jax.value_and_grad(repeated, has_aux=True)(values)
         return grads, outputs
 
     if second:
@@ -78,12 +92,7 @@ def evaluated(
     else:
         (grads, (loss, aux)), push = gradient(values), None
     grads = jax.tree.map(jnp.conj, grads)
-
-    def loss_of(values: Values) -> Any:
-        result = loss_fn(dict(values), *args)
-        return result[0] if has_aux else result
-
-    return Evaluation(loss_of, values, loss, aux, grads, push)
+    return Evaluation(lambda values: loss_fn.value(values, args), values, loss, aux, grads, push)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxoptim import rules
-from jaxoptim.core import Hyperparameters, init, transformation, trees
+from jaxoptim.core import Hyperparameters, init, transformation
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.program import Rules
 from jaxoptim.pyro.optim import parts as steps
-from jaxoptim.pyro.optim.evaluation import Evaluation
+from jaxoptim.pyro.optim.evaluation import Evaluation, Loss
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
-from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, checked, differentiated, values_of
+from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, differentiated, values_of
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
 from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
 from jaxoptim.pyro.optim.parts import Owned, Part
@@ -51,25 +51,16 @@ class PyroMultiOptimizer(Compiled):
             raise TypeError(f"Expected a PyroOptim object but got a {type(optim)}")
         self.optim = optim
 
-    def step(
-        self,
-        loss_fn: Callable[..., Any],
-        params: Params,
-        *args: Any,
-        has_aux: bool = False,
-        skip_nonfinite: bool = False,
-    ) -> Any:
-        """See :meth:`MultiOptimizer.step`."""
+    def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         if not isinstance(self.optim, HorovodOptimizer):
-            return super().step(loss_fn, params, *args, has_aux=has_aux, skip_nonfinite=skip_nonfinite)
-        params, args = checked(params), trees.owned_arrays(args)
-        loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
+            return super()._step(loss, params, args, skip_nonfinite)
+        value, aux, grads = differentiated(loss, values_of(params), args)
         if skip_nonfinite:  # of one replica, and so of all
-            grads = jax.tree.map(lambda grad: jnp.where(jnp.isfinite(loss), grad, jnp.nan), grads)
+            grads = jax.tree.map(lambda grad: jnp.where(jnp.isfinite(value), grad, jnp.nan), grads)
         given = [grads[name] for name in params]
         taken = self.optim.advance(list(params.values()), given, skip_nonfinite=skip_nonfinite)
-        loss = loss if taken else jnp.full_like(loss, jnp.nan)
-        return (loss, aux) if has_aux else loss
+        value = value if taken else jnp.full_like(value, jnp.nan)
+        return (value, aux) if loss.has_aux else value
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
         new = {}

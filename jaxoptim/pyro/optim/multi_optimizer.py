@@ -13,7 +13,7 @@ from jaxoptim.core import trees
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import LossFunctions
 from jaxoptim.pyro.optim import parts as steps
-from jaxoptim.pyro.optim.evaluation import Evaluation, Values, evaluated
+from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, Values, evaluated
 from jaxoptim.pyro.optim.parts import Part
 
 Params = Mapping[str, Parameter]
@@ -94,18 +94,28 @@ class MultiOptimizer:
         """
         # Made here and not by a constructor, which a user's class need not call.
         vars(self).setdefault("_loss_functions", LossFunctions("step", _CALL)).check(loss_fn)
-        params, args = checked(params), trees.owned_arrays(args)
+        return self._step(Loss(loss_fn, has_aux), checked(params), trees.owned_arrays(args), skip_nonfinite)
+
+    def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
+        """The step, after checks of what was given."""
         shares = _merged(self._shares(params))
         parts, own = [], dict[str, Any]()
         for optimizer, its in shares:
             if isinstance(optimizer, Compiled):
                 parts.append((optimizer, its))
             else:
-                own |= _own_step(optimizer, its, params, loss_fn, args, has_aux)
+                own |= _own_step(optimizer, its, params, loss, args)
         held = {name: params[name].value for name in own}
-        opened = [optimizer._open(its) for optimizer, its in parts]
-        result = steps.make_step(opened, loss_fn, args, held, has_aux, skip_nonfinite)
-        if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if has_aux else result))):
+        opened: list[Part] = []
+        try:
+            for optimizer, its in parts:
+                opened.append(optimizer._open(its))
+            result = steps.make_step(opened, loss, args, held, skip_nonfinite)
+        except BaseException:
+            for part in opened:
+                part.undo()
+            raise
+        if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if loss.has_aux else result))):
             for name, value in own.items():
                 params[name].value = value
         return result
@@ -129,19 +139,13 @@ def _merged(shares: list[tuple[MultiOptimizer, Params]]) -> list[tuple[MultiOpti
 
 
 def _own_step(
-    optimizer: MultiOptimizer,
-    its: Params,
-    params: Params,
-    loss_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    has_aux: bool,
+    optimizer: MultiOptimizer, its: Params, params: Params, loss: Loss, args: tuple[Any, ...]
 ) -> dict[str, Any]:
     """The step of a user's class, which is not compiled: it may do anything."""
     others = {name: param.value for name, param in params.items() if name not in its}
 
     def loss_of(values: Values, *args: Any) -> Any:
-        result = loss_fn(others | dict(values), *args)
-        return result[0] if has_aux else result
+        return loss.value(others | dict(values), args)
 
     new = optimizer.get_step(loss_of, its, *args)
     if missing := [name for name in its if name not in new]:
@@ -157,7 +161,7 @@ class Compiled(MultiOptimizer):
 
     def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
         """See :meth:`MultiOptimizer.get_step`."""
-        evaluation = evaluated(loss_fn, values_of(params), args, False, self._needs_second())
+        evaluation = evaluated(Loss(loss_fn, False), values_of(params), args, self._needs_second())
         return self._new_values(evaluation)
 
     def _needs_second(self) -> bool:
@@ -172,10 +176,10 @@ class Compiled(MultiOptimizer):
         raise NotImplementedError
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "has_aux"))
-def differentiated(loss_fn: Callable[..., Any], has_aux: bool, values: dict[str, jax.Array], args: Any) -> Any:
+@functools.partial(jax.jit, static_argnames="loss")
+def differentiated(loss: Loss, values: dict[str, jax.Array], args: Any) -> Any:
     """The loss, its auxiliary output and its gradients."""
-    evaluation = evaluated(loss_fn, values, args, has_aux, False)
+    evaluation = evaluated(loss, values, args, False)
     return evaluation.loss, evaluation.aux, evaluation.grads
 
 

@@ -16,7 +16,7 @@ from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.bucket import Bucket, Contents, Static
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import Rules
-from jaxoptim.pyro.optim.evaluation import Evaluation, all_finite, evaluated
+from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, all_finite, evaluated
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.rules.newton import hessian, solve
 
@@ -55,21 +55,15 @@ class Part(NamedTuple):
 
 
 def make_step(
-    parts: Sequence[Part],
-    loss_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    held: dict[str, jax.Array],
-    has_aux: bool,
-    skip_nonfinite: bool,
+    parts: Sequence[Part], loss: Loss, args: tuple[Any, ...], held: dict[str, jax.Array], skip_nonfinite: bool
 ) -> Any:
     """One step of all parts at the old values of all parameters.
 
     Args:
         parts: of every optimizer.
-        loss_fn: ``loss_fn(values, *args)``.
+        loss: the loss of all values and of ``args``.
         args: passed on to it.
         held: values of parameters that no part updates.
-        has_aux: whether the loss comes with an auxiliary output.
         skip_nonfinite: leave everything as it is where the loss or a gradient is not finite.
 
     Returns:
@@ -77,24 +71,16 @@ def make_step(
     """
     programs = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
-    try:
-        result, new = _step(programs, loss_fn, has_aux, skip_nonfinite, data, contents, held, args)
-    except BaseException:
-        for part in parts:
-            part.undo()
-        raise
+    result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args)
     for part, its in zip(parts, new, strict=True):
         part.close(its)
     return result
 
 
-@functools.partial(
-    jax.jit, static_argnames=("programs", "loss_fn", "has_aux", "skip_nonfinite"), donate_argnames="contents"
-)
+@functools.partial(jax.jit, static_argnames=("programs", "loss_fn", "skip_nonfinite"), donate_argnames="contents")
 def _step(
     programs: tuple[Program, ...],
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
+    loss_fn: Loss,
     skip_nonfinite: bool,
     data: tuple[Any, ...],
     contents: tuple[Any, ...],
@@ -107,7 +93,7 @@ def _step(
     # The barriers make the loss and its gradient what they are in a program by themselves, to the last bit.
     values, args = jax.lax.optimization_barrier((values, args))
     second = any(program.second_order for program in programs)
-    evaluation = evaluated(loss_fn, values, args, has_aux, second)
+    evaluation = evaluated(loss_fn, values, args, second)
     loss, aux, grads = jax.lax.optimization_barrier((evaluation.loss, evaluation.aux, evaluation.grads))
     evaluation = evaluation._replace(loss=loss, aux=aux, grads=grads)
     new = tuple(
@@ -118,7 +104,7 @@ def _step(
         taken = all_finite((loss, grads))
         new = jax.tree.map(functools.partial(jnp.where, taken), new, contents)
         loss = jnp.where(taken, loss, jnp.nan)
-    return (loss, aux) if has_aux else loss, new
+    return (loss, aux) if loss_fn.has_aux else loss, new
 
 
 class JointProgram(Program):

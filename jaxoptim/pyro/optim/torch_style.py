@@ -9,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import trees
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
-from jaxoptim.pyro.optim.evaluation import all_finite
-from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, checked, differentiated, values_of
+from jaxoptim.pyro.optim.evaluation import Loss, all_finite
+from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, values_of
 
 
 class TorchStyle(MultiOptimizer):
     """A torch-style optimizer in the interface of :class:`MultiOptimizer`.
+
+    Of L-BFGS no step is skipped: it stops at what is not finite by itself.
 
     Args:
         optimizer: an instance, whose parameters have the names of those that are optimized, and take their places in
@@ -39,29 +40,19 @@ class TorchStyle(MultiOptimizer):
             "or a rule such as rules.Adam()."
         )
 
-    def step(
-        self,
-        loss_fn: Callable[..., Any],
-        params: Params,
-        *args: Any,
-        has_aux: bool = False,
-        skip_nonfinite: bool = False,
-    ) -> Any:
-        """See :meth:`MultiOptimizer.step`. Of L-BFGS no step is skipped: it stops at what is not finite by itself."""
-        params, args = checked(params), trees.owned_arrays(args)
+    def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         optimizer = self._prepared(params)
-        leaves = jax.tree.leaves(optimizer._storage.tree())
+        leaves, treedef = jax.tree.flatten(optimizer._storage.tree())
         names = tuple(str(param.name) for param in leaves)
-        loss_of = self._losses.setdefault((loss_fn, names), functools.partial(_loss_of_tree, loss_fn, names))
-        whole = set(names) == set(params)
-        if (whole and not skip_nonfinite) or isinstance(optimizer, LBFGS):
-            return optimizer.minimize(loss_of, *args, has_aux=has_aux)
-        loss, aux, grads = differentiated(loss_fn, has_aux, values_of(params), args)
-        if not skip_nonfinite or bool(all_finite((loss, grads))):
-            optimizer.step(jax.tree.unflatten(jax.tree.structure(optimizer._storage.tree()), map(grads.get, names)))
+        if (set(names) == set(params) and not skip_nonfinite) or isinstance(optimizer, LBFGS):
+            of_tree = self._losses.setdefault((loss, names), functools.partial(_loss_of_tree, loss, names))
+            return optimizer.minimize(of_tree, *args, has_aux=loss.has_aux)
+        value, aux, grads = differentiated(loss, values_of(params), args)
+        if not skip_nonfinite or bool(all_finite((value, grads))):
+            optimizer.step(jax.tree.unflatten(treedef, map(grads.get, names)))
         else:
-            loss = jnp.full_like(loss, jnp.nan)
-        return (loss, aux) if has_aux else loss
+            value = jnp.full_like(value, jnp.nan)
+        return (value, aux) if loss.has_aux else value
 
     def _make(self, params: Params) -> Optimizer:
         """The optimizer that the function makes."""
@@ -97,5 +88,5 @@ class TorchStyle(MultiOptimizer):
         return self._optimizer
 
 
-def _loss_of_tree(loss_fn: Callable[..., Any], names: tuple[str, ...], tree: Any, *args: Any) -> Any:
-    return loss_fn(dict(zip(names, jax.tree.leaves(tree), strict=True)), *args)
+def _loss_of_tree(loss: Loss, names: tuple[str, ...], tree: Any, *args: Any) -> Any:
+    return loss.function(dict(zip(names, jax.tree.leaves(tree), strict=True)), *args)
