@@ -71,7 +71,7 @@ def make_step(
     """
     programs = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
-    result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args)
+    result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args, _true())
     for part, its in zip(parts, new, strict=True):
         part.close(its)
     return result
@@ -86,16 +86,16 @@ def _step(
     contents: tuple[Any, ...],
     held: dict[str, jax.Array],
     args: tuple[Any, ...],
+    always: jax.Array,
 ) -> tuple[Any, tuple[Any, ...]]:
     values = dict(held)
     for program, its in zip(programs, contents, strict=True):
         values.update(program.values(its))
-    # The barriers make the loss and its gradient what they are in a program by themselves, to the last bit.
-    values, args = jax.lax.optimization_barrier((values, args))
-    second = any(program.second_order for program in programs)
-    evaluation = evaluated(loss_fn, values, args, second)
-    loss, aux, grads = jax.lax.optimization_barrier((evaluation.loss, evaluation.aux, evaluation.grads))
-    evaluation = evaluation._replace(loss=loss, aux=aux, grads=grads)
+    if any(program.second_order for program in programs):
+        evaluation = evaluated(loss_fn, values, args, True)
+    else:
+        evaluation = _evaluated_apart(loss_fn, values, args, always)
+    loss, aux, grads = evaluation.loss, evaluation.aux, evaluation.grads
     new = tuple(
         program.advanced(numbers, its, evaluation.of(program.values(its)))
         for program, numbers, its in zip(programs, data, contents, strict=True)
@@ -105,6 +105,32 @@ def _step(
         new = jax.tree.map(functools.partial(jnp.where, taken), new, contents)
         loss = jnp.where(taken, loss, jnp.nan)
     return (loss, aux) if loss_fn.has_aux else loss, new
+
+
+@functools.cache
+def _true() -> jax.Array:
+    return jnp.array(True)
+
+
+def _evaluated_apart(loss_fn: Loss, values: dict[str, jax.Array], args: Any, always: jax.Array) -> Evaluation:
+    """A loss and its gradient, to the last bit what they are in a loop that is written out.
+
+    There they are a program of their own. Here the compiler would fuse them with the update, and round otherwise; it
+    does not fuse across a condition that it cannot foresee. (An ``optimization_barrier`` it drops on CPUs.)
+    """
+
+    @jax.jit
+    def evaluate(values: dict[str, jax.Array], args: Any) -> Any:
+        found = evaluated(loss_fn, values, args, False)
+        return found.loss, found.aux, found.grads
+
+    like = jax.eval_shape(evaluate, values, args)
+
+    def never(values: dict[str, jax.Array], args: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.full(x.shape, 0, x.dtype), like)
+
+    loss, aux, grads = jax.lax.cond(always, evaluate, never, values, args)
+    return Evaluation(lambda values: loss_fn.value(values, args), values, loss, aux, grads, None)
 
 
 class JointProgram(Program):
