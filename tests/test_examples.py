@@ -312,8 +312,34 @@ def test_the_example_of_resuming_fails_if_a_run_goes_on_otherwise(code, said, tm
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
+def beta_vae(tmp_path, *arguments):
+    """The squared error and the divergence of a test image, for beta 1 and 4."""
+    stdout = ran("beta_vae_digits.py", *arguments, "--out", tmp_path / "new" / "folder")
+    assert_png(tmp_path / "new" / "folder" / "beta_vae.png")
+    rows = re.findall(r"^ *(\d) +(\d+\.\d+) +(\d+\.\d+)$", stdout, re.M)
+    assert [beta for beta, *_ in rows] == ["1", "4"]
+    return [(float(error), float(divergence)) for _, error, divergence in rows]
+
+
+def test_a_larger_beta_gives_back_less_of_an_image(tmp_path):
+    (error, divergence), (larger, smaller) = beta_vae(tmp_path, "--epochs", 3)
+    assert larger > error + 0.5
+    assert smaller < divergence / 3
+
+
+@pytest.mark.slow
+def test_the_beta_vae_gives_back_the_digits(tmp_path):
+    (error, divergence), (larger, smaller) = beta_vae(tmp_path)
+    # The mean image of the training data is off by 4.7.
+    assert error < 1.2
+    assert larger < 2.5
+    assert 6 < divergence < 10
+    assert 1.5 < smaller < 3
+
+
 def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
     commands = [
+        ["beta_vae_digits", "--epochs", "none"],
         ["one_cycle", "--epochs", "two"],
         ["plateau_ema", "--out", __file__],
         ["plot_schedules", "--steps", "3"],
@@ -328,8 +354,9 @@ for command in {commands}:
         print(error.code)
 """
     done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
-    assert done.stdout.split() == ["2"] * 3, done.stderr
-    epochs, out, steps = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 4, done.stderr
+    no_epochs, epochs, out, steps = done.stderr.splitlines()
+    assert no_epochs.startswith("beta_vae_digits: argument --epochs: 'none' is not a number of epochs")
     assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
     assert out.startswith("plateau_ema: ")
     assert __file__ in out
