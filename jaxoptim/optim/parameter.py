@@ -83,6 +83,8 @@ class Parameter:
     def grad(self, grad: Any) -> None:
         if grad is not None and not isinstance(grad, jax.Array | BCOO):
             grad = owned(grad)
+        if isinstance(grad, jax.Array) and grad.weak_type:  # which would have programs of its own
+            grad = jax.lax.convert_element_type(grad, grad.dtype)
         if grad is not None and grad.shape != self.shape:
             raise ValueError(
                 f"The gradient assigned to {self._described()} has shape {grad.shape}, but the parameter has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -61,6 +62,12 @@ class Arguments:
         """Positional and keyword arguments with other data."""
         data = iter(traced)
         return jax.tree.unflatten(self._treedef, [next(data) if x is _TRACED else x for x in self._leaves])
+
+    def without_data(self) -> Arguments:
+        """The same without the data, to be kept."""
+        new = copy.copy(self)
+        new.traced = []
+        return new
 
     def static(self) -> dict[str, Any]:
         """The static values by the names of their arguments."""

@@ -57,6 +57,7 @@ class SVI:
     The arguments of model and guide are data where they are arrays or floats: another value, such as that of an
     annealing factor, runs the same program. Ints, bools, strings, None, tuples of these and functions are static: each
     combination compiles a program of its own. A count that changes from step to step goes in as a float or an array.
+    Whatever else model and guide read, such as a global or an attribute, is fixed when a program is compiled.
 
     Errors:
         ``TypeError`` for a loss that is no ELBO and no function, a key that is none, and an optimizer of another kind;
@@ -256,7 +257,7 @@ class SVI:
             return
         self._programs[plan.arguments.program] = plan.program
         if plan.arguments.form not in self._forms:
-            self._forms[plan.arguments.form] = plan.arguments
+            self._forms[plan.arguments.form] = plan.arguments.without_data()
             self._warn_of_many()
         self.key, self._sites, self.mutable_state, self._begun = plan.key, plan.sites, plan.mutable, True
 
@@ -312,6 +313,8 @@ class _Program:
 
     def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site]) -> None:
         self.names = [leaf for site in sites.values() for leaf in site.leaves]
+
+        arguments = arguments.without_data()
 
         def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
             args, kwargs = arguments.rebuilt(traced)

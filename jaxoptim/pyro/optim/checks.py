@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.optim.parameter import Parameter
@@ -43,7 +45,7 @@ def check_same(param: Parameter, shape: tuple[int, ...], dtype: Any) -> None:
 
 def check_dict(what: str, name: str, given: Any) -> None:
     """Raise for a function of the name that has returned no dict."""
-    if not isinstance(given, dict):
+    if not isinstance(given, Mapping):
         raise TypeError(
             f"per-param {what} arg must return defaults dictionary, but for {name!r} the function returned {given!r}."
         )
@@ -66,4 +68,12 @@ def checked_update(params: Any, grads: Any) -> Mapping[str, Any]:
         raise ValueError(f"grads has nothing for {missing[0]!r}. Give None where a value is to stay.")
     if extra := sorted(grads.keys() - params.keys()):
         raise ValueError(f"grads has {extra[0]!r}, which params lacks. The names are {', '.join(map(repr, params))}.")
-    return trees.owned_arrays(dict(grads))
+    return {name: _strong(grad) for name, grad in trees.owned_arrays(dict(grads)).items()}
+
+
+def _strong(grad: Any) -> Any:
+    """A gradient whose type is its own: a weak one would have programs of its own."""
+    if grad is None or isinstance(grad, BCOO):
+        return grad
+    grad = jnp.asarray(grad)
+    return jax.lax.convert_element_type(grad, grad.dtype) if grad.weak_type else grad

@@ -17,6 +17,7 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim import together
 from jaxoptim.pyro.optim.arrangement import Rows, built, stacked, step_of
+from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.member import Member
 from jaxoptim.pyro.optim.together import NOT_STARTED, Plan, Setting, Stack
 
@@ -117,7 +118,7 @@ class Joint:
 
     def made_rule(self, member: Member) -> tuple[Rule, Any, list[Any]]:
         """The rule of a member's options, its structure and its leaves; many have the same options."""
-        key = (member.rule, *[(type(option), option) for name, option in member.options.items() if name != "params"])
+        key = (member.rule, *[(name, type(x), x) for name, x in member.options.items() if name != "params"])
         try:
             if key not in self._made:
                 self._made = {} if len(self._made) > 4096 else self._made
@@ -150,10 +151,12 @@ class Joint:
                 _zeros(param.shape, param.dtype) if index is None else grads[index]
                 for param, index in zip(rows, selection.source, strict=True)
             ]
-        contents = self.take(selection)
-        if contents:
-            contents = together.advance(selection.plan, self.rules(selection), contents, ordered, selection.masks)
-        self.put(selection, contents)
+        rules = self.rules(selection)
+        with Uninterrupted():
+            contents = self.take(selection)
+            if contents:
+                contents = together.advance(selection.plan, rules, contents, ordered, selection.masks)
+            self.put(selection, contents)
         for param, absent in zip(params, missing, strict=True) if any(missing) else ():
             if absent:
                 self.members[str(param.name)].decay()
@@ -235,7 +238,11 @@ class Joint:
 
 def _taken_apart(rule: Rule) -> tuple[Rule, Any, list[Any]]:
     leaves, form = jax.tree.flatten(rule)
-    return rule, form, leaves
+    return rule, form, [float(np.asarray(x).item()) if _is_number(x) else x for x in leaves]
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, jax.Array) and x.size == 1 and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _same(cells: Any) -> Cells:

@@ -71,6 +71,7 @@ class PyroLRScheduler(PyroOptim):
         self.pt_scheduler_constructor = scheduler_constructor
         self.kwargs = {name: value for name, value in optim_args.items() if name not in ("optimizer", "optim_args")}
         self._schedulers: dict[str, LRScheduler] = {}
+        self._late: dict[str, list[Any]] = {}
         super().__init__(optim_args["optimizer"], optim_args["optim_args"], clip_args)
 
     @property
@@ -84,7 +85,9 @@ class PyroLRScheduler(PyroOptim):
         return MappingProxyType({name: self._schedulers[name] for name in self._joint.members})
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move all schedules on; to be called once an epoch. Before any parameter is met it does nothing.
+        """Move all schedules on; to be called once an epoch. Before any parameter is known it does nothing.
+
+        A schedule that was loaded and waits for its parameter is moved on when that comes.
 
         Args:
             args: what the scheduler's ``step`` takes, such as the loss for ``ReduceLROnPlateau``.
@@ -92,6 +95,8 @@ class PyroLRScheduler(PyroOptim):
         """
         for name in self._joint.members:
             self._schedulers[name].step(*args, **kwargs)
+        for name in self._waiting:
+            self._late.setdefault(name, []).append((args, kwargs))
 
     def _optimizer(self, name: str, param: Parameter) -> Optimizer:
         optimizer = super()._optimizer(name, param)
@@ -113,12 +118,14 @@ class PyroLRScheduler(PyroOptim):
             raise ValueError(f"The state of {name!r} has no {missing[0]!r}: it is not of a scheduled optimizer.")
         restored(name, self._schedulers[name], state["scheduler"])
         super()._load(name, optimizer, state["optimizer"])
+        for args, kwargs in self._late.pop(name, []):
+            self._schedulers[name].step(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        about = {"pt_scheduler_constructor": self.pt_scheduler_constructor, "kwargs": self.kwargs}
+        about = {"pt_scheduler_constructor": self.pt_scheduler_constructor, "kwargs": self.kwargs, "late": self._late}
         return super().__getstate__() | about
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pt_scheduler_constructor, self.kwargs = state["pt_scheduler_constructor"], state["kwargs"]
-        self._schedulers = {}
+        self._schedulers, self._late = {}, state["late"]
         super().__setstate__(state)

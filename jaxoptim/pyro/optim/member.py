@@ -117,9 +117,14 @@ class Member(Storage):
         """The rule of the current options, and the clipping, as they are for a parameter without any steps."""
         if self.written or self._setting is None:
             fading = None
-            if self._decays is not None and (factor := self.options[self._decays[1]]) != 1:
-                fading = Fading(self._decays[0], Decay.of(float(factor)), 0.0)
             rule, form, numbers = self.joint.made_rule(self)
+            if self._decays is not None and (factor := self.options[self._decays[1]]) != 1:
+                option = self._decays[0]
+                if callable(self.options[option]):  # a schedule, which the rule itself lets decay
+                    rule = rule.replace(**{self._decays[1]: factor})
+                    numbers, form = jax.tree.flatten(rule)
+                else:
+                    fading = Fading(option, Decay.of(float(factor)), 0.0)
             self._setting = Setting(rule, self.clip, fading)
             self._form = (form, self._form_of_clip, fading is None)
             self._numbers = [*numbers, *jax.tree.leaves((self.clip, fading))]

@@ -74,7 +74,7 @@ class MultiOptimizer:
         """Update parameters in place once, all from one evaluation of the loss at their old values.
 
         It is compiled once for each ``loss_fn`` and shapes of ``args``; pass one function again and again, and data as
-        arguments.
+        arguments. What else ``loss_fn`` reads, such as a global or an attribute, is fixed then.
 
         Args:
             loss_fn: ``loss_fn(values, *args)`` returns a real scalar, or ``(scalar, aux)``; ``values`` is a dict of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import zipfile
@@ -71,8 +72,9 @@ class PyroOptim:
         optim_constructor: a class of ``jaxoptim.optim`` (or a function of ``params`` and options that returns one),
             ``LBFGS`` excepted.
         optim_args: its options, a dict; or a function of the parameter's name that returns a dict and is asked once
-            for each name. ``"$$$"`` in a name, Pyro's mark between a module and its parameter, comes as a dot. Of
-            two arguments, deprecated, it gets the module's name and the parameter's.
+            for each name. ``"$$$"`` in a name, Pyro's mark between a module and its parameter, comes as a dot. A
+            function of two arguments (deprecated; a second one with a default counts, as in Pyro) gets the names of
+            module and parameter.
         clip_args: how gradients are clipped, a dict with ``clip_norm`` (a bound on the norm of each parameter's
             gradient, applied first) and ``clip_value`` (a bound on each number); or a function of the names of module
             and parameter (default None: not at all). The parameter's ``grad`` is left as it is.
@@ -254,7 +256,7 @@ class PyroOptim:
             if name in members:
                 check_same(members[name].param, param.shape, param.dtype)
             else:
-                new.append(self._member(name, param))
+                new.append(self._new_member(name, param))
         consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
         for member in new:
             self._joint.add(member)
@@ -267,6 +269,7 @@ class PyroOptim:
         def undo() -> None:
             for member in new:
                 self._joint.remove(member.name)
+                self._asked.pop(member.name, None)
             for member, old, _ in moved:
                 member.move_to(old)
             self._waiting |= consumed
@@ -287,8 +290,7 @@ class PyroOptim:
             pieces = (module, own or module)
             options = self.pt_optim_args
             if callable(options):
-                one = len(inspect.signature(options).parameters) == 1
-                options = options(name.replace(_DIVIDER, ".")) if one else options(*pieces)
+                options = options(*pieces) if _takes_two(options) else options(name.replace(_DIVIDER, "."))
                 check_dict("optim", name, options)
             clip = self.pt_clip_args
             if callable(clip):
@@ -322,6 +324,14 @@ class PyroOptim:
             self._load(name, optimizer, self._waiting[name])
         return Member(self._joint, param, optimizer, self._ask(name)[1])
 
+    def _new_member(self, name: str, param: Parameter) -> Member:
+        """The same; if it fails, the options are asked for again next time."""
+        try:
+            return self._member(name, param)
+        except BaseException:
+            self._asked.pop(name, None)
+            raise
+
     def _setting(self, name: str, like: Any) -> Setting:
         """The setting of a parameter that has made no steps, which the pure face goes on with."""
         with jax.ensure_compile_time_eval():
@@ -347,7 +357,7 @@ class PyroOptim:
             >>> sorted(optimizer.get_state()["loc"]["state"][0])
             ['exp_avg', 'exp_avg_sq', 'step']
         """
-        return {name: self._saved(name) for name in self._joint.members} | self._waiting
+        return {name: self._saved(name) for name in self._joint.members} | copy.deepcopy(self._waiting)
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`get_state` gave, here or in Pyro. Options come from it too.
@@ -381,7 +391,7 @@ class PyroOptim:
             for name in known:
                 self._load(name, self._joint.members[name].optimizer, before[name])
             raise
-        self._waiting |= {name: state for name, state in state_dict.items() if name not in known}
+        self._waiting |= {name: copy.deepcopy(state) for name, state in state_dict.items() if name not in known}
 
     def save(self, filename: str | os.PathLike[str]) -> None:
         """Write :meth:`get_state` to a file, as ``jaxoptim.checkpoint.save`` does.
@@ -417,6 +427,11 @@ class PyroOptim:
 
     def _load(self, name: str, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Give an optimizer the state of one parameter."""
+        if "scheduler" in state:
+            raise ValueError(
+                f"The state of {name!r} is of a PyroLRScheduler, but this optimizer has no schedule. Load it into one, "
+                "or give the 'optimizer' part of each name."
+            )
         restored(name, optimizer, state)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -426,6 +441,15 @@ class PyroOptim:
     def __setstate__(self, state: dict[str, Any]) -> None:
         PyroOptim.__init__(self, state["pt_optim_constructor"], state["pt_optim_args"], state["pt_clip_args"])
         self._waiting = state["state"]
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function of a name is of the deprecated form, of the names of a module and of its parameter.
+
+    As in Pyro, an argument with a default counts.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(place.kind in kinds for place in inspect.signature(function).parameters.values()) >= 2
 
 
 def _nothing() -> None:

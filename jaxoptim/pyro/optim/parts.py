@@ -17,6 +17,7 @@ from jaxoptim.optim.bucket import Bucket, Contents, Static
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import Rules
 from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, all_finite, evaluated
+from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.rules.newton import hessian, solve
 
@@ -71,9 +72,10 @@ def make_step(
     """
     programs = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
-    result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args, _true())
-    for part, its in zip(parts, new, strict=True):
-        part.close(its)
+    with Uninterrupted():
+        result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args, _true())
+        for part, its in zip(parts, new, strict=True):
+            part.close(its)
     return result
 
 
@@ -193,6 +195,17 @@ class Owned:
         for param in () if self._bucket is None else self._bucket.params:
             if (name := str(param.name)) in values:
                 trees.check_shape("value", name, values[name], param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        bucket = self._bucket
+        return {"kept": None if bucket is None else (bucket.labels, bucket.params, bucket.state)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bucket = None
+        if state["kept"] is not None:
+            labels, params, kept = state["kept"]
+            self._bucket = Bucket({}, labels, params, 1, packed=False)
+            self._bucket.state = kept
 
     @property
     def state(self) -> Any:

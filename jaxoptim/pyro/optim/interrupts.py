@@ -1,0 +1,37 @@
+"""Ctrl-C while a compiled step runs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Uninterrupted:
+    """Let Ctrl-C wait until what a compiled step has returned is kept, because what it was given is gone by then.
+
+    A second Ctrl-C does not wait: the step may hang.
+    """
+
+    __slots__ = ("_count", "_handler")
+
+    def __enter__(self) -> None:
+        self._count = 0
+        self._handler: Any = None
+        if threading.current_thread() is threading.main_thread():
+            handler: Any = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            self._handler(number, frame)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._count == 1 and kind is None:
+                self._handler(signal.SIGINT, None)
