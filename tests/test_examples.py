@@ -81,6 +81,7 @@ def test_the_torch_style_loops_print_the_losses_of_torch():
     assert float(rows[2][1]) < float(rows[0][1]) / 2, "it learns"
 
 
+@pytest.mark.slow
 def test_the_torch_style_example_fails_if_the_losses_differ():
     code = "import torch_style; torch_style.TOLERANCE = 0.0; torch_style.main()"
     done = python("-c", code, "--epochs", 1, PYTHONPATH=str(TORCH_STYLE.parent))
@@ -175,6 +176,7 @@ def plateau_ema(tmp_path, *arguments):
     return accuracies, [epochs for *_, epochs in rows[:2]]
 
 
+@pytest.mark.slow
 def test_plateau_and_average_give_the_same_in_both_faces(tmp_path):
     accuracies, (torch_style, pure) = plateau_ema(tmp_path, "--epochs", 15)
     assert torch_style == pure == "14"
@@ -215,6 +217,7 @@ def test_an_example_fails_if_its_faces_differ(code, said, tmp_path):
     assert re.fullmatch(said, done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_the_picture_of_all_schedules(tmp_path):
     assert "The 24 schedules are in" in ran("plot_schedules.py", "--out", tmp_path / "new" / "folder")
     assert_png(tmp_path / "new" / "folder" / "schedules.png")

@@ -374,8 +374,8 @@ def test_an_annealing_factor_compiles_once():
         ({"names": ("a",)}, {"names": ("b",)}),
         ({"flag": True}, {"flag": False}),
         ({"flag": True}, {"flag": 1}),
-        ({"use": jnp.exp}, {"use": jnp.cosh}),
-        ({"use": None}, {"use": jnp.exp}),
+        pytest.param({"use": jnp.exp}, {"use": jnp.cosh}, marks=pytest.mark.slow),
+        pytest.param({"use": None}, {"use": jnp.exp}, marks=pytest.mark.slow),
     ],
 )
 def test_static_arguments_have_their_own_programs(first, second):
@@ -545,6 +545,7 @@ def nothing(*args):
     pass
 
 
+@pytest.mark.slow
 def test_mutable_state_is_numpyros():
     # The gradient of a bias before a normalisation is rounding noise, which Adam would take for a direction.
     sgd = jaxoptim.sgd(lr=1e-4)

@@ -27,6 +27,10 @@ def bowl(params):
     return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
 
 
+def slow(use):
+    return pytest.param(use, marks=pytest.mark.slow)
+
+
 def snapshot(opt):
     """Everything a failed step must not change, as NumPy arrays."""
     return jax.tree.map(np.asarray, (opt.params, opt.state_dict()["state"], opt.state_dict()["param_groups"]))
@@ -108,9 +112,9 @@ def test_buffers_that_nobody_else_holds_are_donated():
         lambda opt: opt.step(tree()),
         lambda opt: opt.minimize(bowl),
         lambda opt: opt.step(jax.grad(bowl)(opt.params)),
-        lambda opt: (opt.state_dict(), opt.step(tree())),
-        lambda opt: (opt.step({**tree(), "one": None}), opt.step(tree())),
-        lambda opt: setattr(opt.param_groups[0]["params"][0], "value", jnp.ones(LARGE)) or opt.step(tree()),
+        slow(lambda opt: (opt.state_dict(), opt.step(tree()))),
+        slow(lambda opt: (opt.step({**tree(), "one": None}), opt.step(tree()))),
+        slow(lambda opt: setattr(opt.param_groups[0]["params"][0], "value", jnp.ones(LARGE)) or opt.step(tree())),
     ],
     ids=["step", "minimize", "params", "state_dict", "missing", "assigned"],
 )

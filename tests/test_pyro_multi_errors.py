@@ -144,7 +144,11 @@ class TestSurprises:
             MixedMultiOptimizer([(["x"], rules.Adam(lr=0.1)), (["y"], Wrong())]).step(loss, params, 1.0)
         assert_equal(arrays(params), before)
 
-    @pytest.mark.parametrize("radius", [None, np.array([0.1, 0.2])], ids=["none", "array"])
+    @pytest.mark.parametrize(
+        "radius",
+        [pytest.param(None, marks=pytest.mark.slow), np.array([0.1, 0.2])],
+        ids=["none", "array"],
+    )
     def test_radii_of_newton(self, radius):
         params = {"x": Parameter(np.ones((2, 3)), "x")}
         optimizer = Newton({"x": radius})

@@ -99,6 +99,7 @@ def test_a_mean_of_normal_data():
     np.testing.assert_allclose(losses[-1], -evidence, atol=0.01)
 
 
+@pytest.mark.slow
 def test_a_rate_of_coins():
     def model(flips):
         rate = numpyro.sample("rate", dist.Beta(2.0, 2.0))
@@ -153,6 +154,7 @@ def test_regression_with_a_multivariate_guide():
     np.testing.assert_allclose(covariance, np.linalg.inv(WEIGHT_PRECISION), atol=0.01)
 
 
+@pytest.mark.slow
 def test_regression_with_a_guide_that_cannot_be_the_posterior():
     found = fitted(1500, regression, autoguide.AutoNormal(regression), X, DATA, elbo=TraceMeanField_ELBO(10))
     # The best of the independent normals has the posterior's mean, and its conditional scales.
@@ -308,6 +310,7 @@ def test_the_posterior_with_clipped_gradients():
 # A loss by the number of data.
 
 
+@pytest.mark.slow
 def test_a_scaled_loss_has_the_same_posterior():
     size = len(DATA)  # a power of two: gradients scale without rounding
 
@@ -608,6 +611,7 @@ def test_every_optimizer_reaches_the_posterior_in_numpyro(name):
     near(result.params, loc=LOC, scale=SCALE, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer", [rules.LBFGS(line_search_fn="strong_wolfe"), rules.Newton()], ids=["LBFGS", "Newton"]
 )

@@ -29,7 +29,9 @@ class Rows:
         value, step, old = None, NOT_STARTED, dict[str, Any]()
         if member.name in self._places:
             cells, index = self._places[member.name]
-            whole = self._read.setdefault(id(cells), self._all(cells))
+            if id(cells) not in self._read:
+                self._read[id(cells)] = self._all(cells)
+            whole = self._read[id(cells)]
             part = whole if isinstance(cells, Single) else jax.tree.map(lambda x: x[index], whole)
             value = None if cells.params[index] is not member.param or index in cells.outdated else part[0]
             step, old = int(part[1].step), part[1].slots
@@ -50,7 +52,7 @@ def built(members: list[Member], rows: Rows) -> Callable[[], Cells]:
     slots = abstract_slots(rule, struct)
     kept = [complete(member, slots, *rows.of(member, slots)) for member in members]
     params, labels = [member.param for member in members], [member.name for member in members]
-    if isinstance(first.kind, tuple) and len(first.kind) == 2:
+    if first.alone:
         value, step, own = kept[0]
         state = OptState(jnp.asarray(step, jnp.int32), jax.tree.map(as_jax, own), {})
         contents, kind = Contents(as_jax(value), state), Single

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -77,3 +78,12 @@ def _strong(grad: Any) -> Any:
         return grad
     grad = jnp.asarray(grad)
     return jax.lax.convert_element_type(grad, grad.dtype) if grad.weak_type else grad
+
+
+def takes_two(function: Callable[..., Any]) -> bool:
+    """Whether a function of a name is of the deprecated form, of the names of a module and of its parameter.
+
+    As in Pyro, an argument with a default counts.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(place.kind in kinds for place in inspect.signature(function).parameters.values()) >= 2

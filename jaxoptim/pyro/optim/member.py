@@ -132,13 +132,17 @@ class Member(Storage):
         return self._setting
 
     @property
+    def alone(self) -> bool:
+        """Whether the parameter stands by itself."""
+        is_sparse = self.has_rows or self.setting.rule.sparse == "required"
+        is_large = math.prod(self.param.shape) > _MAX_SIZE or len(self.sharding.device_set) > 1
+        return is_sparse or is_large or not all(isinstance(x, float) for x in self._numbers)
+
+    @property
     def kind(self) -> Hashable:
         """What parameters have in common that stand in one stack."""
-        rule, param = self.setting.rule, self.param
-        alone = self.has_rows or rule.sparse == "required" or math.prod(param.shape) > _MAX_SIZE
-        if alone or not all(isinstance(x, float) for x in self._numbers) or len(self.sharding.device_set) > 1:
-            return (self._form, param)
-        return (self._form, param.shape, param.dtype, self.sharding)
+        alone, param = self.alone, self.param
+        return (self._form, param) if alone else (self._form, param.shape, param.dtype, self.sharding)
 
     def numbers_since(self, step: int) -> list[Any]:
         """The leaves of the setting for a parameter that has made some steps."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +18,10 @@ from jaxoptim.core import OptState, bound
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed
+from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed, takes_two
 from jaxoptim.pyro.optim.clipping import Clip
 from jaxoptim.pyro.optim.evaluation import all_finite
+from jaxoptim.pyro.optim.files import loaded
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.pyro.optim.member import Member
 from jaxoptim.pyro.optim.together import Setting
@@ -290,7 +290,7 @@ class PyroOptim:
             pieces = (module, own or module)
             options = self.pt_optim_args
             if callable(options):
-                options = options(*pieces) if _takes_two(options) else options(name.replace(_DIVIDER, "."))
+                options = options(*pieces) if takes_two(options) else options(name.replace(_DIVIDER, "."))
                 check_dict("optim", name, options)
             clip = self.pt_clip_args
             if callable(clip):
@@ -414,7 +414,7 @@ class PyroOptim:
         Errors:
             See :meth:`set_state` and ``jaxoptim.checkpoint.load``; ``ImportError`` for a file of Pyro's without torch.
         """
-        self.set_state(_from_pyro(filename, map_location) if _is_torch_file(filename) else checkpoint.load(filename))
+        self.set_state(loaded(filename, map_location))
 
     def _saved(self, name: str) -> Any:
         """The state of one parameter; counts of each number that are all the same as one, as Pyro has them."""
@@ -443,15 +443,6 @@ class PyroOptim:
         self._waiting = state["state"]
 
 
-def _takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a function of a name is of the deprecated form, of the names of a module and of its parameter.
-
-    As in Pyro, an argument with a default counts.
-    """
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(place.kind in kinds for place in inspect.signature(function).parameters.values()) >= 2
-
-
 def _nothing() -> None:
     """Undo nothing."""
 
@@ -462,15 +453,3 @@ def restored(name: str, owner: Any, state: Any) -> None:
         owner.load_state_dict(state)
     except (KeyError, ValueError, TypeError) as error:
         raise type(error)(f"The state of {name!r} does not fit: {error.args[0] if error.args else error}") from error
-
-
-def _is_torch_file(filename: str | os.PathLike[str]) -> bool:
-    return zipfile.is_zipfile(filename)
-
-
-def _from_pyro(filename: str | os.PathLike[str], map_location: Any) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(f"{os.fspath(filename)} was written by Pyro, and needs torch to be read.") from error
-    return torch.load(filename, map_location=map_location, weights_only=True)
