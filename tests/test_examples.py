@@ -70,6 +70,7 @@ def test_every_optimizer_is_above_97_percent(tmp_path):
 TORCH_STYLE = ROOT / "examples" / "torch_style.py"
 
 
+@pytest.mark.slow
 def test_the_torch_style_loops_print_the_losses_of_torch():
     done = python(TORCH_STYLE, "--epochs", 3)
     assert done.returncode == 0, done.stderr
@@ -151,6 +152,7 @@ def one_cycle(tmp_path, *arguments):
     return {name: (float(one), float(mean or "nan")) for name, one, mean in rows}
 
 
+@pytest.mark.slow
 def test_one_cycle_gives_the_same_in_both_faces(tmp_path):
     rows = one_cycle(tmp_path, "--epochs", 2)
     assert rows["one cycle, torch-style"][0] == pytest.approx(rows["one cycle, pure"][0], abs=0.5)

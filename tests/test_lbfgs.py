@@ -308,6 +308,7 @@ def test_the_loss_is_evaluated_as_often_as_in_torch(given, x64):
     assert int(state.shared["func_evals"]) == len(parent.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_it_runs_in_scan_and_under_vmap(search, x64):
     tx = jaxoptim.lbfgs(line_search_fn=search, history_size=5, max_iter=5)
@@ -332,6 +333,7 @@ def test_it_runs_in_scan_and_under_vmap(search, x64):
         assert int(count[-1]) == int(state.shared["func_evals"])
 
 
+@pytest.mark.slow
 def test_vmap_over_the_driven_search(x64):
     rule = LBFGS(line_search_fn="strong_wolfe", max_iter=3)
     states = jax.vmap(rule.init)(jnp.ones((2, 4)))
@@ -417,6 +419,7 @@ def test_lower_precisions(dtype, search):
     np.testing.assert_allclose(params["a"].astype(float), target.astype(float), atol=0.05)
 
 
+@pytest.mark.slow
 def test_packed_parameters_and_plain_gradients(x64):
     tx = jaxoptim.lbfgs(line_search_fn="strong_wolfe")
     _, expected, _ = optimized(tx, ridge_tree, zeros_tree(), 3)
@@ -585,6 +588,7 @@ def test_update_says_what_is_missing():
 # The tree as a vector.
 
 
+@pytest.mark.slow
 def test_flatten_and_unflatten_are_inverse(x64):
     tree = {
         "c": jnp.array([[1 + 2j], [3 - 1j]], jnp.complex64),

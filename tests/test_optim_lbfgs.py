@@ -180,6 +180,7 @@ def test_a_raising_closure_changes_nothing(calls):
     opt.step(closure)
 
 
+@pytest.mark.slow
 def test_the_users_arrays_live_and_memory_does_not_grow(only_new_garbage):
     mine = {"w": jnp.full((30, 10), 0.3), "b": jnp.zeros(())}
     opt = optim.LBFGS(mine, history_size=5, max_iter=4)
@@ -250,6 +251,7 @@ def test_what_else_the_loss_returns_is_of_the_first_evaluation(x64):
     np.testing.assert_allclose(opt.params, twin.params, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_leaving_for_the_pure_face_and_coming_back(x64):
     loss = LOSSES["ridge"]
     stays, leaves = (optim.LBFGS({"x": jnp.asarray(PROBLEMS["ridge"][1])}, max_iter=4) for _ in range(2))

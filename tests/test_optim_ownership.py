@@ -111,7 +111,7 @@ def test_buffers_that_nobody_else_holds_are_donated():
     [
         lambda opt: opt.step(tree()),
         lambda opt: opt.minimize(bowl),
-        lambda opt: opt.step(jax.grad(bowl)(opt.params)),
+        slow(lambda opt: opt.step(jax.grad(bowl)(opt.params))),
         slow(lambda opt: (opt.state_dict(), opt.step(tree()))),
         slow(lambda opt: (opt.step({**tree(), "one": None}), opt.step(tree()))),
         slow(lambda opt: setattr(opt.param_groups[0]["params"][0], "value", jnp.ones(LARGE)) or opt.step(tree())),

@@ -182,6 +182,7 @@ def test_errors_name_the_parameter():
         pack(packed)
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_hypergradient_go_through_packing():
     params = {f"w{i}": jnp.full(2, i + 1.0) for i in range(40)}
 

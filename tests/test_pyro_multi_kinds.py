@@ -40,6 +40,7 @@ class TestGetStep:
             assert_equal(arrays(params), arrays(others))
             assert_equal(new, arrays(params), 1e-13)
 
+    @slow
     @kinds(*TORCH_STYLE)
     @pytest.mark.parametrize("steps_before", [0, 2])
     def test_under_jit(self, kind, steps_before):
@@ -51,6 +52,7 @@ class TestGetStep:
         optimizer.step(loss, params, 1.0)
         assert_equal(new, arrays(params), 1e-13)
 
+    @slow
     @kinds(*TORCH_STYLE, *SEARCHES)
     @pytest.mark.parametrize("steps_before", [0, pytest.param(2, marks=slow)])
     def test_derivatives(self, kind, steps_before):

@@ -26,7 +26,15 @@ from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.multi import MixedMultiOptimizer, Newton, as_multi_optimizer
 
 
-def test_ctrl_c_waits_for_what_a_step_returns(monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process in the background may not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_what_a_step_returns(monkeypatch, ctrl_c):
     """The arrays that a step was given are gone when it runs; what it returns must be kept whatever comes."""
     params = {name: Parameter(jnp.ones(3), name) for name in "ab"}
     optimizer = optim.Adam({"lr": 0.1})
@@ -48,7 +56,7 @@ def test_ctrl_c_waits_for_what_a_step_returns(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_does_not_wait():
+def test_a_second_ctrl_c_does_not_wait(ctrl_c):
     seen = []
     with pytest.raises(KeyboardInterrupt):
         twice_interrupted(seen)

@@ -604,6 +604,7 @@ class Exact(Trace_ELBO):
         return exact_elbo(model, handlers.seed(handlers.substitute(guide, data=params), key), data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(skip=["torch"]))
 def test_every_optimizer_reaches_the_posterior_in_numpyro(name):
     make, steps = OPTIMIZERS[name]
@@ -633,6 +634,7 @@ def broken(data):
     numpyro.factor("breakdown", mean * jnp.where(fails, jnp.nan, 0.0))
 
 
+@pytest.mark.slow
 def test_a_posterior_in_spite_of_breakdowns():
     elbo = Trace_ELBO(num_particles=10)
     svi = SVI(broken, guide, decaying(600), elbo, key=KEY, skip_nonfinite=True)

@@ -177,6 +177,7 @@ def rows(indices, values, shape=(6, 2)):
     return BCOO((jnp.asarray(values), jnp.asarray(indices)[:, None]), shape=shape)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 6), min_size=1, max_size=8),
