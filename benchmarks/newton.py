@@ -6,9 +6,8 @@ variables. Pyro is given a loss computed anew for each step, from a detached poi
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 
 from contenders import Builders, torch, torch_runs_here
 from jaxoptim.rules.newton import newton, newton_step
+from tables import asked
 from timing import Effort, Run, heading, measure, row
 
 try:
@@ -112,13 +112,9 @@ def table(size: int, radius: float | None, effort: Effort) -> str:
     return "\n".join([title, heading("step", "pyro"), *rows])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure, and print one table for each batch, with and without a radius."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each contender")
-    parser.add_argument("--quick", action="store_true", help="three short rounds and one first step: for a look")
-    options = parser.parse_args(arguments)
-    effort = Effort(3, 0.05, 1) if options.quick else Effort(options.rounds)
+    effort = asked(__doc__.splitlines()[0])
     for size in SIZES:
         for radius in RADII:
             print("\n" + table(size, radius, effort), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
-from timing import Effort, Run, heading, measure, row
+from tables import asked
+from timing import Run, heading, measure, row
 from trees import Shapes, numbers_in, random_tree
 
 SIZES: dict[str, Shapes] = {
@@ -85,11 +85,7 @@ def _pyro_param(name: str, value: jax.Array, grad: jax.Array) -> torch.Tensor:
 
 def main() -> None:
     """Measure what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=Effort.rounds, help="turns of each contender")
-    parser.add_argument("--quick", action="store_true", help="three short rounds and one first step: for a look")
-    options = parser.parse_args()
-    effort = Effort(3, 0.05, 1) if options.quick else Effort(options.rounds)
+    effort = asked(__doc__)
     for setting in SETTINGS:
         for size, shapes in SIZES.items():
             times = measure(contenders(setting, shapes), effort)

@@ -64,7 +64,7 @@ def test_gradients_of_replicas_are_reduced_and_then_clipped(op, spread, mesh):
 
 
 def test_sharded_gradients_are_reduced_by_one_all_reduce(mesh):
-    grads = [jax.device_put(stacked(t), NamedSharding(mesh, P("data"))) for t in range(2)]
+    grads = {t: jax.device_put(stacked(t), NamedSharding(mesh, P("data"))) for t in range(2)}
     text = horovod._over_devices.lower(grads, op="average").compile().as_text()
     assert "all-reduce" in text
 

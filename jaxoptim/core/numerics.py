@@ -56,6 +56,12 @@ def placed_like(array: jax.Array, like: Any) -> jax.Array:
     return array if sharding is None or sharding == array.sharding else jax.device_put(array, sharding)
 
 
+def strong(x: Any) -> jax.Array:
+    """An array whose type is its own: a weak one, such as a Python number's, would have programs of its own."""
+    x = jnp.asarray(x)
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+
+
 def as_jax(array: Any) -> jax.Array:
     """An array of JAX as it is, and a copy of any other."""
     return array if isinstance(array, jax.Array) else owned(array)

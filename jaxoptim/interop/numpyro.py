@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from jaxoptim.core import transformation, trees
+from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import Hyperparameters
 
 if TYPE_CHECKING:
@@ -161,11 +162,11 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
         def init(self, params: Any) -> Any:
             """The state before the first update."""
             count, state = super().init(params)
-            return _strong(count), state
+            return strong(count), state
 
         def _begin(self, params: Any) -> tuple[Any, Any]:
-            params = jax.tree.map(_strong, params)
-            return params, jax.tree.map(_strong, self._tx.init(params))
+            params = jax.tree.map(strong, params)
+            return params, jax.tree.map(strong, self._tx.init(params))
 
         def _advance(self, count: Any, grads: Any, state: tuple[Any, Any], **extra: Any) -> tuple[Any, Any]:
             """The next state, in the dtypes of this one: numpyro puts it through ``lax.scan``."""
@@ -235,12 +236,6 @@ def _forward_only(value_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     value.defvjp(ahead, lambda grads, cotangent: (jax.tree.map(lambda grad: cotangent * grad, grads),))
     return value
-
-
-def _strong(x: Any) -> Any:
-    """A leaf of a state as an array whose type is its own."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else lax.convert_element_type(x, x.dtype)
 
 
 def _like(x: Any, old: Any) -> Any:

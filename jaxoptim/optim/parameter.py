@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import owned
+from jaxoptim.core.numerics import strong
 
 if TYPE_CHECKING:
     from jaxoptim.optim.bucket import Cells
@@ -83,8 +84,8 @@ class Parameter:
     def grad(self, grad: Any) -> None:
         if grad is not None and not isinstance(grad, jax.Array | BCOO):
             grad = owned(grad)
-        if isinstance(grad, jax.Array) and grad.weak_type:  # which would have programs of its own
-            grad = jax.lax.convert_element_type(grad, grad.dtype)
+        if isinstance(grad, jax.Array):
+            grad = strong(grad)
         if grad is not None and grad.shape != self.shape:
             raise ValueError(
                 f"The gradient assigned to {self._described()} has shape {grad.shape}, but the parameter has "
@@ -134,9 +135,7 @@ def zeros_like(grad: Any) -> Any:
 def _copied(value: Any, name: str | None) -> jax.Array:
     """An array of our own: optimizers donate what they hold, and NumPy arrays may change."""
     if isinstance(value, jax.Array):
-        array = jax.device_put(value, may_alias=False)
-        if array.weak_type:
-            array = jax.lax.convert_element_type(array, array.dtype)
+        array = strong(jax.device_put(value, may_alias=False))
     else:
         array = owned(value)
     if not jnp.issubdtype(array.dtype, jnp.inexact):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxoptim.core.numerics import strong
 from jaxoptim.interop.numpyro import by_path, required, to_numpyro
 
 Values = dict[str, jax.Array]
@@ -227,7 +228,7 @@ class Objective:
             loss = self._elbo.loss(key, values, self._model, self._guide, *args, **kwargs)
         _check_scalar(loss, self._elbo)
         # With several particles numpyro returns no state, and says so in a warning.
-        return loss, mutable | jax.tree.map(_strong, new or {})
+        return loss, mutable | jax.tree.map(strong, new or {})
 
 
 def _check_scalar(loss: Any, elbo: Any) -> None:
@@ -238,8 +239,3 @@ def _check_scalar(loss: Any, elbo: Any) -> None:
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         kind = f"an array of shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}"
         raise TypeError(f"{name} returned {kind}. A loss is a real scalar.")
-
-
-def _strong(x: Any) -> jax.Array:
-    """An array whose type is its own, so that what goes through a step comes out alike."""
-    return lax.convert_element_type(x, jnp.result_type(x))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
+from jaxoptim.core.numerics import strong
 from jaxoptim.optim.parameter import Parameter
 
 
@@ -69,15 +69,11 @@ def checked_update(params: Any, grads: Any) -> Mapping[str, Any]:
         raise ValueError(f"grads has nothing for {missing[0]!r}. Give None where a value is to stay.")
     if extra := sorted(grads.keys() - params.keys()):
         raise ValueError(f"grads has {extra[0]!r}, which params lacks. The names are {', '.join(map(repr, params))}.")
-    return {name: _strong(grad) for name, grad in trees.owned_arrays(dict(grads)).items()}
+    return {name: _array(grad) for name, grad in trees.owned_arrays(dict(grads)).items()}
 
 
-def _strong(grad: Any) -> Any:
-    """A gradient whose type is its own: a weak one would have programs of its own."""
-    if grad is None or isinstance(grad, BCOO):
-        return grad
-    grad = jnp.asarray(grad)
-    return jax.lax.convert_element_type(grad, grad.dtype) if grad.weak_type else grad
+def _array(grad: Any) -> Any:
+    return grad if grad is None or isinstance(grad, BCOO) else strong(grad)
 
 
 def takes_two(function: Callable[..., Any]) -> bool:

@@ -68,14 +68,15 @@ class HorovodOptimizer(PyroOptim):
 
     def _reduced(self, params: list[Parameter], grads: list[Any]) -> list[Any]:
         """The gradients of all replicas as one."""
-        stacked = [g for p, g in zip(params, grads, strict=True) if g is not None and jnp.ndim(g) == len(p.shape) + 1]
-        if len({len(grad) for grad in stacked}) > 1:
+        stacked = {
+            index: grad
+            for index, (param, grad) in enumerate(zip(params, grads, strict=True))
+            if grad is not None and jnp.ndim(grad) == len(param.shape) + 1
+        }
+        if len({len(grad) for grad in stacked.values()}) > 1:
             raise ValueError("The gradients of the replicas have leading axes of different lengths.")
-        reduced = iter(_over_devices(stacked, self.op) if stacked else [])
-        own = [
-            next(reduced) if g is not None and jnp.ndim(g) == len(p.shape) + 1 else g
-            for p, g in zip(params, grads, strict=True)
-        ]
+        reduced = _over_devices(stacked, self.op) if stacked else {}
+        own = [reduced.get(index, grad) for index, grad in enumerate(grads)]
         return own if jax.process_count() == 1 else self._over_processes(params, own)
 
     def _over_processes(self, params: Sequence[Parameter], grads: Sequence[Any]) -> list[Any]:
@@ -102,9 +103,9 @@ class HorovodOptimizer(PyroOptim):
 
 
 @functools.partial(jax.jit, static_argnames="op")
-def _over_devices(grads: list[jax.Array], op: str) -> list[jax.Array]:
+def _over_devices(grads: dict[int, jax.Array], op: str) -> dict[int, jax.Array]:
     """Gradients without their leading axis; sharded along it, this is an all-reduce."""
-    return [grad.mean(0) if op == "average" else grad.sum(0) for grad in grads]
+    return {index: grad.mean(0) if op == "average" else grad.sum(0) for index, grad in grads.items()}
 
 
 def _sum_of_processes(vector: jax.Array) -> jax.Array:

@@ -216,7 +216,7 @@ class Joint:
         for member in self.members.values():
             kinds.setdefault(member.kind, []).append(member)
         rows = Rows(self._places)
-        made: list[tuple[Cells, Contents] | Callable[[], Cells]] = []
+        made: list[Callable[[], Cells]] = []
         for kind, members in kinds.items():
             old = self._places[members[0].name][0] if members[0].name in self._places else None
             same = old is not None and old.params == tuple(member.param for member in members)
@@ -224,7 +224,7 @@ class Joint:
                 made.append(functools.partial(_same, old))
             else:
                 made.append(built(members, rows))
-        before, self._cells = self._cells, [make() for make in made]  # type: ignore[operator]
+        before, self._cells = self._cells, [make() for make in made]
         self._kinds = list(kinds)
         self._places = {str(p.name): (cells, i) for cells in self._cells for i, p in enumerate(cells.params)}
         self._settings = [stacked(members, cells) for members, cells in zip(kinds.values(), self._cells, strict=True)]

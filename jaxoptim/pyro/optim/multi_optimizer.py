@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
+from jaxoptim.core.numerics import strong
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import LossFunctions
 from jaxoptim.pyro.optim import parts as steps
@@ -202,7 +203,5 @@ def checked(params: Any) -> Params:
 
 def values_of(params: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Parameters or arrays as arrays, not weakly typed."""
-    arrays = {name: jnp.asarray(p.value if isinstance(p, Parameter) else p) for name, p in params.items()}
-    for name, x in arrays.items():
-        trees.check_array("parameter", name, x)
-    return {name: jax.lax.convert_element_type(x, x.dtype) for name, x in arrays.items()}
+    arrays = {name: strong(p.value if isinstance(p, Parameter) else p) for name, p in params.items()}
+    return {name: trees.check_array("parameter", name, x) for name, x in arrays.items()}

@@ -181,9 +181,10 @@ class PyroOptim:
         grads = checked_update(params, grads)
         known = {name: self._joint.members[name].param for name in params if name in self._joint.members}
         cells = [known.get(name) or Parameter(value, name) for name, value in params.items()]
-        self._check_known(cells, params)
         pairs = zip(cells, params.values(), strict=True)
         changed = [(cell, cell.value, value) for cell, value in pairs if cell.name in known and cell.value is not value]
+        for cell, _, value in changed:
+            check_same(cell, jnp.shape(value), jnp.result_type(value))
         try:
             for cell, _, value in changed:
                 cell.value = value
@@ -234,10 +235,6 @@ class PyroOptim:
         """Gradients as the step takes them; the place for what replicas do."""
         return grads
 
-    def _check_known(self, cells: list[Parameter], params: Mapping[str, Any]) -> None:
-        for cell, value in zip(cells, params.values(), strict=True):
-            check_same(cell, jnp.shape(value), jnp.result_type(value))
-
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
         """Take in the parameters that are new, or new under a known name; all of them or none. What it returns lets
         the new ones go.
@@ -256,7 +253,7 @@ class PyroOptim:
             if name in members:
                 check_same(members[name].param, param.shape, param.dtype)
             else:
-                new.append(self._new_member(name, param))
+                new.append(self._member(name, param))
         consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
         for member in new:
             self._joint.add(member)
@@ -319,17 +316,13 @@ class PyroOptim:
 
     def _member(self, name: str, param: Parameter) -> Member:
         """A parameter as it comes in, with the state that has been waiting for it."""
-        optimizer = self._optimizer(name, param)
-        if name in self._waiting:
-            self._load(name, optimizer, self._waiting[name])
-        return Member(self._joint, param, optimizer, self._ask(name)[1])
-
-    def _new_member(self, name: str, param: Parameter) -> Member:
-        """The same; if it fails, the options are asked for again next time."""
         try:
-            return self._member(name, param)
+            optimizer = self._optimizer(name, param)
+            if name in self._waiting:
+                self._load(name, optimizer, self._waiting[name])
+            return Member(self._joint, param, optimizer, self._ask(name)[1])
         except BaseException:
-            self._asked.pop(name, None)
+            self._asked.pop(name, None)  # asked for again next time
             raise
 
     def _setting(self, name: str, like: Any) -> Setting:

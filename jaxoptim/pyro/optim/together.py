@@ -15,7 +15,6 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import Decay, OptState, Rule, check_gradient, init, step
 from jaxoptim.core.packing import join, read, split
 from jaxoptim.optim.bucket import Cells, Contents, Static
-from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim.clipping import Clip
 
@@ -68,10 +67,6 @@ def advanced(setting: Setting, param: Any, grad: Any, state: OptState) -> tuple[
 
 class Single(Cells):
     """One parameter, kept as it is: large, sharded, with sparse gradients, or with options that are arrays."""
-
-    def __init__(self, labels: Sequence[str], params: Sequence[Parameter], contents: Contents) -> None:
-        super().__init__(labels, params, contents)
-        self.sizes: tuple[int, ...] | None = None
 
     def _leaf(self, tree: Any, index: int) -> Any:
         return tree
