@@ -12,11 +12,13 @@ from jaxoptim import interop as interop
 from jaxoptim import optim as optim
 from jaxoptim import pyro as pyro
 from jaxoptim import rules as rules
+from jaxoptim import sampling as sampling
 from jaxoptim import schedules as schedules
 from jaxoptim.core import Decay as Decay
 from jaxoptim.core import OptState as OptState
 from jaxoptim.core import Packed as Packed
 from jaxoptim.core import Rule as Rule
+from jaxoptim.core import Sampler as Sampler
 from jaxoptim.core import init as init
 from jaxoptim.core import pack as pack
 from jaxoptim.core import rule as rule
@@ -38,10 +40,14 @@ from jaxoptim.rules.muon import muon as muon
 from jaxoptim.rules.nadam import nadam as nadam
 from jaxoptim.rules.newton import newton as newton
 from jaxoptim.rules.newton import newton_step as newton_step
+from jaxoptim.rules.psgld import psgld as psgld
 from jaxoptim.rules.radam import radam as radam
 from jaxoptim.rules.rmsprop import rmsprop as rmsprop
 from jaxoptim.rules.rprop import rprop as rprop
 from jaxoptim.rules.sgd import sgd as sgd
+from jaxoptim.rules.sghmc import sghmc as sghmc
+from jaxoptim.rules.sgld import sgld as sgld
+from jaxoptim.rules.sgnht import sgnht as sgnht
 from jaxoptim.rules.sparse_adam import sparse_adam as sparse_adam
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, schedules
+from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, sampling, schedules
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,8 @@ PUBLIC |= {f"pyro.optim.{name}": value for name, value in vars(pyro.optim).items
 MULTI = "MultiOptimizer PyroMultiOptimizer TorchMultiOptimizer MixedMultiOptimizer Newton as_multi_optimizer"
 PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name in MULTI.split()}
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
+SAMPLING = "sample estimate_llc calibrate default_nbeta mala_acceptance effective_sample_size mcse rhat"
+PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -71,7 +73,7 @@ def test_rules_state_their_mathematics_and_source(name):
 def test_the_pure_face_has_every_factory():
     names = (
         "adadelta adafactor adagrad adagrad_rmsprop adam adamax adamw asgd clipped_adam dct_adam lbfgs muon nadam "
-        "newton radam rmsprop rprop sgd sparse_adam"
+        "newton psgld radam rmsprop rprop sgd sghmc sgld sgnht sparse_adam"
     )
     for name in names.split():
         assert getattr(jaxoptim, name).__name__ == name

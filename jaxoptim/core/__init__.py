@@ -1,6 +1,8 @@
 """What every optimizer is derived from. Knows no algorithm."""
 
 from jaxoptim.core.decay import Decay as Decay
+from jaxoptim.core.leaf import check_gradient as check_gradient
+from jaxoptim.core.leaf import check_param as check_param
 from jaxoptim.core.numerics import as_jax as as_jax
 from jaxoptim.core.numerics import full_like as full_like
 from jaxoptim.core.numerics import owned as owned
@@ -9,6 +11,7 @@ from jaxoptim.core.packing import Packed as Packed
 from jaxoptim.core.packing import pack as pack
 from jaxoptim.core.rearrangement import Rearrangement as Rearrangement
 from jaxoptim.core.rule import Arrays as Arrays
+from jaxoptim.core.rule import ArraysByLeaf as ArraysByLeaf
 from jaxoptim.core.rule import ClosedDecayRate as ClosedDecayRate
 from jaxoptim.core.rule import Coefficient as Coefficient
 from jaxoptim.core.rule import Dampening as Dampening
@@ -17,6 +20,7 @@ from jaxoptim.core.rule import Hyperparameters as Hyperparameters
 from jaxoptim.core.rule import NonNegative as NonNegative
 from jaxoptim.core.rule import Numeric as Numeric
 from jaxoptim.core.rule import OpenDecayRate as OpenDecayRate
+from jaxoptim.core.rule import OptionalCoefficient as OptionalCoefficient
 from jaxoptim.core.rule import OptionalNonNegative as OptionalNonNegative
 from jaxoptim.core.rule import Positive as Positive
 from jaxoptim.core.rule import Rule as Rule
@@ -26,10 +30,9 @@ from jaxoptim.core.rule import as_pytree as as_pytree
 from jaxoptim.core.rule import enabled as enabled
 from jaxoptim.core.rule import is_known as is_known
 from jaxoptim.core.rule import rule as rule
+from jaxoptim.core.sampler import Sampler as Sampler
 from jaxoptim.core.signatures import bound as bound
 from jaxoptim.core.transform import OptState as OptState
-from jaxoptim.core.transform import check_gradient as check_gradient
-from jaxoptim.core.transform import check_param as check_param
 from jaxoptim.core.transform import factory as factory
 from jaxoptim.core.transform import init as init
 from jaxoptim.core.transform import step as step

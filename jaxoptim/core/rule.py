@@ -55,7 +55,13 @@ class Numeric:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """Marks a field that holds a pytree of arrays, kept as it is given."""
+    """Marks a field that holds a pytree of arrays, kept as it is given.
+
+    Attributes:
+        by_leaf: it is one array for all parameters, or a tree like theirs; the rule of each sees its own.
+    """
+
+    by_leaf: bool = False
 
 
 Scalar = Annotated[Any, Numeric()]
@@ -76,8 +82,12 @@ OpenDecayRate = Annotated[Any, Numeric(((">=", 0),), decay=True)]
 """A decay rate >= 0, kept as a :class:`Decay`, where the parent checks no upper bound."""
 Dampening = Annotated[Any, Numeric(decay=True, zero_is_off=True)]
 """A number kept with its complement; its literal zero removes its term from the compiled program."""
+OptionalCoefficient = Annotated[Any, Numeric(((">=", 0),), zero_is_off=True, optional=True)]
+"""A number >= 0 whose literal zero, like None, removes its term from the compiled program."""
 Arrays = Annotated[Any, Traced()]
 """A pytree of arrays."""
+ArraysByLeaf = Annotated[Any, Traced(by_leaf=True)]
+"""An array for all parameters, or a tree like theirs."""
 
 
 class Off(float):
@@ -160,7 +170,7 @@ class Hyperparameters:
             return Decay.of(value(step)) if spec.decay else value(step)
 
         now = {name: value_of(spec, getattr(self, name)) for name, spec in self.specs.items()}
-        return _assembled(type(self), vars(self) | now)
+        return assembled(type(self), vars(self) | now)
 
     def cast(self, dtype: Any) -> Self:
         """The rule with every floating array among its leaves in ``dtype``."""
@@ -222,6 +232,8 @@ class Rule(Hyperparameters, abc.ABC):
     """Whether complex parameters are treated as pairs of real numbers."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Trees like the parameters that a single ``update`` may be given by these names."""
 
     @abc.abstractmethod
     def init(self, param: jax.Array) -> Slots:
@@ -230,6 +242,42 @@ class Rule(Hyperparameters, abc.ABC):
     @abc.abstractmethod
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         """What to add to ``param``, and the new slots; ``step`` counts from 1."""
+
+    # What a rule overrides that has more state than the slots of each array.
+
+    def begin(self) -> dict[str, Any]:
+        """What belongs to the whole tree before the first update."""
+        return {}
+
+    def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
+        """The noise of those arrays of the tree, by their numbers in it, for a rule that takes ``noise``."""
+        return {}
+
+    def advance(
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
+    ) -> tuple[jax.Array, Slots]:
+        """The update of one array.
+
+        Besides the slots it may return scalars by other names, whose sums over all arrays :meth:`end` gets.
+        """
+        return self.update(grad, slots, param, step)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether :meth:`survey` is to be called."""
+        return False
+
+    def survey(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, **given: Any) -> dict[str, jax.Array]:
+        """Scalars of one array before its update, whose sums over all arrays :meth:`prepare` gets."""
+        return {}
+
+    def prepare(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        """What belongs to the whole tree during an update."""
+        return shared
+
+    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        """What belongs to the whole tree after an update."""
+        return shared
 
     @property
     def elementwise(self) -> bool:
@@ -290,7 +338,7 @@ def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
     return Decay.of(number) if spec.decay else number
 
 
-def _assembled(cls: type[R], fields: dict[str, Any]) -> R:
+def assembled(cls: type[R], fields: dict[str, Any]) -> R:
     """A rule of these fields, without conversion or checks: after tree operations leaves may be anything."""
     new = object.__new__(cls)
     for name, value in fields.items():
@@ -344,7 +392,7 @@ def rule(cls: type[R]) -> type[R]:
         return [getattr(self, name) for name in specs], tuple(getattr(self, name) for name in switches)
 
     def unflatten(aux: Any, children: Any) -> Any:
-        return _assembled(cls, dict(zip([*specs, *switches], [*children, *aux], strict=True)))
+        return assembled(cls, dict(zip([*specs, *switches], [*children, *aux], strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

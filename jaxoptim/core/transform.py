@@ -1,7 +1,4 @@
-"""From the update of one array to the update of a whole pytree.
-
-The rules never see what this file handles: trees, None, dtypes, complex numbers, sparse gradients, packing.
-"""
+"""From the update of one array to the update of a whole pytree."""
 
 from __future__ import annotations
 
@@ -14,12 +11,22 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import export
-from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
-from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
+from jaxoptim.core.leaf import (
+    One,
+    as_computed,
+    by_leaf,
+    check_gradient,
+    check_param,
+    fitting,
+    init_one,
+    surveyed,
+    total,
+    update_one,
+)
 from jaxoptim.core.packing import Packed, unpacked
-from jaxoptim.core.rule import Hyperparameters, Rule, Slots
+from jaxoptim.core.rule import Hyperparameters, Rule
 from jaxoptim.core.signatures import bound
 
 P = ParamSpec("P")
@@ -73,20 +80,23 @@ def init(rule: Rule, params: Any) -> OptState:
     _check_rule(rule)
     params = _whole(rule, params)
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
-    started = rule.at(0)
-    slots = [
-        None if leaf is None else _init_one(started, name, leaf)
-        for name, leaf in zip(trees.names(params), leaves, strict=True)
-    ]
+    rules, shared = by_leaf(rule.at(0), params, "params"), rule.begin()
+    arrays = {
+        index: check_param(rule, name, leaf)
+        for index, (name, leaf) in enumerate(zip(trees.names(params), leaves, strict=True))
+        if leaf is not None
+    }
     # A tree without arrays has the same slots as any other: optax initialises on such placeholders.
-    example = next((s for s in slots if s is not None), None)
-    if example is None:
-        example = jax.eval_shape(started.init, jax.ShapeDtypeStruct((1, 1), jnp.float32))
-    trees_of_slots = {key: jax.tree.unflatten(treedef, [s and s[key] for s in slots]) for key in example}
-    return OptState(jnp.zeros((), jnp.int32), trees_of_slots, {})
+    example = {} if arrays else {-1: jax.ShapeDtypeStruct((1, 1), jnp.float32)}
+    noise = _drawn(rule, shared, 0, arrays | example)
+    made = {i: init_one(rules[i] if arrays else rule.at(0), x, noise[i]) for i, x in (arrays | example).items()}
+    names = next(iter(made.values()))
+    slots = [made.get(index) for index in range(len(leaves))]
+    trees_of_slots = {key: jax.tree.unflatten(treedef, [s and s[key] for s in slots]) for key in names}
+    return OptState(jnp.zeros((), jnp.int32), trees_of_slots, shared)
 
 
-def update(rule: Rule, grads: Any, state: OptState, params: Any = None) -> tuple[Any, OptState]:
+def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given: Any) -> tuple[Any, OptState]:
     """What to add to the parameters, in the gradients' dtype: the form of optax.
 
     Args:
@@ -95,6 +105,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None) -> tuple
             convention of torch and optax: the conjugate of what ``jax.grad`` returns.
         state: from :func:`init` or the last update.
         params: the current parameters. Only rules that use them (weight decay, for one) need them.
+        given: trees like params that a rule takes by name, such as the ``noise`` of a sampler.
 
     Returns:
         The updates, a tree like ``grads``, and the new state. A sparse gradient gives a sparse update.
@@ -102,7 +113,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None) -> tuple
     Errors:
         ``ValueError`` for another tree or shape than the parameters', and for missing ``params``;
         ``RuntimeError`` for sparse gradients where they are not supported; ``TypeError`` for gradients
-        that are not floating. The message names the parameter.
+        that are not floating, and for names that the rule does not take. The message names the parameter.
 
     Example:
         >>> import jax.numpy as jnp, jaxoptim
@@ -116,10 +127,10 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None) -> tuple
         change = change.astype(grad.dtype)
         return change if rows is None else sparse.as_update(rows, change, grad.shape)
 
-    return _advance(rule, grads, state, params, finish, lambda grad, param: grad)
+    return _advance(rule, grads, state, params, given, finish, lambda grad, param: grad)
 
 
-def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, OptState]:
+def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> tuple[Any, OptState]:
     """The parameters after one update: the exact form, rounded once.
 
     Args:
@@ -127,6 +138,7 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, Opt
         params: the current parameters. Donate them, and the state, when the call is jitted.
         grads: as in :func:`update`.
         state: from :func:`init` or the last step.
+        given: as in :func:`update`.
 
     Returns:
         The new parameters, in their own dtypes, and the new state.
@@ -148,7 +160,7 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, Opt
             return (param + change).astype(param.dtype)
         return sparse.put(param, rows, sparse.take(param, rows) + change)
 
-    return _advance(rule, grads, state, params, finish, lambda grad, param: param)
+    return _advance(rule, grads, state, params, given, finish, lambda grad, param: param)
 
 
 @functools.singledispatch
@@ -180,8 +192,9 @@ def _array_by_array(rule: Rule, /) -> optax.GradientTransformationExtraArgs:
         return init(rule, params)
 
     def update_fn(grads: Any, state: OptState, params: Any = None, **extra: Any) -> tuple[Any, OptState]:
-        given = {name: extra[name] for name in rule.per_update if name in extra}
-        return update(rule.replace(**given) if given else rule, grads, state, params)
+        changed = {name: extra[name] for name in rule.per_update if name in extra}
+        given = {name: extra[name] for name in rule.takes if extra.get(name) is not None}
+        return update(rule.replace(**changed) if changed else rule, grads, state, params, **given)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -229,72 +242,24 @@ def _check_rule(rule: Any) -> None:
         )
 
 
-def check_param(rule: Rule, name: str, param: Any) -> Any:
-    """A parameter as an array; raises if the rule cannot update it.
-
-    Args:
-        rule: the optimizer.
-        name: the parameter's name in messages.
-        param: an array, or its shape and dtype.
-
-    Returns:
-        The array.
-
-    Errors:
-        ``TypeError`` if it is not floating or complex, and what :meth:`Rule.check_param` raises.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxoptim.core import check_param
-        >>> from jaxoptim.rules import Muon
-        >>> check_param(Muon(), "bias", jnp.ones(3))
-        Traceback (most recent call last):
-        ValueError: Muon only supports 2D parameters, but 'bias' has shape (3,). ...
-    """
-    param = trees.check_array("parameter", name, param)
-    if not rule.complex and jnp.issubdtype(param.dtype, jnp.complexfloating):
-        raise RuntimeError(
-            f"{type(rule).__name__} does not support complex parameters, but {name!r} has dtype {param.dtype}. "
-            "Optimize its real and imaginary parts as two parameters, or use another optimizer."
-        )
-    rule.check_param(name, param)
-    return param
-
-
-def _init_one(rule: Rule, name: str, param: Any) -> Slots:
-    """The slots of one parameter; complex ones hold the real slots of both parts."""
-    param = check_param(rule, name, param)
-    dtype = computing_dtype(param.dtype)
-
-    def slots_of(param: jax.Array) -> Slots:
-        real = view_as_real(param.astype(dtype))
-        return _as_stored(param, real, rule.cast(real.dtype).init(real))
-
-    return jax.eval_shape(slots_of, param) if isinstance(param, jax.ShapeDtypeStruct) else slots_of(param)
-
-
-def _as_stored(param: jax.Array, real: jax.Array, slots: Slots) -> Slots:
-    """Slots that were computed on the real view of a complex array, as complex arrays."""
-    if real.ndim == param.ndim:
-        return slots
-    return {
-        key: slot if slot is None or slot.shape != real.shape else view_as_complex(slot) for key, slot in slots.items()
-    }
-
-
 def _advance(
     rule: Rule,
     grads: Any,
     state: OptState,
     params: Any,
+    given: dict[str, Any],
     finish: Callable[[Any, Any, Any, jax.Array], Any],
     skipped: Callable[[Any, Any], Any],
 ) -> tuple[Any, OptState]:
     """One update of every array; ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
     _check_rule(rule)
+    if unknown := sorted(given.keys() - set(rule.takes)):
+        takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
+        raise TypeError(f"{type(rule).__name__} has no use for {', '.join(unknown)}: it {takes}.")
     if isinstance(params, Packed):
         if not rule.elementwise:
-            result, state = _advance(rule, unpacked(grads), state, params.unpack(), finish, skipped)
+            given = {name: unpacked(tree) for name, tree in given.items()}
+            result, state = _advance(rule, unpacked(grads), state, params.unpack(), given, finish, skipped)
             return params.pack(result), state
         if not isinstance(grads, Packed):
             grads = params.pack(grads, "grads")
@@ -304,98 +269,43 @@ def _advance(
     all_params = [None] * len(all_grads) if params is None else jax.tree.leaves(like, is_leaf=trees.is_leaf)
     slots = {key: trees.leaves_like(tree, like, f"state.slots[{key!r}]") for key, tree in state.slots.items()}
 
-    current = rule.at(state.step)
+    leaves_given = {name: trees.leaves_like(tree, like, name) for name, tree in given.items()}
+    rules = by_leaf(rule.at(state.step), like, "grads" if params is None else "params")
     count = optax.safe_increment(state.step)
-    results, new_slots = [], {key: list(leaves) for key, leaves in slots.items()}
+    todo: list[One] = []
+    results: list[Any] = []
     for i, (name, grad, param) in enumerate(zip(trees.names(like), all_grads, all_params, strict=True)):
         if grad is None or (param is None and params is not None):
             results.append(skipped(grad, param))
             continue
-        old = {key: leaves[i] for key, leaves in slots.items()}
+        results.append(None)
         param = param if param is None else check_param(rule, name, param)
         grad = check_gradient(rule, name, grad, param)
-        rows, change, new = _update_one(current, grad, old, param, count)
-        results.append(finish(grad, param, rows, change))
-        for key, slot in new.items():
-            new_slots[key][i] = slot
+        mine = {key: fitting(key, name, leaves[i], grad) for key, leaves in leaves_given.items()}
+        todo.append(One(i, rules[i], grad, {key: leaves[i] for key, leaves in slots.items()}, param, count, mine))
+    shared = state.shared
+    if "noise" not in given:
+        noise = _drawn(rule, shared, count, {one.number: one.grad if one.param is None else one.param for one in todo})
+        todo = [one._replace(given=one.given | noise[one.number]) for one in todo]
+    if rule.surveys:
+        shared = rule.prepare(shared, total([surveyed(one, shared) for one in todo]))
+    new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
+    for one in todo:
+        rows, change, new = update_one(one, shared)
+        results[one.number] = finish(one.grad, one.param, rows, change)
+        for key in new_slots.keys() & new.keys():
+            new_slots[key][one.number] = new.pop(key)
+        sums.append(new)
     new_trees = {key: jax.tree.unflatten(treedef, leaves) for key, leaves in new_slots.items()}
-    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, state.shared)
+    shared = rule.end(shared, total(sums)) if todo else shared
+    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared)
 
 
-def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
-    """A gradient, dense ones as an array; raises if it does not fit its parameter or its rule.
-
-    Args:
-        rule: the optimizer.
-        name: the parameter's name in messages.
-        grad: an array or a ``BCOO`` of rows.
-        param: the parameter, or its shape and dtype, or None if it is not known.
-
-    Returns:
-        The gradient.
-
-    Errors:
-        As :func:`update`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxoptim.core import check_gradient
-        >>> from jaxoptim.rules import Adam
-        >>> check_gradient(Adam(), "bias", jnp.ones(3), jnp.ones(2))
-        Traceback (most recent call last):
-        ValueError: The gradient of 'bias' has shape (3,), but the parameter has (2,). They must be equal.
-    """
-    kind = type(rule).__name__
-    grad = grad if isinstance(grad, BCOO) else trees.check_array("gradient of", name, grad)
-    like = grad if param is None else param
-    if isinstance(grad, BCOO):
-        if rule.sparse == "refused":
-            raise RuntimeError(
-                f"{kind} does not support sparse gradients, but that of {name!r} is a BCOO. "
-                "Give its todense(), or use SparseAdam instead."
-            )
-        rule.check_sparse()
-        sparse.check_rows(name, grad, like)
-        return grad
-    if rule.sparse == "required":
-        raise RuntimeError(
-            f"{kind} does not support dense gradients, but that of {name!r} is dense. "
-            "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
-        )
-    trees.check_shape("gradient", name, grad, like)
-    if is_complex(grad) and not is_complex(like):
-        raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
-    return grad
-
-
-def _update_one(rule: Rule, grad: Any, slots: Slots, param: Any, count: jax.Array) -> tuple[Any, jax.Array, Slots]:
-    """The change of one parameter, dense or in ``rows``, and its new slots."""
-    if not isinstance(grad, BCOO):
-        return None, *_dense(rule, grad, slots, param, count)
-    if not rule.rowwise:
-        return None, *_dense(rule, sparse.to_dense(grad), slots, param, count)
-    rows, values = sparse.distinct_rows(grad)
-    touched = {key: sparse.take(slot, rows) for key, slot in slots.items()}
-    here = None if param is None else sparse.take(param, rows)
-    change, new = _dense(rule, values, touched, here, count)
-    return rows, change, {key: sparse.put(slots[key], rows, values) for key, values in new.items()}
-
-
-@jax.jit
-def _dense(rule: Rule, grad: jax.Array, slots: Slots, param: Any, count: jax.Array) -> tuple[jax.Array, Slots]:
-    """Run the rule in the computing dtype, on the real view of complex arrays.
-
-    Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
-    a large tree; the compiler inlines it.
-    """
-    dtype = computing_dtype(grad.dtype if param is None else param.dtype)
-    rule, count = rule.cast(real_dtype(dtype)), count.astype(real_dtype(dtype))
-    grad = grad.astype(dtype)
-    real = view_as_real(grad)
-    seen = {
-        key: slot if slot is None or slot.shape != grad.shape else view_as_real(slot) for key, slot in slots.items()
-    }
-    change, new = rule.update(real, seen, param if param is None else view_as_real(param.astype(dtype)), count)
-    new = _as_stored(grad, real, new)
-    new = {key: slot if slot is None else slot.astype(slots[key].dtype) for key, slot in new.items()}
-    return view_as_complex(change) if real.ndim != grad.ndim else change, new
+def _drawn(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:
+    """What each array's rule is given of noise."""
+    likes = {number: as_computed(x) for number, x in arrays.items()}
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values()):
+        noise = jax.eval_shape(lambda: rule.draw(shared, step, likes))
+    else:
+        noise = rule.draw(shared, step, likes)
+    return {number: {"noise": noise[number]} if number in noise else {} for number in arrays}

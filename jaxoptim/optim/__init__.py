@@ -20,8 +20,13 @@ from jaxoptim.optim.optimizer import Optimizer as Optimizer
 from jaxoptim.optim.optimizer import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.optimizer import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 from jaxoptim.optim.parameter import Parameter as Parameter
+from jaxoptim.optim.psgld import PSGLD as PSGLD
 from jaxoptim.optim.radam import RAdam as RAdam
 from jaxoptim.optim.rmsprop import RMSprop as RMSprop
 from jaxoptim.optim.rprop import Rprop as Rprop
+from jaxoptim.optim.sampler import Sampler as Sampler
 from jaxoptim.optim.sgd import SGD as SGD
+from jaxoptim.optim.sghmc import SGHMC as SGHMC
+from jaxoptim.optim.sgld import SGLD as SGLD
+from jaxoptim.optim.sgnht import SGNHT as SGNHT
 from jaxoptim.optim.sparse_adam import SparseAdam as SparseAdam

@@ -135,7 +135,7 @@ class Cells:
             values = self._with_leaf(values, index, self.params[index].value)
             self.params[index].enter(self, index)
         self.outdated.clear()
-        self.replace(Contents(values, self.state))
+        self.replace(Contents(values, self.contents.state))
 
     def keep_what_others_hold(self) -> None:
         """Copy the arrays that somebody else holds too, because the next step donates ours."""
@@ -238,7 +238,8 @@ def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
     names: list[str] = []
 
     def init(param: jax.Array) -> dict[str, Any]:
-        slots = rule.at(0).init(param)
+        noise = rule.draw(rule.begin(), 0, {0: param})
+        slots = rule.at(0).init(param, *noise.values())
         names.extend(slots)
         return slots
 

@@ -19,7 +19,7 @@ class DecayingRate(Optimizer):
     """
 
     decays: ClassVar[tuple[str, str] | None] = ("lr", "lrd")
-    fixed: ClassVar[Mapping[str, Any]] = {"lrd": 1.0}
+    fixed: Mapping[str, Any] = {"lrd": 1.0}
 
     def _update(self, run: Callable[[], Any]) -> Any:
         rates = [group["lr"] for group in self.param_groups]

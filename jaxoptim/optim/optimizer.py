@@ -10,6 +10,7 @@ import jax
 import optax
 
 from jaxoptim.core import Rule, trees
+from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.optim import functional, state_checks, state_dicts, subclass
 from jaxoptim.optim.bucket import Bucket
 from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
@@ -90,8 +91,10 @@ class Optimizer(Hooked):
     """What keeps the parameters and makes the updates."""
     decays: ClassVar[tuple[str, str] | None] = None
     """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
-    fixed: ClassVar[Mapping[str, Any]] = {}
-    """Hyperparameters of the rule that the class sees to itself, and the values that switch them off there."""
+    fixed: Mapping[str, Any] = {}
+    """Hyperparameters of the rule that the class sees to itself, and the values that they have there."""
+    may_lack: ClassVar[frozenset[str]] = frozenset()
+    """Options that a state dict may lack, because the parent has not got them; they stay as they are."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +102,9 @@ class Optimizer(Hooked):
             if name in vars(cls):
                 setattr(cls, name, hooked(vars(cls)[name]))
         if "rule" in vars(cls):
-            subclass.complete(cls, Optimizer)
+            if issubclass(cls.rule, SamplerRule) and cls.storage_class is Storage:
+                raise TypeError(f"{cls.rule.__name__} is a sampler. Write `class {cls.__name__}(optim.Sampler):`.")
+            subclass.complete(cls)
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
         self._prepare()
@@ -243,6 +248,12 @@ class Optimizer(Hooked):
             >>> [round(x, 3) for x in opt.params["w"].tolist()]
             [0.9, 0.9]
         """
+        loss, grads = self._evaluated(grads, closure)
+        self._update(lambda: self._storage.advance(grads))
+        return loss
+
+    def _evaluated(self, grads: Any, closure: Callable[[], Any] | None) -> tuple[Any, Any]:
+        """What the closure returned, and the gradients of a step."""
         if callable(grads) and jax.tree_util.all_leaves([grads]):
             if closure is not None:
                 raise TypeError("step takes gradients or a closure, but got two functions.")
@@ -250,9 +261,7 @@ class Optimizer(Hooked):
         if closure is not None and grads is not None:
             raise TypeError("step takes gradients or a closure that sets them, but got both.")
         loss = None if closure is None else closure()
-        grads = self._storage.own_gradients() if grads is None else trees.owned_arrays(grads)
-        self._update(lambda: self._storage.advance(grads))
-        return loss
+        return loss, self._storage.own_gradients() if grads is None else trees.owned_arrays(grads)
 
     @hooked
     def minimize(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:

@@ -99,11 +99,11 @@ class Plan(Static):
             arrays.update(zip(numbers, jax.tree.leaves(unpacked(value)), strict=True))
         return jax.tree.unflatten(self.treedef, [arrays[number] for number in self.order])
 
-    def gradients(self, grads: Any) -> list[list[Any]]:
+    def gradients(self, grads: Any, what: str = "grads") -> list[list[Any]]:
         """The leaves of a tree of gradients, None included, for each bucket."""
         like = jax.tree.unflatten(self.treedef, self.labels)
         wanted = jax.tree.leaves(like, is_leaf=trees.is_leaf)
-        given = zip(trees.leaves_like(grads, like, "grads"), wanted, strict=True)
+        given = zip(trees.leaves_like(grads, like, what), wanted, strict=True)
         leaves = [grad for grad, label in given if label is not None]
         arrays: dict[int, Any] = {}
         for number, grad in zip(self.order, leaves, strict=True):
@@ -120,20 +120,27 @@ def advance(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: Any
         :class:`RegroupNeeded`, while tracing, if a bucket's gradients do not fit its layout; what
         ``jaxoptim.step`` raises for gradients that do not fit their parameters.
     """
-    gradients = []
-    for content, leaves, rule, bucket in zip(contents, plan.gradients(grads), rules.each(), plan.buckets, strict=True):
+    for content, leaves, bucket in zip(contents, plan.gradients(grads), plan.buckets, strict=True):
         _, times, packed = bucket
         missing = [leaf is None for leaf in leaves]
         sparse = packed and any(isinstance(leaf, BCOO) for leaf in leaves)
         if times and not all(missing) and (any(missing) or sparse or not content.has_state):
             raise RegroupNeeded
+    return stepped(plan, rules, contents, checked(plan, rules, contents, grads))
+
+
+def checked(plan: Plan, rules: Rules, contents: Sequence[Contents], grads: Any) -> list[Any]:
+    """The gradients of each bucket, which fit its parameters."""
+    gradients = []
+    for content, leaves, rule in zip(contents, plan.gradients(grads), rules.each(), strict=True):
         params = jax.eval_shape(unpacked, content.values)
-        checked = [
-            grad if grad is None else check_gradient(rule, name, grad, param)
-            for (name, param), grad in zip(params.items(), leaves, strict=True)
-        ]
-        gradients.append(OrderedDict(zip(params, checked, strict=True)))
-    return _stepped(plan, rules, contents, gradients)
+        gradients.append(
+            OrderedDict(
+                (name, grad if grad is None else check_gradient(rule, name, grad, param))
+                for (name, param), grad in zip(params.items(), leaves, strict=True)
+            )
+        )
+    return gradients
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
@@ -146,6 +153,19 @@ def minimize(
     args: tuple[Any, ...],
 ) -> tuple[Any, tuple[Contents, ...]]:
     """The loss (and aux) at the current parameters, and one step of all buckets along its gradient."""
+    loss, grads = loss_and_gradients(plan, rules, contents, loss_fn, has_aux, args)
+    return loss, stepped(plan, rules, contents, grads)
+
+
+def loss_and_gradients(
+    plan: Plan,
+    rules: Rules,
+    contents: Sequence[Contents],
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+) -> tuple[Any, list[Any]]:
+    """The loss (and aux) at the current parameters, and its gradient for each bucket."""
 
     def loss_of(values: list[Any]) -> Any:
         return loss_fn(plan.tree(values), *args)
@@ -154,18 +174,30 @@ def minimize(
     # torch and optax take the conjugate of what JAX calls the gradient; real numbers are their own.
     grads = jax.tree.map(jnp.conj, grads)
     as_rows = [rule.sparse == "required" for rule in rules.each()]
-    grads = [jax.tree.map(rows_of, g) if needed else g for g, needed in zip(grads, as_rows, strict=True)]
-    return loss, _stepped(plan, rules, contents, grads)
+    return loss, [jax.tree.map(rows_of, g) if needed else g for g, needed in zip(grads, as_rows, strict=True)]
 
 
-def _stepped(plan: Plan, rules: Rules, contents: tuple[Contents, ...], grads: list[Any]) -> tuple[Contents, ...]:
-    """The buckets after one step; those without any gradient as they were."""
+def stepped(
+    plan: Plan, rules: Rules, contents: Sequence[Contents], grads: list[Any], given: Sequence[dict[str, Any]] = ()
+) -> tuple[Contents, ...]:
+    """The buckets after one step; those without any gradient as they were.
+
+    Args:
+        plan: how they are laid out.
+        rules: the rule of each.
+        contents: their values and state.
+        grads: the gradients of each.
+        given: what else the rule of each is given by name (default: nothing).
+    """
     new = []
-    for rule, content, gradient, (_, times, _) in zip(rules.each(), contents, grads, plan.buckets, strict=True):
+    given = given or [{}] * len(contents)
+    for rule, content, gradient, (_, times, _), more in zip(
+        rules.each(), contents, grads, plan.buckets, given, strict=True
+    ):
         values, state = content.values, content.state
         if jax.tree.leaves(gradient) and state is not None:
             for _ in range(times):
-                values, state = step(rule, values, gradient, state)
+                values, state = step(rule, values, gradient, state, **more)
         new.append(Contents(values, state))
     return tuple(new)
 

@@ -89,7 +89,7 @@ def check_options(optimizer: Optimizer, index: int, group: Mapping[str, Any], mi
             f"{type(optimizer).__name__} does not take. It takes {', '.join(optimizer.defaults)}. Load the state of "
             "the same optimizer. Keys of your own are taken if the group here has them too, or with strict=False."
         )
-    if missing := [name for name in optimizer.defaults if name not in group.keys() | _ADDED]:
+    if missing := [name for name in optimizer.defaults if name not in group.keys() | _ADDED | optimizer.may_lack]:
         raise KeyError(
             f"loaded state dict has no option {', '.join(map(repr, missing))} in group {index} (of {some}). "
             f"{type(optimizer).__name__} takes {', '.join(optimizer.defaults)}. Load the state of the same optimizer."

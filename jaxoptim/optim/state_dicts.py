@@ -137,7 +137,7 @@ def to_load(
         group["params"] = mine["params"]
         if "param_names" in mine:
             group.setdefault("param_names", mine["param_names"])
-        _switch_off_missing(optimizer, group)
+        _complete(optimizer, group, mine)
     if strict:
         state_checks.check_strays(state_dict["state"], params)
     state: Mapping[Any, Any] = {params.get(key, key): _copied(value) for key, value in state_dict["state"].items()}
@@ -176,8 +176,13 @@ def names_in(state_dict: Mapping[str, Any]) -> list[list[str | None]]:
     return found
 
 
-def _switch_off_missing(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Complete a group that was saved before torch had some of its options: what is missing is off."""
+def _complete(optimizer: Optimizer, group: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Complete a group that was saved before torch had some of its options: what is missing is off.
+
+    What the parent never had stays as it is here.
+    """
+    for name in optimizer.may_lack & mine.keys():
+        group.setdefault(name, mine[name])
     fields = {field.name: field.default for field in dataclasses.fields(optimizer.rule)}
     for name in optimizer.defaults:
         if not (off := (fields | TORCH_FLAGS).get(name, dataclasses.MISSING)):

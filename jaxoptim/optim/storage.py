@@ -7,7 +7,7 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class Storage:
 
     _minimize = staticmethod(program.minimize)
     """The program of :meth:`minimize`."""
+    bucket_class: ClassVar[type[Bucket]] = Bucket
+    """What keeps the parameters that are updated together."""
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         self.rule, self.step_type, self.fixed = rule, step_type, fixed
@@ -102,15 +104,22 @@ class Storage:
                 f"A parameter group of {self.rule.__name__} has no option {missing[0]!r}. "
                 f"It takes {', '.join(self._fields)}."
             )
+        given = {name: self._option(group, name) for name in self._fields}
         options = {
-            name: group[name] if isinstance(self.rule.specs.get(name), Traced) else jax.tree.map(_plain, group[name])
-            for name in self._fields
+            name: option if isinstance(self.rule.specs.get(name), Traced) else jax.tree.map(_plain, option)
+            for name, option in given.items()
         }
         rule = self.rule(**options | dict(self.fixed))
-        for name in self._fields:
-            if isinstance(group[name], jax.Array) and group[name].size != 1:
-                raise ValueError(f"Tensor {name} must be 1-element, but it has shape {group[name].shape}.")
+        for name, option in given.items():
+            if isinstance(self.rule.specs.get(name), Traced):
+                continue
+            if isinstance(option, jax.Array) and option.size != 1:
+                raise ValueError(f"Tensor {name} must be 1-element, but it has shape {option.shape}.")
         return rule
+
+    def _option(self, group: Group, name: str) -> Any:
+        """What a group says of a hyperparameter."""
+        return group.get(name, _MISSING)
 
     def check_param(self, rule: Rule, name: str, param: Parameter) -> None:
         """Raise for a parameter that the rule cannot update."""
@@ -228,7 +237,7 @@ class Storage:
 
     def _settle_options(self) -> None:
         """Make new rules if an option of a group has changed."""
-        options = [[group.get(name, _MISSING) for name in self._fields] for group in self.groups]
+        options = [[self._option(group, name) for name in self._fields] for group in self.groups]
         if _same(options, self._options):
             return
         rules = [self.rule_of(group) for group in self.groups]
@@ -319,7 +328,7 @@ class Storage:
         has_past = self._past(params[0], rule) is not None
         states = [self._loose.get(param) or self.state_of(param) for param in params]
         count = None if old is None or old.state is None or params[0] in self._loose else old.state.step
-        bucket = Bucket(group, [self.labels[param] for param in params], params, times, packed)
+        bucket = self.bucket_class(group, [self.labels[param] for param in params], params, times, packed)
         if has_past:
             slots = [{name: x for name, x in s.items() if name in names and x is not None} for s in states]
             bucket.load(rule, count_in(states[0]) if count is None else count, slots)

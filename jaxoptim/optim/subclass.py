@@ -9,11 +9,11 @@ TORCH_FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentia
 """Options of torch that say how to compute, not what, with their defaults."""
 
 
-def complete(cls: Any, base: Any) -> None:
-    """Give a subclass of ``base`` what it does not have of its own."""
+def complete(cls: Any) -> None:
+    """Give an optimizer what it does not have of its own."""
     _document(cls)
     if "__init__" not in vars(cls):
-        _take_hyperparameters(cls, base)
+        _take_hyperparameters(cls)
 
 
 def _document(cls: Any) -> None:
@@ -35,7 +35,7 @@ def _summary(cls: Any) -> str:
     return f"The torch-style optimizer of :class:`{cls.rule.__module__}.{cls.rule.__qualname__}`."
 
 
-def _take_hyperparameters(cls: Any, base: Any) -> None:
+def _take_hyperparameters(cls: Any) -> None:
     """Give the class a constructor with the rule's hyperparameters."""
     signature = inspect.signature(cls.rule)
 
@@ -47,7 +47,7 @@ def _take_hyperparameters(cls: Any, base: Any) -> None:
                 f"{type(self).__name__}() {error}. After params it takes {', '.join(signature.parameters)}."
             ) from None
         bound.apply_defaults()
-        base.__init__(self, params, dict(bound.arguments), groups=groups)
+        super(cls, self).__init__(params, dict(bound.arguments), groups=groups)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [

@@ -14,8 +14,12 @@ from jaxoptim.rules.lbfgs import LBFGS as LBFGS
 from jaxoptim.rules.muon import Muon as Muon
 from jaxoptim.rules.nadam import NAdam as NAdam
 from jaxoptim.rules.newton import Newton as Newton
+from jaxoptim.rules.psgld import PSGLD as PSGLD
 from jaxoptim.rules.radam import RAdam as RAdam
 from jaxoptim.rules.rmsprop import RMSprop as RMSprop
 from jaxoptim.rules.rprop import Rprop as Rprop
 from jaxoptim.rules.sgd import SGD as SGD
+from jaxoptim.rules.sghmc import SGHMC as SGHMC
+from jaxoptim.rules.sgld import SGLD as SGLD
+from jaxoptim.rules.sgnht import SGNHT as SGNHT
 from jaxoptim.rules.sparse_adam import SparseAdam as SparseAdam

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxoptim.core.noise import is_key
 from jaxoptim.optim import state_checks, state_dicts
 from jaxoptim.optim.matching import by_name
 
@@ -49,7 +50,9 @@ def to_torch(state_dict: Any) -> Any:
 
 
 def _converted(x: Any) -> Any:
-    """A piece of a state dict with tensors for arrays."""
+    """A piece of a state dict with tensors for arrays; a typed key becomes its words."""
+    if is_key(x):
+        x = jax.random.key_data(x)
     if isinstance(x, jax.Array | np.ndarray):
         return as_tensor(x)
     if isinstance(x, np.generic):

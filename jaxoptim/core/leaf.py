@@ -1,0 +1,248 @@
+"""The update of one array of a tree: its dtype, its complex numbers, its sparse gradient, its part of the rule.
+
+The rules never see what this file handles.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse import BCOO
+
+from jaxoptim.core import sparse, trees
+from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
+from jaxoptim.core.rule import Rule, Slots, Traced, assembled
+
+
+def check_param(rule: Rule, name: str, param: Any) -> Any:
+    """A parameter as an array; raises if the rule cannot update it.
+
+    Args:
+        rule: the optimizer.
+        name: the parameter's name in messages.
+        param: an array, or its shape and dtype.
+
+    Returns:
+        The array.
+
+    Errors:
+        ``TypeError`` if it is not floating or complex, and what :meth:`Rule.check_param` raises.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.core import check_param
+        >>> from jaxoptim.rules import Muon
+        >>> check_param(Muon(), "bias", jnp.ones(3))
+        Traceback (most recent call last):
+        ValueError: Muon only supports 2D parameters, but 'bias' has shape (3,). ...
+    """
+    param = trees.check_array("parameter", name, param)
+    if not rule.complex and jnp.issubdtype(param.dtype, jnp.complexfloating):
+        raise RuntimeError(
+            f"{type(rule).__name__} does not support complex parameters, but {name!r} has dtype {param.dtype}. "
+            "Optimize its real and imaginary parts as two parameters, or use another optimizer."
+        )
+    rule.check_param(name, param)
+    return param
+
+
+def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
+    """A gradient, dense ones as an array; raises if it does not fit its parameter or its rule.
+
+    Args:
+        rule: the optimizer.
+        name: the parameter's name in messages.
+        grad: an array or a ``BCOO`` of rows.
+        param: the parameter, or its shape and dtype, or None if it is not known.
+
+    Returns:
+        The gradient.
+
+    Errors:
+        As :func:`update`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.core import check_gradient
+        >>> from jaxoptim.rules import Adam
+        >>> check_gradient(Adam(), "bias", jnp.ones(3), jnp.ones(2))
+        Traceback (most recent call last):
+        ValueError: The gradient of 'bias' has shape (3,), but the parameter has (2,). They must be equal.
+    """
+    kind = type(rule).__name__
+    grad = grad if isinstance(grad, BCOO) else trees.check_array("gradient of", name, grad)
+    like = grad if param is None else param
+    if isinstance(grad, BCOO):
+        if rule.sparse == "refused":
+            raise RuntimeError(
+                f"{kind} does not support sparse gradients, but that of {name!r} is a BCOO. "
+                "Give its todense(), or use SparseAdam instead."
+            )
+        rule.check_sparse()
+        sparse.check_rows(name, grad, like)
+        return grad
+    if rule.sparse == "required":
+        raise RuntimeError(
+            f"{kind} does not support dense gradients, but that of {name!r} is dense. "
+            "Give a jax.experimental.sparse.BCOO of dense rows, or use Adam instead."
+        )
+    trees.check_shape("gradient", name, grad, like)
+    if is_complex(grad) and not is_complex(like):
+        raise TypeError(f"The gradient of {name!r} is complex, the parameter is not. Give the real part.")
+    return grad
+
+
+def fitting(what: str, name: str, x: Any, grad: Any) -> Any:
+    """A leaf of a tree that a rule takes by name, checked."""
+    if x is None:
+        raise ValueError(f"{what} has nothing for {name!r}, which has a gradient. Give it an array of its shape.")
+    x = trees.check_array(f"leaf of {what}", name, x)
+    trees.check_shape(f"leaf of {what}", name, x, grad)
+    return x
+
+
+def by_leaf(rule: Rule, like: Any, like_what: str) -> list[Any]:
+    """The rule of each leaf, with its own part of the fields that hold a tree."""
+    leaves = jax.tree.leaves(like, is_leaf=trees.is_leaf)
+    own: list[dict[str, Any]] = [{} for _ in leaves]
+    for field, spec in rule.specs.items():
+        value = getattr(rule, field)
+        if value is None or not (isinstance(spec, Traced) and spec.by_leaf):
+            continue
+        one_for_all = jax.tree_util.all_leaves([value])
+        parts = [value] * len(leaves) if one_for_all else trees.leaves_like(value, like, field, like_what)
+        for mine, name, leaf, part in zip(own, trees.names(like), leaves, parts, strict=True):
+            mine[field] = None if leaf is None or part is None else _broadcasting(field, name, part, leaf)
+    return [assembled(type(rule), vars(rule) | mine) if mine else rule for mine in own]
+
+
+def _broadcasting(field: str, name: str, part: Any, like: Any) -> Any:
+    """An array that may stand beside another one."""
+    shape = jnp.shape(part)
+    fits = len(shape) <= len(like.shape) and all(
+        a in (1, b) for a, b in zip(shape[::-1], tuple(like.shape)[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{field} has shape {shape} for {name!r}, which does not broadcast to the parameter's {tuple(like.shape)}. "
+            "Give one array for all parameters, or a tree like them."
+        )
+    return part
+
+
+def as_computed(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype in which a rule sees an array."""
+    dtype = computing_dtype(x.dtype)
+    return jax.ShapeDtypeStruct((*x.shape, 2) if is_complex(x) else x.shape, real_dtype(dtype))
+
+
+class One(NamedTuple):
+    """One array and what its update needs."""
+
+    number: int
+    rule: Rule
+    grad: Any
+    slots: Slots
+    param: Any
+    step: jax.Array
+    given: dict[str, Any]
+
+
+def init_one(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
+    """The slots of one parameter; complex ones hold the real slots of both parts."""
+    dtype = computing_dtype(param.dtype)
+
+    def slots_of(param: jax.Array, drawn: dict[str, Any]) -> Slots:
+        real = view_as_real(param.astype(dtype))
+        return _as_stored(param, real, rule.cast(real.dtype).init(real, **drawn))
+
+    if isinstance(param, jax.ShapeDtypeStruct):
+        return jax.eval_shape(slots_of, param, drawn)
+    return slots_of(param, drawn)
+
+
+def update_one(one: One, shared: dict[str, Any]) -> tuple[Any, jax.Array, Slots]:
+    """The change of one parameter, dense or in ``rows``, and its new slots."""
+    if not isinstance(one.grad, BCOO):
+        return None, *_dense(*one[1:], shared)
+    if not one.rule.rowwise:
+        return None, *_dense(*one._replace(grad=sparse.to_dense(one.grad))[1:], shared)
+    rows, values = sparse.distinct_rows(one.grad)
+    touched = {key: sparse.take(slot, rows) for key, slot in one.slots.items()}
+    here = None if one.param is None else sparse.take(one.param, rows)
+    change, new = _dense(*one._replace(grad=values, slots=touched, param=here)[1:], shared)
+    return rows, change, {key: sparse.put(one.slots[key], rows, values) for key, values in new.items()}
+
+
+@jax.jit
+def _dense(
+    rule: Rule,
+    grad: jax.Array,
+    slots: Slots,
+    param: Any,
+    count: jax.Array,
+    given: dict[str, Any],
+    shared: dict[str, Any],
+) -> tuple[jax.Array, Slots]:
+    """Run the rule in the computing dtype, on the real view of complex arrays.
+
+    Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
+    a large tree; the compiler inlines it.
+    """
+    rule, real, seen, param, given = _as_real(rule, grad, slots, param, given)
+    change, new = rule.advance(real, seen, param, count.astype(real_dtype(real.dtype)), shared, **given)
+    kept = _as_stored(grad, real, {key: slot for key, slot in new.items() if key in slots})
+    kept = {key: slot if slot is None else slot.astype(slots[key].dtype) for key, slot in kept.items()}
+    change = view_as_complex(change) if real.ndim != grad.ndim else change
+    return change, kept | {key: x for key, x in new.items() if key not in slots}
+
+
+@jax.jit
+def surveyed(one: One, shared: dict[str, Any]) -> dict[str, jax.Array]:
+    """What the rule wants to know of one array before any is updated."""
+    rule, real, seen, param, given = _as_real(one.rule, one.grad, one.slots, one.param, one.given)
+    return rule.survey(real, seen, param, one.step.astype(real.dtype), shared=shared, **given)
+
+
+def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[str, Any]) -> tuple[Any, ...]:
+    """The rule and arrays in the computing dtype, complex arrays as pairs."""
+    dtype = computing_dtype(grad.dtype if param is None else param.dtype)
+
+    def real(x: Any) -> jax.Array:
+        return view_as_real(x.astype(dtype))
+
+    seen = {
+        key: slot if slot is None or slot.shape != grad.shape else view_as_real(slot) for key, slot in slots.items()
+    }
+    if is_complex(grad):
+        rule = _with_pairs(rule)
+    param = param if param is None else real(param)
+    given = {key: real(x) for key, x in given.items()}
+    return rule.cast(real_dtype(dtype)), real(grad), seen, param, given
+
+
+def _as_stored(param: jax.Array, real: jax.Array, slots: Slots) -> Slots:
+    """Slots that were computed on the real view of a complex array, as complex arrays."""
+    if real.ndim == param.ndim:
+        return slots
+    return {
+        key: slot if slot is None or slot.shape != real.shape else view_as_complex(slot) for key, slot in slots.items()
+    }
+
+
+def total(scalars: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The sums over all arrays of the scalars that each has."""
+    sums: dict[str, jax.Array] = {}
+    for of_one in scalars:
+        for key, x in of_one.items():
+            sums[key] = sums[key] + x if key in sums else x
+    return sums
+
+
+def _with_pairs(rule: Rule) -> Rule:
+    """The rule of a complex array, whose own arrays have an axis more for real and imaginary parts."""
+    fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
+    arrays = {name: jnp.asarray(getattr(rule, name))[..., None] for name in fields if getattr(rule, name) is not None}
+    return assembled(type(rule), vars(rule) | arrays)

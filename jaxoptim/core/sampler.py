@@ -1,0 +1,116 @@
+"""Rules that draw noise at every step."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import noise
+from jaxoptim.core.rearrangement import Rearrangement
+from jaxoptim.core.rule import Arrays, Rule, Slots, rule
+
+_LARGE = 16384
+"""Numbers in an array beyond which its noise is drawn by itself."""
+
+
+@rule
+class Sampler(Rule):
+    r"""The base of every rule that samples: an update of one array that takes standard-normal noise.
+
+    The noise of the array that is number :math:`i` in the tree, in the update number :math:`t = 1, 2, \ldots`, is
+
+    .. math::
+        \xi_{t, i} = \mathrm{normal}(\mathrm{fold\_in}(\mathrm{fold\_in}(\text{key}, t), i)),
+
+    so that any step of any chain can be repeated. The key stays as it is, in ``state.shared["key"]``. That of
+    :math:`t = 0` is for what an array has at the start, such as a momentum.
+
+    A subclass is decorated with ``@rule`` and writes :meth:`init` and :meth:`update`. What belongs to all arrays
+    together, such as a thermostat, it names in :meth:`start` and renews in :meth:`end`.
+
+    Args:
+        key: a typed JAX key, ``jax.random.key(seed)`` (default None: that of seed 0).
+        noise_impl: what makes noise of a key, one of :data:`jaxoptim.core.noise.IMPLS` (default ``"key"``).
+
+    Errors:
+        As :class:`Rule`; ``TypeError`` for a key that is no typed key.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxoptim
+        >>> from jaxoptim.core import Sampler, rule
+        >>> @rule
+        ... class Diffusion(Sampler):
+        ...     def init(self, param, noise):
+        ...         return {}
+        ...
+        ...     def update(self, grad, slots, param, step, noise, shared):
+        ...         return -grad / 2 + noise, slots
+        >>> params, sampler = {"w": jnp.ones(2)}, Diffusion()
+        >>> state = jaxoptim.init(sampler, params)
+        >>> params, state = jaxoptim.step(sampler, params, {"w": jnp.ones(2)}, state, noise={"w": jnp.zeros(2)})
+        >>> params["w"].tolist()
+        [0.5, 0.5]
+    """
+
+    key: Arrays = dataclasses.field(default=None, kw_only=True)
+    noise_impl: str = dataclasses.field(default="key", kw_only=True)
+
+    takes: ClassVar[tuple[str, ...]] = ("noise",)
+
+    def check(self) -> None:
+        noise.check_impl(self.noise_impl)
+        if self.key is not None:
+            noise.check_key(self.key)
+
+    @abc.abstractmethod
+    def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
+        """The slots of one array before its first update; ``noise`` is standard-normal."""
+
+    @abc.abstractmethod
+    def update(  # type: ignore[override]
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
+    ) -> tuple[jax.Array, Slots]:
+        """What to add to ``param``, and the new slots; scalars by other names are summed for :meth:`end`."""
+
+    def start(self) -> dict[str, Any]:
+        """What belongs to all arrays together before the first update, but for the key."""
+        return {}
+
+    def begin(self) -> dict[str, Any]:
+        return {"key": jax.random.key(0) if self.key is None else self.key, **self.start()}
+
+    def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
+        key = jax.random.fold_in(shared["key"], step)
+        normal = functools.partial(noise.normal, impl=self.noise_impl)
+        alike: dict[Any, list[int]] = {}
+        for number, like in likes.items():
+            # Large arrays stay apart: their noise is then made in the loop that uses it.
+            apart = number if like.size > _LARGE else None
+            alike.setdefault((like.shape, like.dtype, apart), []).append(number)
+        drawn: dict[int, jax.Array] = {}
+        for (shape, dtype, _), numbers in alike.items():
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32))
+            if len(numbers) == 1:
+                drawn[numbers[0]] = normal(keys[0], shape, dtype)
+            else:  # one kernel for all arrays of a shape
+                drawn |= zip(numbers, jax.vmap(lambda k, s=shape, d=dtype: normal(k, s, d))(keys), strict=True)
+        return drawn
+
+    def advance(
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
+    ) -> tuple[jax.Array, Slots]:
+        return self.update(grad, slots, param, step, shared=shared, **given)
+
+    @property
+    def elementwise(self) -> bool:
+        """Packed arrays would have other noise."""
+        return False
+
+    def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
+        return {name: move(slot) if jnp.shape(slot) == move.shape else slot for name, slot in slots.items()}

@@ -1,0 +1,112 @@
+"""The terms that the samplers share: the force of the potential, the mask, the box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import Slots, enabled
+
+
+class _Potential(Protocol):
+    """A rule that samples from a tempered posterior."""
+
+    @property
+    def nbeta(self) -> Any: ...
+    @property
+    def weight_decay(self) -> Any: ...
+    @property
+    def localization(self) -> Any: ...
+    @property
+    def optimize_over(self) -> Any: ...
+
+
+class _Boxed(Protocol):
+    """A rule that keeps to a box."""
+
+    @property
+    def bounding_box_size(self) -> Any: ...
+    @property
+    def box(self) -> str: ...
+
+
+def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
+    r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - w_0)`."""
+    terms = rule.nbeta * grad
+    if enabled(rule.weight_decay):
+        terms = terms + rule.weight_decay * param
+    if enabled(rule.localization):
+        terms = terms + rule.localization * (param - slots["initial_param"])
+    return terms
+
+
+def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> Any:
+    r"""One array's part of :math:`n\beta L + \lambda \|w\|^2/2 + \gamma \|w - w_0\|^2/2`, ``loss`` being its part of L.
+
+    Where the mask is zero the array does not move, and what it adds is a constant that is left out.
+    """
+    total = rule.nbeta * loss
+    if enabled(rule.weight_decay):
+        total = total + rule.weight_decay / 2 * jnp.sum(masked(rule, param) ** 2)
+    if enabled(rule.localization):
+        total = total + rule.localization / 2 * jnp.sum(masked(rule, param - slots["initial_param"]) ** 2)
+    return total
+
+
+def masked(rule: _Potential, x: jax.Array) -> jax.Array:
+    """``x`` where the mask is one, else zero."""
+    return x if rule.optimize_over is None else x * mask_like(rule, x)
+
+
+def mask_like(rule: _Potential, x: jax.Array) -> jax.Array:
+    """The mask with an axis for the parts of complex numbers if ``x`` has one, in the dtype of ``x``."""
+    return jnp.asarray(rule.optimize_over).astype(x.dtype)
+
+
+def free(rule: _Potential, x: jax.Array) -> Any:
+    """How many numbers of ``x`` move."""
+    return x.size if rule.optimize_over is None else jnp.sum(jnp.broadcast_to(mask_like(rule, x), x.shape))
+
+
+def has_box(rule: _Boxed) -> bool:
+    """Whether there is a box; as in devinterp, a size of zero is none."""
+    return rule.bounding_box_size is not None and enabled(rule.bounding_box_size)
+
+
+def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]:
+    r"""A position brought back into the box :math:`|w - w_0| \le b`, and the sign that its momentum takes.
+
+    ``"clamp"`` puts it onto the face. ``"reflect"`` folds the path back, which leaves no atoms there.
+    """
+    if not has_box(rule):
+        return param, 1
+    center, size = slots["initial_param"], rule.bounding_box_size
+    away = param - center
+    if rule.box == "clamp":
+        return jnp.clip(param, center - size, center + size), jnp.where(jnp.abs(away) < size, 1, -1)
+    phase = jnp.mod(away + size, 4 * size)
+    outward = phase < 2 * size
+    return center + jnp.where(outward, phase - size, 3 * size - phase), jnp.where(outward, 1, -1)
+
+
+def check_choice(rule: Any, field: str, allowed: Sequence[str]) -> None:
+    """Raise for a switch that is none of these."""
+    if getattr(rule, field) not in allowed:
+        raise ValueError(
+            f"Invalid {field}: {getattr(rule, field)!r}. {type(rule).__name__} takes {' or '.join(map(repr, allowed))}."
+        )
+
+
+def relaxed(momentum: jax.Array, friction: jax.Array, noise: jax.Array, heat: Any) -> jax.Array:
+    r"""The momentum after a unit of time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`, solved exactly.
+
+    .. math:: e^{-\xi} v + \sqrt{h\,(1 - e^{-2\xi})/\xi}\;\zeta,
+
+    where the root tends to :math:`\sqrt{2h}` as :math:`\xi \to 0`.
+    """
+    at_zero = friction == 0
+    rate = jnp.where(at_zero, 2.0, -jnp.expm1(-2 * friction) / jnp.where(at_zero, 1.0, friction))
+    return jnp.exp(-friction) * momentum + jnp.sqrt(heat * rate) * noise

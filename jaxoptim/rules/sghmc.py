@@ -1,0 +1,123 @@
+"""Stochastic gradient Hamiltonian Monte Carlo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import (
+    ArraysByLeaf,
+    Coefficient,
+    NonNegative,
+    OptionalCoefficient,
+    Positive,
+    Sampler,
+    Slots,
+    factory,
+    is_known,
+    rule,
+)
+from jaxoptim.rules._langevin import boxed, check_choice, force, masked, relaxed
+from jaxoptim.rules._terms import needed
+
+
+@rule
+class SGHMC(Sampler):
+    r"""SGHMC: Langevin dynamics with momentum and a constant friction.
+
+    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2`, a mask :math:`M`, and
+    ``order="euler"``, which is the paper's:
+
+    .. math::
+        v &\leftarrow (1 - \alpha)\,v - \epsilon\,M\nabla U(w) + \sqrt{2(\alpha - \hat\beta)\epsilon}\,M\zeta,
+        \qquad \zeta \sim N(0, 1) \\
+        w &\leftarrow w + v
+
+    ``order="baoab"`` splits symmetrically; its error is of second order, at one gradient per step too:
+
+    .. math::
+        v &\leftarrow v - \epsilon\,M\nabla U(w), \qquad w \leftarrow w + v/2 \\
+        v &\leftarrow e^{-\alpha} v + \sqrt{\epsilon\,(1 - \hat\beta/\alpha)(1 - e^{-2\alpha})}\;M\zeta,
+        \qquad w \leftarrow w + v/2
+
+    In the terms of Hamiltonian dynamics :math:`\epsilon` is the square of the step size, :math:`\alpha` the friction
+    times it.
+
+    Args:
+        lr: step size :math:`\epsilon \ge 0` (default 0.01).
+        alpha: friction :math:`\alpha > 0` (default 0.1).
+        beta: estimate :math:`\hat\beta` in :math:`[0, \alpha]` of the friction that the noise of the gradient makes
+            up for, half its variance times :math:`\epsilon` (default 0).
+        nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1).
+        weight_decay: :math:`\lambda \ge 0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        bounding_box_size: :math:`b > 0`, or None for no box (default None). A momentum that leads out of it changes
+            its sign.
+        optimize_over: mask of zeros and ones, as in :class:`SGLD` (default None).
+        box: ``"clamp"`` or ``"reflect"``, as in :class:`SGLD` (default ``"clamp"``).
+        order: ``"euler"`` or ``"baoab"`` (default ``"euler"``).
+        key: a typed JAX key (default None: ``jax.random.key(0)``).
+        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Slots:
+        ``momentum``, from :math:`N(0, \epsilon)` at the start, and ``initial_param``, of the parameter's shape.
+
+    Errors:
+        As :class:`SGLD`; ``ValueError`` for ``beta`` beyond ``alpha``.
+
+    Reference:
+        Chen, Fox, Guestrin, Stochastic gradient Hamiltonian Monte Carlo, ICML 2014, equation 15. Leimkuhler, Matthews,
+        Rational construction of stochastic numerical methods for molecular sampling, AMRX 2013 (BAOAB).
+
+    Example:
+        >>> import jax.numpy as jnp, jaxoptim
+        >>> tx, params = jaxoptim.sghmc(lr=0.25), jnp.array([1.0, -2.0])
+        >>> state = tx.init(params)
+        >>> state = state._replace(slots=state.slots | {"momentum": jnp.zeros(2)})
+        >>> updates, state = tx.update(params, state, params, noise=jnp.zeros(2))
+        >>> updates.tolist()
+        [-0.25, 0.5]
+    """
+
+    lr: NonNegative = 0.01
+    alpha: Positive = 0.1
+    beta: NonNegative = 0.0
+    nbeta: NonNegative = 1.0
+    weight_decay: Coefficient = 0.0
+    localization: Coefficient = 0.0
+    bounding_box_size: OptionalCoefficient = None
+    optimize_over: ArraysByLeaf = None
+    box: str = "clamp"
+    order: str = "euler"
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self, "box", ("clamp", "reflect"))
+        check_choice(self, "order", ("euler", "baoab"))
+        if is_known(self.alpha) and is_known(self.beta) and jnp.any(self.beta > self.alpha):
+            raise ValueError(
+                f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
+            )
+
+    def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
+        return {"momentum": masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+
+    def update(  # type: ignore[override]
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
+    ) -> tuple[jax.Array, Slots]:
+        param, noise = needed(self, param), masked(self, noise)
+        kicked = slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
+        heat = self.lr * (self.alpha - self.beta)
+        if self.order == "baoab":
+            momentum = relaxed(kicked, self.alpha, noise, heat)
+            moved = param + (kicked + momentum) / 2
+        else:
+            momentum = kicked - self.alpha * slots["momentum"] + jnp.sqrt(2 * heat) * noise
+            moved = param + momentum
+        inside, sign = boxed(self, moved, slots)
+        return inside - param, {**slots, "momentum": momentum * sign}
+
+
+sghmc = factory(SGHMC, "sghmc")

@@ -1,0 +1,157 @@
+"""Stochastic gradient Langevin dynamics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import (
+    ArraysByLeaf,
+    Coefficient,
+    NonNegative,
+    OptionalCoefficient,
+    Sampler,
+    Slots,
+    factory,
+    rule,
+)
+from jaxoptim.rules._langevin import boxed, check_choice, force, masked
+from jaxoptim.rules._terms import needed, zeros
+
+METRICS = ("noise_norm", "grad_norm", "weight_norm", "distance")
+
+
+@rule
+class SGLD(Sampler):
+    r"""SGLD: gradient descent on a potential, with noise that makes it sample from the posterior.
+
+    .. math::
+        U(w) &= n\beta\,L(w) + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2 \\
+        w_{t+1} &= w_t + M\left(-\tfrac{\epsilon}{2}\,\nabla U(w_t) + \sqrt{\epsilon}\,\sigma\,\xi_t\right),
+        \qquad \xi_t \sim N(0, 1)
+
+    samples :math:`p(w) \propto e^{-U(w)}` as :math:`\epsilon \to 0`; the gradient given is that of the mean loss
+    :math:`L`. Then :math:`w_{t+1}` is brought into the box :math:`|w - w_0| \le b`. Elsewhere
+    :math:`\epsilon/2` is called the step size.
+
+    Args:
+        lr: step size :math:`\epsilon \ge 0` (default 0.01).
+        noise_level: :math:`\sigma \ge 0`; only 1 samples from the posterior (default 1).
+        weight_decay: :math:`\lambda \ge 0`, toward zero (default 0).
+        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1; see
+            :func:`jaxoptim.sampling.default_nbeta`).
+        bounding_box_size: :math:`b > 0`, or None for no box (default None).
+        save_noise: keep :math:`\sigma\xi_t`, before the mask, as the slot ``noise`` (default False).
+        save_mala_vars: keep :math:`\nabla U(w_t)`, before the mask, as the slot ``dws``, and the term of
+            localization as ``shared["localization_loss"]`` (default False).
+        optimize_over: mask :math:`M` of zeros and ones: one that broadcasts to every parameter, or a tree like the
+            parameters, None where one moves freely (default None).
+        noise_norm: track :math:`\|M\sigma\xi_t\|` in ``shared["noise_norm"]`` (default False).
+        grad_norm: track :math:`\|\tfrac{\epsilon}{2} n\beta\nabla L\|` (default False).
+        weight_norm: track :math:`\|w_{t+1}\|` before the box (default False).
+        distance: track :math:`\gamma\|w_t - w_0\|`; with ``save_mala_vars``
+            :math:`(\sum_p \epsilon\sqrt{\gamma}\|M(w_t - w_0)\|_p)^{1/2}` over the arrays p (default False).
+        box: ``"clamp"`` puts what left the box onto its face, ``"reflect"`` folds the path back (default
+            ``"clamp"``).
+        metrics: ``"devinterp"`` tracks the four as above, ``"scaled"`` what moves the parameters:
+            :math:`\|M\sqrt{\epsilon}\sigma\xi_t\|`, :math:`\|M\tfrac{\epsilon}{2} n\beta\nabla L\|`,
+            :math:`\|w_{t+1}\|` in the box, :math:`\|M(w_t - w_0)\|` (default ``"devinterp"``).
+        key: a typed JAX key (default None: ``jax.random.key(0)``).
+        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Slots:
+        ``initial_param``, of the parameter's shape, and those that are switched on. ``shared`` has ``key`` and the
+        metrics, float32 scalars.
+
+    Differences from devinterp:
+        A parameter without gradient does not move (there it diffuses). A metric recovers from an overflow (there
+        it stays NaN). ``nbeta``, like every number, may be a schedule (there it fails).
+
+    Errors:
+        ``ValueError`` for a number out of range, for an unknown ``box`` or ``metrics``, for a mask that does not
+        broadcast, or for missing ``params`` in an update.
+
+    Reference:
+        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Lau, Furman, Wang,
+        Murfet, Wei, The local learning coefficient, 2023.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxoptim, optax
+        >>> tx, params = jaxoptim.sgld(lr=0.5, nbeta=2.0), jnp.array([1.0, -2.0])
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params, noise=jnp.zeros(2))
+        >>> optax.apply_updates(params, updates).tolist()
+        [0.5, -1.0]
+    """
+
+    lr: NonNegative = 0.01
+    noise_level: NonNegative = 1.0
+    weight_decay: Coefficient = 0.0
+    localization: Coefficient = 0.0
+    nbeta: NonNegative = 1.0
+    bounding_box_size: OptionalCoefficient = None
+    save_noise: bool = False
+    save_mala_vars: bool = False
+    optimize_over: ArraysByLeaf = None
+    noise_norm: bool = False
+    grad_norm: bool = False
+    weight_norm: bool = False
+    distance: bool = False
+    box: str = "clamp"
+    metrics: str = "devinterp"
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self, "box", ("clamp", "reflect"))
+        check_choice(self, "metrics", ("devinterp", "scaled"))
+
+    @property
+    def tracked(self) -> list[str]:
+        """The names of the metrics in ``shared``."""
+        names = [name for name in METRICS if getattr(self, name)]
+        return [*names, "localization_loss"] if self.save_mala_vars else names
+
+    def start(self) -> dict[str, Any]:
+        return {name: jnp.zeros((), jnp.float32) for name in self.tracked}
+
+    def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
+        kept = {"noise": self.save_noise, "dws": self.save_mala_vars}
+        return {"initial_param": jnp.copy(param), **zeros(param, *(name for name, keep in kept.items() if keep))}
+
+    def update(  # type: ignore[override]
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
+    ) -> tuple[jax.Array, Slots]:
+        param = needed(self, param)
+        noise = self.noise_level * noise
+        drift = force(self, grad, slots, param)
+        moved = param + masked(self, -self.lr / 2 * drift + jnp.sqrt(self.lr) * noise)
+        inside, _ = boxed(self, moved, slots)
+        kept = {"noise": noise, "dws": drift}
+        return inside - param, {
+            **slots,
+            **{name: kept[name] for name in kept.keys() & slots.keys()},
+            **self._squares(grad, slots, param, noise, moved, inside),
+        }
+
+    def _squares(self, grad: Any, slots: Slots, param: Any, noise: Any, moved: Any, inside: Any) -> Slots:
+        """One array's part of what is summed for the metrics."""
+        pull, away = self.lr / 2 * self.nbeta * grad, param - slots["initial_param"]
+        held = self.localization * jnp.sum(masked(self, away) ** 2)
+        if self.metrics == "scaled":
+            vectors = masked(self, jnp.sqrt(self.lr) * noise), masked(self, pull), inside, masked(self, away)
+        else:
+            vectors = masked(self, noise), pull, moved, self.localization * away
+        sums = {name: jnp.sum(x**2) for name, x in zip(METRICS, vectors, strict=True)}
+        if self.save_mala_vars and self.metrics == "devinterp":
+            sums["distance"] = self.lr * jnp.sqrt(held)
+        return {name: (sums | {"localization_loss": held / 2})[name] for name in self.tracked}
+
+    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        norms = {name: jnp.sqrt(total) for name, total in sums.items() if name in METRICS}
+        return shared | {name: x.astype(jnp.float32) for name, x in (sums | norms).items()}
+
+
+sgld = factory(SGLD, "sgld")

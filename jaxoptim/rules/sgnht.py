@@ -1,0 +1,153 @@
+"""Stochastic gradient Nosé-Hoover thermostats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import (
+    ArraysByLeaf,
+    Coefficient,
+    NonNegative,
+    OptionalCoefficient,
+    Sampler,
+    Slots,
+    factory,
+    rule,
+)
+from jaxoptim.rules._langevin import boxed, check_choice, force, free, masked, relaxed
+from jaxoptim.rules._terms import needed
+
+
+@rule
+class SGNHT(Sampler):
+    r"""SGNHT: Langevin dynamics with momentum, whose friction adapts until the momentum has the right temperature.
+
+    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2`, a mask :math:`M`, and
+    ``order="kick_friction"``, which is devinterp's:
+
+    .. math::
+        v &\leftarrow v - \epsilon\,M\nabla U(w) \\
+        v &\leftarrow v - \xi\,v + \sqrt{2\epsilon A}\,M\zeta, \qquad \zeta \sim N(0, 1) \\
+        w &\leftarrow w + v \\
+        \xi &\leftarrow \xi + \|v\|^2/d - \epsilon
+
+    where :math:`d` counts the numbers that move; :math:`v_0 \sim N(0, \epsilon)` and :math:`\xi_0 = A`. There is one
+    thermostat :math:`\xi` for all arrays. ``order="ding"`` is the paper's: the friction acts on the old momentum,
+    :math:`v \leftarrow (1 - \xi)v - \epsilon M\nabla U + \sqrt{2\epsilon A}M\zeta`. Both have an error of first order
+    in A (about :math:`\pm A/2`). ``order="badodab"`` splits symmetrically and is of second order:
+
+    .. math::
+        v &\leftarrow v - \epsilon\,M\nabla U(w), \qquad w \leftarrow w + v/2, \qquad
+        \xi \leftarrow \xi + (\|v\|^2/d - \epsilon)/2 \\
+        v &\leftarrow e^{-\xi} v + \sqrt{\epsilon A (1 - e^{-2\xi})/\xi}\;M\zeta \\
+        \xi &\leftarrow \xi + (\|v\|^2/d - \epsilon)/2, \qquad w \leftarrow w + v/2
+
+    Args:
+        lr: step size :math:`\epsilon \ge 0` (default 0.01).
+        diffusion_factor: :math:`A \ge 0` (default 0.01).
+        bounding_box_size: :math:`b > 0`, or None for no box (default None). A momentum that leads out of it changes
+            its sign.
+        nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1).
+        weight_decay: :math:`\lambda \ge 0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        optimize_over: mask of zeros and ones, as in :class:`SGLD` (default None).
+        box: ``"clamp"`` or ``"reflect"``, as in :class:`SGLD` (default ``"clamp"``).
+        order: ``"kick_friction"``, ``"ding"`` or ``"badodab"`` (default ``"kick_friction"``).
+        key: a typed JAX key (default None: ``jax.random.key(0)``).
+        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Slots:
+        ``momentum`` and ``initial_param``, of the parameter's shape. ``shared`` has ``key`` and ``thermostat``, a
+        float32 scalar in every precision, as devinterp keeps it.
+
+    Differences from devinterp:
+        Weight decay, localization and masks are possible. An update without any gradient changes nothing (there it
+        divides by zero). The equations follow devinterp's code, which is right; those of its documentation are not.
+
+    Errors:
+        As :class:`SGLD`.
+
+    Reference:
+        Ding, Fang, Babbush, Chen, Skeel, Neven, Bayesian sampling using stochastic gradient thermostats, NIPS 2014.
+        Leimkuhler, Shang, Adaptive thermostats for noisy gradient systems, SIAM J. Sci. Comput., 2016 (BADODAB).
+
+    Example:
+        >>> import jax.numpy as jnp, jaxoptim
+        >>> tx, params = jaxoptim.sgnht(lr=0.25, diffusion_factor=0.5), jnp.array([1.0, -2.0])
+        >>> state = tx.init(params)
+        >>> state = state._replace(slots=state.slots | {"momentum": jnp.zeros(2)})
+        >>> updates, state = tx.update(params, state, params, noise=jnp.zeros(2))
+        >>> updates.tolist(), round(float(state.shared["thermostat"]), 6)
+        ([-0.125, 0.25], 0.289062)
+    """
+
+    lr: NonNegative = 0.01
+    diffusion_factor: NonNegative = 0.01
+    bounding_box_size: OptionalCoefficient = None
+    nbeta: NonNegative = 1.0
+    weight_decay: Coefficient = 0.0
+    localization: Coefficient = 0.0
+    optimize_over: ArraysByLeaf = None
+    box: str = "clamp"
+    order: str = "kick_friction"
+
+    def check(self) -> None:
+        super().check()
+        check_choice(self, "box", ("clamp", "reflect"))
+        check_choice(self, "order", ("kick_friction", "ding", "badodab"))
+
+    def start(self) -> dict[str, Any]:
+        return {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
+
+    def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
+        return {"momentum": masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+
+    @property
+    def surveys(self) -> bool:
+        """The thermostat of the splitting moves on between kick and friction."""
+        return self.order == "badodab"
+
+    def survey(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, **given: Any) -> dict[str, jax.Array]:
+        return self._energy(self._kicked(grad, slots, needed(self, param)), half=True)
+
+    def prepare(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        return self.end(shared, sums)
+
+    def update(  # type: ignore[override]
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
+    ) -> tuple[jax.Array, Slots]:
+        param = needed(self, param)
+        friction = shared["thermostat"].astype(grad.dtype)
+        kicked = self._kicked(grad, slots, param)
+        shaken = jnp.sqrt(2 * self.lr * self.diffusion_factor) * masked(self, noise)
+        if self.order == "badodab":
+            momentum = relaxed(kicked, friction, masked(self, noise), self.lr * self.diffusion_factor)
+            moved = param + (kicked + momentum) / 2
+        elif self.order == "ding":
+            momentum = kicked - friction * slots["momentum"] + shaken
+            moved = param + momentum
+        else:
+            momentum = kicked - friction * kicked + shaken
+            moved = param + momentum
+        energy = self._energy(momentum, half=self.surveys)
+        inside, sign = boxed(self, moved, slots)
+        return inside - param, {**slots, "momentum": momentum * sign, **energy}
+
+    def _kicked(self, grad: jax.Array, slots: Slots, param: jax.Array) -> jax.Array:
+        return slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
+
+    def _energy(self, momentum: jax.Array, half: bool) -> Slots:
+        """One array's part of what drives the thermostat: the excess of energy over what it should be, and a count."""
+        count = free(self, momentum)
+        excess = jnp.sum(momentum**2) - count * self.lr
+        return {"excess": excess / 2 if half else excess, "count": jnp.asarray(count, momentum.dtype)}
+
+    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        rise = jnp.where(sums["count"] > 0, sums["excess"] / jnp.maximum(sums["count"], 1), 0)
+        return shared | {"thermostat": (shared["thermostat"] + rise).astype(jnp.float32)}
+
+
+sgnht = factory(SGNHT, "sgnht")

@@ -1,0 +1,157 @@
+"""One chain: its start, and some of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxoptim.core import Rule, Sampler, init, step
+from jaxoptim.core.noise import is_key
+from jaxoptim.rules import PSGLD
+from jaxoptim.sampling.batches import batch_at, first_order
+from jaxoptim.sampling.observables import Draw, Observable
+
+
+class Plan(NamedTuple):
+    """What a compiled program is for.
+
+    Attributes:
+        loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
+        transformation: the sampler, None where it is a rule, which is data.
+        batch_size: how many data make a batch; None for all.
+        observables: names and observables.
+        num_draws: how many draws are written down.
+    """
+
+    loss_fn: Callable[..., Any]
+    transformation: Any
+    batch_size: int | None
+    observables: tuple[tuple[str, Observable], ...]
+    num_draws: int
+
+
+class Schedule(NamedTuple):
+    """When a chain's steps are draws; numbers that do not recompile."""
+
+    num_burnin_steps: Any
+    num_steps_bw_draws: Any
+
+    def is_draw(self, step: Any) -> Any:
+        """Whether a step is the last one before a draw is written down."""
+        past = step - self.num_burnin_steps
+        return (past >= 0) & ((past + 1) % self.num_steps_bw_draws == 0)
+
+    def draw_at(self, step: Any) -> Any:
+        """The draw to which a step belongs; the last of its steps overwrites what the others have written."""
+        return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
+
+
+class Chain(NamedTuple):
+    """Where a chain stands.
+
+    Attributes:
+        key: the key of the chain, from which every step's batch and noise follow.
+        params: the current parameters.
+        state: the state of the sampler.
+        order: the order of the data in this epoch, None without batches.
+        memories: what each observable remembers.
+        traces: what was written down at each draw, by name.
+    """
+
+    key: jax.Array
+    params: Any
+    state: Any
+    order: Any
+    memories: dict[str, Any]
+    traces: dict[str, Any]
+
+
+def begin(plan: Plan, rule: Rule | None, params: Any, data: Any, key: jax.Array) -> Chain:
+    """A chain before its first step."""
+    noise_key, _, _ = _keys(key)
+    if rule is None:
+        # The noise of a transformation that keeps a typed key is other noise in each chain.
+        state = jax.tree.map(lambda x: noise_key if is_key(x) else x, plan.transformation.init(params))
+    else:
+        state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
+    memories = {name: observable.init(params) for name, observable in plan.observables}
+    chain = Chain(key, params, state, first_order(data, plan.batch_size), memories, {})
+    values = jax.eval_shape(lambda chain: _step(plan, rule, data, Schedule(0, 1), chain, 0)[1], chain)
+    traces = jax.tree.map(lambda x: jnp.zeros((plan.num_draws, *x.shape), x.dtype), values)
+    return chain._replace(traces=traces)
+
+
+def advance(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, start: Any, stop: Any) -> Chain:
+    """A chain after the steps from ``start`` to ``stop``; how many they are is data."""
+
+    def body(t: Any, chain: Chain) -> Chain:
+        chain, values = _step(plan, rule, data, schedule, chain, t)
+        draw = schedule.draw_at(t)
+        written = jax.tree.map(lambda x, trace: trace.at[draw].set(x), values, chain.traces)
+        return chain._replace(traces=written)
+
+    return lax.fori_loop(start, stop, body, chain)
+
+
+def results(plan: Plan, chain: Chain) -> dict[str, Any]:
+    """The results of a chain's observables, and the traces of the sampler's own metrics."""
+    observed = dict(plan.observables)
+    own = {name: trace for name, trace in chain.traces.items() if name not in observed}
+    return own | {
+        name: observable.result(chain.memories[name], chain.traces[name]) for name, observable in plan.observables
+    }
+
+
+def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, t: Any) -> tuple[Chain, Any]:
+    """One step, and what it would write down."""
+    _, batch_key, probe_key = _keys(chain.key)
+    batch, order = batch_at(t, batch_key, chain.order, data, plan.batch_size)
+
+    def loss_of(params: Any) -> Any:
+        return plan.loss_fn(params) if data is None else plan.loss_fn(params, batch)
+
+    loss, grads = jax.value_and_grad(loss_of)(chain.params)
+    grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
+    sampler = plan.transformation if rule is None else rule.at(chain.state.step)
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, schedule.is_draw(t))
+    values: dict[str, Any] = {"loss": loss}
+    memories = {}
+    for name, observable in plan.observables:
+        memories[name], values[name] = observable.update(chain.memories[name], draw)
+    if rule is None:
+        updates, state = plan.transformation.update(grads, chain.state, chain.params)
+        params = optax.apply_updates(chain.params, updates)
+    else:
+        given = (
+            {"curvature": _curvature(loss_of, chain.params, jax.random.fold_in(probe_key, t))} if _bends(rule) else {}
+        )
+        params, state = step(rule, chain.params, grads, chain.state, **given)
+    shared = getattr(state, "shared", {})
+    values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
+    return Chain(chain.key, params, state, order, memories, chain.traces), values
+
+
+def _bends(rule: Rule) -> bool:
+    """Whether a rule wants to know the curvature of the loss."""
+    return isinstance(rule, PSGLD) and rule.gamma
+
+
+def _curvature(loss_of: Callable[[Any], Any], params: Any, key: jax.Array) -> Any:
+    r"""The diagonal of the Hessian, estimated by :math:`z \odot Hz` with random signs z (Hutchinson)."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    probe = jax.tree.unflatten(treedef, signs)
+    _, product = jax.jvp(jax.grad(loss_of), (params,), (probe,))
+    return jax.tree.map(jnp.multiply, probe, product)
+
+
+def _keys(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys of noise, of batches, and of probes."""
+    noise, batches, probes = jax.random.split(key, 3)
+    return noise, batches, probes

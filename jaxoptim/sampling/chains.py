@@ -1,0 +1,110 @@
+"""Many chains in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxoptim.core import Rule
+from jaxoptim.sampling import chain
+from jaxoptim.sampling.chain import Chain, Plan, Schedule
+
+METHODS = ("auto", "vmap", "map")
+_SMALL = 2048
+"""Numbers in the parameters up to which ``"auto"`` takes all chains at once on a CPU: beyond, they leave the cache."""
+
+
+def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, Mesh | None]:
+    """The method of running chains, and the devices to spread them over (None: they stay where their inputs are)."""
+    if method not in METHODS:
+        raise ValueError(f"Invalid chain_method: {method!r}. It is one of {', '.join(map(repr, METHODS))}.")
+    arrays = [x for x in jax.tree.leaves((params, data)) if isinstance(x, jax.Array)]
+    devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
+    platform = next(iter(devices)).platform if devices else jax.default_backend()
+    if method == "auto":
+        size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
+        method = "map" if platform == "cpu" and size > _SMALL else "vmap"
+    candidates = jax.local_devices(backend=platform)
+    count = max(d for d in range(1, len(candidates) + 1) if num_chains % d == 0) if len(devices) <= 1 else 1
+    return method, Mesh(np.array(candidates[:count]), ("chains",)) if count > 1 else None
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "mesh"))
+def begin(plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, keys: Any, params: Any, data: Any) -> Chain:
+    """Chains before their first step, stacked.
+
+    Args:
+        plan: what the program is for.
+        mesh: the devices to spread the chains over.
+        rules: the settings of the sampler, stacked; None for a transformation.
+        settings: for each chain the number of its setting.
+        keys: for each chain its key.
+        params: where all begin.
+        data: the data.
+    """
+
+    def one(setting: Any, key: Any, rules: Any, params: Any, data: Any) -> Chain:
+        return chain.begin(plan, _setting(rules, setting), params, data, key)
+
+    # At the start there is nothing to compute that would need the cache.
+    return _over_chains(one, "vmap", mesh, (settings, keys), (rules, params, data))
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "method", "mesh"), donate_argnames="chains")
+def advance(
+    plan: Plan,
+    method: str,
+    mesh: Mesh | None,
+    rules: Any,
+    settings: Any,
+    chains: Chain,
+    data: Any,
+    schedule: Schedule,
+    start: Any,
+    stop: Any,
+) -> Chain:
+    """Chains after the steps from ``start`` to ``stop``."""
+
+    def one(setting: Any, state: Chain, rules: Any, data: Any, schedule: Schedule, start: Any, stop: Any) -> Chain:
+        return chain.advance(plan, _setting(rules, setting), data, schedule, state, start, stop)
+
+    return _over_chains(one, method, mesh, (settings, chains), (rules, data, schedule, start, stop))
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def results(plan: Plan, chains: Chain) -> dict[str, Any]:
+    """What the chains have written down, each result with a first axis of chains."""
+    return jax.vmap(functools.partial(chain.results, plan))(chains)
+
+
+def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped: Any, common: Any) -> Any:
+    """``one(*mapped, *common)`` for all chains, over the devices of a mesh."""
+
+    def some(mapped: Any, common: Any) -> Any:
+        if method == "vmap":
+            return jax.vmap(lambda mapped: one(*mapped, *common))(mapped)
+        return lax.map(lambda mapped: one(*mapped, *common), mapped)
+
+    if mesh is None:
+        return some(mapped, common)
+    along = PartitionSpec("chains")
+    spread = jax.shard_map(some, mesh=mesh, in_specs=(along, PartitionSpec()), out_specs=along, check_vma=False)
+    return spread(mapped, common)
+
+
+def _setting(rules: Any, setting: Any) -> Rule | None:
+    """One of the stacked settings of a rule."""
+    return jax.tree.map(lambda x: x[setting], rules)
+
+
+def on_all(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays on every device of a mesh, sent there once."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,100 @@
+"""How far draws can be trusted, by numpyro's diagnostics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxoptim.interop.numpyro import required
+
+
+def effective_sample_size(trace: Any) -> np.ndarray:
+    """How many independent draws a trace is worth, by ``numpyro.diagnostics``.
+
+    Args:
+        trace: ``(chains, draws, ...)``, finite, at least two draws.
+
+    Returns:
+        Of the shape ``(...)``, float64.
+
+    Errors:
+        ``ValueError`` for fewer axes or draws, or for draws that are not finite; ``ImportError`` without numpyro.
+
+    Reference:
+        Geyer, Practical Markov chain Monte Carlo, Statistical Science 1992. Gelman et al., Bayesian data analysis,
+        2013, section 11.5.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxoptim.sampling import effective_sample_size
+        >>> trace = np.random.default_rng(0).normal(size=(4, 500))
+        >>> 1500 < float(effective_sample_size(trace)) < 3000
+        True
+    """
+    from numpyro import diagnostics
+
+    return np.asarray(diagnostics.effective_sample_size(_checked(trace, "effective_sample_size")))
+
+
+def rhat(trace: Any) -> np.ndarray:
+    r"""The split Gelman-Rubin statistic :math:`\hat R`, by ``numpyro.diagnostics``: near 1 where chains agree.
+
+    Args:
+        trace: ``(chains, draws, ...)``, finite, at least four draws.
+
+    Returns:
+        Of the shape ``(...)``, float64.
+
+    Errors:
+        As :func:`effective_sample_size`.
+
+    Reference:
+        Gelman et al., Bayesian data analysis, 2013, section 11.4.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxoptim.sampling import rhat
+        >>> trace = np.random.default_rng(0).normal(size=(4, 500))
+        >>> abs(float(rhat(trace)) - 1) < 0.01
+        True
+    """
+    from numpyro import diagnostics
+
+    return np.asarray(diagnostics.split_gelman_rubin(_checked(trace, "rhat", 4)))
+
+
+def mcse(trace: Any) -> np.ndarray:
+    r"""The Monte-Carlo standard error of the mean of all draws, :math:`s/\sqrt{\mathrm{ESS}}`.
+
+    Args:
+        trace: ``(chains, draws, ...)``, finite, at least two draws.
+
+    Returns:
+        Of the shape ``(...)``, float64.
+
+    Errors:
+        As :func:`effective_sample_size`.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxoptim.sampling import mcse
+        >>> trace = np.random.default_rng(0).normal(size=(4, 2500))
+        >>> 0.008 < float(mcse(trace)) < 0.012
+        True
+    """
+    trace = _checked(trace, "mcse")
+    spread = trace.std((0, 1), ddof=1)
+    # A trace that never moves is known exactly, and has no effective sample size.
+    ramp = np.arange(trace.shape[1]).reshape(1, -1, *[1] * spread.ndim)
+    return spread / np.sqrt(effective_sample_size(np.where(spread > 0, trace, ramp)))
+
+
+def _checked(trace: Any, what: str, least: int = 2) -> np.ndarray:
+    required()
+    trace = np.asarray(trace, np.float64)
+    if trace.ndim < 2 or trace.shape[1] < least:
+        raise ValueError(f"{what} takes (chains, draws, ...) with at least {least} draws, but got shape {trace.shape}.")
+    if not np.isfinite(trace).all():
+        raise ValueError(f"{what} takes finite draws. Leave out the chains that have diverged.")
+    return trace

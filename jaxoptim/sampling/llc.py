@@ -1,0 +1,299 @@
+"""Local learning coefficients."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import Rule, trees
+from jaxoptim.optim.groups import predicate
+from jaxoptim.sampling import diagnostics
+from jaxoptim.sampling.batches import size_of
+from jaxoptim.sampling.run import Options, Sampler, run, stacked
+from jaxoptim.sampling.sample import first_divergence
+
+
+def default_nbeta(n: float) -> float:
+    r"""The inverse temperature of the WBIC, :math:`n\beta = n/\log n`.
+
+    Args:
+        n: the number of data; more than e. devinterp takes the batch size for it.
+
+    Returns:
+        :math:`n / \log n`.
+
+    Errors:
+        ``ValueError`` for n of at most e, where it does not grow.
+
+    Reference:
+        Watanabe, A widely applicable Bayesian information criterion, JMLR 2013.
+
+    Example:
+        >>> from jaxoptim.sampling import default_nbeta
+        >>> round(default_nbeta(1797), 1)
+        239.8
+    """
+    if not n > math.e:
+        raise ValueError(f"n/log n is a temperature for n > {math.e:.2f}, but n is {n!r}. Give nbeta yourself.")
+    return n / math.log(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class LLC:
+    r"""Estimates of the local learning coefficient :math:`\hat\lambda = n\beta\,(E[L] - L(w^*))`.
+
+    With a list of selections every array has a first axis of selections.
+
+    Attributes:
+        loss: the loss at each draw, ``(chains, draws)``.
+        init_loss: :math:`L(w^*)`.
+        nbeta: :math:`n\beta`.
+        diverged: for each chain the first draw whose loss is not finite, -1 if there is none. Means and errors leave
+            such chains out.
+        observables: what else was observed.
+    """
+
+    loss: np.ndarray
+    init_loss: float
+    nbeta: float
+    diverged: np.ndarray
+    observables: dict[str, Any]
+
+    @property
+    def trace(self) -> np.ndarray:
+        r""":math:`n\beta\,(L - L(w^*))` at each draw, ``(chains, draws)``."""
+        return self.nbeta * (self.loss - self.init_loss)
+
+    @property
+    def per_chain(self) -> np.ndarray:
+        """The estimate of each chain, ``(chains,)``; NaN where it has diverged."""
+        return np.where(self.diverged < 0, np.where(np.isfinite(self.trace), self.trace, 0).mean(-1), np.nan)
+
+    @property
+    def mean(self) -> Any:
+        """The pooled estimate: the mean of the chains."""
+        return _plain(np.nanmean(self.per_chain, -1))
+
+    @property
+    def std(self) -> Any:
+        """The standard deviation between chains (divisor ``chains - 1``); NaN of a single one."""
+        return _plain(self._each(lambda trace: trace.mean(-1).std(ddof=1) if len(trace) > 1 else math.nan))
+
+    @property
+    def mcse(self) -> Any:
+        """The Monte-Carlo standard error of :attr:`mean`, from the effective sample size (needs numpyro)."""
+        return _plain(self._each(diagnostics.mcse))
+
+    @property
+    def rhat(self) -> Any:
+        r"""The split :math:`\hat R` of the loss (needs numpyro)."""
+        return _plain(self._each(diagnostics.rhat))
+
+    @property
+    def effective_sample_size(self) -> Any:
+        """How many independent draws of the loss there are (needs numpyro)."""
+        return _plain(self._each(diagnostics.effective_sample_size))
+
+    def _each(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
+        """A number for each selection, from the traces of its chains that have not diverged."""
+        draws = self.loss.shape[-1]
+        good = self.diverged.reshape(-1, self.diverged.shape[-1]) < 0
+        values = [of(trace[keep]) for trace, keep in zip(self.trace.reshape(*good.shape, draws), good, strict=True)]
+        return np.asarray(values, np.float64).reshape(self.diverged.shape[:-1])
+
+    def plot(self, *, ax: Any = None) -> Any:
+        """Draw the trace of each chain and the pooled running mean with matplotlib.
+
+        Args:
+            ax: the matplotlib ``Axes`` to draw on (default None: new ones).
+
+        Returns:
+            The ``Axes``.
+
+        Errors:
+            ``ImportError`` without matplotlib; ``ValueError`` for several selections: index them first.
+
+        Example:
+            See :func:`estimate_llc`.
+        """
+        from jaxoptim.sampling.plotting import plot_traces
+
+        return plot_traces(self, ax)
+
+    def __getitem__(self, selection: int) -> LLC:
+        """The estimate of one of several selections."""
+        if self.loss.ndim == 2:
+            raise TypeError("This is the estimate of one selection, which has no parts.")
+        parts = {name: jax.tree.map(lambda x: x[selection], x) for name, x in self.observables.items()}
+        return dataclasses.replace(
+            self, loss=self.loss[selection], diverged=self.diverged[selection], observables=parts
+        )
+
+
+def estimate_llc(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    sampler: Sampler,
+    data: Any = None,
+    *,
+    nbeta: float | None = None,
+    key: jax.Array,
+    init_loss: float | None = None,
+    selections: Sequence[Any] | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> LLC:
+    r"""Estimate the local learning coefficient at ``params`` from chains that start there.
+
+    .. math::
+        \hat\lambda(w^*) = n\beta\,\left(E_w[L(w)] - L(w^*)\right), \qquad
+        p(w) \propto \exp\left(-n\beta\,L(w) - \tfrac{\gamma}{2}\|w - w^*\|^2\right)
+
+    Args:
+        loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the mean loss L.
+        params: :math:`w^*`, where every chain begins.
+        sampler: a rule, whose ``nbeta`` is replaced, such as ``rules.SGLD(lr=1e-4, localization=100.0)``; or a
+            transformation, which has its ``nbeta`` already.
+        data: a pytree of arrays whose first axes run over the data (default None).
+        nbeta: :math:`n\beta > 0` (default None: :func:`default_nbeta` of the number of data).
+        key: a typed JAX key.
+        init_loss: :math:`L(w^*)` (default None: the loss over all data, in batches of ``batch_size``, weighted by
+            their sizes).
+        selections: refined coefficients, of chains that move some parameters only: a list of masks (see
+            ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), or of regular expressions and predicates of the dotted
+            path that select whole arrays; all of them in one program. A mapping gives them names, which only the
+            order matters of (default None: all parameters).
+        options: the other keywords of :func:`sample`: ``num_chains``, ``num_draws``, ``num_burnin_steps``, ...
+
+    Returns:
+        :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
+
+    Errors:
+        As :func:`sample`; ``ValueError`` without ``nbeta`` and data; ``FloatingPointError`` if all chains of a
+        selection diverge. Some that do are left out, and a warning says which, and at which draw.
+
+    Reference:
+        Lau, Furman, Wang, Murfet, Wei, The local learning coefficient: a singularity-aware complexity measure, 2023.
+        Wang, Hoogland, van Wingerden, Furman, Murfet, Differentiation and specialization of attention heads via the
+        refined local learning coefficient, 2024.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import rules, sampling
+        >>> llc = sampling.estimate_llc(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(lr=1e-3), nbeta=100.0,
+        ...                             key=jax.random.key(0), num_chains=8, num_draws=1000, num_burnin_steps=200)
+        >>> abs(llc.mean - 5.13) < 4 * llc.mcse, llc.per_chain.shape
+        (True, (8,))
+    """
+    if "key" in options:
+        raise TypeError("key was given twice.")
+    checked = Options(key=key, **options)
+    if nbeta is None:
+        if data is None:
+            raise ValueError("estimate_llc has no data to count: give nbeta, such as default_nbeta(n).")
+        nbeta = default_nbeta(size_of(data))
+    if not nbeta > 0:
+        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0.")
+    masks, count = None, 1
+    if selections is not None:
+        chosen = list(selections.values()) if isinstance(selections, Mapping) else list(selections)
+        masks, count = stacked_masks(chosen, params), len(chosen)
+    changes = {} if masks is None else {"optimize_over": masks}
+    found = run(loss_fn, params, sampler, data, tempered(sampler, count, nbeta, **changes), count, checked)
+    if init_loss is None:
+        init_loss = full_loss(loss_fn, params, data, checked.batch_size)
+    shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
+    return made(found, shape, float(init_loss), float(nbeta))
+
+
+def made(found: dict[str, Any], shape: tuple[int, ...], init_loss: float, nbeta: float) -> LLC:
+    """The estimate of a run, whose chains are arranged in ``shape``; warns of those that have diverged."""
+    arranged = {
+        name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
+        for name, x in found.items()
+        if name != "params"
+    }
+    loss = arranged.pop("loss").astype(np.float64)
+    diverged = first_divergence(loss)
+    if (diverged >= 0).any():
+        where = ", ".join(f"{_chain(i)} at draw {diverged[tuple(i)]}" for i in np.argwhere(diverged >= 0)[:10])
+        many = f"{(diverged >= 0).sum()} of {diverged.size} chains diverged: {where}"
+        advice = "A smaller lr, a larger localization or a bounding box keeps them."
+        if (diverged >= 0).all(-1).any():
+            raise FloatingPointError(f"{many}. {advice} sampling.sample with the same arguments returns their traces.")
+        warnings.warn(f"{many}; they are left out of the estimate. {advice}", stacklevel=3)
+    return LLC(loss, init_loss, nbeta, diverged, arranged)
+
+
+def tempered(sampler: Sampler, count: int, nbeta: float, **changes: Any) -> Any:
+    """Settings of a rule at an inverse temperature."""
+    if not isinstance(sampler, Rule):
+        if changes:
+            raise TypeError(f"{', '.join(changes)} can be set in a rule only, but the sampler is a transformation.")
+        return None
+    if lacking := [name for name in ("nbeta", *changes) if name not in sampler.specs]:
+        raise TypeError(f"{type(sampler).__name__} has no {', '.join(lacking)}. Give a sampler: SGLD, SGNHT, ...")
+    return stacked(sampler.replace(nbeta=nbeta), count, **changes)
+
+
+def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
+    """Masks with a first axis of selections, a tree like the parameters."""
+    if not selections:
+        raise ValueError("selections is empty. Give at least one mask, regular expression or predicate.")
+    names, leaves = trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf)
+    chosen: list[list[Any]] = []
+    for selection in selections:
+        if isinstance(selection, str) or hasattr(selection, "fullmatch") or callable(selection):
+            matches = predicate(selection)
+            flags = [bool(matches(name)) for name in names]
+            if not any(flags):
+                raise ValueError(f"selections: {selection!r} selects no parameter of {', '.join(names)}.")
+            chosen.append([np.asarray(flag) for flag in flags])
+        elif jax.tree_util.all_leaves([selection]):
+            chosen.append([np.asarray(selection)] * len(names))
+        else:
+            parts = trees.leaves_like(selection, params, "selections")
+            chosen.append([np.asarray(True) if part is None else np.asarray(part) for part in parts])
+    masks = []
+    for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        parts = [of_one[index] for of_one in chosen]
+        shape = jnp.shape(leaf) if any(part.ndim for part in parts) and leaf is not None else ()
+        try:
+            masks.append(None if leaf is None else np.stack([np.broadcast_to(part, shape) for part in parts]))
+        except ValueError as error:
+            raise ValueError(f"selections: a mask does not broadcast to {name!r} of shape {shape}.") from error
+    treedef = jax.tree.structure(params, is_leaf=trees.is_leaf)
+    return jax.tree.map(jnp.asarray, jax.tree.unflatten(treedef, masks))
+
+
+def full_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> float:
+    """The mean loss over all data, batch by batch, each weighted by its size."""
+    if data is None:
+        return float(jax.jit(loss_fn)(params))
+    n = size_of(data)
+    size = batch_size or n
+    whole = n // size * size
+
+    def total(params: Any, data: Any) -> Any:
+        batches = jax.tree.map(lambda x: jnp.asarray(x)[:whole].reshape(n // size, size, *jnp.shape(x)[1:]), data)
+        sum_of_means = jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch), batches)) * size
+        if whole < n:
+            sum_of_means += loss_fn(params, jax.tree.map(lambda x: jnp.asarray(x)[whole:], data)) * (n - whole)
+        return sum_of_means / n
+
+    return float(jax.jit(total)(params, data))
+
+
+def _chain(index: Any) -> str:
+    return f"chain {index[0]}" if len(index) == 1 else f"chain {index[-1]} of selection {index[0]}"
+
+
+def _plain(x: np.ndarray) -> Any:
+    """A number as a float, more of them as an array."""
+    return float(x) if np.ndim(x) == 0 else x

@@ -1,0 +1,169 @@
+"""What is observed at the draws of a chain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxoptim.core import Rule, trees
+from jaxoptim.core.flat import flatten
+from jaxoptim.core.leaf import by_leaf
+from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.rules._langevin import force, masked, potential
+from jaxoptim.sampling.mala import mala_acceptance
+
+
+class Draw(NamedTuple):
+    """One step of a chain, as an observable sees it.
+
+    Attributes:
+        params: the parameters :math:`w_t` before the step, where the loss and the gradient are taken.
+        loss: the loss there, of the batch of this step.
+        grads: its gradient.
+        batch: the data of this step.
+        sampler: the rule, its numbers those of this step, or the transformation.
+        state: the state of the sampler before the step.
+        is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
+    """
+
+    params: Any
+    loss: jax.Array
+    grads: Any
+    batch: Any
+    sampler: Any
+    state: Any
+    is_recorded: jax.Array
+
+
+class Observable:
+    """The base of observables that remember something from step to step.
+
+    A plain function of the parameters is an observable too. A subclass must be hashable, such as a frozen dataclass:
+    equal ones share a compiled program.
+    """
+
+    def init(self, params: Any) -> Any:
+        """What is remembered before the first step, a pytree of arrays."""
+        return ()
+
+    def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
+        """What is remembered after a step, and a pytree of arrays to write down, None for nothing."""
+        raise NotImplementedError
+
+    def result(self, memory: Any, trace: Any) -> Any:
+        """What a chain is reported with: by default what was written down, ``(draws, ...)``."""
+        return trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Function(Observable):
+    """A function of the parameters, computed at the draws only."""
+
+    function: Callable[[Any], Any]
+
+    def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
+        like = jax.eval_shape(self.function, draw.params)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        value = lax.cond(
+            draw.is_recorded, lambda: jax.tree.map(jnp.asarray, self.function(draw.params)), lambda: nothing
+        )
+        return memory, value
+
+
+@dataclasses.dataclass(frozen=True)
+class MalaAcceptance(Observable):
+    r"""How often a Metropolis test would accept the steps; see :func:`mala_acceptance`.
+
+    The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2` with the loss of each
+    step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no
+    part. For the rule ``SGLD``.
+
+    The trace holds at each draw the acceptance of the step that led there, NaN at the very first position. It keeps
+    the position and the gradient of the last step: twice the memory of the parameters for each chain.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import rules, sampling
+        >>> samples = sampling.sample(
+        ...     lambda w: jnp.sum(w**2) / 2, jnp.zeros(3), rules.SGLD(lr=0.01, nbeta=10.0), key=jax.random.key(0),
+        ...     num_chains=2, num_draws=100, observables={"accepted": sampling.MalaAcceptance()})
+        >>> float(jnp.nanmean(samples.observables["accepted"])) > 0.95
+        True
+    """
+
+    def init(self, params: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, _wide(params))
+        return zeros, zeros, jnp.full((), jnp.nan)
+
+    def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
+        rule: Any = draw.sampler
+        if not (isinstance(rule, Rule) and {"initial_param"} <= draw.state.slots.keys() and hasattr(rule, "nbeta")):
+            raise TypeError(f"MalaAcceptance is of the rule SGLD, but the sampler is {type(rule).__name__}.")
+        params, treedef = jax.tree.flatten(_wide(draw.params), is_leaf=trees.is_leaf)
+        grads = jax.tree.leaves(_wide(draw.grads), is_leaf=trees.is_leaf)
+        centers = jax.tree.leaves(draw.state.slots["initial_param"], is_leaf=trees.is_leaf)
+        rules = by_leaf(rule, draw.params, "params")
+        energy, forces = rule.nbeta * draw.loss, list[Any]()
+        for one, param, grad, center in zip(rules, params, grads, centers, strict=True):
+            if param is None:
+                forces.append(None)
+                continue
+            slots = {"initial_param": center}
+            energy = energy + potential(one, 0.0, slots, param)
+            forces.append(masked(one, force(one, grad, slots, param)))
+        here = _wide(draw.params), jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
+        (x, grad_x, before), (y, grad_y, now) = memory, here
+        return here, mala_acceptance(x, grad_x, before, y, grad_y, now, draw.sampler.lr)
+
+
+def _wide(tree: Any) -> Any:
+    """The arrays of a tree in the dtype in which they are computed."""
+    return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariance(Observable):
+    """The covariance matrix of the parameters over the draws, all parameters flattened into one vector.
+
+    The result of each chain is ``(size, size)``, with the divisor ``draws - 1``; it takes as much memory for each
+    chain. ``select`` makes a smaller tree of the parameters first.
+
+    Args:
+        select: a function of the parameters whose result is observed in their place (default None).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import rules, sampling
+        >>> samples = sampling.sample(
+        ...     lambda w: jnp.sum(w**2) / 2, jnp.zeros(3), rules.SGLD(lr=0.01, nbeta=10.0), key=jax.random.key(0),
+        ...     num_chains=2, num_draws=100, observables={"covariance": sampling.Covariance()})
+        >>> samples.observables["covariance"].shape
+        (2, 3, 3)
+    """
+
+    select: Callable[[Any], Any] | None = None
+
+    def _vector(self, params: Any) -> jax.Array:
+        return flatten(params if self.select is None else self.select(params))
+
+    def init(self, params: Any) -> Any:
+        like = jax.eval_shape(self._vector, params)
+        return jnp.zeros((), like.dtype), jnp.zeros(like.shape, like.dtype), jnp.zeros(like.shape * 2, like.dtype)
+
+    def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
+        def observed() -> Any:
+            count, mean, products = memory
+            count, away = count + 1, self._vector(draw.params) - mean
+            mean = mean + away / count
+            return count, mean, products + jnp.outer(away, self._vector(draw.params) - mean)
+
+        return lax.cond(draw.is_recorded, observed, lambda: memory), None
+
+    def result(self, memory: Any, trace: Any) -> Any:
+        count, _, products = memory
+        return products / (count - 1)

@@ -1,0 +1,56 @@
+"""Pictures of estimates, drawn with matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxoptim.sampling.calibration import Calibration
+    from jaxoptim.sampling.llc import LLC
+
+
+def plot_traces(llc: LLC, ax: Any) -> Any:
+    """The trace of each chain, and the running mean over all of them."""
+    if llc.loss.ndim != 2:
+        raise ValueError("plot draws the traces of one selection: llc[0].plot().")
+    ax = _axes(ax)
+    good = llc.trace[llc.diverged < 0]
+    for trace in llc.trace:
+        ax.plot(trace, linewidth=0.6, alpha=0.5)
+    running = np.cumsum(good.mean(0)) / np.arange(1, good.shape[1] + 1)
+    ax.plot(running, color="black", label=f"running mean, at the end {llc.mean:.3g}")
+    ax.set_xlabel("draw")
+    ax.set_ylabel(r"$n\beta\,(L - L(w^*))$")
+    ax.legend()
+    return ax
+
+
+def plot_sweep(sweep: Calibration, ax: Any) -> Any:
+    """The estimate against the step size for each localization."""
+    ax = _axes(ax)
+    for column, strength in enumerate(sweep.localization):
+        ax.errorbar(
+            sweep.lr,
+            sweep.mean[:, column],
+            yerr=sweep.std[:, column],
+            marker="o",
+            capsize=2,
+            label=rf"$\gamma$ = {strength:g}",
+        )
+    ax.set_xscale("log")
+    ax.set_xlabel("lr")
+    ax.set_ylabel(r"$\hat\lambda$")
+    ax.legend()
+    return ax
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("A plot needs matplotlib: pip install 'jaxoptim[sampling]'.") from error
+    return plt.subplots()[1]

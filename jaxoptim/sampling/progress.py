@@ -1,0 +1,28 @@
+"""A bar that shows how far a run is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bar(total: int, start: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of steps made; it shows them with tqdm, or nothing.
+
+    Errors:
+        ``ImportError`` without tqdm if ``shown``.
+    """
+    if not shown:
+        yield lambda step: None
+        return
+    try:
+        import tqdm
+    except ImportError as error:
+        raise ImportError("A progress bar needs tqdm: pip install 'jaxoptim[sampling]'.") from error
+    with tqdm.tqdm(total=total, initial=start, unit="step", desc="sampling") as shown_bar:
+
+        def show(step: int) -> None:
+            shown_bar.update(step - shown_bar.n)
+
+        yield show

@@ -1,0 +1,177 @@
+"""The host's side of a run: checks, the compiled program, its progress and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxoptim.core import Rule, trees
+from jaxoptim.core import Sampler as SamplerRule
+from jaxoptim.core.noise import check_key
+from jaxoptim.core.numerics import owned, strong
+from jaxoptim.core.rule import assembled
+from jaxoptim.optim.program import LossFunctions
+from jaxoptim.sampling import chains, saved
+from jaxoptim.sampling.batches import check_batch_size, size_of
+from jaxoptim.sampling.chain import Plan, Schedule
+from jaxoptim.sampling.observables import Function, Observable
+from jaxoptim.sampling.progress import bar
+
+Sampler: TypeAlias = Rule | optax.GradientTransformation
+"""What moves a chain."""
+
+_SECONDS_BETWEEN_SAVES = 60.0
+_SECONDS_OF_A_PIECE = 0.3
+"""What one call takes at least when there is a bar or a checkpoint, so that calls cost nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keywords of :func:`jaxoptim.sampling.sample`, checked."""
+
+    key: Any
+    num_chains: int = 10
+    num_draws: int = 100
+    num_burnin_steps: int = 0
+    num_steps_bw_draws: int = 1
+    batch_size: int | None = None
+    chain_method: str = "auto"
+    observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
+    progress: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"Invalid {name}: {value!r}. It is an int >= {least}.")
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of each chain."""
+        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    def watched(self) -> tuple[tuple[str, Observable], ...]:
+        """The observables by name."""
+        watched = []
+        for name, observable in (self.observables or {}).items():
+            if not callable(observable) and not isinstance(observable, Observable):
+                raise TypeError(
+                    f"observables: {name!r} is {type(observable).__name__}. Give a function of the parameters, or an "
+                    "instance of an Observable."
+                )
+            if name in ("loss", "params"):
+                raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
+            watched.append((name, observable if isinstance(observable, Observable) else Function(observable)))
+        return tuple(watched)
+
+
+def stacked(sampler: Sampler, num_settings: int, **changes: Any) -> Any:
+    """Settings of a rule as one rule with a first axis of settings; None for a transformation.
+
+    Args:
+        sampler: the rule, or the transformation.
+        num_settings: how many settings there are.
+        changes: fields that differ, each with a first axis of settings.
+    """
+    if not isinstance(sampler, Rule):
+        return None
+    rule = sampler.replace(key=None) if isinstance(sampler, SamplerRule) else sampler
+
+    def repeated(x: Any) -> jax.Array:
+        x = strong(x)
+        return jnp.broadcast_to(x, (num_settings, *x.shape))
+
+    return assembled(type(rule), vars(jax.tree.map(repeated, rule)) | changes)
+
+
+def run(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    sampler: Sampler,
+    data: Any,
+    rules: Any,
+    num_settings: int,
+    options: Options,
+) -> dict[str, Any]:
+    """Run ``options.num_chains`` chains of each setting; chain c of all settings has one key.
+
+    Returns:
+        The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
+        setting by setting.
+    """
+    params, data = _checked(loss_fn, params, sampler, data, options)
+    transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
+    plan = Plan(loss_fn, transformation, options.batch_size, options.watched(), options.num_draws)
+    method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, data)
+    settings = jnp.repeat(jnp.arange(num_settings), options.num_chains)
+    numbers = jnp.tile(jnp.arange(options.num_chains), num_settings)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(options.key, numbers)
+    rules, params, data = chains.on_all(mesh, (rules, params, data))
+    state = chains.begin(plan, mesh, rules, settings, keys, params, data)
+    schedule, start = Schedule(options.num_burnin_steps, options.num_steps_bw_draws), 0
+    about = (
+        None if options.checkpoint is None else saved.description(options, num_settings, sampler, rules, params, data)
+    )
+    if options.checkpoint is not None and os.path.exists(options.checkpoint):
+        start, state = saved.load(options.checkpoint, about, options, state)
+
+    piece = options.num_steps
+    if options.progress or options.checkpoint is not None:
+        piece = max(1, options.num_steps // 100)
+    last_save = time.monotonic()
+    with bar(options.num_steps, start, options.progress) as show:
+        while start < options.num_steps:
+            stop, before = min(start + piece, options.num_steps), time.monotonic()
+            state = chains.advance(plan, method, mesh, rules, settings, state, data, schedule, start, stop)
+            if piece < options.num_steps:
+                jax.block_until_ready(state.traces)
+            if time.monotonic() - before < _SECONDS_OF_A_PIECE:
+                piece *= 2
+            start = stop
+            show(start)
+            due = start == options.num_steps or time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES
+            if options.checkpoint is not None and due:
+                saved.save(options.checkpoint, about, options, start, state)
+                last_save = time.monotonic()
+    return {**chains.results(plan, state), "params": state.params}
+
+
+def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: Options) -> tuple[Any, Any]:
+    """Parameters and data as arrays; raises for what cannot be run."""
+    if not isinstance(sampler, Rule | optax.GradientTransformation):
+        hint = " Give an instance: SGLD(lr=1e-4)." if isinstance(sampler, type) else ""
+        raise TypeError(f"The sampler is a rule or a transformation, but got {sampler!r}.{hint}")
+    LossFunctions("sample", "sample(loss_fn, params, sampler, data, ...)").check(loss_fn)
+    for name, leaf in zip(trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf), strict=True):
+        if leaf is not None:
+            trees.check_array("parameter", name, leaf)
+    params = jax.tree.map(lambda x: strong(x) if isinstance(x, jax.Array) else strong(owned(x)), params)
+    if not jax.tree.leaves(params):
+        raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
+    if data is not None:
+        size_of(data)
+    check_batch_size(options.batch_size, data)
+    data = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else owned(x), data)
+    check_loss(loss_fn, params, data, options.batch_size)
+    return params, data
+
+
+def check_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> None:
+    """Raise for a loss that is no real scalar."""
+    size = slice(None, batch_size)
+    args = () if data is None else (jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), data),)
+    loss = jax.eval_shape(loss_fn, params, *args)
+    if jnp.shape(loss) != () or not jnp.issubdtype(getattr(loss, "dtype", np.dtype(object)), jnp.floating):
+        given = f"shape {loss.shape} and dtype {loss.dtype}" if hasattr(loss, "shape") else type(loss).__name__
+        raise TypeError(f"The loss is a real scalar, the mean over the batch, but loss_fn returned {given}.")

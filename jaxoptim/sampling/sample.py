@@ -1,0 +1,138 @@
+"""Sampling with many chains."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxoptim.sampling.observables import Observable
+from jaxoptim.sampling.run import Options, Sampler, run, stacked
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What the chains have drawn.
+
+    Attributes:
+        loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it.
+        observables: by name what was observed, each with a first axis of chains; traces have a second one of draws.
+            The sampler's own metrics (``thermostat``, ``noise_norm``, ...) are among them.
+        params: where the chains have ended, a tree like the parameters with a first axis of chains.
+        diverged: for each chain the first draw whose loss is not finite, -1 if there is none.
+    """
+
+    loss: jax.Array
+    observables: dict[str, Any]
+    params: Any
+    diverged: np.ndarray
+
+
+def sample(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    sampler: Sampler,
+    data: Any = None,
+    *,
+    key: jax.Array,
+    num_chains: int = 10,
+    num_draws: int = 100,
+    num_burnin_steps: int = 0,
+    num_steps_bw_draws: int = 1,
+    batch_size: int | None = None,
+    chain_method: str = "auto",
+    observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> Samples:
+    r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
+
+    Every chain makes ``num_burnin_steps`` steps, and then ``num_steps_bw_draws`` for each draw. The program is
+    compiled once for each loss function, structure of the sampler, and shapes; numbers (learning rate, temperature,
+    how many steps, keys) are data.
+
+    Chain number c depends on ``fold_in(key, c)`` alone: it is the same whatever the number of chains and, to rounding,
+    whatever ``chain_method``. A repeated run is the same to the last bit.
+
+    Args:
+        loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the *mean* loss, a real
+            scalar. Define it once and pass what changes as data.
+        params: where every chain begins, a pytree of arrays.
+        sampler: a rule, such as ``rules.SGLD(lr=1e-4, nbeta=50.0)``, or a transformation. The noise of a rule follows
+            the chain's key, and so does that of a transformation if its state holds a typed key.
+        data: a pytree of arrays whose first axes run over the data (default None). It stays on the device.
+        key: a typed JAX key.
+        num_chains: how many chains, an int >= 1 (default 10).
+        num_draws: how many draws of each, an int >= 1 (default 100).
+        num_burnin_steps: steps before the first draw, an int >= 0 (default 0).
+        num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
+        batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
+        chain_method: ``"vmap"`` takes the chains at once, ``"map"`` one after the other; ``"auto"`` the faster one:
+            at once on accelerators and for small parameters (default ``"auto"``). Where there are several devices,
+            the chains are spread over as many as divide their number.
+        observables: by name what to observe at the draws besides the loss: functions of the parameters, or
+            :class:`Observable` (default None).
+        progress: show a bar with tqdm (default False).
+        checkpoint: a file that the run is saved to every minute and at its end, and from which the same run
+            continues, to the last bit as if never interrupted, also with more draws than before (default None).
+
+    Returns:
+        :class:`Samples`.
+
+    Memory:
+        Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
+        two), what its observables remember, one number for each draw and trace, and four bytes for each datum if
+        there are batches. With ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
+
+    Errors:
+        ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
+        for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss that is not a real
+        scalar, and for what is no sampler. A chain that diverges raises nothing: see ``Samples.diverged``.
+
+    Reference:
+        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import rules, sampling
+        >>> def loss(params, batch):
+        ...     return jnp.mean((batch["x"] @ params - batch["y"]) ** 2) / 2
+        >>> x = jax.random.normal(jax.random.key(0), (512, 3))
+        >>> data = {"x": x, "y": x @ jnp.ones(3)}
+        >>> sampler = rules.SGLD(lr=1e-3, nbeta=100.0)
+        >>> samples = sampling.sample(loss, jnp.ones(3), sampler, data, key=jax.random.key(1), num_chains=4,
+        ...                           num_draws=200, batch_size=128)
+        >>> samples.loss.shape, samples.params.shape
+        ((4, 200), (4, 3))
+    """
+    options = Options(
+        key,
+        num_chains,
+        num_draws,
+        num_burnin_steps,
+        num_steps_bw_draws,
+        batch_size,
+        chain_method,
+        observables,
+        progress,
+        checkpoint,
+    )
+    found = run(loss_fn, params, sampler, data, stacked(sampler, 1), 1, options)
+    return samples_of(found)
+
+
+def samples_of(found: dict[str, Any]) -> Samples:
+    """The results of a run as an object."""
+    own = ("loss", "params")
+    observables = {name: x for name, x in found.items() if name not in own}
+    return Samples(found["loss"], observables, found["params"], first_divergence(found["loss"]))
+
+
+def first_divergence(loss: Any) -> np.ndarray:
+    """For each chain the first draw whose loss is not finite, -1 if there is none."""
+    bad = ~np.isfinite(np.asarray(loss))
+    return np.where(bad.any(-1), bad.argmax(-1), -1)

@@ -1,0 +1,89 @@
+"""A run on disk: where its chains stand, and what makes it the same run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim import checkpoint
+
+if TYPE_CHECKING:
+    from jaxoptim.sampling.chain import Chain
+    from jaxoptim.sampling.run import Options
+
+
+def description(
+    options: Options, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
+) -> dict[str, Any]:
+    """What two runs have in common that may continue one another."""
+    return {
+        "key": options.key,
+        "num_chains": options.num_chains,
+        "num_burnin_steps": options.num_burnin_steps,
+        "num_steps_bw_draws": options.num_steps_bw_draws,
+        "batch_size": options.batch_size,
+        "observables": sorted(options.observables or ()),
+        "number of settings": num_settings,
+        "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
+        "numbers of the sampler": jax.tree.leaves(rules),
+        "params": jax.tree.leaves(params),
+        "data": [_digest(x) for x in jax.tree.leaves(data)],
+    }
+
+
+def save(path: str | os.PathLike[str], about: Any, options: Options, step: int, chains: Chain) -> None:
+    """Write a run."""
+    content = {"run": about, "num_draws": options.num_draws, "step": step, "chains": jax.tree.leaves(chains)}
+    checkpoint.save(path, content)
+
+
+def load(path: str | os.PathLike[str], about: Any, options: Options, like: Chain) -> tuple[int, Chain]:
+    """The step that a run has come to, and its chains.
+
+    Errors:
+        ``ValueError`` for another run, and what :func:`jaxoptim.checkpoint.load` raises.
+    """
+    content = checkpoint.load(path)
+    if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
+        raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
+    for name, mine in about.items():
+        if not _equal(content["run"].get(name), mine):
+            raise ValueError(
+                f"The checkpoint {path} is of another run: its {name} is not what was given. Give what it was made "
+                "with, or another path."
+            )
+    if content["num_draws"] > options.num_draws:
+        raise ValueError(
+            f"The checkpoint {path} is of {content['num_draws']} draws, but num_draws is {options.num_draws}. A run "
+            "may continue with more, not with fewer."
+        )
+    leaves, treedef = jax.tree.flatten(like)
+    found = [_fitted(x, mine) for x, mine in zip(content["chains"], leaves, strict=True)]
+    return content["step"], jax.tree.unflatten(treedef, found)
+
+
+def _fitted(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array of a run in its place, a trace longer by the draws to come."""
+    if x.shape != like.shape:
+        x = like.at[:, : x.shape[1]].set(x)
+    return jax.device_put(x, like.sharding)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two descriptions are equal, arrays to the last bit."""
+    if isinstance(b, list):
+        return isinstance(a, list) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(b, jax.Array) and jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+        return isinstance(a, jax.Array) and a.dtype == b.dtype and _equal(*map(jax.random.key_data, (a, b)))
+    if isinstance(b, jax.Array):
+        return isinstance(a, jax.Array) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+    return type(a) is type(b) and a == b
+
+
+def _digest(x: jax.Array) -> str:
+    """Shape, dtype and a sum of an array: enough to notice other data."""
+    return f"{x.dtype}{x.shape}: {float(jnp.sum(jnp.abs(x.astype(float))))!r} {float(jnp.sum(x.astype(float)))!r}"
