@@ -3,7 +3,8 @@
 The pure face: every optimizer is a function that returns an optax transformation, built from a rule, the
 mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``.
 ``jaxoptim.optim`` has the same optimizers as torch-style classes, ``jaxoptim.pyro`` in Pyro's interface,
-``jaxoptim.checkpoint`` files, and ``jaxoptim.interop`` the way to torch and back, and to numpyro.
+``jaxoptim.sampling`` chains of samplers, ``jaxoptim.checkpoint`` files, and ``jaxoptim.interop`` the way to torch and
+back, and to numpyro.
 """
 
 from jaxoptim import averaging as averaging

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -12,24 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import noise
+from jaxoptim.core.packing import split
 from jaxoptim.core.rearrangement import Rearrangement
 from jaxoptim.core.rule import Arrays, Rule, Slots, rule
 
 _LARGE = 16384
-"""Numbers in an array beyond which its noise is drawn by itself."""
+"""Numbers in an array beyond which its noise is drawn by itself.
+
+A draw for each of many small arrays would take long to compile, and to start.
+"""
+_TOGETHER = np.uint32(2**32 - 1)
+"""What is folded into the key for the arrays that are drawn together; no array has this number."""
 
 
 @rule
 class Sampler(Rule):
     r"""The base of every rule that samples: an update of one array that takes standard-normal noise.
 
-    The noise of the array that is number :math:`i` in the tree, in the update number :math:`t = 1, 2, \ldots`, is
+    In the update number :math:`t = 1, 2, \ldots` the array that is number :math:`i` in the tree has the noise
 
     .. math::
-        \xi_{t, i} = \mathrm{normal}(\mathrm{fold\_in}(\mathrm{fold\_in}(\text{key}, t), i)),
+        \xi_{t, i} = \mathrm{normal}(\mathrm{fold\_in}(\mathrm{fold\_in}(\text{key}, t), i))
 
-    so that any step of any chain can be repeated. The key stays as it is, in ``state.shared["key"]``. That of
-    :math:`t = 0` is for what an array has at the start, such as a momentum.
+    if it is large, of more than 16384 numbers. All smaller ones, one after the other, are parts of one vector, with
+    :math:`2^{32} - 1` in the place of :math:`i`. So any step of any chain can be repeated. The key stays as it is, in
+    ``state.shared["key"]``; that of :math:`t = 0` is for what an array has at the start, such as a momentum.
 
     A subclass is decorated with ``@rule`` and writes :meth:`init` and :meth:`update`. What belongs to all arrays
     together, such as a thermostat, it names in :meth:`start` and renews in :meth:`end`.
@@ -86,20 +92,19 @@ class Sampler(Rule):
         return {"key": jax.random.key(0) if self.key is None else self.key, **self.start()}
 
     def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
-        key = jax.random.fold_in(shared["key"], step)
-        normal = functools.partial(noise.normal, impl=self.noise_impl)
-        alike: dict[Any, list[int]] = {}
-        for number, like in likes.items():
-            # Large arrays stay apart: their noise is then made in the loop that uses it.
-            apart = number if like.size > _LARGE else None
-            alike.setdefault((like.shape, like.dtype, apart), []).append(number)
+        key = noise.fold_in(shared["key"], step)
         drawn: dict[int, jax.Array] = {}
-        for (shape, dtype, _), numbers in alike.items():
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32))
-            if len(numbers) == 1:
-                drawn[numbers[0]] = normal(keys[0], shape, dtype)
-            else:  # one kernel for all arrays of a shape
-                drawn |= zip(numbers, jax.vmap(lambda k, s=shape, d=dtype: normal(k, s, d))(keys), strict=True)
+        small: dict[Any, list[int]] = {}
+        for number, like in likes.items():
+            if like.size > _LARGE:  # made in the loop that uses it
+                drawn[number] = noise.normal(noise.fold_in(key, number), like.shape, like.dtype, self.noise_impl)
+            else:
+                small.setdefault(like.dtype, []).append(number)
+        for dtype, numbers in small.items():
+            sizes = [likes[number].size for number in numbers]
+            together = noise.normal(noise.fold_in(key, _TOGETHER), (sum(sizes),), dtype, self.noise_impl)
+            parts = zip(numbers, split(together, sizes), strict=True)
+            drawn |= {number: part.reshape(likes[number].shape) for number, part in parts}
         return drawn
 
     def advance(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxoptim.core import trees
+from jaxoptim.core.noise import fold_in
 
 
 def size_of(data: Any) -> int:
@@ -63,13 +64,14 @@ def batch_at(step: Any, key: jax.Array, order: jax.Array | None, data: Any, batc
     """
     if order is None or batch_size is None:
         return data, order
-    per_epoch = len(order) // batch_size
+    size, per_epoch = len(order), len(order) // batch_size
     epoch, place = step // per_epoch, step % per_epoch
-    order = lax.cond(
-        place == 0,
-        lambda: jax.random.permutation(jax.random.fold_in(key, epoch), len(order)).astype(order.dtype),
-        lambda: order,
-    )
+
+    def shuffled(order: jax.Array) -> jax.Array:
+        # Two data draw one number so rarely that their order hardly matters.
+        return jnp.argsort(jax.random.bits(fold_in(key, epoch), (size,))).astype(order.dtype)
+
+    order = lax.cond(place == 0, shuffled, lambda order: order, order)
     chosen = lax.dynamic_slice_in_dim(order, place * batch_size, batch_size)
     return jax.tree.map(lambda x: x[chosen], data), order
 

@@ -7,14 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from jaxoptim.core import Rule, Sampler, init, step
-from jaxoptim.core.noise import is_key
+from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD
 from jaxoptim.sampling.batches import batch_at, first_order
 from jaxoptim.sampling.observables import Draw, Observable
+
+# The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
+_NOISE, _PROBES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 class Plan(NamedTuple):
@@ -73,7 +77,7 @@ class Chain(NamedTuple):
 
 def begin(plan: Plan, rule: Rule | None, params: Any, data: Any, key: jax.Array) -> Chain:
     """A chain before its first step."""
-    noise_key, _, _ = _keys(key)
+    noise_key = fold_in(key, _NOISE)
     if rule is None:
         # The noise of a transformation that keeps a typed key is other noise in each chain.
         state = jax.tree.map(lambda x: noise_key if is_key(x) else x, plan.transformation.init(params))
@@ -109,8 +113,7 @@ def results(plan: Plan, chain: Chain) -> dict[str, Any]:
 
 def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, t: Any) -> tuple[Chain, Any]:
     """One step, and what it would write down."""
-    _, batch_key, probe_key = _keys(chain.key)
-    batch, order = batch_at(t, batch_key, chain.order, data, plan.batch_size)
+    batch, order = batch_at(t, chain.key, chain.order, data, plan.batch_size)
 
     def loss_of(params: Any) -> Any:
         return plan.loss_fn(params) if data is None else plan.loss_fn(params, batch)
@@ -127,9 +130,8 @@ def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: C
         updates, state = plan.transformation.update(grads, chain.state, chain.params)
         params = optax.apply_updates(chain.params, updates)
     else:
-        given = (
-            {"curvature": _curvature(loss_of, chain.params, jax.random.fold_in(probe_key, t))} if _bends(rule) else {}
-        )
+        probe = fold_in(fold_in(chain.key, _PROBES), t)
+        given = {"curvature": _curvature(loss_of, chain.params, probe)} if _bends(rule) else {}
         params, state = step(rule, chain.params, grads, chain.state, **given)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
@@ -149,9 +151,3 @@ def _curvature(loss_of: Callable[[Any], Any], params: Any, key: jax.Array) -> An
     probe = jax.tree.unflatten(treedef, signs)
     _, product = jax.jvp(jax.grad(loss_of), (params,), (probe,))
     return jax.tree.map(jnp.multiply, probe, product)
-
-
-def _keys(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The keys of noise, of batches, and of probes."""
-    noise, batches, probes = jax.random.split(key, 3)
-    return noise, batches, probes

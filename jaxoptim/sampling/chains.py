@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import Rule
+from jaxoptim.core.noise import fold_in
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, Plan, Schedule
 
@@ -38,7 +39,9 @@ def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, M
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "mesh"))
-def begin(plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, keys: Any, params: Any, data: Any) -> Chain:
+def begin(
+    plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, data: Any
+) -> Chain:
     """Chains before their first step, stacked.
 
     Args:
@@ -46,7 +49,8 @@ def begin(plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, keys: Any, p
         mesh: the devices to spread the chains over.
         rules: the settings of the sampler, stacked; None for a transformation.
         settings: for each chain the number of its setting.
-        keys: for each chain its key.
+        key: the key of the run.
+        numbers: for each chain the number that is folded into it.
         params: where all begin.
         data: the data.
     """
@@ -55,7 +59,7 @@ def begin(plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, keys: Any, p
         return chain.begin(plan, _setting(rules, setting), params, data, key)
 
     # At the start there is nothing to compute that would need the cache.
-    return _over_chains(one, "vmap", mesh, (settings, keys), (rules, params, data))
+    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, data))
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "method", "mesh"), donate_argnames="chains")

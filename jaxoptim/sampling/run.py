@@ -114,11 +114,10 @@ def run(
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     plan = Plan(loss_fn, transformation, options.batch_size, options.watched(), options.num_draws)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, data)
-    settings = jnp.repeat(jnp.arange(num_settings), options.num_chains)
-    numbers = jnp.tile(jnp.arange(options.num_chains), num_settings)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(options.key, numbers)
+    settings = np.repeat(np.arange(num_settings), options.num_chains)
+    numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, data = chains.on_all(mesh, (rules, params, data))
-    state = chains.begin(plan, mesh, rules, settings, keys, params, data)
+    state = chains.begin(plan, mesh, rules, settings, options.key, numbers, params, data)
     schedule, start = Schedule(options.num_burnin_steps, options.num_steps_bw_draws), 0
     about = (
         None if options.checkpoint is None else saved.description(options, num_settings, sampler, rules, params, data)

@@ -18,6 +18,7 @@ from jaxoptim.core import OptState, bound
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.sampler import Sampler
 from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed, takes_two
 from jaxoptim.pyro.optim.clipping import Clip
 from jaxoptim.pyro.optim.evaluation import all_finite
@@ -70,7 +71,7 @@ class PyroOptim:
 
     Args:
         optim_constructor: a class of ``jaxoptim.optim`` (or a function of ``params`` and options that returns one),
-            ``LBFGS`` excepted.
+            ``LBFGS`` and samplers excepted.
         optim_args: its options, a dict; or a function of the parameter's name that returns a dict and is asked once
             for each name. ``"$$$"`` in a name, Pyro's mark between a module and its parameter, comes as a dot. A
             function of two arguments (deprecated; a second one with a default counts, as in Pyro) gets the names of
@@ -107,6 +108,11 @@ class PyroOptim:
         if not callable(optim_constructor) or optim_constructor is LBFGS:
             raise TypeError(
                 f"optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got {optim_constructor!r}."
+            )
+        if isinstance(optim_constructor, type) and issubclass(optim_constructor, Sampler):
+            raise TypeError(
+                f"PyroOptim has state for each parameter, but {optim_constructor.__name__} shares its noise and more "
+                "between them. SVI takes its rule, and jaxoptim.sampling samples."
             )
         clip_args = {} if clip_args is None else clip_args
         for what, given in (("optim_args", optim_args), ("clip_args", clip_args)):
