@@ -109,9 +109,10 @@ class PyroOptim:
             raise TypeError(
                 f"optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got {optim_constructor!r}."
             )
-        if isinstance(optim_constructor, type) and issubclass(optim_constructor, Sampler):
+        kind: Any = optim_constructor
+        if isinstance(kind, type) and issubclass(kind, Sampler):
             raise TypeError(
-                f"PyroOptim has state for each parameter, but {optim_constructor.__name__} shares its noise and more "
+                f"PyroOptim has state for each parameter, but {kind.__name__} shares its noise and more "
                 "between them. SVI takes its rule, and jaxoptim.sampling samples."
             )
         clip_args = {} if clip_args is None else clip_args
