@@ -153,10 +153,12 @@ class One(NamedTuple):
 def init_one(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     """The slots of one parameter; complex ones hold the real slots of both parts."""
     dtype = computing_dtype(param.dtype)
+    if is_complex(param):
+        rule = _with_pairs(rule)
 
     def slots_of(param: jax.Array, drawn: dict[str, Any]) -> Slots:
         real = view_as_real(param.astype(dtype))
-        return _as_stored(param, real, rule.cast(real.dtype).init(real, **drawn))
+        return _as_stored(param, real, rule.cast(real.dtype).init(real, **jax.tree.map(view_as_real, drawn)))
 
     if isinstance(param, jax.ShapeDtypeStruct):
         return jax.eval_shape(slots_of, param, drawn)

@@ -35,7 +35,8 @@ class Sampler(Rule):
 
     if it is large, of more than 16384 numbers. All smaller ones, one after the other, are parts of one vector, with
     :math:`2^{32} - 1` in the place of :math:`i`. So any step of any chain can be repeated. The key stays as it is, in
-    ``state.shared["key"]``; that of :math:`t = 0` is for what an array has at the start, such as a momentum.
+    ``state.shared["key"]``; that of :math:`t = 0` is for what an array has at the start, such as a momentum. For an
+    array without gradient none is drawn, and the others stand closer.
 
     A subclass is decorated with ``@rule`` and writes :meth:`init` and :meth:`update`. What belongs to all arrays
     together, such as a thermostat, it names in :meth:`start` and renews in :meth:`end`.
@@ -89,7 +90,8 @@ class Sampler(Rule):
         return {}
 
     def begin(self) -> dict[str, Any]:
-        return {"key": jax.random.key(0) if self.key is None else self.key, **self.start()}
+        # A copy, because whoever donates a state keeps the key.
+        return {"key": jax.random.key(0) if self.key is None else jnp.copy(self.key), **self.start()}
 
     def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
         key = noise.fold_in(shared["key"], step)

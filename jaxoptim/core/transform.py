@@ -25,6 +25,7 @@ from jaxoptim.core.leaf import (
     total,
     update_one,
 )
+from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.rule import Hyperparameters, Rule
 from jaxoptim.core.signatures import bound
@@ -308,4 +309,9 @@ def _drawn(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]
         noise = jax.eval_shape(lambda: rule.draw(shared, step, likes))
     else:
         noise = rule.draw(shared, step, likes)
-    return {number: {"noise": noise[number]} if number in noise else {} for number in arrays}
+    drawn = {
+        number: view_as_complex(noise[number]) if is_complex(x) else noise[number]
+        for number, x in arrays.items()
+        if number in noise
+    }
+    return {number: {"noise": drawn[number]} if number in drawn else {} for number in arrays}

@@ -18,6 +18,7 @@ from jaxoptim.core import (
     Slots,
     factory,
     rule,
+    sqrt,
 )
 from jaxoptim.rules._langevin import boxed, check_choice, force, masked
 from jaxoptim.rules._terms import needed, zeros
@@ -35,7 +36,9 @@ class PSGLD(Sampler):
     with :math:`U` as for :class:`SGLD` and :math:`g_t` the gradient of the mean loss. The correction
     :math:`\Gamma = \partial G/\partial w = -G^2 (1 - \alpha)\,g\,h/\sqrt{V}` takes the diagonal :math:`h` of the
     Hessian of the loss, which an update is given as ``curvature=``; :func:`jaxoptim.sampling.sample` estimates it
-    without bias. It is small where :math:`\alpha` is near 1, and so is left out by default.
+    without bias. With :math:`\alpha = 0` it makes the limit of small steps exact (without it, a 1-d quartic was off by
+    90 %). Otherwise it is the derivative by the newest gradient alone, as in the paper, and small where :math:`\alpha`
+    is near 1; by default it is left out.
 
     A preconditioner that follows the path biases what is sampled; from the update number ``frozen_after`` on it stays,
     and the rest of the chain is exact SGLD with the step sizes :math:`\epsilon G`.
@@ -92,7 +95,8 @@ class PSGLD(Sampler):
     def check(self) -> None:
         super().check()
         check_choice(self, "box", ("clamp", "reflect"))
-        if self.frozen_after is not None and self.frozen_after < 1:
+        after = self.frozen_after
+        if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):
             raise ValueError(f"Invalid frozen_after: {self.frozen_after!r}. PSGLD takes an int >= 1, or None.")
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
@@ -114,7 +118,7 @@ class PSGLD(Sampler):
         square_avg = jnp.where(moving, renewed, slots["square_avg"])
         updates = step if self.frozen_after is None else jnp.minimum(step, self.frozen_after)
         size = self.alpha.bias_correction(updates) if self.bias_correction else 1.0
-        root = jnp.sqrt(square_avg / size)
+        root = sqrt(square_avg / size)
         conditioner = 1 / (self.eps + root)
         drift = conditioner * force(self, grad, slots, param)
         if self.gamma:

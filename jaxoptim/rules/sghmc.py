@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxoptim.core import (
     ArraysByLeaf,
@@ -16,6 +17,7 @@ from jaxoptim.core import (
     Sampler,
     Slots,
     factory,
+    full_like,
     is_known,
     rule,
 )
@@ -96,13 +98,13 @@ class SGHMC(Sampler):
         super().check()
         check_choice(self, "box", ("clamp", "reflect"))
         check_choice(self, "order", ("euler", "baoab"))
-        if is_known(self.alpha) and is_known(self.beta) and jnp.any(self.beta > self.alpha):
+        if is_known(self.alpha) and is_known(self.beta) and np.any(np.asarray(self.beta) > np.asarray(self.alpha)):
             raise ValueError(
                 f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
             )
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        return {"momentum": masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+        return {"momentum": full_like(param, masked(self, jnp.sqrt(self.lr) * noise)), "initial_param": jnp.copy(param)}
 
     def update(  # type: ignore[override]
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]

@@ -15,6 +15,7 @@ from jaxoptim.core import (
     Sampler,
     Slots,
     factory,
+    full_like,
     rule,
 )
 from jaxoptim.rules._langevin import boxed, check_choice, force, free, masked, relaxed
@@ -103,7 +104,7 @@ class SGNHT(Sampler):
         return {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        return {"momentum": masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+        return {"momentum": full_like(param, masked(self, jnp.sqrt(self.lr) * noise)), "initial_param": jnp.copy(param)}
 
     @property
     def surveys(self) -> bool:

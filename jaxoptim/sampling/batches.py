@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxoptim.core import trees
-from jaxoptim.core.noise import fold_in
+from jaxoptim.core.noise import fold_in, words
 
 
 def size_of(data: Any) -> int:
@@ -51,29 +52,59 @@ def check_batch_size(batch_size: Any, data: Any) -> None:
         )
 
 
-def first_order(data: Any, batch_size: int | None) -> jax.Array | None:
-    """The order of the data before the first step; None where no batches are drawn."""
-    return None if batch_size is None else jnp.arange(size_of(data), dtype=jnp.int32)
-
-
-def batch_at(step: Any, key: jax.Array, order: jax.Array | None, data: Any, batch_size: int | None) -> tuple[Any, Any]:
-    """The batch of a step, and the order of the data that it is from.
+def batch_at(step: Any, key: jax.Array, data: Any, batch_size: int | None) -> Any:
+    """The batch of a step.
 
     The data are shuffled anew in every epoch, and each epoch takes as many whole batches as there are: no datum
     is seen twice in one, and what is left over is another part each time.
     """
-    if order is None or batch_size is None:
-        return data, order
-    size, per_epoch = len(order), len(order) // batch_size
-    epoch, place = step // per_epoch, step % per_epoch
+    if batch_size is None:
+        return data
+    count = size_of(data)
+    epoch, batch = jnp.divmod(step, count // batch_size)
+    places = jnp.arange(batch_size, dtype=jnp.uint32) + jnp.asarray(batch * batch_size, jnp.uint32)
+    chosen = shuffled(places, count, fold_in(key, epoch))
+    return jax.tree.map(lambda x: x.at[chosen].get(mode="promise_in_bounds"), data)
 
-    def shuffled(order: jax.Array) -> jax.Array:
-        # Two data draw one number so rarely that their order hardly matters.
-        return jnp.argsort(jax.random.bits(fold_in(key, epoch), (size,))).astype(order.dtype)
 
-    order = lax.cond(place == 0, shuffled, lambda order: order, order)
-    chosen = lax.dynamic_slice_in_dim(order, place * batch_size, batch_size)
-    return jax.tree.map(lambda x: x[chosen], data), order
+def shuffled(places: jax.Array, count: int, key: jax.Array) -> jax.Array:
+    """Where these places out of ``count`` are in a random order that follows from a key.
+
+    It is a permutation of the next power of two, in rounds that can each be undone (an odd factor, a summand, a shift),
+    walked along until it is back among the places there are. So no order has to be sorted, or kept.
+
+    Args:
+        places: uint32, below ``count``.
+        count: how many places there are.
+        key: one typed key.
+
+    Returns:
+        As many places, all different.
+
+    Reference:
+        Black, Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002 (walking along cycles).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> sorted(shuffled(jnp.arange(7, dtype=jnp.uint32), 7, jax.random.key(0)).tolist())
+        [0, 1, 2, 3, 4, 5, 6]
+    """
+    bits = max(count - 1, 1).bit_length()
+    mask, shift = np.uint32(2**bits - 1), (bits + 1) // 2
+    factors, summands = words(key, 2 * _ROUNDS).reshape(2, _ROUNDS)
+
+    def permuted(x: jax.Array) -> jax.Array:
+        for factor, summand in zip(factors | 1, summands, strict=True):
+            x = (x * factor + summand) & mask
+            x = x ^ (x >> shift)
+        return x
+
+    return lax.while_loop(
+        lambda x: jnp.any(x >= count), lambda x: jnp.where(x >= count, permuted(x), x), permuted(places)
+    )
+
+
+_ROUNDS = 6
 
 
 def _named(data: Any) -> tuple[list[str], list[Any]]:

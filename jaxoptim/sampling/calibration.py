@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.sampling.batches import size_of
-from jaxoptim.sampling.llc import default_nbeta, full_loss, tempered
-from jaxoptim.sampling.run import Options, Sampler, run
+from jaxoptim.sampling.llc import arranged_in, full_loss, options_of, temperature, tempered
+from jaxoptim.sampling.run import Sampler, run
 from jaxoptim.sampling.sample import first_divergence
 
 
@@ -28,6 +27,7 @@ class Calibration:
         std: the standard deviation between chains.
         diverged: the share of chains that have diverged.
         trace: :math:`n\beta (L - L(w^*))`, ``(lr, localization, chains, draws)``.
+        observables: what else was observed, each with the first three of these axes.
     """
 
     lr: np.ndarray
@@ -36,6 +36,13 @@ class Calibration:
     std: np.ndarray
     diverged: np.ndarray
     trace: np.ndarray
+    observables: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The grid in a line."""
+        return (
+            f"Calibration(lr={self.lr.tolist()}, localization={self.localization.tolist()}, mean={self.mean.tolist()})"
+        )
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draw the estimates against the step size, one line for each localization, with matplotlib.
@@ -102,22 +109,20 @@ def calibrate(
         >>> sweep.mean.shape, sweep.diverged[-1].tolist()
         ((3, 2), [1.0, 1.0])
     """
-    checked = Options(key=key, **options)
+    checked = options_of("calibrate", key, options)
+    nbeta = temperature("calibrate", nbeta, data)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
         if not len(values) or not (values >= 0).all():
             raise ValueError(f"Invalid {name}: {values.tolist()}. It is a list of numbers >= 0.")
-    if nbeta is None:
-        if data is None:
-            raise ValueError("calibrate has no data to count: give nbeta, such as default_nbeta(n).")
-        nbeta = default_nbeta(size_of(data))
     grid = [x.reshape(-1) for x in np.meshgrid(rates, strengths, indexing="ij")]
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
     found = run(loss_fn, params, sampler, data, rules, count, checked)
     if init_loss is None:
         init_loss = full_loss(loss_fn, params, data, checked.batch_size)
-    loss = np.asarray(found["loss"], np.float64).reshape(len(rates), len(strengths), checked.num_chains, -1)
+    arranged = arranged_in((len(rates), len(strengths), checked.num_chains), found)
+    loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)
     good = first_divergence(loss) < 0
     chains = np.where(good, np.where(np.isfinite(trace), trace, 0).mean(-1), 0)
@@ -125,4 +130,4 @@ def calibrate(
     mean = np.where(number > 0, chains.sum(-1) / np.maximum(number, 1), np.nan)
     squares = np.where(good, (chains - mean[..., None]) ** 2, 0).sum(-1)
     std = np.where(number > 1, np.sqrt(squares / np.maximum(number - 1, 1)), np.nan)
-    return Calibration(rates, strengths, mean, std, 1 - number / checked.num_chains, trace)
+    return Calibration(rates, strengths, mean, std, 1 - number / checked.num_chains, trace, arranged)

@@ -14,7 +14,7 @@ from jax import lax
 from jaxoptim.core import Rule, Sampler, init, step
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD
-from jaxoptim.sampling.batches import batch_at, first_order
+from jaxoptim.sampling.batches import batch_at
 from jaxoptim.sampling.observables import Draw, Observable
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
@@ -29,14 +29,14 @@ class Plan(NamedTuple):
         transformation: the sampler, None where it is a rule, which is data.
         batch_size: how many data make a batch; None for all.
         observables: names and observables.
-        num_draws: how many draws are written down.
+        room: how many draws can be written down.
     """
 
     loss_fn: Callable[..., Any]
     transformation: Any
     batch_size: int | None
     observables: tuple[tuple[str, Observable], ...]
-    num_draws: int
+    room: int
 
 
 class Schedule(NamedTuple):
@@ -62,7 +62,6 @@ class Chain(NamedTuple):
         key: the key of the chain, from which every step's batch and noise follow.
         params: the current parameters.
         state: the state of the sampler.
-        order: the order of the data in this epoch, None without batches.
         memories: what each observable remembers.
         traces: what was written down at each draw, by name.
     """
@@ -70,7 +69,6 @@ class Chain(NamedTuple):
     key: jax.Array
     params: Any
     state: Any
-    order: Any
     memories: dict[str, Any]
     traces: dict[str, Any]
 
@@ -84,9 +82,9 @@ def begin(plan: Plan, rule: Rule | None, params: Any, data: Any, key: jax.Array)
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
     memories = {name: observable.init(params) for name, observable in plan.observables}
-    chain = Chain(key, params, state, first_order(data, plan.batch_size), memories, {})
+    chain = Chain(key, params, state, memories, {})
     values = jax.eval_shape(lambda chain: _step(plan, rule, data, Schedule(0, 1), chain, 0)[1], chain)
-    traces = jax.tree.map(lambda x: jnp.zeros((plan.num_draws, *x.shape), x.dtype), values)
+    traces = jax.tree.map(lambda x: jnp.zeros((plan.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
 
 
@@ -102,18 +100,16 @@ def advance(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain:
     return lax.fori_loop(start, stop, body, chain)
 
 
-def results(plan: Plan, chain: Chain) -> dict[str, Any]:
+def results(plan: Plan, num_draws: int, chain: Chain) -> dict[str, Any]:
     """The results of a chain's observables, and the traces of the sampler's own metrics."""
-    observed = dict(plan.observables)
-    own = {name: trace for name, trace in chain.traces.items() if name not in observed}
-    return own | {
-        name: observable.result(chain.memories[name], chain.traces[name]) for name, observable in plan.observables
-    }
+    observed, traces = dict(plan.observables), jax.tree.map(lambda x: x[:num_draws], chain.traces)
+    own = {name: trace for name, trace in traces.items() if name not in observed}
+    return own | {name: observable.result(chain.memories[name], traces[name]) for name, observable in plan.observables}
 
 
 def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, t: Any) -> tuple[Chain, Any]:
     """One step, and what it would write down."""
-    batch, order = batch_at(t, chain.key, chain.order, data, plan.batch_size)
+    batch = batch_at(t, chain.key, data, plan.batch_size)
 
     def loss_of(params: Any) -> Any:
         return plan.loss_fn(params) if data is None else plan.loss_fn(params, batch)
@@ -135,7 +131,7 @@ def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: C
         params, state = step(rule, chain.params, grads, chain.state, **given)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, params, state, order, memories, chain.traces), values
+    return Chain(chain.key, params, state, memories, chain.traces), values
 
 
 def _bends(rule: Rule) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from jaxoptim.sampling.chain import Chain, Plan, Schedule
 METHODS = ("auto", "vmap", "map")
 _SMALL = 2048
 """Numbers in the parameters up to which ``"auto"`` takes all chains at once on a CPU: beyond, they leave the cache."""
+_MEDIUM = 65536
+"""The same where one device has several cores, which work together on all chains only."""
 
 
 def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, Mesh | None]:
@@ -30,10 +33,14 @@ def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, M
     arrays = [x for x in jax.tree.leaves((params, data)) if isinstance(x, jax.Array)]
     devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
     platform = next(iter(devices)).platform if devices else jax.default_backend()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if method == "auto":
         size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
-        method = "map" if platform == "cpu" and size > _SMALL else "vmap"
+        alone = len(jax.local_devices(backend=platform)) == 1 < cores
+        method = "map" if platform == "cpu" and size > (_MEDIUM if alone else _SMALL) else "vmap"
     candidates = jax.local_devices(backend=platform)
+    if platform == "cpu":  # more devices than cores only get in each other's way
+        candidates = candidates[:cores]
     count = max(d for d in range(1, len(candidates) + 1) if num_chains % d == 0) if len(devices) <= 1 else 1
     return method, Mesh(np.array(candidates[:count]), ("chains",)) if count > 1 else None
 
@@ -83,10 +90,10 @@ def advance(
     return _over_chains(one, method, mesh, (settings, chains), (rules, data, schedule, start, stop))
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def results(plan: Plan, chains: Chain) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("plan", "num_draws"))
+def results(plan: Plan, num_draws: int, chains: Chain) -> dict[str, Any]:
     """What the chains have written down, each result with a first axis of chains."""
-    return jax.vmap(functools.partial(chain.results, plan))(chains)
+    return jax.vmap(functools.partial(chain.results, plan, num_draws))(chains)
 
 
 def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped: Any, common: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ class LLC:
         diverged: for each chain the first draw whose loss is not finite, -1 if there is none. Means and errors leave
             such chains out.
         observables: what else was observed.
+        names: of the selections, None if they have none.
     """
 
     loss: np.ndarray
@@ -65,6 +67,17 @@ class LLC:
     nbeta: float
     diverged: np.ndarray
     observables: dict[str, Any]
+    names: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        """The estimate in a line."""
+        chains, draws = self.loss.shape[-2:]
+        lost = (self.diverged >= 0).sum()
+        return (
+            f"LLC(mean={self.mean}, std={self.std}, {chains} chains of {draws} draws"
+            + (f", {lost} of them diverged" if lost else "")
+            + ")"
+        )
 
     @property
     def trace(self) -> np.ndarray:
@@ -127,14 +140,16 @@ class LLC:
 
         return plot_traces(self, ax)
 
-    def __getitem__(self, selection: int) -> LLC:
-        """The estimate of one of several selections."""
+    def __getitem__(self, selection: int | str) -> LLC:
+        """The estimate of one of several selections, by its number or its name."""
         if self.loss.ndim == 2:
             raise TypeError("This is the estimate of one selection, which has no parts.")
-        parts = {name: jax.tree.map(lambda x: x[selection], x) for name, x in self.observables.items()}
-        return dataclasses.replace(
-            self, loss=self.loss[selection], diverged=self.diverged[selection], observables=parts
-        )
+        if isinstance(selection, str):
+            if self.names is None or selection not in self.names:
+                raise KeyError(f"There is no selection {selection!r}. Their names are {self.names}.")
+            selection = self.names.index(selection)
+        parts = jax.tree.map(lambda x: x[selection], (self.loss, self.diverged, self.observables))
+        return LLC(parts[0], self.init_loss, self.nbeta, parts[1], parts[2])
 
 
 def estimate_llc(
@@ -167,8 +182,8 @@ def estimate_llc(
             their sizes).
         selections: refined coefficients, of chains that move some parameters only: a list of masks (see
             ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), or of regular expressions and predicates of the dotted
-            path that select whole arrays; all of them in one program. A mapping gives them names, which only the
-            order matters of (default None: all parameters).
+            path that select whole arrays; all of them in one program. A mapping gives them names (default None: all
+            parameters).
         options: the other keywords of :func:`sample`: ``num_chains``, ``num_draws``, ``num_burnin_steps``, ...
 
     Returns:
@@ -191,44 +206,69 @@ def estimate_llc(
         >>> abs(llc.mean - 5.13) < 4 * llc.mcse, llc.per_chain.shape
         (True, (8,))
     """
-    if "key" in options:
-        raise TypeError("key was given twice.")
-    checked = Options(key=key, **options)
-    if nbeta is None:
-        if data is None:
-            raise ValueError("estimate_llc has no data to count: give nbeta, such as default_nbeta(n).")
-        nbeta = default_nbeta(size_of(data))
-    if not nbeta > 0:
-        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0.")
-    masks, count = None, 1
+    checked = options_of("estimate_llc", key, options)
+    nbeta = temperature("estimate_llc", nbeta, data)
+    masks, count, names = None, 1, None
     if selections is not None:
-        chosen = list(selections.values()) if isinstance(selections, Mapping) else list(selections)
-        masks, count = stacked_masks(chosen, params), len(chosen)
+        if isinstance(selections, Mapping):
+            names, selections = tuple(selections), list(selections.values())
+        masks, count = stacked_masks(selections, params), len(selections)
     changes = {} if masks is None else {"optimize_over": masks}
-    found = run(loss_fn, params, sampler, data, tempered(sampler, count, nbeta, **changes), count, checked)
+    rules = tempered(sampler, count, nbeta, **changes)
+    found = run(loss_fn, params, sampler, data, rules, count, checked)
     if init_loss is None:
         init_loss = full_loss(loss_fn, params, data, checked.batch_size)
     shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
-    return made(found, shape, float(init_loss), float(nbeta))
+    return made(found, shape, float(init_loss), nbeta, names)
 
 
-def made(found: dict[str, Any], shape: tuple[int, ...], init_loss: float, nbeta: float) -> LLC:
+def options_of(caller: str, key: Any, options: dict[str, Any]) -> Options:
+    """The keywords of :func:`sample` that were given to another function."""
+    allowed = [field.name for field in dataclasses.fields(Options) if field.name != "key"]
+    if unknown := [name for name in options if name not in allowed]:
+        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}. It takes {', '.join(allowed)}.")
+    return Options(key=key, **options)
+
+
+def temperature(caller: str, nbeta: Any, data: Any) -> float:
+    """The inverse temperature: what was given, or the default of the number of data."""
+    if nbeta is None:
+        if data is None:
+            raise ValueError(f"{caller} has no data to count: give nbeta, such as default_nbeta(n).")
+        return default_nbeta(size_of(data))
+    if not isinstance(nbeta, int | float | np.number) or not nbeta > 0:
+        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0.")
+    return float(nbeta)
+
+
+def made(
+    found: dict[str, Any], shape: tuple[int, ...], init_loss: float, nbeta: float, names: tuple[str, ...] | None
+) -> LLC:
     """The estimate of a run, whose chains are arranged in ``shape``; warns of those that have diverged."""
-    arranged = {
+    arranged = arranged_in(shape, found)
+    loss = arranged.pop("loss").astype(np.float64)
+    diverged = first_divergence(loss)
+    if (diverged >= 0).any():
+        lost = np.argwhere(diverged >= 0)
+        where = ", ".join(f"{_chain(i)} at draw {diverged[tuple(i)]}" for i in lost[:5])
+        many = f"{len(lost)} of {diverged.size} chains diverged: {where}{', ...' if len(lost) > 5 else ''}"
+        advice = (
+            "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
+            "sampling.sample with the same arguments returns all traces."
+        )
+        if (diverged >= 0).all(-1).any():
+            raise FloatingPointError(f"{many}. {advice}")
+        warnings.warn(f"{many}; they are left out of the estimate. {advice}", stacklevel=3)
+    return LLC(loss, init_loss, nbeta, diverged, arranged, names)
+
+
+def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
+    """What the chains of a run have written down, the chains arranged in ``shape``."""
+    return {
         name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
         for name, x in found.items()
         if name != "params"
     }
-    loss = arranged.pop("loss").astype(np.float64)
-    diverged = first_divergence(loss)
-    if (diverged >= 0).any():
-        where = ", ".join(f"{_chain(i)} at draw {diverged[tuple(i)]}" for i in np.argwhere(diverged >= 0)[:10])
-        many = f"{(diverged >= 0).sum()} of {diverged.size} chains diverged: {where}"
-        advice = "A smaller lr, a larger localization or a bounding box keeps them."
-        if (diverged >= 0).all(-1).any():
-            raise FloatingPointError(f"{many}. {advice} sampling.sample with the same arguments returns their traces.")
-        warnings.warn(f"{many}; they are left out of the estimate. {advice}", stacklevel=3)
-    return LLC(loss, init_loss, nbeta, diverged, arranged)
 
 
 def tempered(sampler: Sampler, count: int, nbeta: float, **changes: Any) -> Any:
@@ -253,7 +293,10 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
             matches = predicate(selection)
             flags = [bool(matches(name)) for name in names]
             if not any(flags):
-                raise ValueError(f"selections: {selection!r} selects no parameter of {', '.join(names)}.")
+                raise ValueError(
+                    f"selections: {selection!r} selects no parameter. A regular expression must match the whole path, "
+                    f"as 'layer.*' does. The paths are {', '.join(names)}."
+                )
             chosen.append([np.asarray(flag) for flag in flags])
         elif jax.tree_util.all_leaves([selection]):
             chosen.append([np.asarray(selection)] * len(names))
@@ -274,20 +317,21 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
 
 def full_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> float:
     """The mean loss over all data, batch by batch, each weighted by its size."""
+    return float(_full_loss(loss_fn, params, data, batch_size))
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
+def _full_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> jax.Array:
     if data is None:
-        return float(jax.jit(loss_fn)(params))
+        return loss_fn(params)
     n = size_of(data)
     size = batch_size or n
     whole = n // size * size
-
-    def total(params: Any, data: Any) -> Any:
-        batches = jax.tree.map(lambda x: jnp.asarray(x)[:whole].reshape(n // size, size, *jnp.shape(x)[1:]), data)
-        sum_of_means = jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch), batches)) * size
-        if whole < n:
-            sum_of_means += loss_fn(params, jax.tree.map(lambda x: jnp.asarray(x)[whole:], data)) * (n - whole)
-        return sum_of_means / n
-
-    return float(jax.jit(total)(params, data))
+    batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
+    total = jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch), batches)) * size
+    if whole < n:
+        total += loss_fn(params, jax.tree.map(lambda x: x[whole:], data)) * (n - whole)
+    return total / n
 
 
 def _chain(index: Any) -> str:

@@ -42,6 +42,8 @@ def plot_sweep(sweep: Calibration, ax: Any) -> Any:
     ax.set_xscale("log")
     ax.set_xlabel("lr")
     ax.set_ylabel(r"$\hat\lambda$")
+    if (np.nan_to_num(sweep.mean, nan=1.0) > 0).all():
+        ax.set_yscale("log")  # one corner that is about to diverge would flatten the plateau
     ax.legend()
     return ax
 

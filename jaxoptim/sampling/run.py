@@ -112,7 +112,7 @@ def run(
     """
     params, data = _checked(loss_fn, params, sampler, data, options)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
-    plan = Plan(loss_fn, transformation, options.batch_size, options.watched(), options.num_draws)
+    plan = Plan(loss_fn, transformation, options.batch_size, options.watched(), room_for(options.num_draws))
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, data)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
@@ -143,7 +143,12 @@ def run(
             if options.checkpoint is not None and due:
                 saved.save(options.checkpoint, about, options, start, state)
                 last_save = time.monotonic()
-    return {**chains.results(plan, state), "params": state.params}
+    return {**chains.results(plan, options.num_draws, state), "params": state.params}
+
+
+def room_for(num_draws: int) -> int:
+    """How many draws a program has room for: few sizes, so that few programs are compiled."""
+    return max(64, 1 << (num_draws - 1).bit_length()) if num_draws <= 4096 else -(-num_draws // 4096) * 4096
 
 
 def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: Options) -> tuple[Any, Any]:
@@ -151,6 +156,8 @@ def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: Option
     if not isinstance(sampler, Rule | optax.GradientTransformation):
         hint = " Give an instance: SGLD(lr=1e-4)." if isinstance(sampler, type) else ""
         raise TypeError(f"The sampler is a rule or a transformation, but got {sampler!r}.{hint}")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a function of the parameters, but got {type(loss_fn).__name__}.")
     LossFunctions("sample", "sample(loss_fn, params, sampler, data, ...)").check(loss_fn)
     for name, leaf in zip(trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf), strict=True):
         if leaf is not None:

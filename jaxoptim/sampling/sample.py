@@ -53,7 +53,7 @@ def sample(
 
     Every chain makes ``num_burnin_steps`` steps, and then ``num_steps_bw_draws`` for each draw. The program is
     compiled once for each loss function, structure of the sampler, and shapes; numbers (learning rate, temperature,
-    how many steps, keys) are data.
+    how many steps, keys) are data, and traces have room up to the next power of two.
 
     Chain number c depends on ``fold_in(key, c)`` alone: it is the same whatever the number of chains and, to rounding,
     whatever ``chain_method``. A repeated run is the same to the last bit.
@@ -73,7 +73,9 @@ def sample(
         batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
         chain_method: ``"vmap"`` takes the chains at once, ``"map"`` one after the other; ``"auto"`` the faster one:
             at once on accelerators and for small parameters (default ``"auto"``). Where there are several devices,
-            the chains are spread over as many as divide their number.
+            the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
+            of a step; ``jax.config.update("jax_num_cpu_devices", cores)`` before anything else lets each core run
+            chains of its own, which is faster.
         observables: by name what to observe at the draws besides the loss: functions of the parameters, or
             :class:`Observable` (default None).
         progress: show a bar with tqdm (default False).
@@ -85,8 +87,9 @@ def sample(
 
     Memory:
         Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
-        two), what its observables remember, one number for each draw and trace, and four bytes for each datum if
-        there are batches. With ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
+        two), what its observables remember, and what is written down at each draw, the draws rounded up to a power of
+        two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all chains exist at once, with ``"map"``
+        those of one.
 
     Errors:
         ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
