@@ -342,9 +342,27 @@ def test_the_beta_vae_gives_back_the_digits(tmp_path):
     assert 1.5 < smaller < 3
 
 
+@pytest.mark.slow
+def test_the_coefficient_of_a_network_over_its_training(tmp_path):
+    done = python(ROOT / "examples" / "llc_digits.py", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = re.compile(r"^ *(\d+) +(\d+\.\d+) +(\d+\.\d+)% +(-?\d+\.\d+) +(\d+\.\d+) +(\d+\.\d+)$", re.M)
+    rows = [tuple(map(float, found)) for found in row.findall(done.stdout)]
+    assert len(rows) == 8
+    assert rows[-1][2] > 95
+    assert rows[0][3] < 0 < rows[-1][3]  # no minimum yet: the chains find lower losses
+    assert all(rhat < 1.1 for step, *_, rhat in rows if step > 380)
+    crossing = re.compile(r"\)\^2 +\S+ +(\d\.\d+) +(\d\.\d+) +(\d\.\d+) ", re.M)
+    found = [tuple(map(float, numbers)) for numbers in crossing.findall(done.stdout)]
+    assert len(found) == 8
+    assert all(abs(estimate - exact) < 4 * mcse + 0.02 * exact for estimate, mcse, exact in found)
+    assert_png(tmp_path / "llc.png")
+
+
 def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
     commands = [
         ["beta_vae_digits", "--epochs", "none"],
+        ["llc_digits", "--epochs", "none"],
         ["one_cycle", "--epochs", "two"],
         ["plateau_ema", "--out", __file__],
         ["plot_schedules", "--steps", "3"],
@@ -359,9 +377,10 @@ for command in {commands}:
         print(error.code)
 """
     done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
-    assert done.stdout.split() == ["2"] * 4, done.stderr
-    no_epochs, epochs, out, steps = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 5, done.stderr
+    no_epochs, none_either, epochs, out, steps = done.stderr.splitlines()
     assert no_epochs.startswith("beta_vae_digits: argument --epochs: 'none' is not a number of epochs")
+    assert none_either.startswith("llc_digits: argument --epochs: 'none' is not a number of epochs")
     assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
     assert out.startswith("plateau_ema: ")
     assert __file__ in out
