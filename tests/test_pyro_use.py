@@ -18,11 +18,11 @@ from numpyro.infer import Trace_ELBO
 import jaxoptim
 from jaxoptim import optim as torch_style
 from jaxoptim import rules
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
 from jaxoptim.pyro.infer import SVI
 from jaxoptim.pyro.optim import together
-from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.multi import MixedMultiOptimizer, Newton, as_multi_optimizer
 
 

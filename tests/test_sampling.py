@@ -335,6 +335,7 @@ OTHER_RUNS = {
     "num_steps_bw_draws": {"num_steps_bw_draws": 2},
 }
 MORE_OTHER_RUNS = {
+    "loss function": {"loss_fn": lambda params, batch: 2 * fit(params, batch)},
     "kind of sampler": {"sampler": SGLD.replace(localization=0)},
     "num_chains": {"num_chains": 3},
     "batch_size": {"batch_size": 5},
@@ -390,7 +391,7 @@ def test_all_chains_diverged():
 
 
 def test_the_estimate_is_that_of_its_draws():
-    llc = sampling.estimate_llc(fit, START, SGLD, DATA, batch_size=4, **FEW)
+    llc = sampling.estimate_llc(fit, START, SGLD.replace(nbeta=1.0), DATA, batch_size=4, **FEW)
     draws = sampling.sample(fit, START, SGLD.replace(nbeta=llc.nbeta), DATA, batch_size=4, **FEW)
     np.testing.assert_array_equal(llc.loss, np.asarray(draws.loss, np.float64))
     assert llc.nbeta == pytest.approx(N / np.log(N))
@@ -399,6 +400,7 @@ def test_the_estimate_is_that_of_its_draws():
     np.testing.assert_allclose(llc.per_chain, llc.trace.mean(1))
     assert llc.mean == pytest.approx(llc.trace.mean())
     assert llc.std == pytest.approx(llc.trace.mean(1).std(ddof=1))
+    assert sampling.estimate_llc(fit, START, SGLD, DATA, batch_size=4, **FEW).nbeta == SGLD.nbeta
     given = sampling.estimate_llc(fit, START, SGLD, DATA, batch_size=4, init_loss=2.0, nbeta=llc.nbeta, **FEW)
     np.testing.assert_allclose(given.trace, llc.nbeta * (llc.loss - 2.0))
 
@@ -516,7 +518,7 @@ def test_sample_refuses(changes, error, match):
 
 
 WRONG_ESTIMATES = {
-    "no nbeta": ({"data": None, "loss_fn": loss}, ValueError, "no data to count: give nbeta"),
+    "no nbeta": ({"data": None, "loss_fn": loss, "sampler": rules.SGLD()}, ValueError, "no data to count: give nbeta"),
     "nbeta of zero": ({"nbeta": 0.0}, ValueError, r"Invalid nbeta: 0\.0\. It is a number > 0"),
     "rule without nbeta": ({"sampler": rules.SGD()}, TypeError, "SGD has no nbeta"),
     "no selections": ({"selections": []}, ValueError, "selections is empty"),
@@ -544,7 +546,7 @@ def test_calibrate_and_default_nbeta_refuse():
     with pytest.raises(ValueError, match=r"Invalid localization: \[\]"):
         sampling.calibrate(loss, START, SGLD, lr=[1.0], localization=[], nbeta=1.0, key=KEY)
     with pytest.raises(ValueError, match="no data to count"):
-        sampling.calibrate(loss, START, SGLD, lr=[1.0], localization=[0.0], key=KEY)
+        sampling.calibrate(loss, START, rules.SGLD(), lr=[1.0], localization=[0.0], key=KEY)
     with pytest.raises(ValueError, match=r"n/log n is a temperature for n > 2\.72, but n is 2"):
         sampling.default_nbeta(2)
 

@@ -65,8 +65,6 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
     """
     check_impl(impl)
     check_key(key)
-    if key.shape:
-        raise ValueError(f"key must be one key, got an array of keys of shape {key.shape}: use jax.vmap over them")
     canonical = jnp.zeros((), dtype).dtype  # and JAX's warning, where it truncates
     if canonical not in (jnp.float32, jnp.float64):
         raise TypeError(f"dtype must be float32 or float64, got {canonical}")
@@ -136,6 +134,8 @@ def check_key(key: Any) -> None:
             f"key must be a typed key, but got {given}. Make one with jax.random.key(seed), or with "
             "jax.random.wrap_key_data(key) of a raw one."
         )
+    if key.shape:
+        raise ValueError(f"key must be one key, got an array of keys of shape {key.shape}: use jax.vmap over them")
 
 
 def is_key(x: Any) -> bool:

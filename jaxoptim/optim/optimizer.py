@@ -422,6 +422,9 @@ class Optimizer(Hooked):
         """State by parameter as the other side has it."""
         return state_dicts.transferred(self, state, transfer)
 
+    def _adopt(self, group: dict[str, Any]) -> None:
+        """Bring what a state dict says of a group into our form."""
+
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""
         state_checks.check_slots(self, group, state)

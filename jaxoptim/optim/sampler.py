@@ -54,9 +54,9 @@ class WholeGroup(Bucket):
 
     def common(self) -> Common:
         """What the group has now."""
-        step, *shared = (self.group[name] for name in ("step", *self._shared))
-        arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32) for x in shared]
-        return jnp.asarray(step, jnp.int32), dict(zip(self._shared, arrays, strict=True))
+        shared = {name: self.group[name] for name in self._shared if self.group[name] is not False}  # a metric, off
+        arrays = {name: x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32) for name, x in shared.items()}
+        return jnp.asarray(self.group["step"], jnp.int32), arrays
 
     def take(self, common: Common) -> None:
         """Put other values into the group."""
@@ -140,6 +140,15 @@ def _by_name(rule: Any, names: Sequence[str]) -> Any:
     if masks is None or jax.tree_util.all_leaves([masks]):
         return rule
     leaves = jax.tree.leaves(masks, is_leaf=trees.is_leaf)
+    if not isinstance(masks, list | tuple):
+        of_name = dict(zip(trees.names(masks), leaves, strict=True))
+        if of_name.keys() != set(names):
+            odd = sorted(of_name.keys() ^ set(names))
+            raise ValueError(
+                f"optimize_over has masks by name, but {odd[0]!r} is not both there and among the parameters of the "
+                f"group, {', '.join(names)}. Give one for each of them, or a list in their order."
+            )
+        leaves = [of_name[name] for name in names]
     if len(leaves) != len(names):
         raise ValueError(
             f"optimize_over has {len(leaves)} masks, but the group has {len(names)} parameters. Give one mask that "
@@ -302,7 +311,9 @@ class Sampler(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "fixed" in state:
             self.fixed = state["fixed"]
-        for group in state.get("param_groups", ()):
-            if isinstance(group.get("key"), jax.Array) and not is_key(group["key"]):
-                group["key"] = jax.random.wrap_key_data(group["key"])  # as it comes back from torch
         super().__setstate__(state)
+
+    def _adopt(self, group: dict[str, Any]) -> None:
+        key = group.get("key")
+        if isinstance(key, jax.Array) and not is_key(key):  # as it comes back from torch
+            group["key"] = jax.random.wrap_key_data(key, impl=jax.random.key_impl(self.defaults["key"]))

@@ -112,12 +112,20 @@ class SGLD(Sampler):
     @property
     def dws(self) -> list[jax.Array]:
         """The gradient of the potential in the last step, before the mask, for all parameters."""
+        self._check_saved("dws")
         return [x for of_group in self._of_each_group("dws") for x in of_group]
 
     @property
     def localization_loss(self) -> jax.Array:
         """The term of localization in the potential at the last step, over all groups."""
+        self._check_saved("localization_loss")
         return sum(group["localization_loss"] for group in self.param_groups)
+
+    def _check_saved(self, name: str) -> None:
+        if not self.save_mala_vars:
+            raise AttributeError(
+                f"'{type(self).__name__}' object has no attribute '{name}' without save_mala_vars=True"
+            )
 
     def _of_each_group(self, slot: str) -> list[list[jax.Array]]:
         return [[self.state[param][slot] for param in group["params"]] for group in self.param_groups]

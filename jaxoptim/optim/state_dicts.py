@@ -183,6 +183,7 @@ def _complete(optimizer: Optimizer, group: dict[str, Any], mine: dict[str, Any])
     """
     for name in optimizer.may_lack & mine.keys():
         group.setdefault(name, mine[name])
+    optimizer._adopt(group)
     fields = {field.name: field.default for field in dataclasses.fields(optimizer.rule)}
     for name in optimizer.defaults:
         if not (off := (fields | TORCH_FLAGS).get(name, dataclasses.MISSING)):

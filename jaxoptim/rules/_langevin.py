@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxoptim.core import Slots, enabled
+from jaxoptim.core import Slots, enabled, is_known
 
 
 class _Potential(Protocol):
@@ -90,6 +91,18 @@ def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]
     phase = jnp.mod(away + size, 4 * size)
     outward = phase < 2 * size
     return center + jnp.where(outward, phase - size, 3 * size - phase), jnp.where(outward, 1, -1)
+
+
+def check_mask(rule: Any) -> None:
+    """Raise for a mask of other numbers than zeros and ones, as far as they are known."""
+    for mask in jax.tree.leaves(rule.optimize_over):
+        if isinstance(mask, jax.ShapeDtypeStruct) or not is_known(mask) or getattr(mask, "dtype", None) == np.bool_:
+            continue
+        if isinstance(mask, str) or not np.isin(np.asarray(mask), (0, 1)).all():
+            raise ValueError(
+                f"Invalid optimize_over: {mask!r:.200}. {type(rule).__name__} takes masks of zeros and ones; a factor "
+                "between them would sample from another distribution."
+            )
 
 
 def check_choice(rule: Any, field: str, allowed: Sequence[str]) -> None:

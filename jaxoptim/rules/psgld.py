@@ -20,7 +20,7 @@ from jaxoptim.core import (
     rule,
     sqrt,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, force, masked
+from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked
 from jaxoptim.rules._terms import needed, zeros
 
 
@@ -94,6 +94,7 @@ class PSGLD(Sampler):
 
     def check(self) -> None:
         super().check()
+        check_mask(self)
         check_choice(self, "box", ("clamp", "reflect"))
         after = self.frozen_after
         if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):

@@ -21,7 +21,7 @@ from jaxoptim.core import (
     is_known,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, force, masked, relaxed
+from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked, relaxed
 from jaxoptim.rules._terms import needed
 
 
@@ -96,6 +96,7 @@ class SGHMC(Sampler):
 
     def check(self) -> None:
         super().check()
+        check_mask(self)
         check_choice(self, "box", ("clamp", "reflect"))
         check_choice(self, "order", ("euler", "baoab"))
         if is_known(self.alpha) and is_known(self.beta) and np.any(np.asarray(self.beta) > np.asarray(self.alpha)):

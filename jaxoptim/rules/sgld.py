@@ -17,7 +17,7 @@ from jaxoptim.core import (
     factory,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, force, masked
+from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked
 from jaxoptim.rules._terms import needed, zeros
 
 METRICS = ("noise_norm", "grad_norm", "weight_norm", "distance")
@@ -59,7 +59,7 @@ class SGLD(Sampler):
         metrics: ``"devinterp"`` tracks the four as above, ``"scaled"`` what moves the parameters:
             :math:`\|M\sqrt{\epsilon}\sigma\xi_t\|`, :math:`\|M\tfrac{\epsilon}{2} n\beta\nabla L\|`,
             :math:`\|w_{t+1}\|` in the box, :math:`\|M(w_t - w_0)\|` (default ``"devinterp"``).
-        key: a typed JAX key (default None: ``jax.random.key(0)``).
+        key: a typed JAX key (default None: ``jax.random.key(0)``). Two samplers with one key draw the same noise.
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Slots:
@@ -105,6 +105,7 @@ class SGLD(Sampler):
 
     def check(self) -> None:
         super().check()
+        check_mask(self)
         check_choice(self, "box", ("clamp", "reflect"))
         check_choice(self, "metrics", ("devinterp", "scaled"))
 

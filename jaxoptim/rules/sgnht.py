@@ -18,7 +18,7 @@ from jaxoptim.core import (
     full_like,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, force, free, masked, relaxed
+from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, free, masked, relaxed
 from jaxoptim.rules._terms import needed
 
 
@@ -97,6 +97,7 @@ class SGNHT(Sampler):
 
     def check(self) -> None:
         super().check()
+        check_mask(self)
         check_choice(self, "box", ("clamp", "reflect"))
         check_choice(self, "order", ("kick_friction", "ding", "badodab"))
 

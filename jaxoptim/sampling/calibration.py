@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.sampling.llc import arranged_in, full_loss, options_of, temperature, tempered
+from jaxoptim.sampling.llc import arranged_in, initial_loss, options_of, temperature, tempered
 from jaxoptim.sampling.run import Sampler, run
 from jaxoptim.sampling.sample import first_divergence
 
@@ -110,7 +110,8 @@ def calibrate(
         ((3, 2), [1.0, 1.0])
     """
     checked = options_of("calibrate", key, options)
-    nbeta = temperature("calibrate", nbeta, data)
+    nbeta = temperature("calibrate", nbeta, sampler, data)
+    init_loss = initial_loss(init_loss, loss_fn, params, data, checked.batch_size)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
         if not len(values) or not (values >= 0).all():
@@ -119,8 +120,6 @@ def calibrate(
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
     found = run(loss_fn, params, sampler, data, rules, count, checked)
-    if init_loss is None:
-        init_loss = full_loss(loss_fn, params, data, checked.batch_size)
     arranged = arranged_in((len(rates), len(strengths), checked.num_chains), found)
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)

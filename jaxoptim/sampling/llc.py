@@ -176,7 +176,8 @@ def estimate_llc(
         sampler: a rule, whose ``nbeta`` is replaced, such as ``rules.SGLD(lr=1e-4, localization=100.0)``; or a
             transformation, which has its ``nbeta`` already.
         data: a pytree of arrays whose first axes run over the data (default None).
-        nbeta: :math:`n\beta > 0` (default None: :func:`default_nbeta` of the number of data).
+        nbeta: :math:`n\beta > 0` (default None: the rule's own if that is not 1, else :func:`default_nbeta` of the
+            number of data).
         key: a typed JAX key.
         init_loss: :math:`L(w^*)` (default None: the loss over all data, in batches of ``batch_size``, weighted by
             their sizes).
@@ -207,19 +208,22 @@ def estimate_llc(
         (True, (8,))
     """
     checked = options_of("estimate_llc", key, options)
-    nbeta = temperature("estimate_llc", nbeta, data)
+    nbeta = temperature("estimate_llc", nbeta, sampler, data)
     masks, count, names = None, 1, None
+    if isinstance(selections, str) or callable(selections):
+        raise TypeError(f"selections is a list, or a mapping of names, but got {selections!r}. Give [{selections!r}].")
     if selections is not None:
+        if getattr(sampler, "optimize_over", None) is not None:
+            raise ValueError("The sampler has a mask, optimize_over, of its own. Give it as one of the selections.")
         if isinstance(selections, Mapping):
             names, selections = tuple(selections), list(selections.values())
         masks, count = stacked_masks(selections, params), len(selections)
     changes = {} if masks is None else {"optimize_over": masks}
     rules = tempered(sampler, count, nbeta, **changes)
+    init_loss = initial_loss(init_loss, loss_fn, params, data, checked.batch_size)
     found = run(loss_fn, params, sampler, data, rules, count, checked)
-    if init_loss is None:
-        init_loss = full_loss(loss_fn, params, data, checked.batch_size)
     shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
-    return made(found, shape, float(init_loss), nbeta, names)
+    return made(found, shape, init_loss, nbeta, names)
 
 
 def options_of(caller: str, key: Any, options: dict[str, Any]) -> Options:
@@ -230,15 +234,27 @@ def options_of(caller: str, key: Any, options: dict[str, Any]) -> Options:
     return Options(key=key, **options)
 
 
-def temperature(caller: str, nbeta: Any, data: Any) -> float:
-    """The inverse temperature: what was given, or the default of the number of data."""
+def temperature(caller: str, nbeta: Any, sampler: Sampler, data: Any) -> float:
+    """The inverse temperature: what was given, here or to the rule, or the default of the number of data."""
+    own = getattr(sampler, "nbeta", 1.0)
+    if nbeta is None and (callable(own) or np.ndim(own) or own != 1.0):
+        nbeta = own
     if nbeta is None:
         if data is None:
             raise ValueError(f"{caller} has no data to count: give nbeta, such as default_nbeta(n).")
         return default_nbeta(size_of(data))
-    if not isinstance(nbeta, int | float | np.number) or not nbeta > 0:
-        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0.")
+    if isinstance(nbeta, str | bool) or callable(nbeta) or np.ndim(nbeta) or not nbeta > 0:
+        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0; a coefficient has one temperature.")
     return float(nbeta)
+
+
+def initial_loss(init_loss: Any, loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> float:
+    """The loss to compare with: what was given, or that of all data at the parameters."""
+    value = full_loss(loss_fn, params, data, batch_size) if init_loss is None else float(init_loss)
+    if not math.isfinite(value):
+        what = "The loss of all data at params" if init_loss is None else "init_loss"
+        raise ValueError(f"{what} is {value}, with which no other loss can be compared.")
+    return value
 
 
 def made(
@@ -306,6 +322,8 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
     masks = []
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         parts = [of_one[index] for of_one in chosen]
+        if not all(np.isin(part, (0, 1)).all() for part in parts):
+            raise ValueError(f"selections: a mask of {name!r} has other numbers than zeros and ones.")
         shape = jnp.shape(leaf) if any(part.ndim for part in parts) and leaf is not None else ()
         try:
             masks.append(None if leaf is None else np.stack([np.broadcast_to(part, shape) for part in parts]))

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxoptim.core import Rule, trees
+from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten
 from jaxoptim.core.leaf import by_leaf
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.rules import SGLD
 from jaxoptim.rules._langevin import force, masked, potential
 from jaxoptim.sampling.mala import mala_acceptance
 
@@ -81,7 +82,7 @@ class MalaAcceptance(Observable):
 
     The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2` with the loss of each
     step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no
-    part. For the rule ``SGLD``.
+    part. For the rule ``SGLD`` with ``noise_level=1``; a step that a box has changed counts as if it had not.
 
     The trace holds at each draw the acceptance of the step that led there, NaN at the very first position. It keeps
     the position and the gradient of the last step: twice the memory of the parameters for each chain.
@@ -101,8 +102,8 @@ class MalaAcceptance(Observable):
         return zeros, zeros, jnp.full((), jnp.nan)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        rule: Any = draw.sampler
-        if not (isinstance(rule, Rule) and {"initial_param"} <= draw.state.slots.keys() and hasattr(rule, "nbeta")):
+        rule = draw.sampler
+        if not isinstance(rule, SGLD):
             raise TypeError(f"MalaAcceptance is of the rule SGLD, but the sampler is {type(rule).__name__}.")
         params, treedef = jax.tree.flatten(_wide(draw.params), is_leaf=trees.is_leaf)
         grads = jax.tree.leaves(_wide(draw.grads), is_leaf=trees.is_leaf)
@@ -118,7 +119,7 @@ class MalaAcceptance(Observable):
             forces.append(masked(one, force(one, grad, slots, param)))
         here = _wide(draw.params), jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
         (x, grad_x, before), (y, grad_y, now) = memory, here
-        return here, mala_acceptance(x, grad_x, before, y, grad_y, now, draw.sampler.lr)
+        return here, mala_acceptance(x, grad_x, before, y, grad_y, now, rule.lr)
 
 
 def _wide(tree: Any) -> Any:

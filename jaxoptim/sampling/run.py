@@ -15,6 +15,7 @@ import optax
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.noise import check_key
 from jaxoptim.core.numerics import owned, strong
 from jaxoptim.core.rule import assembled
@@ -30,7 +31,7 @@ Sampler: TypeAlias = Rule | optax.GradientTransformation
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _SECONDS_OF_A_PIECE = 0.3
-"""What one call takes at least when there is a bar or a checkpoint, so that calls cost nothing."""
+"""What one call takes at least, so that calls cost nothing; between them there is time for Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"Invalid {name}: {value!r}. It is an int >= {least}.")
+            object.__setattr__(self, name, int(value))
+        if isinstance(self.batch_size, np.integer):
+            object.__setattr__(self, "batch_size", int(self.batch_size))
 
     @property
     def num_steps(self) -> int:
@@ -72,7 +76,15 @@ class Options:
                 )
             if name in ("loss", "params"):
                 raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
-            watched.append((name, observable if isinstance(observable, Observable) else Function(observable)))
+            observed = observable if isinstance(observable, Observable) else Function(observable)
+            try:
+                hash(observed)
+            except TypeError:
+                raise TypeError(
+                    f"observables: {name!r} cannot be hashed, but names a compiled program. Decorate its class with "
+                    "@dataclasses.dataclass(frozen=True)."
+                ) from None
+            watched.append((name, observed))
         return tuple(watched)
 
 
@@ -119,30 +131,33 @@ def run(
     rules, params, data = chains.on_all(mesh, (rules, params, data))
     state = chains.begin(plan, mesh, rules, settings, options.key, numbers, params, data)
     schedule, start = Schedule(options.num_burnin_steps, options.num_steps_bw_draws), 0
-    about = (
-        None if options.checkpoint is None else saved.description(options, num_settings, sampler, rules, params, data)
-    )
+    about = None
+    if options.checkpoint is not None:
+        about = saved.description(options, plan, num_settings, sampler, rules, params, data)
     if options.checkpoint is not None and os.path.exists(options.checkpoint):
         start, state = saved.load(options.checkpoint, about, options, state)
 
-    piece = options.num_steps
-    if options.progress or options.checkpoint is not None:
-        piece = max(1, options.num_steps // 100)
-    last_save = time.monotonic()
+    piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
-        while start < options.num_steps:
-            stop, before = min(start + piece, options.num_steps), time.monotonic()
-            state = chains.advance(plan, method, mesh, rules, settings, state, data, schedule, start, stop)
-            if piece < options.num_steps:
-                jax.block_until_ready(state.traces)
-            if time.monotonic() - before < _SECONDS_OF_A_PIECE:
-                piece *= 2
-            start = stop
-            show(start)
-            due = start == options.num_steps or time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES
-            if options.checkpoint is not None and due:
+        try:
+            while start < options.num_steps:
+                stop, before = min(start + piece, options.num_steps), time.monotonic()
+                with Uninterrupted():  # until what has become of the donated chains is kept
+                    state = chains.advance(plan, method, mesh, rules, settings, state, data, schedule, start, stop)
+                    jax.block_until_ready(state.traces)
+                    start = stop
+                if time.monotonic() - before < _SECONDS_OF_A_PIECE:
+                    piece *= 2
+                show(start)
+                if options.checkpoint is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
+                    saved.save(options.checkpoint, about, options, start, state)
+                    last_save = time.monotonic()
+        except KeyboardInterrupt:
+            if options.checkpoint is not None:
                 saved.save(options.checkpoint, about, options, start, state)
-                last_save = time.monotonic()
+            raise
+    if options.checkpoint is not None:
+        saved.save(options.checkpoint, about, options, start, state)
     return {**chains.results(plan, options.num_draws, state), "params": state.params}
 
 

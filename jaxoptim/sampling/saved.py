@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -10,28 +11,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim import checkpoint
+from jaxoptim.core.noise import is_key
+from jaxoptim.sampling.observables import Function
 
 if TYPE_CHECKING:
-    from jaxoptim.sampling.chain import Chain
+    from jaxoptim.sampling.chain import Chain, Plan
     from jaxoptim.sampling.run import Options
 
 
 def description(
-    options: Options, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
+    options: Options, plan: Plan, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
 ) -> dict[str, Any]:
-    """What two runs have in common that may continue one another."""
+    """What two runs have in common that may continue one another.
+
+    Functions cannot be compared, so what they give at the parameters is.
+    """
+    batch = () if data is None else (jax.tree.map(lambda x: x[: options.batch_size], data),)
+    there = {name: of.function(params) for name, of in plan.observables if isinstance(of, Function)}
+    first = None
+    if plan.transformation is not None:
+        first = plan.transformation.update(params, plan.transformation.init(params), params)
     return {
         "key": options.key,
         "num_chains": options.num_chains,
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
         "batch_size": options.batch_size,
-        "observables": sorted(options.observables or ()),
+        "observables": [[name, type(of).__name__] for name, of in plan.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
-        "numbers of the sampler": jax.tree.leaves(rules),
+        "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
         "params": jax.tree.leaves(params),
         "data": [_digest(x) for x in jax.tree.leaves(data)],
+        "loss function": [plan.loss_fn(params, *batch)],
+        "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
     }
 
 
@@ -85,5 +98,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _digest(x: jax.Array) -> str:
-    """Shape, dtype and a sum of an array: enough to notice other data."""
-    return f"{x.dtype}{x.shape}: {float(jnp.sum(jnp.abs(x.astype(float))))!r} {float(jnp.sum(x.astype(float)))!r}"
+    """Shape, dtype and a hash of an array."""
+    x = jax.random.key_data(x) if is_key(x) else x
+    return f"{x.dtype}{x.shape} {hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()}"

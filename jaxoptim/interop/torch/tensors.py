@@ -137,7 +137,8 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
 
 def _check_class(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Raise for the state of another class; a user's own class counts as the one that it derives from."""
-    kind = next(cls.__name__ for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.", "pyro.")))
+    parents = [cls.__name__ for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.", "pyro."))]
+    kind = parents[0] if parents[0] != "Optimizer" else type(optimizer).__name__
     maker = getattr(state_dict, "made_by", kind)
     options = [name for group in state_dict["param_groups"] for name in optimizer.defaults if name not in group]
     if maker != kind or options:

@@ -12,12 +12,12 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import OptState, Rule
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.optim.bucket import Cells, Contents
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import RegroupNeeded, Rules
 from jaxoptim.pyro.optim import together
 from jaxoptim.pyro.optim.arrangement import Rows, built, stacked, step_of
-from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.member import Member
 from jaxoptim.pyro.optim.together import NOT_STARTED, Plan, Setting, Stack
 

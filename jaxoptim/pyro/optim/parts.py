@@ -12,12 +12,12 @@ import optax
 
 from jaxoptim.core import Hyperparameters, Rule, transformation, trees
 from jaxoptim.core import step as step_of_rule
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.bucket import Bucket, Contents, Static
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.program import Rules
 from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, all_finite, evaluated
-from jaxoptim.pyro.optim.interrupts import Uninterrupted
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.rules.newton import hessian, solve
 
