@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import jaxoptim
 from jaxoptim import rules
-from table import FIRST, STATES
+from table import FIRST, STATES, slow_unless
 
 PARAMS = {"w": jnp.arange(12.0).reshape(4, 3) / 10 + 1, "v": jnp.ones((2, 2))}
 GRADS = {"w": jnp.full((4, 3), 0.5), "v": jnp.full((2, 2), -2.0)}
@@ -38,7 +38,7 @@ def factory_of(rule):
     return next(value for value in vars(jaxoptim).values() if getattr(value, "__wrapped__", None) is rule)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_chain(case):
     tx = jaxoptim.transformation(case.ours())
     chained, _ = run(optax.chain(optax.clip_by_global_norm(1.0), tx, optax.scale(0.5)))
@@ -50,7 +50,7 @@ def test_chain(case):
     assert_close(chained, params)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_partition_and_masked(case):
     tx = jaxoptim.transformation(case.ours())
     alone, _ = run(tx, params={"w": PARAMS["w"]}, grads={"w": GRADS["w"]})
@@ -64,7 +64,7 @@ def test_partition_and_masked(case):
     assert_close(masked, {"w": alone["w"], "v": PARAMS["v"]})
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_inject_hyperparams(case):
     factory = factory_of(case.row.rule)
     static = ("ns_steps", "dct_dim")
@@ -102,14 +102,14 @@ def test_muon_names_the_switch_that_cannot_be_injected():
         optax.inject_hyperparams(jaxoptim.muon)().init(PARAMS)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_multi_steps(case):
     tx = jaxoptim.transformation(case.ours())
     accumulated, _ = run(optax.MultiSteps(tx, 2).gradient_transformation(), steps=4)
     assert_close(accumulated, run(tx, steps=2)[0])
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_apply_if_finite(case):
     tx = jaxoptim.transformation(case.ours())
     guarded = optax.apply_if_finite(tx, 5)
@@ -122,7 +122,7 @@ def test_apply_if_finite(case):
     assert_close(updates, expected)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_map_params(case):
     tx = optax.chain(optax.clip(1.0), jaxoptim.transformation(case.ours()))
     state = tx.init(PARAMS)

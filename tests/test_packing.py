@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxoptim
 from jaxoptim import pack, rules
-from table import STATES
+from table import STATES, slow_unless
 
 DENSE = [case for case in STATES if not case.row.sparse]
 
@@ -60,7 +60,7 @@ def params_of(count=40):
     }
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_packed_training_equals_plain_training(case):
     rule = case.ours()
     params = params_of(40 if rule.elementwise else 4)  # the others are left as they are, and slow to compile

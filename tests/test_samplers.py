@@ -31,9 +31,9 @@ PARENTS = {rules.SGLD: parent_sgld.SGLD, rules.SGNHT: parent_sgnht.SGNHT}
 SAMPLERS = {"SGLD": rules.SGLD, "PSGLD": rules.PSGLD, "SGHMC": rules.SGHMC, "SGNHT": rules.SGNHT}
 
 of_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-of_sampler_fast_for_two = pytest.mark.parametrize(
+of_sampler_fast_for_one = pytest.mark.parametrize(
     "sampler",
-    [pytest.param(x, id=n, marks=[] if n in ("SGLD", "SGNHT") else pytest.mark.slow) for n, x in SAMPLERS.items()],
+    [pytest.param(x, id=n, marks=[] if n == "SGNHT" else pytest.mark.slow) for n, x in SAMPLERS.items()],
 )
 
 
@@ -293,14 +293,14 @@ def test_an_update_without_any_gradient_changes_nothing():
         run_both(rules.SGNHT, {}, np.ones(3, np.float32), [None])
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_a_box_of_size_zero_is_no_box(sampler, x64):
     shapes = ((3,),)
     with_zero, without = run_ours(sampler(bounding_box_size=0), shapes), run_ours(sampler(), shapes)
     assert (with_zero["params"][0] == without["params"][0]).all()
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_every_number_may_be_a_schedule(sampler):
     names = [name for name in ("lr", "nbeta", "localization", "diffusion_factor", "beta") if name in sampler.specs]
     schedules = {name: lambda step, i=i: 0.02 * (1 + i) / (1 + step) for i, name in enumerate(names)}
@@ -554,7 +554,7 @@ def close(x, y):
     return np.allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_noise_is_that_of_the_key_the_step_and_the_array(sampler):
     rule = sampler(key=KEY)
     params, state = PARAMS, jaxoptim.init(rule, PARAMS)
@@ -569,6 +569,7 @@ def test_noise_is_that_of_the_key_the_step_and_the_array(sampler):
     assert_trees(equal, state.shared["key"], KEY)
 
 
+@pytest.mark.slow
 def test_noise_differs_between_steps_arrays_and_keys():
     params = [jnp.zeros((2, 1000)), jnp.zeros((2, 9000)), None, jnp.zeros((2, 1000)), jnp.zeros((2, 9000))]
     seen = []
@@ -613,7 +614,7 @@ def test_noise_by_hash_is_other_noise():
     assert (seen[0] != seen[1]).all()
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_low_precision_parameters_have_noise_of_full_precision(sampler):
     params = [jnp.ones(8, jnp.bfloat16)]
     rule = sampler(key=KEY)
@@ -676,7 +677,7 @@ def test_scaled_metrics_are_the_norms_of_what_moves():
 # What JAX does with it.
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_vmap_over_keys_and_over_rates_equals_a_loop(sampler):
     keys, rates = jax.random.split(KEY, 2), jnp.array([0.01, 0.03])
 
@@ -718,7 +719,7 @@ def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     assert len(compiled) == 1
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_packed_parameters_have_the_same_numbers(sampler):
     rule = sampler(key=KEY, localization=1.0)
     packed, state = jaxoptim.pack(PARAMS), jaxoptim.init(rule, jaxoptim.pack(PARAMS))
@@ -731,7 +732,7 @@ def test_packed_parameters_have_the_same_numbers(sampler):
     assert_trees(close, state, expected)
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_derivatives_by_the_numbers_are_finite_differences(sampler, x64):
     params, noise = (jax.tree.map(lambda x: x.astype(float), x) for x in (PARAMS, noise_of(KEY, 1)))
 
@@ -761,7 +762,7 @@ def test_derivatives_are_finite_where_a_gradient_is_zero(sampler):
         assert jnp.isfinite(leaf)
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_it_composes_with_optax(sampler):
     factory = getattr(jaxoptim, sampler.__name__.lower())
     rule, tx = sampler(lr=0.05, key=KEY), factory(lr=0.05, key=KEY)
@@ -792,7 +793,7 @@ def test_it_composes_with_optax(sampler):
         pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
     ],
 )
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
     rule = sampler(key=KEY, bounding_box_size=0.5, optimize_over=jnp.array([1.0, 0.0, 1.0, 1.0]))
     params = {"w": jnp.linspace(-1.0, 2.0, 32).reshape(8, 4)}
@@ -809,7 +810,7 @@ def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
     assert_trees(close, new, expected)
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):
     rule = sampler(key=KEY, **(METRICS if sampler is rules.SGLD else {}))
     params, state = walk(rule, steps=2)
@@ -821,7 +822,7 @@ def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):
     assert_trees(equal, step(rule, loaded["params"], grads, loaded["state"]), step(rule, params, grads, state))
 
 
-@of_sampler_fast_for_two
+@of_sampler_fast_for_one
 def test_donated_states_leave_the_key_of_the_rule_alone(sampler):
     key = jax.random.key(11)
     rule, params = sampler(key=key), jax.tree.map(jnp.copy, PARAMS)

@@ -130,6 +130,7 @@ def noisy(w, z):
     return 2 * jnp.sum(w**2) / 2 + jnp.mean(z) * jnp.sum(w)
 
 
+@slow
 @pytest.mark.parametrize(
     ("data", "batch"),
     [pytest.param(3, 2, marks=slow), pytest.param(4, 1, marks=slow), (5, 2)],
@@ -177,6 +178,7 @@ def test_sgnht_on_a_quadratic(order):
     check_chains(llc.observables["thermostat"].mean(1), alpha, 0.002)
 
 
+@slow
 @pytest.mark.parametrize(("order", "share"), [("euler", 0.0), ("baoab", 0.0), ("euler", 0.3), ("baoab", 0.3)])
 def test_sghmc_on_a_quadratic(order, share):
     """An estimate of the gradient's noise takes its share of the heat."""
@@ -264,6 +266,7 @@ def quartic(w):
     return w**4 / 4 + w**2 / 2
 
 
+@slow
 @pytest.mark.parametrize("gamma", some([True, False], [True]), ids=["with_gamma", "without"])
 def test_psgld_needs_gamma_where_alpha_is_zero(gamma):
     """A Markov chain whose law is computed: near the posterior, or near the posterior divided by the preconditioner."""
@@ -411,6 +414,7 @@ def network_llc(widths, rank, sampler, nbeta, **options):
     return sampling.estimate_llc(network, start, sampler, target[None], nbeta=nbeta, key=KEY, **options)
 
 
+@slow
 @pytest.mark.parametrize(
     ("widths", "nbeta", "sampler", "steps", "chains"),
     [
@@ -680,6 +684,7 @@ def layers(w, h):
     return sum(jnp.sum(h[name][0] * w[name] ** 2) for name in ("attention", "mlp")) / 2
 
 
+@slow
 def test_refined_coefficients():
     """Each selection has the exact value of its own coordinates; the others stay where they are, and cost nothing."""
     h = {"attention": np.array([1.0, 2.0, 3.0]), "mlp": np.array([0.5, 4.0])}

@@ -15,7 +15,7 @@ from jax.experimental.sparse import BCOO
 import jaxoptim
 from jaxoptim import rules
 from jaxoptim.core import trees
-from table import FIRST, STATES
+from table import FIRST, STATES, slow_unless
 
 DENSE = [case for case in STATES if not case.row.sparse]
 SHAPE = (3, 2)
@@ -25,7 +25,7 @@ def ones(dtype=jnp.float32):
     return jnp.ones(SHAPE, dtype)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_none_leaves_are_left_alone(case):
     rule = case.ours()
     params = {"a": ones(), "frozen": None, "skipped": ones()}
@@ -44,7 +44,7 @@ def test_none_leaves_are_left_alone(case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     rule = case.ours()
     params, grads = ones(dtype) * 1.5, ones(dtype) * 0.3
@@ -59,7 +59,7 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     assert updates.dtype == dtype
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_updates_have_the_dtype_of_the_gradients(case):
     rule, params = case.ours(), ones(jnp.bfloat16)
     updates, _ = jaxoptim.update(rule, ones(jnp.float32), jaxoptim.init(rule, params), params)

@@ -77,8 +77,12 @@ def begin(plan: Plan, rule: Rule | None, params: Any, data: Any, key: jax.Array)
     """A chain before its first step."""
     noise_key = fold_in(key, _NOISE)
     if rule is None:
-        # The noise of a transformation that keeps a typed key is other noise in each chain.
-        state = jax.tree.map(lambda x: noise_key if is_key(x) else x, plan.transformation.init(params))
+        # The noise of a transformation that keeps typed keys is other noise in each chain, and for each of them.
+        leaves, treedef = jax.tree.flatten(plan.transformation.init(params))
+        keys = [index for index, leaf in enumerate(leaves) if is_key(leaf)]
+        for number, index in enumerate(keys):
+            leaves[index] = fold_in(noise_key, _NOISE - np.uint32(number)) if number else noise_key
+        state = jax.tree.unflatten(treedef, leaves)
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
     memories = {name: observable.init(params) for name, observable in plan.observables}
