@@ -44,8 +44,13 @@ def test_one_optimizer_for_a_few_epochs_prints_its_row_and_writes_the_figure(tmp
     ("arguments", "said"),
     [
         pytest.param(["--optimizer", "adam,lion"], ["'lion'", *NAMES], id="unknown-optimizer"),
-        pytest.param(["--lr", -1, "--optimizer", "muon"], ["Invalid lr: -1.0", "lr >= 0"], id="negative-lr"),
-        pytest.param(["--epochs", 0], ["'0'", ">= 1"], id="no-epochs"),
+        pytest.param(
+            ["--lr", -1, "--optimizer", "muon"],
+            ["Invalid lr: -1.0", "lr >= 0"],
+            id="negative-lr",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--epochs", 0], ["'0'", ">= 1"], id="no-epochs", marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, said, tmp_path):
@@ -258,6 +263,7 @@ e.main()
 KINK = r"The jumps of the losses where the run changes over differ by \S+, more than 1e-04\.\n"
 
 
+@pytest.mark.slow
 def test_a_run_of_torch_goes_on_without_a_kink_and_with_one_if_its_scheduler_is_late(tmp_path):
     done = resume_with(tmp_path / "new" / "folder", f"e.main()\nprint('-----')\n{LATE_SCHEDULER}")
     right, late = done.stdout.split("-----\n")
@@ -326,6 +332,7 @@ def beta_vae(tmp_path, *arguments):
     return [(float(error), float(divergence)) for _, error, divergence in rows]
 
 
+@pytest.mark.slow
 def test_a_larger_beta_gives_back_less_of_an_image(tmp_path):
     (error, divergence), (larger, smaller) = beta_vae(tmp_path, "--epochs", 3)
     assert larger > error + 0.5

@@ -438,6 +438,7 @@ def test_statistics_of_few_numbers(generate, check):
     assert check(array(generate, 200_000)) < 1
 
 
+@pytest.mark.slow
 @of_impl
 def test_statistics_in_float64(impl, x64):
     x = np.asarray(normal(jax.random.key(7), (200_000,), "float64", impl))

@@ -17,7 +17,7 @@ ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
 DENSE = slow_unless(STATES.__contains__, [case for case in CASES if not case.row.sparse])
 """Every option set; in the fast tests, those that keep state of another kind."""
 COMPLEX = slow_unless(
-    lambda case: case.row.name in ("SGD", "NAdam", "Rprop"),
+    lambda case: case.row.name in ("SGD", "NAdam"),
     [case for case in STATES if case.row.complex and not case.row.sparse],
 )
 NEW_OPTIONS = {"betas": (0.7, 0.9), "alpha": 0.8, "rho": 0.7, "eps": 1e-4, "d": 1.5, "lambd": 0.01, "clip_norm": 0.3}

@@ -335,6 +335,7 @@ BOXED = {
 }
 
 
+@slow
 @pytest.mark.parametrize("name", some(BOXED, ["sghmc_baoab"]))
 def test_reflecting_box_cuts_the_gaussian(name):
     """At steps whose error is below that of the draws."""
@@ -627,6 +628,7 @@ RUN = {
 }
 
 
+@slow
 @pytest.mark.parametrize(
     ("sampler", "number", "method"),
     [
