@@ -105,7 +105,8 @@ class SGHMC(Sampler):
             )
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        return {"momentum": full_like(param) + masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+        momentum = full_like(param) + masked(self, jnp.sqrt(self.lr) * noise)
+        return {"momentum": momentum, "initial_param": jnp.copy(param)}
 
     def update(  # type: ignore[override]
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]

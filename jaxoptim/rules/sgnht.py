@@ -105,7 +105,8 @@ class SGNHT(Sampler):
         return {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        return {"momentum": full_like(param) + masked(self, jnp.sqrt(self.lr) * noise), "initial_param": jnp.copy(param)}
+        momentum = full_like(param) + masked(self, jnp.sqrt(self.lr) * noise)
+        return {"momentum": momentum, "initial_param": jnp.copy(param)}
 
     @property
     def surveys(self) -> bool:
