@@ -309,9 +309,5 @@ def _drawn(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]
         noise = jax.eval_shape(lambda: rule.draw(shared, step, likes))
     else:
         noise = rule.draw(shared, step, likes)
-    drawn = {
-        number: view_as_complex(noise[number]) if is_complex(x) else noise[number]
-        for number, x in arrays.items()
-        if number in noise
-    }
-    return {number: {"noise": drawn[number]} if number in drawn else {} for number in arrays}
+    drawn = {number: {"noise": view_as_complex(x) if is_complex(arrays[number]) else x} for number, x in noise.items()}
+    return {number: drawn.get(number, {}) for number in arrays}

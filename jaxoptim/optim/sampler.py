@@ -67,13 +67,9 @@ class WholeGroup(Bucket):
     def load(self, rule: Rule, count: Any, slots: Sequence[dict[str, Any]], shared: Any = None) -> None:
         """Take state that was kept elsewhere; count and ``shared`` from the group if the latter is not given."""
         if shared is None:
-            group = self.group
-            given = {name: group.get(name) for name in rule.begin()}
-            shared = {
-                name: x if given[name] is None or isinstance(given[name], bool) else given[name]
-                for name, x in rule.begin().items()
-            }
-            count = group.get("step", 0)
+            known = {name: x for name, x in self.group.items() if x is not None and not isinstance(x, bool)}
+            shared = {name: known.get(name, x) for name, x in rule.begin().items()}
+            count = self.group.get("step", 0)
         super().load(rule, count, slots, shared)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core import Slots, enabled, is_known
+from jaxoptim.core import Slots, enabled, full_like, is_known
 
 
 class _Potential(Protocol):
@@ -93,7 +93,14 @@ def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]
     return center + jnp.where(outward, phase - size, 3 * size - phase), jnp.where(outward, 1, -1)
 
 
-def check_mask(rule: Any) -> None:
+def check_terms(rule: Any, **choices: Sequence[str]) -> None:
+    """Raise for a mask, a box, or one of the other switches, that is not allowed."""
+    _check_mask(rule)
+    for field, allowed in {"box": ("clamp", "reflect"), **choices}.items():
+        _check_choice(rule, field, allowed)
+
+
+def _check_mask(rule: Any) -> None:
     """Raise for a mask of other numbers than zeros and ones, as far as they are known."""
     for mask in jax.tree.leaves(rule.optimize_over):
         if isinstance(mask, jax.ShapeDtypeStruct) or not is_known(mask) or getattr(mask, "dtype", None) == np.bool_:
@@ -105,12 +112,17 @@ def check_mask(rule: Any) -> None:
             )
 
 
-def check_choice(rule: Any, field: str, allowed: Sequence[str]) -> None:
+def _check_choice(rule: Any, field: str, allowed: Sequence[str]) -> None:
     """Raise for a switch that is none of these."""
     if getattr(rule, field) not in allowed:
         raise ValueError(
             f"Invalid {field}: {getattr(rule, field)!r}. {type(rule).__name__} takes {' or '.join(map(repr, allowed))}."
         )
+
+
+def first_momentum(rule: Any, param: jax.Array, noise: jax.Array) -> jax.Array:
+    r"""A momentum from :math:`N(0, \epsilon)`, on the devices of the parameter."""
+    return full_like(param) + masked(rule, jnp.sqrt(rule.lr) * noise)
 
 
 def relaxed(momentum: jax.Array, friction: jax.Array, noise: jax.Array, heat: Any) -> jax.Array:

@@ -20,7 +20,7 @@ from jaxoptim.core import (
     rule,
     sqrt,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked
+from jaxoptim.rules._langevin import boxed, check_terms, force, masked
 from jaxoptim.rules._terms import needed, zeros
 
 
@@ -94,8 +94,7 @@ class PSGLD(Sampler):
 
     def check(self) -> None:
         super().check()
-        check_mask(self)
-        check_choice(self, "box", ("clamp", "reflect"))
+        check_terms(self)
         after = self.frozen_after
         if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):
             raise ValueError(f"Invalid frozen_after: {self.frozen_after!r}. PSGLD takes an int >= 1, or None.")

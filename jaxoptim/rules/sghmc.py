@@ -17,11 +17,10 @@ from jaxoptim.core import (
     Sampler,
     Slots,
     factory,
-    full_like,
     is_known,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked, relaxed
+from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, masked, relaxed
 from jaxoptim.rules._terms import needed
 
 
@@ -96,17 +95,14 @@ class SGHMC(Sampler):
 
     def check(self) -> None:
         super().check()
-        check_mask(self)
-        check_choice(self, "box", ("clamp", "reflect"))
-        check_choice(self, "order", ("euler", "baoab"))
+        check_terms(self, order=("euler", "baoab"))
         if is_known(self.alpha) and is_known(self.beta) and np.any(np.asarray(self.beta) > np.asarray(self.alpha)):
             raise ValueError(
                 f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
             )
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        momentum = full_like(param) + masked(self, jnp.sqrt(self.lr) * noise)
-        return {"momentum": momentum, "initial_param": jnp.copy(param)}
+        return {"momentum": first_momentum(self, param, noise), "initial_param": jnp.copy(param)}
 
     def update(  # type: ignore[override]
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]

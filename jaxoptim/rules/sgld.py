@@ -17,7 +17,7 @@ from jaxoptim.core import (
     factory,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, masked
+from jaxoptim.rules._langevin import boxed, check_terms, force, masked
 from jaxoptim.rules._terms import needed, zeros
 
 METRICS = ("noise_norm", "grad_norm", "weight_norm", "distance")
@@ -105,9 +105,7 @@ class SGLD(Sampler):
 
     def check(self) -> None:
         super().check()
-        check_mask(self)
-        check_choice(self, "box", ("clamp", "reflect"))
-        check_choice(self, "metrics", ("devinterp", "scaled"))
+        check_terms(self, metrics=("devinterp", "scaled"))
 
     @property
     def tracked(self) -> list[str]:

@@ -15,10 +15,9 @@ from jaxoptim.core import (
     Sampler,
     Slots,
     factory,
-    full_like,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_choice, check_mask, force, free, masked, relaxed
+from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, free, masked, relaxed
 from jaxoptim.rules._terms import needed
 
 
@@ -97,16 +96,13 @@ class SGNHT(Sampler):
 
     def check(self) -> None:
         super().check()
-        check_mask(self)
-        check_choice(self, "box", ("clamp", "reflect"))
-        check_choice(self, "order", ("kick_friction", "ding", "badodab"))
+        check_terms(self, order=("kick_friction", "ding", "badodab"))
 
     def start(self) -> dict[str, Any]:
         return {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        momentum = full_like(param) + masked(self, jnp.sqrt(self.lr) * noise)
-        return {"momentum": momentum, "initial_param": jnp.copy(param)}
+        return {"momentum": first_momentum(self, param, noise), "initial_param": jnp.copy(param)}
 
     @property
     def surveys(self) -> bool:

@@ -17,7 +17,7 @@ from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.noise import check_key
-from jaxoptim.core.numerics import owned, strong
+from jaxoptim.core.numerics import as_jax, strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.optim.program import LossFunctions
 from jaxoptim.sampling import chains, saved
@@ -177,13 +177,13 @@ def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: Option
     for name, leaf in zip(trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf), strict=True):
         if leaf is not None:
             trees.check_array("parameter", name, leaf)
-    params = jax.tree.map(lambda x: strong(x) if isinstance(x, jax.Array) else strong(owned(x)), params)
+    params = jax.tree.map(lambda x: strong(as_jax(x)), params)
     if not jax.tree.leaves(params):
         raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
     if data is not None:
         size_of(data)
     check_batch_size(options.batch_size, data)
-    data = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else owned(x), data)
+    data = jax.tree.map(as_jax, data)
     check_loss(loss_fn, params, data, options.batch_size)
     return params, data
 

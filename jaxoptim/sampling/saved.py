@@ -90,7 +90,7 @@ def _equal(a: Any, b: Any) -> bool:
     """Whether two descriptions are equal, arrays to the last bit."""
     if isinstance(b, list):
         return isinstance(a, list) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(b, jax.Array) and jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+    if is_key(b):
         return isinstance(a, jax.Array) and a.dtype == b.dtype and _equal(*map(jax.random.key_data, (a, b)))
     if isinstance(b, jax.Array):
         return isinstance(a, jax.Array) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
