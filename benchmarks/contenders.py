@@ -77,7 +77,7 @@ def torch_runs_here() -> bool:
 def stream() -> Run:
     """Read two large arrays and write one."""
     x = jnp.ones(STREAM_SIZE)
-    return _jax_run(lambda total, nothing, x: (total + x, nothing), jnp.zeros(STREAM_SIZE), None, x)
+    return jax_run(lambda total, nothing, x: (total + x, nothing), jnp.zeros(STREAM_SIZE), None, x)
 
 
 def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str, jax.Array]) -> Builders:
@@ -111,7 +111,7 @@ def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str,
     ) -> Callable[[], Run]:
         def build() -> Run:
             params = start()
-            return _jax_run(step, params, init(params), *rest)
+            return jax_run(step, params, init(params), *rest)
 
         return build
 
@@ -152,16 +152,16 @@ def on_table() -> Builders:
         return optax.apply_updates(table, updates), state
 
     def sparse() -> Run:
-        return _jax_run(step, jnp.ones(shape), jaxoptim.init(rule, jnp.ones(shape)), rows, values)
+        return jax_run(step, jnp.ones(shape), jaxoptim.init(rule, jnp.ones(shape)), rows, values)
 
     def dense() -> Run:
-        return _jax_run(optax_step, jnp.ones(shape), tx.init(jnp.ones(shape)), rows, values)
+        return jax_run(optax_step, jnp.ones(shape), tx.init(jnp.ones(shape)), rows, values)
 
     def torch_sparse() -> Run:
         table = torch.nn.Parameter(torch.from_dlpack(jnp.ones(shape)).clone())
         indices = torch.from_dlpack(rows)[None].long()
         table.grad = torch.sparse_coo_tensor(indices, torch.from_dlpack(values), shape, check_invariants=False)
-        return _torch_run(torch.optim.SparseAdam([table]))
+        return torch_run(torch.optim.SparseAdam([table]))
 
     builders = {"jaxoptim": sparse, "optax, dense": dense}
     return builders | ({"torch": torch_sparse} if torch_runs_here() else {})
@@ -172,7 +172,7 @@ def _loss(tree: dict[str, jax.Array]) -> jax.Array:
     return sum(jnp.sum((x - 1) ** 2) for x in tree.values())
 
 
-def _jax_run(step: Callable[..., Any], params: Any, state: Any, *rest: Any) -> Run:
+def jax_run(step: Callable[..., Any], params: Any, state: Any, *rest: Any) -> Run:
     """Repeat ``params, state, ... = step(params, state, *rest)``, jitted and donated."""
     # A function of its own, so that this run compiles whatever another has compiled.
     compiled = jax.jit(lambda *args: step(*args), donate_argnums=(0, 1))
@@ -212,12 +212,14 @@ def _torch_builder(optimizer: Optimizer, params: Any, grads: Any, options: dict[
         for name, value in params.items():
             parameters.append(torch.nn.Parameter(torch.from_dlpack(value).clone()))
             parameters[-1].grad = torch.from_dlpack(grads[name])
-        return _torch_run(getattr(torch.optim, optimizer.class_name)(parameters, **optimizer.options, **options))
+        return torch_run(getattr(torch.optim, optimizer.class_name)(parameters, **optimizer.options, **options))
 
     return build
 
 
-def _torch_run(optimizer: Any) -> Run:
+def torch_run(optimizer: Any) -> Run:
+    """Repeat torch's ``optimizer.step()``."""
+
     def run(steps: int) -> None:
         for _ in range(steps):
             optimizer.step()

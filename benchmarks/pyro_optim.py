@@ -65,7 +65,7 @@ def contenders(setting: str, shapes: Shapes) -> dict[str, Callable[[], Run]]:
 
     def in_pyro() -> Run:
         pyro.clear_param_store()
-        params = [_pyro_param(name, value, grads[name]) for name, value in values.items()]
+        params = [pyro_param(name, value, grads[name]) for name, value in values.items()]
         optimizer = getattr(pyro.optim, kind)(*arguments)
 
         def run(steps: int) -> None:
@@ -77,7 +77,8 @@ def contenders(setting: str, shapes: Shapes) -> dict[str, Callable[[], Run]]:
     return {"jaxoptim.pyro, optim(params)": called, "jaxoptim.pyro, update(params, grads)": pure, "Pyro": in_pyro}
 
 
-def _pyro_param(name: str, value: jax.Array, grad: jax.Array) -> torch.Tensor:
+def pyro_param(name: str, value: jax.Array, grad: jax.Array) -> torch.Tensor:
+    """A parameter of Pyro's store with a gradient."""
     param = pyro.param(name, torch.from_dlpack(value).clone()).unconstrained()
     param.grad = torch.from_dlpack(grad).clone()
     return param

@@ -64,7 +64,7 @@ def measure(contenders: dict[str, Callable[[], Run]], effort: Effort) -> dict[st
     runs, first_steps = {}, {}
     for name, build in contenders.items():
         runs[name], first_steps[name] = _first_step(build, effort)
-    steps = _interleaved(runs, effort)
+    steps = interleaved(runs, effort)
     return {name: Times(*steps[name], first_steps[name]) for name in contenders}
 
 
@@ -76,16 +76,16 @@ def _first_step(build: Callable[[], Run], effort: Effort) -> tuple[Run, float]:
         gc.collect()
         jax.clear_caches()
         run = build()
-        seconds.append(_elapsed(run, 1))
+        seconds.append(elapsed(run, 1))
     return run, statistics.median(seconds)
 
 
-def _interleaved(runs: dict[str, Run], effort: Effort) -> dict[str, tuple[float, float]]:
-    """Medians over rounds, in each of which every contender runs one block of steps."""
+def interleaved(runs: dict[str, Run], effort: Effort) -> dict[str, tuple[float, float]]:
+    """Seconds for one step, and cores: medians over rounds, in which each contender runs one block of steps."""
     chunks = {}
     for name, run in runs.items():
         run(2)  # compiles again what another contender's clear_caches dropped
-        chunks[name] = max(1, round(effort.block_seconds / 4 / min(_elapsed(run, 1) for _ in range(3))))
+        chunks[name] = max(1, round(effort.block_seconds / 4 / min(elapsed(run, 1) for _ in range(3))))
     blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     # Another order in each round: torch's threads go on spinning for a while and slow whoever comes next.
     shuffle, order = random.Random(0).shuffle, list(runs)
@@ -98,11 +98,12 @@ def _interleaved(runs: dict[str, Run], effort: Effort) -> dict[str, tuple[float,
 
 def _block(run: Run, chunk: int, seconds: float) -> tuple[float, float]:
     """Seconds for one step, and processor time by elapsed time, over chunks of steps that take ``seconds`` or more."""
-    steps, cpu, start = 0, time.process_time(), time.perf_counter()
+    cpu_seconds = getattr(run, "cpu_seconds", time.process_time)  # a run in another process has its own
+    steps, cpu, start = 0, cpu_seconds(), time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         run(chunk)
         steps += chunk
-    return elapsed / steps, (time.process_time() - cpu) / elapsed
+    return elapsed / steps, (cpu_seconds() - cpu) / elapsed
 
 
 def _medians(rows: list[tuple[float, float]]) -> tuple[float, float]:
@@ -110,7 +111,8 @@ def _medians(rows: list[tuple[float, float]]) -> tuple[float, float]:
     return statistics.median(steps), statistics.median(cores)
 
 
-def _elapsed(run: Run, steps: int) -> float:
+def elapsed(run: Run, steps: int) -> float:
+    """Seconds that some steps take."""
     start = time.perf_counter()
     run(steps)
     return time.perf_counter() - start

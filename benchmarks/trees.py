@@ -12,9 +12,8 @@ import numpy as np
 Shapes = dict[str, tuple[int, ...]]
 
 
-def gpt2() -> Shapes:
-    """GPT-2 small: 148 arrays, 124.4 million numbers."""
-    width = 768
+def gpt2(width: int = 768, tokens: int = 50257, positions: int = 1024) -> Shapes:
+    """GPT-2 with 12 layers, 148 arrays; by default GPT-2 small, 124.4 million numbers."""
     block = {
         "ln_1.weight": (width,),
         "ln_1.bias": (width,),
@@ -31,7 +30,7 @@ def gpt2() -> Shapes:
     }
     blocks = {f"h.{i}.{name}": shape for i in range(12) for name, shape in block.items()}
     ends = {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-    return {"wte.weight": (50257, width), "wpe.weight": (1024, width)} | blocks | ends
+    return {"wte.weight": (tokens, width), "wpe.weight": (positions, width)} | blocks | ends
 
 
 def resnet50() -> Shapes:

@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxoptim import Decay, averaging, optim, pack
+from jaxoptim.engine import programs
 from jaxoptim.optim import swa_utils
 from jaxoptim.optim.swa_utils import SWALR, AveragedModel, averaged_model, update_bn
 
@@ -1528,11 +1529,11 @@ def test_a_new_rate_compiles_nothing():
     ours, _ = pair()
     scheduler = SWALR(ours, 0.05)
     after(ours)
-    before = optim.program.advance._cache_size()
+    before = programs.advance._cache_size()
     for _ in range(12):
         scheduler.step()
         after(ours)
-    assert optim.program.advance._cache_size() == before
+    assert programs.advance._cache_size() == before
 
 
 # The pure functions.

@@ -11,7 +11,7 @@ import pytest
 
 import parity
 from jaxoptim import init, optim, pack, rules, step
-from jaxoptim.optim import program
+from jaxoptim.engine import programs as program
 from table import STATES, Case, slow_unless
 
 SMALL, LARGE = (3,), (200, 100)
@@ -100,11 +100,11 @@ def test_a_numpy_view_of_a_parameter_stays_as_it_was():
 def test_buffers_that_nobody_else_holds_are_donated():
     opt = optim.Adam(tree(), lr=0.1)
     opt.step(tree())
-    before = jax.tree.leaves(opt._storage._contents())
+    before = jax.tree.leaves(opt._storage.store.slabs.taken())
     pointers = {x.unsafe_buffer_pointer() for x in before}
     del before
     opt.step(tree())
-    after = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(opt._storage._contents())}
+    after = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(opt._storage.store.slabs.taken())}
     assert after == pointers  # the new values stand where the old ones stood
 
 

@@ -6,7 +6,9 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyro
 import pytest
+import torch
 
 from jaxoptim import optim as torch_style
 from jaxoptim.optim import Parameter
@@ -139,29 +141,49 @@ def test_a_name_keeps_its_shape_and_dtype(new):
     optimizer([a])
 
 
-def test_a_new_parameter_goes_on_under_a_known_name():
+def test_a_new_parameter_under_a_known_name_begins_afresh():
     optimizer, twin = optim.Adam({"lr": 0.1}), optim.Adam({"lr": 0.1})
     a, b = ones("a"), ones("a")
     for _ in range(3):
         optimizer([a])
+    fresh = Parameter(b.value, "a")
+    for _ in range(2):
+        fresh.grad = b.grad = jnp.arange(3.0) - 1
+        optimizer([fresh])
         twin([b])
-    fresh = Parameter(a.value, "a")
-    fresh.grad = a.grad
-    optimizer([fresh])
-    twin([b])
     assert np.array_equal(fresh.value, b.value)
     assert not np.array_equal(fresh.value, a.value)  # the old one stays where it was
-    optimizer([a])  # and may come back
-    assert int(optimizer.get_state()["a"]["state"][0]["step"]) == 5
+    assert int(optimizer.get_state()["a"]["state"][0]["step"]) == 2
+    optimizer([a])  # which begins afresh too
+    assert int(optimizer.get_state()["a"]["state"][0]["step"]) == 1
 
 
-def test_a_rate_that_decayed_goes_on_under_a_known_name():
-    optimizer, a = optim.ClippedAdam({"lr": 1.0, "lrd": 0.5}), ones("a")
+@pytest.mark.usefixtures("x64")
+def test_folds_are_pyros():
+    """A rate that decays, and parameters made anew for each fold, which begins afresh."""
+    parent = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.95})
+    optimizer = optim.ClippedAdam({"lr": 0.1, "lrd": 0.95})
+    for _ in range(3):
+        theirs, ours = torch.zeros((), dtype=torch.float64, requires_grad=True), Parameter(0.0, "loc")
+        for _ in range(40):
+            theirs.grad, ours.grad = theirs.detach() - 5.434, ours.value - 5.434
+            pyro.get_param_store()["loc"] = theirs.detach()
+            parent([theirs])
+            optimizer([ours])
+        assert float(ours.value) == pytest.approx(theirs.item(), abs=1e-13)
+
+
+def test_state_that_was_loaded_waits_by_name_for_a_new_parameter():
+    optimizer, again, a = optim.Adam({"lr": 0.1}), optim.Adam({"lr": 0.1}), ones("a")
+    for _ in range(3):
+        optimizer([a])
+    again.set_state(optimizer.get_state())
+    fresh = Parameter(a.value, "a")
+    fresh.grad = a.grad
+    again([fresh])
     optimizer([a])
-    for power in (2, 3):
-        fresh = ones("a")
-        optimizer([fresh])
-        assert optimizer.optim_objs["a"].param_groups[0]["lr"] == 0.5**power
+    assert np.array_equal(fresh.value, a.value)
+    assert int(again.get_state()["a"]["state"][0]["step"]) == 4
 
 
 def test_a_failing_call_does_not_move_to_its_parameters():

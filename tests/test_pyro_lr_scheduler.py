@@ -106,13 +106,13 @@ def test_a_plateau_agrees_with_pyro(options, x64):
 
 
 def test_momentum_cycles_through_one_program(x64):
-    from jaxoptim.pyro.optim import together
+    from jaxoptim.engine import programs as steps
 
     row = next(row for row in SIMPLE if row.name == "OneCycleLR")
     twins = Twins(*both(row))
     twins.add("a", np.ones(3))
     twins.step({"a": np.ones(3)})
-    before = together.advance._cache_size()
+    before = steps.advance._cache_size()
     momenta = set()
     for _ in range(20):
         twins.ours.step()
@@ -120,7 +120,7 @@ def test_momentum_cycles_through_one_program(x64):
         twins.step({"a": np.ones(3)})
         momenta.add(twins.ours.optim_objs["a"].optimizer.param_groups[0]["momentum"])
     assert len(momenta) == 20
-    assert together.advance._cache_size() == before
+    assert steps.advance._cache_size() == before
     assert twins.distance() < 1e-12
 
 

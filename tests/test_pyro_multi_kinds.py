@@ -197,22 +197,19 @@ class TestParameters:
         assert_equal(arrays(params), arrays(others))
         assert_equal(held, copies)
 
-    @kinds(*TORCH_STYLE)
-    def test_another_parameter_of_the_name(self, kind):
-        """It continues what the name has begun."""
+    @kinds("instance")
+    def test_another_fit_begins_afresh(self, kind):
+        """New parameters under the names of others: another fold, another restart."""
         (optimizer, params), (twin, others) = pair(kind)
         for _ in range(2):
             optimizer.step(loss, params, 1.0)
-            twin.step(loss, others, 1.0)
-        new, old = np.array([1.5, 0.25]), params["x"]
-        before = np.array(old.value)
-        others["x"].value = new
-        params["x"] = Parameter(new, "x")
+        old, before = params, arrays(params)
+        params = started()
         for _ in range(3):
             optimizer.step(loss, params, 1.0)
             twin.step(loss, others, 1.0)
         assert_equal(arrays(params), arrays(others), 1e-14)
-        assert (np.asarray(old.value) == before).all()
+        assert_equal(arrays(old), before)
 
     @kinds("mixed_own", "instance", "mixed", "torch_lbfgs")
     def test_new_later(self, kind):

@@ -11,9 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxoptim import optim as torch_style
+from jaxoptim.engine import programs as steps
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
-from jaxoptim.pyro.optim import together
 
 
 def ones(name, shape=(3,)):
@@ -24,7 +24,7 @@ def ones(name, shape=(3,)):
 
 def programs():
     """How many programs of the step were compiled so far."""
-    return together.advance._cache_size()
+    return steps.advance._cache_size()
 
 
 # How many programs there are.
@@ -42,11 +42,10 @@ def test_fifty_parameters_with_fifty_options_are_one_program():
     optimizer(params)
     assert programs() == before + 1
     new = [ones(str(i), (3, 5)) for i in range(51, 61)]
-    optimizer(params + new)
-    optimizer(params + new)
-    assert programs() == before + 2
+    for _ in range(6):
+        optimizer(params + new)
+    assert programs() == before + 3  # newcomers by themselves first, then together with the others
     optimizer(params[:20] + new[3:])
-    assert programs() == before + 3  # the program of subsets
     for first in range(1, 6):
         optimizer(params[first:] + new[:first])
         optimizer(new)
@@ -54,6 +53,21 @@ def test_fifty_parameters_with_fifty_options_are_one_program():
     optimizer(params)
     optimizer(list(reversed(params)))
     assert programs() == before + 3
+
+
+def test_parameters_that_come_one_at_a_time_share_programs():
+    optimizer, params = optim.Adam({"lr": 0.1}), []
+    before = programs()
+    for i in range(40):
+        params.append(ones(str(i), (3 + i % 2, 7)))
+        optimizer(params)
+    assert programs() <= before + 3  # the first one, and one for each shape
+    for _ in range(5):
+        optimizer(params)
+    assert programs() <= before + 4
+    for i, param in enumerate(params):
+        assert int(optimizer.get_state()[str(i)]["state"][0]["step"]) == 45 - i
+        np.testing.assert_allclose(param.value, 1 - 0.1 * (45 - i), rtol=1e-4, atol=1e-5)
 
 
 def test_a_schedule_makes_no_programs():

@@ -19,10 +19,10 @@ import jaxoptim
 from jaxoptim import optim as torch_style
 from jaxoptim import rules
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.engine import programs as steps
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
 from jaxoptim.pyro.infer import SVI
-from jaxoptim.pyro.optim import together
 from jaxoptim.pyro.optim.multi import MixedMultiOptimizer, Newton, as_multi_optimizer
 
 
@@ -40,14 +40,14 @@ def test_ctrl_c_waits_for_what_a_step_returns(monkeypatch, ctrl_c):
     optimizer = optim.Adam({"lr": 0.1})
     for param in params.values():
         param.grad = jnp.ones(3)
-    advance = together.advance
+    advance = steps.advance
 
     def interrupted(*args):
         contents = advance(*args)
         signal.raise_signal(signal.SIGINT)
         return contents
 
-    monkeypatch.setattr(together, "advance", interrupted)
+    monkeypatch.setattr(steps, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         optimizer(list(params.values()))
     monkeypatch.undo()
@@ -111,10 +111,10 @@ def test_weak_gradients_and_numbers_need_no_programs_of_their_own():
     values = {name: jnp.ones(()) for name in "abc"}
     values = optimizer.update(values, dict.fromkeys("abc", jnp.ones(())))
     values = optimizer.update(values, {"a": jnp.ones(()), "b": None, "c": None})
-    programs = together.advance._cache_size()
+    programs = steps.advance._cache_size()
     for grads in ({"a": 1.0, "b": None, "c": jnp.array(1.0)}, {"a": None, "b": 1.0, "c": None}):
         values = optimizer.update(values, grads)
-    assert together.advance._cache_size() == programs
+    assert steps.advance._cache_size() == programs
 
 
 def test_states_with_options_in_another_order():

@@ -58,7 +58,7 @@ def placed_like(array: jax.Array, like: Any) -> jax.Array:
 
 def strong(x: Any) -> jax.Array:
     """An array whose type is its own: a weak one, such as a Python number's, would have programs of its own."""
-    x = jnp.asarray(x)
+    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 

@@ -150,7 +150,7 @@ class Packed:
         if place.buffer is None:
             return self._large[position]
         buffer = self._buffers[place.buffer]
-        return buffer if self._is_shared(place.buffer) else _part(buffer, position, place.shape)
+        return buffer if self._is_shared(place.buffer) else part(buffer, position, place.shape)
 
     def set(self, index: int, value: Any) -> Packed:
         """The same tree with another array in one place.
@@ -168,7 +168,7 @@ class Packed:
             large = (*self._large[:position], value, *self._large[position + 1 :])
             return Packed(self._buffers, large, self._layout)
         buffer = self._buffers[place.buffer]
-        buffer = value if self._is_shared(place.buffer) else _with_part(buffer, position, value)
+        buffer = value if self._is_shared(place.buffer) else with_part(buffer, position, value)
         buffers = (*self._buffers[: place.buffer], buffer, *self._buffers[place.buffer + 1 :])
         return Packed(buffers, self._large, self._layout)
 
@@ -275,25 +275,25 @@ def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[
             for index, piece in zip(group, _parts(buffer, offsets, shape), strict=True):
                 pieces[index] = piece
         for index in indices[whole:]:
-            pieces[index] = _part(buffer, members[index][1], shape)
+            pieces[index] = part(buffer, members[index][1], shape)
     return pieces
 
 
 @functools.partial(jax.jit, static_argnames="shape")
 def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...]) -> list[jax.Array]:
     """Several arrays of one shape."""
-    return [_part(buffer, offsets[i], shape) for i in range(len(offsets))]
+    return [part(buffer, offsets[i], shape) for i in range(len(offsets))]
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def _part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
+def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
     """One array of a buffer; the offset is traced, so that arrays of one shape share the program."""
     part = jax.lax.dynamic_slice_in_dim(buffer, offset, math.prod(shape), buffer.ndim - 1)
     return part.reshape(buffer.shape[:-1] + shape)
 
 
 @jax.jit
-def _with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
+def with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
     """The buffer with one array replaced."""
     return jax.lax.dynamic_update_slice(buffer, value.reshape(-1), (offset,))
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jaxoptim import rules
 from jaxoptim.core import Rule
-from jaxoptim.optim.bucket import Bucket
+from jaxoptim.optim.functional import Part
 from jaxoptim.optim.optimizer import Groups, Number, Optimizer
 
 
@@ -32,22 +32,22 @@ class DecayingRate(Optimizer):
                 group["lr"] = rate
             raise
 
-    def _pure_rule(self, bucket: Bucket) -> Rule:
-        lrd, count = bucket.group["lrd"], _count(bucket)
-        return super()._pure_rule(bucket).replace(lr=bucket.group["lr"] / lrd**count, lrd=lrd)
+    def _pure_rule(self, part: Part) -> Rule:
+        lrd = part.group["lrd"]
+        return super()._pure_rule(part).replace(lr=part.group["lr"] / lrd ** (part.count or 0), lrd=lrd)
 
     def from_functional(self, params: Any, state: Any) -> None:
         """Return from the pure face; see :meth:`Optimizer.from_functional`."""
-        self._storage.settle()
-        before = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}
+        before = self._counts()
         super().from_functional(params, state)
-        after = {id(bucket.group): _count(bucket) for bucket in self._storage.buckets}
+        after = self._counts()
         for group in self.param_groups:
             group["lr"] = group["lr"] * group["lrd"] ** (after[id(group)] - before[id(group)])
 
-
-def _count(bucket: Bucket) -> int:
-    return 0 if bucket.state is None else int(bucket.state.step)
+    def _counts(self) -> dict[int, int]:
+        """The steps that the parameters of each group have made."""
+        self._storage.settle()
+        return {id(part.group): part.count or 0 for part in self._storage.parts()}
 
 
 class ClippedAdam(DecayingRate):

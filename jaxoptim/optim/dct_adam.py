@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim import rules
-from jaxoptim.optim.bucket import abstract_slots
+from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.optim.clipped_adam import DecayingRate
 from jaxoptim.optim.optimizer import Groups, Number
 from jaxoptim.optim.state_dicts import Transfer

@@ -2,51 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxoptim.core import OptState, Rule, transformation, trees
-from jaxoptim.optim.bucket import Bucket, abstract_slots
+from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.storage import Storage
 
-RuleOf = Callable[[Bucket], Rule]
+if TYPE_CHECKING:
+    from jaxoptim.optim.storage import Storage
+
+
+class Part(NamedTuple):
+    """Parameters of one group that have made the same steps: one state of the pure face.
+
+    Attributes:
+        group: the options that they follow.
+        rule: the rule with these options.
+        params: the parameters.
+        labels: their names.
+        times: how often one step updates them.
+        count: the steps that they have made, None without state.
+        slots: the state of each.
+        shared: what belongs to all of them.
+    """
+
+    group: dict[str, Any]
+    rule: Rule
+    params: Sequence[Parameter]
+    labels: Sequence[str]
+    times: int
+    count: Any
+    slots: Sequence[dict[str, Any]]
+    shared: dict[str, Any] | None = None
+
+
+RuleOf = Callable[[Part], Rule]
 """The rule with which the pure face goes on."""
 
 
 def leave(storage: Storage, rule_of: RuleOf) -> tuple[optax.GradientTransformationExtraArgs, Any, Any]:
     """The transformation, the parameters and the state of this moment."""
     storage.settle()
-    params = jax.tree.map(lambda param: param.value, storage.tree())
-    tx = _transformation(storage, rule_of)
+    parts, tree = storage.parts(), storage.tree()
+    params = jax.tree.map(lambda param: param.value, tree)
+    tx = _transformation(parts, tree, rule_of)
     state = tx.init(params)
-    for index, bucket in enumerate(storage.buckets):
-        if bucket.state is not None:
-            states = [bucket.slots_of(i) for i in _in_tree_order(storage, bucket)]
+    for index, part in enumerate(parts):
+        if part.count is not None:
+            states = [part.slots[i] for i in _in_tree_order(tree, part)]
             slots = {
-                name: jax.tree.unflatten(jax.tree.structure(tree), [s[name] for s in states if name in s])
-                for name, tree in _state_of(storage, state, index).slots.items()
+                name: jax.tree.unflatten(jax.tree.structure(of), [s[name] for s in states if name in s])
+                for name, of in _state_of(parts, state, index).slots.items()
             }
             # Copies: the optimizer donates its own.
-            rest = jax.tree.map(jnp.copy, (bucket.state.step, bucket.state.shared))
-            state = _with_state(storage, state, index, OptState(rest[0], slots, rest[1]))
+            rest = jax.tree.map(jnp.copy, (jnp.asarray(part.count, jnp.int32), part.shared or {}))
+            state = _with_state(parts, state, index, OptState(rest[0], slots, rest[1]))
     return tx, params, state
 
 
 def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
     """Take parameters and state over, after both were checked."""
     storage.settle()
-    tree = storage.tree()
+    parts, tree = storage.parts(), storage.tree()
     cells = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
     values = trees.leaves_like(params, tree, "params", "the optimizer's params")
     pairs = [(cell, value) for cell, value in zip(cells, values, strict=True) if cell is not None]
     for cell, value in pairs:
         trees.check_shape("value", storage.labels[cell], jnp.asarray(value), cell)
-    expected = jax.eval_shape(_transformation(storage, rule_of).init, params)
+    expected = jax.eval_shape(_transformation(parts, tree, rule_of).init, params)
     given, wanted = jax.tree.structure(state), jax.tree.structure(expected)
     if given != wanted:  # type: ignore[operator]
         raise ValueError(
@@ -55,51 +83,51 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
         )
     for cell, value in pairs:
         cell.value = value
-    for index, bucket in enumerate(storage.buckets):
-        if bucket.times:
-            new = _state_of(storage, state, index)
-            slots: list[dict[str, Any]] = [{} for _ in bucket.params]
+    for index, part in enumerate(parts):
+        if part.times:
+            new = _state_of(parts, state, index)
+            slots: list[dict[str, Any]] = [{} for _ in part.params]
             for name, slot_tree in new.slots.items():
-                has_it = [i for i in _in_tree_order(storage, bucket) if name in _slot_names(storage, bucket, i)]
+                has_it = [i for i in _in_tree_order(tree, part) if name in _slot_names(part, i)]
                 for i, leaf in zip(has_it, jax.tree.leaves(slot_tree), strict=True):
                     slots[i][name] = leaf
-            bucket.load(storage.rule_for(bucket), new.step, slots, new.shared)
+            storage.load_part(part, new.step, slots, new.shared)
 
 
-def _transformation(storage: Storage, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:
-    """The rule of the only bucket, or a partition of the tree into all of them."""
-    if any(bucket.times > 1 for bucket in storage.buckets):
+def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:
+    """The rule of the only part, or a partition of the tree into all of them."""
+    if any(part.times > 1 for part in parts):
         raise ValueError("A parameter stands twice in its group, which the pure face has no form for.")
-    if len(storage.buckets) == 1:
-        return transformation(rule_of(storage.buckets[0]))
+    if len(parts) == 1:
+        return transformation(rule_of(parts[0]))
     kinds = {
-        str(index): transformation(rule_of(bucket)) if bucket.times else optax.set_to_zero()
-        for index, bucket in enumerate(storage.buckets)
+        str(index): transformation(rule_of(part)) if part.times else optax.set_to_zero()
+        for index, part in enumerate(parts)
     }
-    where = {param: str(index) for index, bucket in enumerate(storage.buckets) for param in bucket.params}
-    return optax.partition(kinds, jax.tree.map(where.__getitem__, storage.tree()))
+    where = {param: str(index) for index, part in enumerate(parts) for param in part.params}
+    return optax.partition(kinds, jax.tree.map(where.__getitem__, tree))
 
 
-def _state_of(storage: Storage, state: Any, index: int) -> OptState:
-    """The state of one bucket within the state of the transformation."""
-    return state if len(storage.buckets) == 1 else state.inner_states[str(index)].inner_state
+def _state_of(parts: Sequence[Part], state: Any, index: int) -> OptState:
+    """The state of one part within the state of the transformation."""
+    return state if len(parts) == 1 else state.inner_states[str(index)].inner_state
 
 
-def _with_state(storage: Storage, state: Any, index: int, new: OptState) -> Any:
-    """The state of the transformation with that of one bucket replaced."""
-    if len(storage.buckets) == 1:
+def _with_state(parts: Sequence[Part], state: Any, index: int, new: OptState) -> Any:
+    """The state of the transformation with that of one part replaced."""
+    if len(parts) == 1:
         return new
     inner = state.inner_states[str(index)]._replace(inner_state=new)
     return state._replace(inner_states=state.inner_states | {str(index): inner})
 
 
-def _in_tree_order(storage: Storage, bucket: Bucket) -> list[int]:
-    """The indices of the bucket's parameters in the order of the leaves of the user's tree."""
-    place: dict[Parameter, int] = {param: index for index, param in enumerate(bucket.params)}
-    return [place[leaf] for leaf in jax.tree.leaves(storage.tree()) if leaf in place]
+def _in_tree_order(tree: Any, part: Part) -> list[int]:
+    """The indices of a part's parameters in the order of the leaves of the user's tree."""
+    place: dict[Parameter, int] = {param: index for index, param in enumerate(part.params)}
+    return [place[leaf] for leaf in jax.tree.leaves(tree) if leaf in place]
 
 
-def _slot_names(storage: Storage, bucket: Bucket, index: int) -> set[str]:
+def _slot_names(part: Part, index: int) -> set[str]:
     """The slots that one parameter has."""
-    slots = abstract_slots(storage.rule_for(bucket), bucket.params[index].struct)
+    slots = abstract_slots(part.rule, part.params[index].struct)
     return {name for name, slot in slots.items() if slot is not None}

@@ -9,6 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from jaxoptim.core.tracing import refuse_tracing
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ids = itertools.count()
@@ -109,6 +111,7 @@ def hooked(step: F) -> F:
         self = args[0]
         if self._stepping:  # super().step() within a step fires no hooks again
             return step(*args, **kwargs)
+        refuse_tracing(f"{type(self).__name__}.{step.__name__}", "take the pure form that to_functional() gives")
         self._stepping = self._opt_called = True
         try:
             for before in (*_before_every_step.values(), *self._step_pre_hooks.values()):

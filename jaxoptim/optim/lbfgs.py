@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,18 @@ import numpy as np
 from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.core.loss import Loss
 from jaxoptim.core.numerics import is_complex
-from jaxoptim.optim import program, state_checks
-from jaxoptim.optim.bucket import Bucket, Contents
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.layout import Layout
+from jaxoptim.engine.numbers import Numbers
+from jaxoptim.optim import state_checks
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.state_dicts import Transfer
 from jaxoptim.optim.storage import Group, Storage
+from jaxoptim.optim.whole import Whole, WholeStorage
 
 _HISTORY = ("old_dirs", "old_stps", "ro")
 _ENTRIES = ("func_evals", "n_iter", "al", "d", "t", *_HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
@@ -30,33 +34,37 @@ _VECTORS = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 """The entries with a number for each of the parameters."""
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
+@functools.partial(jax.jit, static_argnames=("layout", "loss"), donate_argnames="contents")
 def _minimize(
-    plan: program.Plan,
-    packed: program.Rules,
-    contents: Any,
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
+    layout: Layout,
+    numbers: Numbers,
+    contents: tuple[Contents, ...],
+    loss: Loss,
     args: tuple[Any, ...],
 ) -> tuple[Any, Any]:
     """One step, line search included; the auxiliary output is that of the first evaluation."""
-    (rule, *_), (content, *others) = packed.each(), contents
-    values, state = content.values, content.state
+    (rule, *_), (first, *others) = numbers.each(), contents
+    values, state = first.cells[0]
+    held = [value for of in others for value in of.cells[0][0].values()]
 
     def loss_of(x: jax.Array) -> Any:
-        return loss_fn(plan.tree([unflatten(x, values), *(other.values for other in others)]), *args)
+        return loss.function(layout.tree([*unflatten(x, values).values(), *held]), *args)
 
     x = flatten(values)
-    if has_aux:
-        (loss, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
-        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (loss, slope))
-        result = loss, aux
+    if loss.has_aux:
+        (value, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
+        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (value, slope))
+        result = value, aux
     else:
         result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
-    return result, (Contents(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
+    return result, (_kept(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
 
 
-class FlatBucket(Bucket):
+def _kept(values: Any, state: Any) -> Contents:
+    return Contents(None, [(values, state)])
+
+
+class Flat(Whole):
     """Parameters that are updated as one vector."""
 
     def start(self, rule: Any) -> None:
@@ -68,33 +76,20 @@ class FlatBucket(Bucket):
         self.state = OptState(jnp.asarray(count, jnp.int32), {}, shared)
 
 
-class FlatStorage(Storage):
+class FlatStorage(WholeStorage):
     """The parameters of the only group as one vector, whose state torch files under the first of them."""
-
-    _minimize = staticmethod(_minimize)
 
     def check_param(self, rule: Any, name: str, param: Parameter) -> None:
         """Accept all: a vector is made of any parameters."""
 
-    def _packs(self, rule: Any) -> bool:
-        """Never: in torch's state, the vector is in the order of the parameters."""
-        return False
-
-    def _past(self, param: Parameter, rule: Any) -> None:
-        """The same for all parameters: they are always updated together."""
-
-    def has_state(self, param: Parameter) -> bool:
-        """Whether ``state`` has an entry for the parameter: only the first has."""
-        return bool(self.state_of(param))
-
     def state_of(self, param: Parameter) -> dict[str, Any]:
         """The state by torch's names, a new dict; empty for all but the first parameter."""
-        if param in self._loose:
-            return dict(self._loose[param])
-        if not self.buckets or param is not self.buckets[0].params[0] or self.buckets[0].state is None:
+        if param in self._edited:
+            return dict(self._edited[param])
+        if not self.wholes or param is not self.wholes[0].params[0] or self.wholes[0].state is None:
             return {}
-        rule: Any = self.rule_for(self.buckets[0])
-        shared = self.buckets[0].state.shared
+        rule: Any = self.rule_for(self.wholes[0])
+        shared = self.wholes[0].state.shared
         counts = {name: int(shared[name]) for name in ("func_evals", "n_iter")}
         if not counts["n_iter"]:  # the first gradient was below the tolerance
             return counts if counts["func_evals"] else {}
@@ -102,23 +97,19 @@ class FlatStorage(Storage):
         state = {**shared, **rule.history(shared), **counts, **scratch, "prev_loss": float(shared["prev_loss"])}
         return {name: state[name] for name in _ENTRIES if name in state}
 
-    def states(self) -> dict[Parameter, dict[str, Any]]:
-        """The state, under the first parameter."""
-        return {param: self.state_of(param) for param in self.known() if self.has_state(param)}
-
-    def _bucket(self, group: Group, rule: Any, times: int, packed: bool, params: list[Parameter]) -> Bucket:
-        """The bucket of all parameters: as it was, or a new one with the state that was assigned."""
-        old = self.buckets[0] if self.buckets else None
+    def _whole(self, group: Group, rule: Any, times: int, params: list[Parameter]) -> Whole:
+        """All parameters: as they were, or with the state that was assigned."""
+        old = self.wholes[0] if self.wholes else None
         if times > 1:
             raise ValueError("LBFGS takes each parameter once, but one stands twice in its group.")
-        if old is not None and old.params == tuple(params) and not self._loose:
+        if old is not None and old.params == tuple(params) and not self._edited:
             old.group = group
             return old
         state = self.state_of(params[0]) if times else {}
-        bucket = FlatBucket(group, [self.labels[param] for param in params], params, times, packed)
+        whole = Flat(group, [self.labels[param] for param in params], params, times)
         if state:
-            bucket.load(rule, 0, [], _loaded(rule, _init(rule, bucket.values), state))
-        return bucket
+            whole.load(rule, 0, [], _loaded(rule, _init(rule, whole.values), state))
+        return whole
 
     def advance(self, grads: Any) -> None:
         """Refuse: one gradient is not enough."""
@@ -127,23 +118,35 @@ class FlatStorage(Storage):
             "Call step(closure) with a function that sets the gradients and returns the loss, or minimize(loss_fn)."
         )
 
+    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
+        """One step with all of its evaluations, in one compiled call."""
+        self.settle()
+        with self._started():
+            result, new = _minimize(self.layout, self.numbers, self.taken(), loss, args)
+            for whole, contents in zip(self.wholes, new, strict=True):
+                whole.contents = contents
+        return result
+
     def search(self, closure: Callable[[], Any]) -> Any:
         """One step with evaluations by a function that sets gradients; as before if it raises."""
         self.settle()
-        bucket = self.buckets[0]
-        with self._started(self.buckets):
-            before, losses = bucket.contents, list[Any]()
-            try:
-                search = _begin(self._packed_rules, before)
-                while not losses or not bool(search.done):
-                    losses.append(closure())
-                    grads = {name: param.grad for name, param in zip(bucket.labels, bucket.params, strict=True)}
-                    search, values = _observe(self._packed_rules, search, before.values, losses[-1], grads)
-                    bucket.replace(Contents(values, before.state))
-                bucket.replace(_finish(self._packed_rules, search, before))
-            except BaseException:
-                bucket.replace(before)
-                raise
+        whole, losses = self.wholes[0], list[Any]()
+        is_new = whole.state is None
+        self.start()
+        before = whole.contents
+        try:
+            search = _begin(self.numbers, before)
+            while not losses or not bool(search.done):
+                losses.append(closure())
+                grads = {name: param.grad for name, param in zip(whole.labels, whole.params, strict=True)}
+                search, values = _observe(self.numbers, search, before.cells[0][0], losses[-1], grads)
+                whole.contents = _kept(values, before.cells[0][1])
+            whole.contents = _finish(self.numbers, search, before)
+        except BaseException:
+            whole.contents = before
+            if is_new:
+                whole.state = None
+            raise
         return losses[0]
 
 
@@ -166,7 +169,7 @@ class LBFGS(Optimizer):
     """
 
     rule = rules.LBFGS
-    storage_class = FlatStorage
+    storage_class: ClassVar[type[Storage]] = FlatStorage
     _storage: FlatStorage
 
     def __init__(
@@ -286,27 +289,29 @@ _init = jax.jit(lambda rule, values: rule.init(flatten(values)))
 
 
 @jax.jit
-def _begin(packed: program.Rules, contents: Any) -> Any:
+def _begin(numbers: Numbers, contents: Any) -> Any:
     """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
-    (rule,) = packed.each()
-    return rule.start(contents.state.shared, flatten(contents.values))
+    (rule, *_) = numbers.each()
+    values, state = contents.cells[0]
+    return rule.start(state.shared, flatten(values))
 
 
 @functools.partial(jax.jit, donate_argnames="search")
-def _observe(packed: program.Rules, search: Any, like: Any, loss: Any, grads: Any) -> tuple[Any, Any]:
+def _observe(numbers: Numbers, search: Any, like: Any, loss: Any, grads: Any) -> tuple[Any, Any]:
     """The search after an evaluation, and the values to evaluate next."""
-    (rule,) = packed.each()
+    (rule, *_) = numbers.each()
     grads = type(like)((name, grads[name]) for name in like)
     search = rule.observe(search, loss, flatten_like(grads, like))
     return search, unflatten(search.point, like)
 
 
 @jax.jit
-def _finish(packed: program.Rules, search: Any, before: Any) -> Contents:
+def _finish(numbers: Numbers, search: Any, before: Any) -> Contents:
     """The values and the state at the end of a step."""
-    (rule,) = packed.each()
+    (rule, *_) = numbers.each()
     _, x, shared = rule.finish(search)
-    return Contents(unflatten(x, before.values), OptState(before.state.step + 1, {}, shared))
+    values, state = before.cells[0]
+    return _kept(unflatten(x, values), OptState(state.step + 1, {}, shared))
 
 
 def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:

@@ -11,14 +11,13 @@ import optax
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
+from jaxoptim.core.loss import Loss, LossFunctions
 from jaxoptim.optim import functional, state_checks, state_dicts, subclass
-from jaxoptim.optim.bucket import Bucket
 from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 from jaxoptim.optim.parameter import zeros_like
-from jaxoptim.optim.program import LossFunctions
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Storage
 
@@ -141,8 +140,7 @@ class Optimizer(Hooked):
         A list of group dicts gives a list with one tree for each group, an iterable of parameters the list of
         their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group.
         """
-        for bucket in self._storage.buckets:
-            bucket.read_all()
+        self._storage.read_all()
         return jax.tree.map(lambda param: param.value, self._storage.tree())
 
     @property
@@ -293,15 +291,15 @@ class Optimizer(Hooked):
         """
         self._loss_functions.check(loss_fn)
         args = trees.owned_arrays(args)
-        return self._update(lambda: self._storage.minimize(loss_fn, has_aux, args))
+        return self._update(lambda: self._storage.minimize(Loss(loss_fn, has_aux), args))
 
     def _update(self, run: Callable[[], Any]) -> Any:
         """Make one update; the place for what a class does to its options at each."""
         return run()
 
-    def _pure_rule(self, bucket: Bucket) -> Rule:
+    def _pure_rule(self, part: functional.Part) -> Rule:
         """The rule with which the pure face goes on from here."""
-        return self._storage.rule_for(bucket)
+        return part.rule
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import owned
 from jaxoptim.core.numerics import strong
-
-if TYPE_CHECKING:
-    from jaxoptim.optim.bucket import Cells
+from jaxoptim.engine.records import Keeper
 
 
 class Parameter:
@@ -46,13 +44,24 @@ class Parameter:
         [0.8, -1.6]
     """
 
-    __slots__ = ("__weakref__", "_cells", "_grad", "_index", "_value", "dct_dim", "dtype", "name", "shape", "subsample")
+    __slots__ = (
+        "__weakref__",
+        "_grad",
+        "_index",
+        "_keeper",
+        "_value",
+        "dct_dim",
+        "dtype",
+        "name",
+        "shape",
+        "subsample",
+    )
 
     def __init__(self, value: Any, name: str | None = None) -> None:
         self.name = name
         self._value: jax.Array | None = _copied(value, name)
         self._grad: Any = None
-        self._cells: Cells | None = None
+        self._keeper: Keeper | None = None
         self._index = 0
         self.shape: tuple[int, ...] = self._value.shape
         self.dtype = self._value.dtype
@@ -62,7 +71,7 @@ class Parameter:
     @property
     def value(self) -> jax.Array:
         """The current array."""
-        return self._cells.read(self._index) if self._value is None else self._value  # type: ignore[union-attr]
+        return self._keeper.read(self._index) if self._value is None else self._value  # type: ignore[union-attr]
 
     @value.setter
     def value(self, value: Any) -> None:
@@ -98,16 +107,16 @@ class Parameter:
         """Shape and dtype, for abstract evaluation."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
-    def enter(self, cells: Cells, index: int) -> None:
-        """Let an optimizer's cells keep the value from now on."""
+    def enter(self, keeper: Keeper, index: int) -> None:
+        """Let an optimizer keep the value from now on."""
         self.leave()
-        self._cells, self._index, self._value = cells, index, None
+        self._keeper, self._index, self._value = keeper, index, None
 
     def leave(self) -> None:
-        """Tell the cells that keep the value that they no longer do; the caller puts it elsewhere."""
-        if self._cells is not None:
-            self._cells.outdated.add(self._index)
-            self._cells = None
+        """Tell whoever keeps the value that they no longer do; the caller puts it elsewhere."""
+        if self._keeper is not None:
+            self._keeper.outdated.add(self._index)
+            self._keeper = None
 
     def _described(self) -> str:
         return "a parameter" if self.name is None else repr(self.name)

@@ -13,21 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxoptim.core import OptState, Rule, trees
+from jaxoptim.core import OptState, Rule, check_gradient, step, trees
+from jaxoptim.core.loss import Loss, evaluated
 from jaxoptim.core.noise import check_key, is_key
 from jaxoptim.core.rule import assembled
-from jaxoptim.optim import program
-from jaxoptim.optim.bucket import Bucket, Contents
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.layout import Layout
+from jaxoptim.engine.numbers import Numbers
+from jaxoptim.optim.functional import Part
 from jaxoptim.optim.optimizer import Groups, Optimizer
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.program import Plan, Rules
 from jaxoptim.optim.storage import Group, Storage
+from jaxoptim.optim.whole import Whole, WholeStorage
 
 Common = tuple[jax.Array, dict[str, jax.Array]]
 """The count of steps of a group, and what its rule shares between the parameters."""
 
 
-class WholeGroup(Bucket):
+class WholeGroup(Whole):
     """All parameters of one group, which have one count of steps whether or not each has a gradient.
 
     The count and what the rule shares (its key, a thermostat, metrics) are entries of the group, where the user reads
@@ -39,7 +42,7 @@ class WholeGroup(Bucket):
     @property
     def state(self) -> OptState | None:
         """The state, None before it is made."""
-        state = self.contents.state
+        state = self.contents.cells[0][1]
         if state is None:
             return None
         step, shared = self.common()
@@ -50,7 +53,7 @@ class WholeGroup(Bucket):
         if state is not None:
             self.take((state.step, state.shared))
             state = state._replace(step=None, shared={})  # type: ignore[arg-type]
-        self.contents = Contents(self.values, state)
+        self.contents = Contents(None, [(self.values, state)])
 
     def common(self) -> Common:
         """What the group has now."""
@@ -73,10 +76,10 @@ class WholeGroup(Bucket):
         super().load(rule, count, slots, shared)
 
 
-class SamplerStorage(Storage):
+class SamplerStorage(WholeStorage):
     """Parameters of samplers: one bucket for each group."""
 
-    bucket_class = WholeGroup
+    whole_class = WholeGroup
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         super().__init__(rule, step_type, fixed)
@@ -89,45 +92,36 @@ class SamplerStorage(Storage):
         if not self.groups:
             return  # as torch
         self.settle()
-        with self._started(self.buckets):
-            new = _advance(self._plan, self._packed_rules, self._contents(), self._common(), grads, noise)
-            self._take_all(*new)
+        with self._started():
+            self._take_all(*_advance(self.layout, self.numbers, self.taken(), self._common(), grads, noise))
 
-    def minimize(self, loss_fn: Callable[..., Any], has_aux: bool, args: tuple[Any, ...]) -> Any:
+    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
         """The loss, and one update along its gradient, in one compiled call."""
         self.settle()
-        with self._started(self.buckets):
-            contents, common = self._contents(), self._common()
-            loss, new = _minimize(self._plan, self._packed_rules, contents, common, loss_fn, has_aux, args)
+        with self._started():
+            result, new = _minimize(self.layout, self.numbers, self.taken(), self._common(), loss, args)
             self._take_all(*new)
-        return loss
+        return result
 
-    def rule_for(self, bucket: Bucket) -> Rule:
-        """The rule that a bucket follows, its masks by the names of the parameters."""
-        return _by_name(super().rule_for(bucket), bucket.labels)
+    def rule_for(self, whole: Whole) -> Rule:
+        """The rule that a group follows, its masks by the names of the parameters."""
+        return _by_name(super().rule_for(whole), whole.labels)
 
     def _common(self) -> tuple[Common, ...]:
-        return tuple(bucket.common() for bucket in self.buckets)  # type: ignore[attr-defined]
+        return tuple(whole.common() for whole in self.wholes)  # type: ignore[attr-defined]
 
     def _take_all(self, contents: tuple[Contents, ...], common: tuple[Common, ...]) -> None:
-        self._take(contents)
-        for bucket, new in zip(self.buckets, common, strict=True):
-            bucket.take(new)  # type: ignore[attr-defined]
+        for whole, new, its in zip(self.wholes, contents, common, strict=True):
+            whole.contents = new
+            whole.take(its)  # type: ignore[attr-defined]
 
     def _option(self, group: Group, name: str) -> Any:
         """What a group says of a hyperparameter; a metric that has a value is switched on."""
         option = super()._option(group, name)
         return True if name in self._switches and isinstance(option, jax.Array) else option
 
-    def _packs(self, rule: Rule) -> bool:
-        return False
-
-    def _past(self, param: Parameter, rule: Rule) -> Any:
-        """The parameters of a group have one past: its count of steps."""
-        return 0
-
-    def _bucket(self, group: Group, rule: Rule, times: int, packed: bool, params: list[Parameter]) -> Bucket:
-        return super()._bucket(group, _by_name(rule, [self.labels[p] for p in params]), times, packed, params)
+    def _whole(self, group: Group, rule: Rule, times: int, params: list[Parameter]) -> Whole:
+        return super()._whole(group, _by_name(rule, [self.labels[p] for p in params]), times, params)
 
 
 def _by_name(rule: Any, names: Sequence[str]) -> Any:
@@ -153,52 +147,62 @@ def _by_name(rule: Any, names: Sequence[str]) -> Any:
     return assembled(type(rule), vars(rule) | {"optimize_over": OrderedDict(zip(names, leaves, strict=True))})
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="contents")
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="contents")
 def _advance(
-    plan: Plan, rules: Rules, contents: tuple[Contents, ...], common: tuple[Common, ...], grads: Any, noise: Any
-) -> Any:
-    """One step of all groups from trees of gradients and noise."""
-    whole = _whole(contents, common)
-    gradients = program.checked(plan, rules, whole, grads)
-    given: list[dict[str, Any]] = [{} for _ in whole]
-    if noise is not None:
-        given = [
-            {"noise": OrderedDict(zip(gradient, leaves, strict=True))}
-            for gradient, leaves in zip(gradients, plan.gradients(noise, "noise"), strict=True)
-        ]
-    return _parted(program.stepped(plan, rules, whole, gradients, given))
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "loss_fn", "has_aux"), donate_argnames="contents")
-def _minimize(
-    plan: Plan,
-    rules: Rules,
+    layout: Layout,
+    numbers: Numbers,
     contents: tuple[Contents, ...],
     common: tuple[Common, ...],
-    loss_fn: Callable[..., Any],
-    has_aux: bool,
+    grads: Any,
+    noise: Any,
+) -> Any:
+    """One step of all groups from trees of gradients and noise."""
+    rules = numbers.each()
+    gradients, drawn = layout.leaves(grads), None if noise is None else layout.leaves(noise, "noise")
+    for cell, rule in zip(layout.cells, rules, strict=True):
+        for member in cell.members:
+            if gradients[member] is not None:
+                struct = layout.structs[member]
+                gradients[member] = check_gradient(rule, struct.name, gradients[member], struct.like)
+    return _stepped(layout, rules, contents, common, gradients, drawn)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "loss"), donate_argnames="contents")
+def _minimize(
+    layout: Layout,
+    numbers: Numbers,
+    contents: tuple[Contents, ...],
+    common: tuple[Common, ...],
+    loss: Loss,
     args: tuple[Any, ...],
 ) -> Any:
     """The loss (and aux) at the current parameters, and one step of all groups along its gradient."""
-    whole = _whole(contents, common)
-    loss, grads = program.loss_and_gradients(plan, rules, whole, loss_fn, has_aux, args)
-    return loss, _parted(program.stepped(plan, rules, whole, grads))
+    values = [value for of in contents for value in of.cells[0][0].values()]
+    found = evaluated(loss, layout.tree(values), args)
+    new = _stepped(layout, numbers.each(), contents, common, layout.leaves(found.grads), None)
+    return (found.loss, found.aux) if loss.has_aux else found.loss, new
 
 
-def _whole(contents: Sequence[Contents], common: Sequence[Common]) -> list[Contents]:
-    """Contents with the state that the pure face knows."""
-    return [
-        Contents(of.values, of.state and of.state._replace(step=step, shared=shared))
-        for of, (step, shared) in zip(contents, common, strict=True)
-    ]
-
-
-def _parted(contents: Sequence[Contents]) -> Any:
-    """Contents without count and what is shared, and these."""
-    states = [of.state for of in contents]
-    common = [(state.step, state.shared) for state in states if state is not None]
-    bare = [state and state._replace(step=None, shared={}) for state in states]  # type: ignore[arg-type]
-    return tuple(Contents(of.values, state) for of, state in zip(contents, bare, strict=True)), tuple(common)
+def _stepped(
+    layout: Layout, rules: list[Any], contents: Sequence[Contents], common: Sequence[Common], grads: Any, noise: Any
+) -> Any:
+    """All groups after one step, and what the rule of each shares; those without any gradient as they were."""
+    new, shares = [], []
+    for cell, rule, of, (count, shared) in zip(layout.cells, rules, contents, common, strict=True):
+        values, bare = of.cells[0]
+        own = OrderedDict(zip(values, [grads[member] for member in cell.members], strict=True))
+        given = {}
+        if noise is not None:
+            given["noise"] = OrderedDict(zip(values, [noise[member] for member in cell.members], strict=True))
+        state = bare and bare._replace(step=count, shared=shared)
+        if jax.tree.leaves(own) and state is not None:
+            for _ in range(cell.times):
+                values, state = step(rule, values, own, state, **given)
+        if state is not None:
+            count, shared = state.step, state.shared
+        shares.append((count, shared))
+        new.append(Contents(None, [(values, state and state._replace(step=None, shared={}))]))
+    return tuple(new), tuple(shares)
 
 
 class Sampler(Optimizer):
@@ -292,12 +296,12 @@ class Sampler(Optimizer):
         self._update(lambda: self._storage.advance(grads, noise))  # type: ignore[call-arg]
         return loss
 
-    def _pure_rule(self, bucket: Bucket) -> Rule:
-        rule: Any = super()._pure_rule(bucket)
-        rule = rule.replace(key=bucket.group["key"])
+    def _pure_rule(self, part: Part) -> Rule:
+        rule: Any = super()._pure_rule(part)
+        rule = rule.replace(key=part.group["key"])
         if not isinstance(rule.optimize_over, OrderedDict):
             return rule
-        mask_of = dict(zip(bucket.params, rule.optimize_over.values(), strict=True))
+        mask_of = dict(zip(part.params, rule.optimize_over.values(), strict=True))
         tree = jax.tree.map(lambda param: mask_of.get(param, optax.MaskedNode()), self._storage.tree())
         return assembled(type(rule), vars(rule) | {"optimize_over": tree})
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxoptim.core import Rule, enabled
 from jaxoptim.core.numerics import is_complex
-from jaxoptim.optim.bucket import abstract_slots, slot_names
+from jaxoptim.engine.slots import abstract_slots, slot_names
 from jaxoptim.optim.subclass import TORCH_FLAGS
 
 if TYPE_CHECKING:

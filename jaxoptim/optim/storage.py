@@ -1,23 +1,26 @@
-"""Where an optimizer keeps its parameters and their state, and how it advances them."""
+"""What belongs to a torch-style optimizer: its groups, and the store that keeps their parameters."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import Rule, check_param, trees
+from jaxoptim.core.loss import Loss
 from jaxoptim.core.rule import Traced
-from jaxoptim.optim import program
-from jaxoptim.optim.bucket import Bucket, abstract_slots, slot_names
+from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
+from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import Group as Members
+from jaxoptim.engine.slabs import Slabs, View
+from jaxoptim.engine.store import State, Store
+from jaxoptim.optim.functional import Part
 from jaxoptim.optim.parameter import Parameter
 
 Group = dict[str, Any]
@@ -27,7 +30,7 @@ _MISSING = object()
 
 
 class Storage:
-    """Parameters in buckets that are updated together, rearranged when the user changes what belongs together.
+    """Groups of parameters as the user sees and edits them, over a :class:`~jaxoptim.engine.store.Store`.
 
     Args:
         rule: the class of the rule.
@@ -39,14 +42,8 @@ class Storage:
         forest: the trees of parameters as they were given.
         is_list: whether the user sees a list with one tree per group, or the one tree that was given.
         labels: a unique name for each parameter.
-        buckets: the parameters that are updated together.
         other_state: what the user filed under other keys than parameters.
     """
-
-    _minimize = staticmethod(program.minimize)
-    """The program of :meth:`minimize`."""
-    bucket_class: ClassVar[type[Bucket]] = Bucket
-    """What keeps the parameters that are updated together."""
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         self.rule, self.step_type, self.fixed = rule, step_type, fixed
@@ -55,17 +52,12 @@ class Storage:
         self.is_list = False
         self.other_state: dict[Any, Any] = {}
         self.labels: dict[Parameter, str] = {}
+        self.store = Store()
         self._fields = [field.name for field in dataclasses.fields(rule) if field.init]  # type: ignore[arg-type]
-        self._options: list[list[Any]] = []
-        self._rules: list[Rule] = []
-        self._seen: list[tuple[Group, list[Parameter]]] = []
-        self._strays: list[Parameter] = []
-        self.buckets: list[Bucket] = []
-        self._places: dict[Parameter, tuple[Bucket, int]] = {}
-        self._loose: dict[Parameter, dict[str, Any]] = {}
-        self._extras: dict[Parameter, dict[str, Any]] = {}
-        self._with_rows: set[Parameter] = set()
-        self._kinds: dict[Any, tuple[list[str], set[str]]] = {}
+        self._options: list[list[Any]] = []  # what the settings were made of
+        self._settings: list[TakenApart] = []  # one for each group
+        self._seen: list[tuple[Group, list[Parameter]]] = []  # what the slabs were made of
+        self._strays: list[Parameter] = []  # parameters that were only put into a group
 
     # What belongs to whom.
 
@@ -75,19 +67,22 @@ class Storage:
 
     def known(self) -> list[Parameter]:
         """All parameters that may have state: those of the groups, and others that were there before."""
-        return list(dict.fromkeys([*self.parameters(), *self._places, *self._loose]))
+        return list(dict.fromkeys([*self.parameters(), *self.store.known()]))
 
     def tree(self) -> Any:
         """The parameters in the structure that the user gave; a list at the end for those only put into a group."""
-        if self._groups_changed():
-            given = set(jax.tree.leaves(self.forest))
-            inside = set(self.parameters())
+        if self._is_loose() or self._groups_changed():
+            given, inside = set(jax.tree.leaves(self.forest)), set(self.parameters())
             self._strays = [
                 param for param in self.known() if param not in given and (param in inside or self.has_state(param))
             ]
         if self._strays:
             return [*self.forest, self._strays]
         return self.forest if self.is_list else self.forest[0]
+
+    def _is_loose(self) -> bool:
+        """Whether parameters may have come or gone since the last step."""
+        return self.store.slabs is None
 
     def own_gradients(self) -> Any:
         """The tree of each parameter's ``grad``, None where a parameter stands a second time."""
@@ -125,45 +120,41 @@ class Storage:
         """Raise for a parameter that the rule cannot update."""
         check_param(rule, name, param.struct)
 
+    def read_all(self) -> None:
+        """Read the values of all parameters, which is faster than one after the other."""
+        if self.store.slabs is not None:
+            self.store.slabs.read_all()
+
     # State by parameter.
 
     def has_state(self, param: Parameter) -> bool:
         """Whether ``state`` has an entry for the parameter."""
-        if param in self._loose:
-            return bool(self._loose[param])
-        if param not in self._places:
-            return False
-        state = self._places[param][0].state
-        return (state is not None and (self.step_type is not None or bool(state.slots))) or param in self._extras
+        return bool(self.state_of(param))
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
         """The state of a parameter by torch's names, a new dict."""
-        if param in self._loose:
-            return dict(self._loose[param])
-        if not self.has_state(param):
-            return {}
-        bucket, index = self._places[param]
-        return self._count_of(bucket) | bucket.slots_of(index) | self._extras.get(param, {})
+        return self._as_shown(self.store.state_of(param), {})
 
     def states(self) -> dict[Parameter, dict[str, Any]]:
         """The state of all parameters that have some."""
-        states = {}
-        for bucket in self.buckets:
-            count = self._count_of(bucket)
-            for param, slots in zip(bucket.params, bucket.all_slots(), strict=True):
-                states[param] = count | slots | self._extras.get(param, {})
-        states |= self._loose
-        return {param: states[param] for param in self.known() if self.has_state(param)}
+        counts: dict[int, Any] = {}
+        states = {param: self._as_shown(state, counts) for param, state in self.store.states().items()}
+        return {param: states[param] for param in self.known() if states.get(param)}
 
-    def _count_of(self, bucket: Bucket) -> dict[str, Any]:
-        """The entry of torch's state for the count of steps, if it has one."""
-        if self.step_type is None or bucket.state is None:
-            return {}
-        return {"step": int(bucket.state.step) if self.step_type is int else bucket.state.step.astype(jnp.float32)}
+    def _as_shown(self, state: State, counts: dict[int, Any]) -> dict[str, Any]:
+        """The entries of torch's state, the count of steps first, if it has one."""
+        count, entries = state
+        if self.step_type is None or count == NOT_STARTED:
+            return dict(entries)
+        if self.step_type is int:
+            return {"step": count} | entries
+        if count not in counts:
+            counts[count] = jnp.asarray(count, jnp.float32)
+        return {"step": counts[count]} | entries
 
     def set_state(self, param: Parameter, state: dict[str, Any]) -> None:
         """Give a parameter another state, from the next step on."""
-        self._loose[param] = state
+        self.store.set_state(param, state)
 
     # A step.
 
@@ -172,207 +163,134 @@ class Storage:
         if not self.groups:
             return  # as torch
         self.settle()
-        if any(bucket.contents.has_state for bucket in self.buckets):
-            with contextlib.suppress(program.RegroupNeeded):
-                return self._take(program.advance(self._plan, self._packed_rules, self._contents(), grads))
-        with self._started(self._regroup(grads)):
-            self._take(program.advance(self._plan, self._packed_rules, self._contents(), grads))
+        self.store.advance(grads, self._freeze)
 
-    def minimize(self, loss_fn: Callable[..., Any], has_aux: bool, args: tuple[Any, ...]) -> Any:
+    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
         """The loss, and one update along its gradient, in one compiled call."""
-        self.settle()
-        with self._started(self.buckets):
-            loss, contents = self._minimize(self._plan, self._packed_rules, self._contents(), loss_fn, has_aux, args)
-            self._take(contents)
-        return loss
+        return self.slabs().minimize(loss, args)
 
     def start(self) -> None:
         """Make the state of all parameters now instead of at their first update."""
-        self.settle()
-        with self._started(self.buckets):
-            pass
+        self.slabs().start()
 
-    def _contents(self) -> tuple[Any, ...]:
-        """What the compiled programs take: ours alone, because they destroy it."""
-        for bucket in self.buckets:
-            bucket.keep_what_others_hold()
-        return tuple(bucket.contents for bucket in self.buckets)
+    # The pure face.
 
-    def _take(self, contents: tuple[Any, ...]) -> None:
-        for bucket, new in zip(self.buckets, contents, strict=True):
-            bucket.replace(new)
+    def parts(self) -> list[Part]:
+        """The parameters as the pure face has them: by group, and by the steps that they have made."""
+        groups, states = self.slabs().groups, self.store.states()
+        found: list[Part] = []
+        for at, members in enumerate(groups):
+            group = self.groups[at] if at < len(self.groups) else {}
+            kinds: dict[tuple[int, int], list[Parameter]] = {}
+            for param, times in zip(members.params, members.times, strict=True):
+                kinds.setdefault((times, states[param][0]), []).append(param)
+            for (times, count), params in kinds.items():
+                labels, slots = [self.labels[param] for param in params], [states[param][1] for param in params]
+                steps = None if count == NOT_STARTED else count
+                found.append(Part(group, members.apart.setting.rule, params, labels, times, steps, slots))
+        return found
 
-    @contextlib.contextmanager
-    def _started(self, buckets: list[Bucket]) -> Iterator[None]:
-        """Make the state of buckets that have none; they lose it again if what follows fails."""
-        new = [bucket for bucket in buckets if not bucket.contents.has_state and bucket.times]
-        try:
-            for bucket in new:
-                bucket.start(self.rule_for(bucket))
-            yield
-        except BaseException:
-            for bucket in new:
-                bucket.state = None
-            raise
+    def load_part(self, part: Part, count: Any, slots: Sequence[dict[str, Any]], shared: Any) -> None:
+        """Take state that was kept elsewhere."""
+        for param, own in zip(part.params, slots, strict=True):
+            self.store.load(param, int(count), own)
 
     # What the user has changed since the last step.
 
+    def slabs(self) -> Slabs:
+        """The arrays, up to date with groups, options, and assigned values."""
+        self.settle()
+        return self.store.slabs  # type: ignore[return-value]
+
     def settle(self) -> None:
-        """Bring buckets and rules up to date with groups, options, and assigned values."""
+        """Bring the store up to date with groups, options, and assigned values."""
+        self._check_groups()
+        self._settle_options()
+        if self._groups_changed():
+            self.store.thaw()
+        if self.store.slabs is None:
+            self._freeze()
+        self.store.slabs.update_outdated()  # type: ignore[union-attr]
+
+    def _check_groups(self) -> None:
+        """Raise if there is nothing to update."""
         if not self.groups:
             raise ValueError("The optimizer has no parameter groups left. Add one with add_param_group.")
-        self._settle_options()
-        if self._loose or self._groups_changed():
-            self._arrange()
-        for bucket in self.buckets:
-            if bucket.outdated:
-                bucket.update_outdated()
 
     def _groups_changed(self) -> bool:
-        """Whether the buckets were made of other groups or other parameters."""
+        """Whether the slabs were made of other groups or other parameters."""
         seen, groups = self._seen, self.groups
         return len(seen) != len(groups) or any(
             old is not new or params != new["params"] for (old, params), new in zip(seen, groups, strict=True)
         )
 
     def _settle_options(self) -> None:
-        """Make new rules if an option of a group has changed."""
+        """Make new settings if an option of a group has changed."""
         options = [[self._option(group, name) for name in self._fields] for group in self.groups]
         if _same(options, self._options):
             return
-        rules = [self.rule_of(group) for group in self.groups]
-        forms = [jax.tree.structure(rule) for rule in self._rules]
+        old = dict(enumerate(zip(self._options, self._settings, strict=True)))
+        settings = []
+        for at, (group, now) in enumerate(zip(self.groups, options, strict=True)):
+            before, setting = old.get(at, (None, None))
+            settings.append(self._setting_after(before, setting, now, group))
+        forms = [of.form for of in self._settings]
         self._options = [[copy.copy(x) if isinstance(x, list | np.ndarray) else x for x in of] for of in options]
-        self._rules = rules
-        if [jax.tree.structure(rule) for rule in rules] != forms:
-            self._seen = []  # a term came or went, and perhaps a slot with it
-        else:
-            self._number_rules()
+        self._settings = settings
+        self._changed(settings, [of.form for of in settings] == forms and all(of.is_numeric for of in settings))
 
-    def rule_for(self, bucket: Bucket) -> Rule:
-        """The rule that a bucket follows."""
-        return next(
-            (rule for rule, group in zip(self._rules, self.groups, strict=True) if group is bucket.group),
-            self._rules[0],  # parameters that the user took out of all groups are not updated by any
-        )
+    def _changed(self, settings: list[TakenApart], is_same_form: bool) -> None:
+        """Pass on new settings."""
+        if not is_same_form:
+            self.store.thaw()  # a term came or went, and perhaps a slot with it
+        elif self.store.slabs is not None:
+            outside = len(self.store.slabs.groups) - len(settings)
+            self.store.renumber([*settings, *settings[:1] * outside])
 
-    def _regroup(self, grads: Any) -> list[Bucket]:
-        """Split buckets of which only some have a gradient, and return those that do."""
-        given = dict(
-            pair
-            for bucket, leaves in zip(self.buckets, self._plan.gradients(grads), strict=True)
-            for pair in zip(bucket.params, leaves, strict=True)
-        )
-        self._with_rows |= {param for param, grad in given.items() if isinstance(grad, BCOO)}
-        self._arrange(given)
-        return [bucket for bucket in self.buckets if given[bucket.params[0]] is not None]
+    def _setting_after(self, before: Any, setting: TakenApart | None, now: list[Any], group: Group) -> TakenApart:
+        """The setting of a group, from what it was before."""
+        if setting is not None and _same(now, before):
+            return setting
+        if setting is not None:
+            changed = [at for at, (new, old) in enumerate(zip(now, before, strict=True)) if new is not old]
+            if len(changed) == 1 and type(now[changed[0]]) is float:
+                name = self._fields[changed[0]]
+                if name not in self.fixed and (new := setting.with_number(name, now[changed[0]])) is not None:
+                    return new
+        return self._setting(group)
 
-    def _arrange(self, grads: Mapping[Parameter, Any] | None = None) -> None:
-        """Put those parameters into one bucket that can be updated together."""
-        self.labels = self._labels()
-        inside = set(self.parameters())
-        outside = {"params": [param for param in self.labels if param not in inside]}
-        members: dict[Hashable, tuple[Group, Rule, int, bool, list[Parameter]]] = {}
-        for group, rule in [*zip(self.groups, self._rules, strict=True), (outside, self._rules[0])]:
-            for param, times in Counter(group["params"]).items():
-                times = 0 if group is outside else times
-                packed = self._packs(rule) and param not in self._with_rows
-                updated = grads is None or grads.get(param) is not None
-                key = (id(group), times, packed, updated, self._past(param, rule))
-                members.setdefault(key, (group, rule, times, packed, []))[-1].append(param)
-        self.buckets = [self._bucket(*entry) for entry in members.values()]
-        self._places = {param: (bucket, index) for bucket in self.buckets for index, param in enumerate(bucket.params)}
-        self._loose.clear()
-        self._seen = [(group, list(group["params"])) for group in self.groups]
-        self._number_rules()
-        self._plan = self._planned()
+    def _setting(self, group: Group) -> TakenApart:
+        return taken_apart(Setting(self.rule_of(group)))
 
-    def _packs(self, rule: Rule) -> bool:
-        """Whether small arrays may stand in one buffer."""
-        return rule.elementwise and rule.sparse != "required"
-
-    def _past(self, param: Parameter, rule: Rule) -> Hashable:
-        """What two parameters have in common if they have always been updated together; None before that."""
-        if param not in self._loose:
-            bucket = self._places[param][0] if param in self._places else None
-            return None if bucket is None or bucket.state is None else id(bucket)
-        names, scalars = self._slot_kinds(rule)
-        state = {name: slot for name, slot in self._loose[param].items() if slot is not None}
-        if "step" not in state and not state.keys() & set(names):
-            return None
-        if not rule.elementwise:
-            names = [name for name, slot in abstract_slots(rule, param.struct).items() if slot is not None]
-        numbers = [(name, float(state[name])) for name in names if name in scalars & state.keys()]
-        return (count_in(state), *numbers, *(name for name in names if name not in state))
-
-    def _slot_kinds(self, rule: Rule) -> tuple[list[str], set[str]]:
-        """The names of a rule's slots, and of those that are one number for each parameter."""
-        form = jax.tree.structure(rule)
-        if form not in self._kinds:
-            self._kinds[form] = slot_names(rule), _scalar_slots(rule)
-        return self._kinds[form]
-
-    def _bucket(self, group: Group, rule: Rule, times: int, packed: bool, params: list[Parameter]) -> Bucket:
-        """The bucket of some parameters: as it was, or a new one with their values and state."""
-        names = slot_names(rule)
-        old = self._places[params[0]][0] if params[0] in self._places else None
-        whole = old is not None and old.params == tuple(params) and (old.times, old.packed) == (times, packed)
-        awakened = any(self._extras.get(param, {}).keys() & set(names) for param in params)
-        if old is not None and whole and not awakened and not any(param in self._loose for param in params):
-            old.group = group
-            if old.state is not None and not old.state.slots.keys() >= set(names):
-                old.start(rule)
-                if self.step_type is None:  # what torch counts by the presence of the slot alone starts anew
-                    old.state = old.state._replace(step=jnp.zeros_like(old.state.step))
-            return old
-        has_past = self._past(params[0], rule) is not None
-        states = [self._loose.get(param) or self.state_of(param) for param in params]
-        count = None if old is None or old.state is None or params[0] in self._loose else old.state.step
-        bucket = self.bucket_class(group, [self.labels[param] for param in params], params, times, packed)
-        if has_past:
-            slots = [{name: x for name, x in s.items() if name in names and x is not None} for s in states]
-            bucket.load(rule, count_in(states[0]) if count is None else count, slots)
-        for param, state in zip(params, states, strict=True):
-            self._extras.pop(param, None)
-            if extras := {name: x for name, x in state.items() if name not in (*names, "step")}:
-                self._extras[param] = extras
-        return bucket
-
-    def _number_rules(self) -> None:
-        self._packed_rules = program.Rules([self.rule_for(bucket) for bucket in self.buckets])
-
-    def _planned(self) -> program.Plan:
-        """The way from the tree that the user sees to the buckets."""
-        leaves = self._leaves()
-        order = {param: position for position, param in enumerate(dict.fromkeys(leaves))}
-        return program.Plan(
-            jax.tree.structure(self.tree()),
-            [self.labels[param] for param in leaves],
-            [order[param] for param in leaves],
-            [(tuple(order[p] for p in bucket.params), bucket.times, bucket.packed) for bucket in self.buckets],
-        )
-
-    def _leaves(self) -> list[Parameter]:
-        return jax.tree.leaves(self.tree())
-
-    def _labels(self) -> dict[Parameter, str]:
-        """A unique name for each parameter: its own, or its path where others have that name too."""
+    def _freeze(self) -> None:
+        """Put the parameters of the groups into slabs."""
         tree = self.tree()
-        leaves = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
-        paths = {leaf: path for path, leaf in zip(trees.names(tree), leaves, strict=True) if leaf is not None}
-        shared = Counter(param.name for param in paths)
-        taken: Counter[str] = Counter()
-        labels = {}
-        for param, path in paths.items():
-            name = path if param.name is None or shared[param.name] > 1 else param.name
-            taken[name] += 1
-            labels[param] = name if taken[name] == 1 else f"{name} ({taken[name]})"
-        return labels
+        leaves, treedef = jax.tree.flatten(tree)
+        self.labels = labelled(tree)
+        members = []
+        for group, setting in zip(self.groups, self._settings, strict=True):
+            times: Counter[Parameter] = Counter(group["params"])
+            members.append(Members(setting, tuple(times), tuple(times.values()), self.step_type is not None))
+        inside = {param for of in members for param in of.params}
+        outside = tuple(param for param in self.labels if param not in inside)
+        if outside:  # taken out of all groups, and updated by none
+            members.append(Members(self._settings[0], outside, (0,) * len(outside), self.step_type is not None))
+        self.store.freeze(members, self.labels, View(treedef, tuple(leaves)))
+        self._seen = [(group, list(group["params"])) for group in self.groups]
 
 
-def count_in(state: dict[str, Any]) -> int:
-    """The steps that a parameter's state has seen; state without a count is past its first step."""
-    return int(np.max(state.get("step", 1)))  # DCTAdam counts for each number
+def labelled(tree: Any) -> dict[Parameter, str]:
+    """A unique name for each parameter: its own, or its path where others have that name too."""
+    leaves = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
+    paths = {leaf: path for path, leaf in zip(trees.names(tree), leaves, strict=True) if leaf is not None}
+    shared = Counter(param.name for param in paths)
+    taken: Counter[str] = Counter()
+    labels = {}
+    for param, path in paths.items():
+        name = path if param.name is None or shared[param.name] > 1 else param.name
+        taken[name] += 1
+        labels[param] = name if taken[name] == 1 else f"{name} ({taken[name]})"
+    return labels
 
 
 def _plain(x: Any) -> Any:
@@ -380,13 +298,7 @@ def _plain(x: Any) -> Any:
     return x.item() if isinstance(x, np.ndarray) and x.size == 1 else x
 
 
-def _scalar_slots(rule: Rule) -> set[str]:
-    """The slots of a rule that are one number for each parameter."""
-    slots = abstract_slots(rule, jax.ShapeDtypeStruct((2, 2), jnp.float32))
-    return {name for name, slot in slots.items() if slot is not None and slot.shape == ()}
-
-
-def _same(options: list[list[Any]], others: list[list[Any]]) -> bool:
+def _same(options: Any, others: Any) -> bool:
     """Whether no option has changed; arrays that are not the same object count as changed."""
     try:
         return options == others

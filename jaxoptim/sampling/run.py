@@ -16,10 +16,10 @@ import optax
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.noise import check_key
 from jaxoptim.core.numerics import as_jax, strong
 from jaxoptim.core.rule import assembled
-from jaxoptim.optim.program import LossFunctions
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.batches import check_batch_size, size_of
 from jaxoptim.sampling.chain import Plan, Schedule

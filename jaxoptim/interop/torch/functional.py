@@ -54,9 +54,9 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
     _, _, state = optimizer.to_functional()
     if not isinstance(state, OptState):
         counts = {
-            label: "none" if bucket.state is None else int(bucket.state.step)
-            for bucket in optimizer._storage.buckets
-            for label in bucket.labels
+            label: "none" if part.count is None else int(part.count)
+            for part in optimizer._storage.parts()
+            for label in part.labels
         }
         raise ValueError(
             "One OptState has one count of steps, but the parameters were updated a different number of times: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import as_jax
+from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.optimizer import Optimizer
 
 Number = float | jax.Array
@@ -75,6 +77,17 @@ def warn(message: str, depth: int = 3) -> None:
     warnings.warn(message, UserWarning, stacklevel=depth)
 
 
+def _outside_traces(step: Callable[..., None]) -> Callable[..., None]:
+    """A method that moves a scheduler on, refused in compiled functions."""
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
+        step(self, *args, **kwargs)
+
+    return wrapper
+
+
 class LRScheduler:
     r"""The base of the schedulers: what ``torch.optim.lr_scheduler.LRScheduler`` is.
 
@@ -119,6 +132,8 @@ class LRScheduler:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "step" in vars(cls):
+            cls.step = _outside_traces(vars(cls)["step"])  # type: ignore[method-assign]
         if "get_lr" in vars(cls) and "_continues" not in vars(cls):
             cls._continues = True
 
@@ -252,6 +267,7 @@ class LRScheduler:
             f"{type(self).__name__} has no get_lr. Define it to return the rate of each group at self.last_epoch."
         )
 
+    @_outside_traces
     def step(self, epoch: Any = None) -> None:
         """Go to the next epoch; to be called after the optimizer's step.
 

@@ -146,7 +146,7 @@ class SequentialLR(_Composite):
         if sched is not None and not hasattr(sched, "_schedulers") and hasattr(sched, "last_epoch"):
             sched.last_epoch -= 1
 
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Go to the next epoch; to be called after the optimizer's step."""
         with self._all_or_nothing():
             self.last_epoch += 1
@@ -206,7 +206,7 @@ class ChainedScheduler(_Composite):
         self.optimizer = optimizer
         self._last_lr = values(optimizer, "lr")
 
-    def step(self) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Step every scheduler; to be called after the optimizer's step."""
         with self._all_or_nothing():
             for scheduler in self._schedulers:

@@ -103,7 +103,7 @@ class ReduceLROnPlateau(LRScheduler):
         """Whether metrics are passed over."""
         return self.cooldown_counter > 0
 
-    def step(self, metrics: SupportsFloat, epoch: Any = None) -> None:  # type: ignore[override]
+    def step(self, metrics: SupportsFloat, epoch: Any = None) -> None:
         """Take one more metric.
 
         Args:

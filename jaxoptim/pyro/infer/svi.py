@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
@@ -208,6 +209,7 @@ class SVI:
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
         """What a call needs; nothing is changed until :meth:`_commit`."""
+        refuse_tracing("A step of SVI", "use differentiable_loss, which is pure")
         arguments = Arguments(args, kwargs)
         program = self._programs.get(arguments.program)
         plan = _Plan(self.key, arguments, dict(self.params), self._sites, self.mutable_state)

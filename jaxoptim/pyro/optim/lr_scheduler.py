@@ -98,6 +98,16 @@ class PyroLRScheduler(PyroOptim):
         for name in self._waiting:
             self._late.setdefault(name, []).append((args, kwargs))
 
+    def _meet(self, params: list[Parameter]) -> Callable[[], None]:
+        before = dict(self._schedulers)
+        undo_others = super()._meet(params)
+
+        def undo() -> None:
+            undo_others()
+            self._schedulers = before
+
+        return undo
+
     def _optimizer(self, name: str, param: Parameter) -> Optimizer:
         optimizer = super()._optimizer(name, param)
         options = dict(self.kwargs)

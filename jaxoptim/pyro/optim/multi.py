@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import optax
 
 from jaxoptim import rules
-from jaxoptim.core import Hyperparameters, init, transformation
+from jaxoptim.core import Hyperparameters, init, step, transformation
+from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
+from jaxoptim.engine.numbers import Numbers
 from jaxoptim.optim.optimizer import Optimizer
-from jaxoptim.optim.program import Rules
 from jaxoptim.pyro.optim import parts as steps
-from jaxoptim.pyro.optim.evaluation import Evaluation, Loss
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
 from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, differentiated, values_of
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
 from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
 from jaxoptim.pyro.optim.parts import Owned, Part
-from jaxoptim.pyro.optim.together import advanced
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 
@@ -69,7 +68,7 @@ class PyroMultiOptimizer(Compiled):
             state = init(setting.rule, value) if state is None else state
             grad: Any = evaluation.grads[name]
             grad = rows_of(grad) if setting.rule.sparse == "required" else grad
-            new[name], _ = advanced(setting, value, grad, state)
+            new[name], _ = step(setting.rule, value, setting.clip.clipped(grad), state)
         return new
 
     def _keeper(self) -> Any:
@@ -179,8 +178,8 @@ class Newton(Compiled):
 
     def _open(self, params: Params) -> Part:
         radii = self._radii({name: param.struct for name, param in params.items()})
-        bucket = self._owned.taken(params, lambda values: None)
-        return Part(steps.NewtonProgram(tuple(params)), Rules([radii]), bucket.contents, self._owned.put)
+        whole = self._owned.taken(params, lambda values: None)
+        return Part(steps.NewtonProgram(tuple(params)), Numbers([radii]), whole.taken(), self._owned.put)
 
     def _radii(self, params: Any) -> dict[str, Any]:
         """The radii; raises for parameters that Newton's method cannot take, and for radii of others."""

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
+from jaxoptim.core.loss import Evaluation, Loss, LossFunctions, Values, evaluated
 from jaxoptim.core.numerics import strong
+from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.program import LossFunctions
 from jaxoptim.pyro.optim import parts as steps
-from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, Values, evaluated
 from jaxoptim.pyro.optim.parts import Part
 
 Params = Mapping[str, Parameter]
@@ -93,6 +93,7 @@ class MultiOptimizer:
             ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not
             a scalar, and for a parameter whose name is not its key; what ``loss_fn`` raises. Nothing is changed then.
         """
+        refuse_tracing(f"{type(self).__name__}.step", "use its get_step, which is pure")
         # Made here and not by a constructor, which a user's class need not call.
         vars(self).setdefault("_loss_functions", LossFunctions("step", _CALL)).check(loss_fn)
         return self._step(Loss(loss_fn, has_aux), checked(params), trees.owned_arrays(args), skip_nonfinite)

@@ -15,17 +15,18 @@ import numpy as np
 
 from jaxoptim import checkpoint
 from jaxoptim.core import OptState, bound
+from jaxoptim.core.clipping import Clip
+from jaxoptim.core.loss import all_finite
+from jaxoptim.core.tracing import refuse_tracing
+from jaxoptim.engine.numbers import Setting
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed, takes_two
-from jaxoptim.pyro.optim.clipping import Clip
-from jaxoptim.pyro.optim.evaluation import all_finite
 from jaxoptim.pyro.optim.files import loaded
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.pyro.optim.member import Member
-from jaxoptim.pyro.optim.together import Setting
 
 OptimArgs = Mapping[str, Any] | Callable[..., dict[str, Any]]
 """Options for all parameters, or a function that makes those of one from its name."""
@@ -146,7 +147,7 @@ class PyroOptim:
 
         Args:
             params: parameters with names. One whose ``grad`` is None is left as it is. A new parameter under a known
-                name continues what that name has begun.
+                name begins afresh, as in Pyro: another fit.
 
         Errors:
             ``TypeError`` for what is no parameter; ``ValueError`` for a parameter without a name, for two of one
@@ -155,6 +156,7 @@ class PyroOptim:
         Example:
             See :class:`PyroOptim`.
         """
+        _refuse_tracing(self)
         params = params if isinstance(params, list) else listed(params)
         try:
             grads = [param.grad for param in params]
@@ -185,6 +187,7 @@ class PyroOptim:
             >>> optimizer.update({"loc": jnp.array(1.0)}, {"loc": jnp.array(3.0)})
             {'loc': Array(-0.5, dtype=float32)}
         """
+        _refuse_tracing(self)
         grads = checked_update(params, grads)
         known = {name: self._joint.members[name].param for name in params if name in self._joint.members}
         cells = [known.get(name) or Parameter(value, name) for name, value in params.items()]
@@ -255,27 +258,33 @@ class PyroOptim:
                 )
         if len(seen) != len(params):
             raise ValueError("A parameter stands twice in the list. Give each once.")
-        members, new = self._joint.members, list[Member]()
+        joint, members = self._joint, self._joint.members
+        joint.let_go()
+        new, old = list[Member](), list[Member]()
         for name, param in seen.items():
             if name in members:
                 check_same(members[name].param, param.shape, param.dtype)
-            else:
+                if members[name].param is param:
+                    continue
+                old.append(members[name])
+            asked = self._asked.pop(name, None)
+            try:
                 new.append(self._member(name, param))
+            except BaseException:
+                if asked is not None:
+                    self._asked[name] = asked
+                raise
         consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
         for member in new:
-            self._joint.add(member)
-        others = [(members[name], param) for name, param in seen.items() if members[name].param is not param]
-        moved = [(member, member.param, param) for member, param in others]
-        for member, _, param in moved:
-            member.move_to(param)
+            joint.add(member)
         self._set_met(params)
 
         def undo() -> None:
             for member in new:
-                self._joint.remove(member.name)
+                joint.remove(member.name)
                 self._asked.pop(member.name, None)
-            for member, old, _ in moved:
-                member.move_to(old)
+            for member in old:
+                joint.add(member)
             self._waiting |= consumed
             self._set_met([])
 
@@ -327,7 +336,7 @@ class PyroOptim:
             optimizer = self._optimizer(name, param)
             if name in self._waiting:
                 self._load(name, optimizer, self._waiting[name])
-            return Member(self._joint, param, optimizer, self._ask(name)[1])
+            return Member(self._joint.store, param, optimizer, self._ask(name)[1], self._joint.written)
         except BaseException:
             self._asked.pop(name, None)  # asked for again next time
             raise
@@ -441,6 +450,10 @@ class PyroOptim:
     def __setstate__(self, state: dict[str, Any]) -> None:
         PyroOptim.__init__(self, state["pt_optim_constructor"], state["pt_optim_args"], state["pt_clip_args"])
         self._waiting = state["state"]
+
+
+def _refuse_tracing(optimizer: PyroOptim) -> None:
+    refuse_tracing(f"A step of {type(optimizer).__name__}", "use jaxoptim.transformation(optimizer)")
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,11 +14,14 @@ import optax
 from jaxoptim.core import Hyperparameters, Rule, transformation, trees
 from jaxoptim.core import step as step_of_rule
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.loss import Evaluation, Loss, all_finite, evaluated
 from jaxoptim.core.sparse import rows_of
-from jaxoptim.optim.bucket import Bucket, Contents, Static
+from jaxoptim.engine import programs
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.numbers import Numbers
+from jaxoptim.engine.static import Static
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.optim.program import Rules
-from jaxoptim.pyro.optim.evaluation import Evaluation, Loss, all_finite, evaluated
+from jaxoptim.optim.whole import Whole
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.rules.newton import hessian, solve
 
@@ -28,7 +32,7 @@ class Program(Static):
     second_order = False
     """Whether the step needs second derivatives."""
 
-    def values(self, contents: Any) -> dict[str, jax.Array]:
+    def values(self, data: Any, contents: Any) -> dict[str, jax.Array]:
         """The values of its parameters by name."""
         raise NotImplementedError
 
@@ -46,6 +50,7 @@ class Part(NamedTuple):
         contents: values and state, which the step destroys.
         close: takes the new ones.
         undo: takes back what was done for a step that fails.
+        skipped: takes back what was done for a step that is skipped, None if that is nothing.
     """
 
     program: Program
@@ -53,6 +58,7 @@ class Part(NamedTuple):
     contents: Any
     close: Callable[[Any], None]
     undo: Callable[[], None] = lambda: None
+    skipped: Callable[[], None] | None = None
 
 
 def make_step(
@@ -70,18 +76,22 @@ def make_step(
     Returns:
         The loss, or ``(loss, aux)``.
     """
-    programs = tuple(part.program for part in parts)
+    steps = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
     with Uninterrupted():
-        result, new = _step(programs, loss, skip_nonfinite, data, contents, held, args, _true())
+        result, new = _step(steps, loss, skip_nonfinite, data, contents, held, args, _true())
         for part, its in zip(parts, new, strict=True):
             part.close(its)
+    skipped = [part.skipped for part in parts if part.skipped is not None]
+    if skip_nonfinite and skipped and not bool(jnp.isfinite(result[0] if loss.has_aux else result)):
+        for take_back in skipped:
+            take_back()
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("programs", "loss_fn", "skip_nonfinite"), donate_argnames="contents")
+@functools.partial(jax.jit, static_argnames=("steps", "loss_fn", "skip_nonfinite"), donate_argnames="contents")
 def _step(
-    programs: tuple[Program, ...],
+    steps: tuple[Program, ...],
     loss_fn: Loss,
     skip_nonfinite: bool,
     data: tuple[Any, ...],
@@ -91,16 +101,17 @@ def _step(
     always: jax.Array,
 ) -> tuple[Any, tuple[Any, ...]]:
     values = dict(held)
-    for program, its in zip(programs, contents, strict=True):
-        values.update(program.values(its))
-    if any(program.second_order for program in programs):
+    own = [program.values(numbers, its) for program, numbers, its in zip(steps, data, contents, strict=True)]
+    for its in own:
+        values.update(its)
+    if any(program.second_order for program in steps):
         evaluation = evaluated(loss_fn, values, args, True)
     else:
         evaluation = _evaluated_apart(loss_fn, values, args, always)
     loss, aux, grads = evaluation.loss, evaluation.aux, evaluation.grads
     new = tuple(
-        program.advanced(numbers, its, evaluation.of(program.values(its)))
-        for program, numbers, its in zip(programs, data, contents, strict=True)
+        program.advanced(numbers, its, evaluation.of(names))
+        for program, numbers, its, names in zip(steps, data, contents, own, strict=True)
     )
     if skip_nonfinite:
         taken = all_finite((loss, grads))
@@ -138,79 +149,104 @@ def _evaluated_apart(loss_fn: Loss, values: dict[str, jax.Array], args: Any, alw
 class JointProgram(Program):
     """The parameters of a ``PyroOptim``."""
 
-    def values(self, contents: Any) -> dict[str, jax.Array]:
+    def values(self, data: Any, contents: Any) -> dict[str, jax.Array]:
         """Those that take part."""
-        plan, names = self.content
-        values = plan.values(contents)
-        return {name: values[name] for name in names}
+        layout, _, names = self.content
+        _, offsets, _ = data
+        values = programs.values_of(layout, contents, offsets)
+        found = {struct.name: value for struct, value in zip(layout.structs, values, strict=True)}
+        return {name: found[name] for name in names}
 
     def advanced(self, data: Any, contents: Any, evaluation: Evaluation) -> Any:
-        """As :func:`jaxoptim.pyro.optim.together.advance`."""
-        plan, _ = self.content
-        settings, masks = data
-        every, grads = plan.values(contents), []
-        for (names, _), setting in zip(plan.content, settings.each(), strict=True):
-            for name in names:
-                grad = evaluation.grads.get(name, jnp.zeros_like(every[name]))
-                grads.append(rows_of(grad) if setting.rule.sparse == "required" else grad)
-        return plan.advanced(settings, contents, grads, masks)
+        """As :func:`jaxoptim.engine.programs.stepped`."""
+        layout, even, _ = self.content
+        numbers, _, mask = data
+        grads = [
+            evaluation.grads.get(struct.name, jnp.zeros(struct.shape, struct.dtype) if is_row else None)
+            for struct, is_row in zip(layout.structs, layout.are_rows, strict=True)
+        ]
+        grads = programs.in_rows(layout, numbers, grads)
+        return programs.stepped(layout, even, numbers, contents, grads, mask)
 
 
 def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None]) -> Part:
     """The share of parameters that are updated together."""
-    joint.settle()
-    selection = joint.select(names)
-    data = (joint.rules(selection), selection.masks)
-    close = functools.partial(joint.put, selection)
-    return Part(JointProgram(selection.plan, names), data, joint.take(selection), close, undo)
+    params = [joint.members[name].param for name in names]
+    back, new = joint.fade(params), list[int]()
+
+    def undo_all() -> None:
+        if new:
+            joint.store.units[0].lose(new)
+        if back is not None:
+            back()
+        undo()
+
+    try:
+        joint.settle(together=True)
+        (slabs,) = joint.store.units
+        mask, started = slabs.opened(params)
+        new.extend(started)
+    except BaseException:
+        undo_all()
+        raise
+    program = JointProgram(slabs.layout, slabs.is_even and mask is None, names)
+    return Part(program, (slabs.numbers, slabs.offsets, mask), slabs.taken(), slabs.replace, undo_all, back)
 
 
 class Owned:
     """Parameters as a dict of values, and a state of any kind: where optimizers keep them that see all at once."""
 
     def __init__(self) -> None:
-        self._bucket: Bucket | None = None
+        self._whole: Whole | None = None
 
-    def taken(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Bucket:
-        """Values and state of these parameters and of all before; state that is lacking is made by ``init``."""
-        bucket = self._bucket
-        every = dict(params) if bucket is None else dict(zip(bucket.labels, bucket.params, strict=True)) | dict(params)
-        if bucket is None or bucket.params != tuple(every.values()):
-            old = None if bucket is None else bucket.state
+    def taken(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Whole:
+        """Values and state of these parameters and of all before; state that is lacking is made by ``init``.
+
+        Other parameters under known names are another fit, which begins afresh.
+        """
+        whole = self._whole
+        if whole is not None:
+            known = dict(zip(whole.labels, whole.params, strict=True))
+            if any(known.get(name, param) is not param for name, param in params.items()):
+                for param in whole.params:
+                    param.value = param.value
+                whole = None
+        every = dict(params) if whole is None else dict(zip(whole.labels, whole.params, strict=True)) | dict(params)
+        if whole is None or whole.params != tuple(every.values()):
+            old = None if whole is None else whole.state
             state: Any = grown(old, init({name: param.value for name, param in every.items()}))
-            bucket = self._bucket = Bucket({}, list(every), list(every.values()), 1, packed=False)
-            bucket.state = state
-        if bucket.outdated:
-            bucket.update_outdated()
-        bucket.keep_what_others_hold()
-        return bucket
+            whole = self._whole = Whole({}, list(every), list(every.values()), 1)
+            whole.state = state
+        if whole.outdated:
+            whole.update_outdated()
+        return whole
 
     def put(self, contents: Contents) -> None:
         """Put in what a step has returned."""
-        if self._bucket is not None:
-            self._bucket.replace(contents)
+        if self._whole is not None:
+            self._whole.contents = contents
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise for values that do not go with the state."""
-        for param in () if self._bucket is None else self._bucket.params:
+        for param in () if self._whole is None else self._whole.params:
             if (name := str(param.name)) in values:
                 trees.check_shape("value", name, values[name], param)
 
     def __getstate__(self) -> dict[str, Any]:
-        bucket = self._bucket
-        return {"kept": None if bucket is None else (bucket.labels, bucket.params, bucket.state)}
+        whole = self._whole
+        return {"kept": None if whole is None else (whole.labels, whole.params, whole.state)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._bucket = None
+        self._whole = None
         if state["kept"] is not None:
             labels, params, kept = state["kept"]
-            self._bucket = Bucket({}, labels, params, 1, packed=False)
-            self._bucket.state = kept
+            self._whole = Whole({}, labels, params, 1)
+            self._whole.state = kept
 
     @property
     def state(self) -> Any:
         """The state; None before the first step."""
-        return None if self._bucket is None else self._bucket.state
+        return None if self._whole is None else self._whole.state
 
 
 def grown(old: Any, fresh: Any) -> Any:
@@ -225,9 +261,10 @@ def grown(old: Any, fresh: Any) -> Any:
 class OwnedProgram(Program):
     """Some of the parameters that an :class:`Owned` has."""
 
-    def values(self, contents: Any) -> dict[str, jax.Array]:
+    def values(self, data: Any, contents: Any) -> dict[str, jax.Array]:
         """Those that take part."""
-        return {name: contents.values[name] for name in self.content[0]}
+        values, _ = contents.cells[0]
+        return {name: values[name] for name in self.content[0]}
 
 
 class TransformationProgram(OwnedProgram):
@@ -236,8 +273,9 @@ class TransformationProgram(OwnedProgram):
     def advanced(self, data: Any, contents: Any, evaluation: Evaluation) -> Any:
         """One update; a rule of one array makes the exact step."""
         _, tx = self.content
-        new, state = updated(tx if data is None else data.each()[0], evaluation, contents.values, contents.state)
-        return Contents(type(contents.values)((name, new[name]) for name in contents.values), state)
+        values, state = contents.cells[0]
+        new, state = updated(tx if data is None else data.each()[0], evaluation, values, state)
+        return Contents(None, [(OrderedDict((name, new[name]) for name in values), state)])
 
 
 def updated(
@@ -272,9 +310,9 @@ def transformation_part(owned: Owned, optimizer: Any, params: Mapping[str, Param
     """The share of a transformation or a rule."""
     is_rule = isinstance(optimizer, Hyperparameters)
     tx = transformation(optimizer) if is_rule else optimizer
-    bucket = owned.taken(params, tx.init)
-    data = Rules([optimizer]) if is_rule else None
-    return Part(TransformationProgram(tuple(params), None if is_rule else tx), data, bucket.contents, owned.put)
+    whole = owned.taken(params, tx.init)
+    data = Numbers([optimizer]) if is_rule else None
+    return Part(TransformationProgram(tuple(params), None if is_rule else tx), data, whole.taken(), owned.put)
 
 
 class NewtonProgram(OwnedProgram):
@@ -285,7 +323,8 @@ class NewtonProgram(OwnedProgram):
     def advanced(self, data: Any, contents: Any, evaluation: Evaluation) -> Any:
         """See :func:`newton_steps`."""
         (radii,) = data.each()
-        return Contents(type(contents.values)(contents.values, **newton_steps(evaluation, radii)), None)
+        values, _ = contents.cells[0]
+        return Contents(None, [(OrderedDict(values, **newton_steps(evaluation, radii)), None)])
 
 
 def newton_steps(evaluation: Evaluation, radii: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxoptim.core.loss import Loss, all_finite
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
-from jaxoptim.pyro.optim.evaluation import Loss, all_finite
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, values_of
 
 
@@ -70,8 +70,10 @@ class TorchStyle(MultiOptimizer):
             self._optimizer = self._given if isinstance(self._given, Optimizer) else self._make(params)
         own = {str(param.name): param for param in self._optimizer._storage.parameters()}
         given = isinstance(self._given, Optimizer)
-        if not given and isinstance(self._optimizer, LBFGS) and params.keys() - own.keys():
-            self._optimizer = self._make(params)  # its history is of another vector
+        is_another_fit = any(own.get(name, param) is not param for name, param in params.items())
+        is_longer = isinstance(self._optimizer, LBFGS) and bool(params.keys() - own.keys())
+        if not given and (is_another_fit or is_longer):  # whose history is of another vector
+            self._optimizer = self._make(params)
             return self._optimizer
         for name, param in params.items():
             if name not in own:
@@ -82,8 +84,6 @@ class TorchStyle(MultiOptimizer):
                     )
                 self._optimizer.add_param_group({"params": {name: param}})
             elif own[name] is not param and isinstance(params, dict):
-                if not given:
-                    own[name].value = param.value
                 params[name] = own[name]
         return self._optimizer
 

@@ -12,6 +12,7 @@ import optax
 
 from jaxoptim import rules
 from jaxoptim.core import init, transformation, update
+from jaxoptim.engine.numbers import Setting
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
 from jaxoptim.pyro.optim.multi import (
@@ -22,7 +23,6 @@ from jaxoptim.pyro.optim.multi import (
     TransformationMultiOptimizer,
 )
 from jaxoptim.pyro.optim.optim import PyroOptim
-from jaxoptim.pyro.optim.together import Setting
 
 
 @transformation.register

@@ -1,8 +1,9 @@
-"""A loss of named parameters, evaluated once with the derivatives that a step asks for."""
+"""A loss, evaluated once with the derivatives that a step asks for."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class Loss(NamedTuple):
 
     def both(self, values: Values, args: Sequence[Any]) -> tuple[Any, Any]:
         """The loss and the auxiliary output, None if there is none."""
-        result = self.function(dict(values), *args)
+        result = self.function(values, *args)
         return result if self.has_aux else (result, None)
 
     def value(self, values: Values, args: Sequence[Any]) -> Any:
@@ -33,7 +34,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss_of: the loss at any values.
-        values: the old values by name.
+        values: the old values, by name if parts of them are asked for.
         loss: the loss there.
         aux: what the loss function returns besides.
         grads: its gradients by name, in torch's and optax's convention for complex parameters.
@@ -41,10 +42,10 @@ class Evaluation(NamedTuple):
     """
 
     loss_of: Callable[[Values], Any]
-    values: dict[str, jax.Array]
+    values: Any
     loss: jax.Array
     aux: Any
-    grads: dict[str, jax.Array]
+    grads: Any
     push: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None
 
     def push_of(self, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -68,22 +69,35 @@ class Evaluation(NamedTuple):
         )
 
 
-def evaluated(loss_fn: Loss, values: dict[str, jax.Array], args: Sequence[Any], second: bool) -> Evaluation:
+class NotAScalar(ValueError, TypeError):
+    """A loss is an array of numbers: a wrong value to some of our parents, a wrong type to JAX."""
+
+
+def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = False) -> Evaluation:
     """Evaluate a loss and its gradient once, and linearize the gradient if second derivatives are asked for.
+
+    Args:
+        loss_fn: the loss.
+        values: a tree of arrays; a dict by name, if a part of it is to be asked for.
+        args: what else the loss takes.
+        second: whether second derivatives are asked for (default False).
+
+    Returns:
+        The evaluation.
 
     Errors:
         ``ValueError`` for a loss that is not a scalar, ``TypeError`` for one that is not real.
     """
 
-    def repeated(values: dict[str, jax.Array]) -> tuple[Any, Any]:
+    def repeated(values: Any) -> tuple[Any, Any]:
         loss, aux = loss_fn.both(values, args)
         if jnp.shape(loss) != ():
-            raise ValueError(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
+            raise NotAScalar(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise TypeError(f"Expected loss to be a real number, actual dtype {jnp.result_type(loss)}.")
         return loss, (loss, aux)
 
-    def gradient(values: dict[str, jax.Array]) -> tuple[Any, Any]:
+    def gradient(values: Any) -> tuple[Any, Any]:
         (_, outputs), grads = jax.value_and_grad(repeated, has_aux=True)(values)
         return grads, outputs
 
@@ -99,3 +113,36 @@ def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a tree is finite."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+class LossFunctions:
+    """The last loss functions of one optimizer, each of which has its compiled program.
+
+    Args:
+        method: the name of the method that they are given to.
+        call: how to call it.
+    """
+
+    def __init__(self, method: str, call: str) -> None:
+        self._method, self._call = method, call
+        self._known: list[Any] = []
+
+    def check(self, loss_fn: Callable[..., Any]) -> None:
+        """Raise for a function that cannot name a program, warn about one that is made anew at each call."""
+        try:
+            hash(loss_fn)
+        except TypeError:
+            raise TypeError(
+                f"{self._method} compiles once for each loss function and so must hash it, but "
+                f"{type(loss_fn).__name__} is not hashable. Wrap it in a function, and pass arrays as arguments."
+            ) from None
+        code = getattr(loss_fn, "__code__", None)
+        if code is None or any(known is loss_fn for known in self._known):
+            return
+        if sum(known.__code__ is code for known in self._known) == 3:
+            warnings.warn(
+                f"{self._method} got a new function {loss_fn.__name__!r} at each of four calls, and compiles every "
+                f"one. Define it once, and pass what changes as arguments: {self._call}.",
+                stacklevel=4,
+            )
+        self._known = [*self._known, loss_fn][-8:]

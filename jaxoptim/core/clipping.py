@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import Hyperparameters, OptionalNonNegative, rule, sparse
+from jaxoptim.core import sparse
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype
+from jaxoptim.core.rule import Hyperparameters, OptionalNonNegative, rule
 
 
 @rule
@@ -30,7 +31,7 @@ class Clip(Hyperparameters):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxoptim.pyro.optim.clipping import Clip
+        >>> from jaxoptim.core.clipping import Clip
         >>> clipped = Clip(clip_norm=1.0, clip_value=0.7).clipped(jnp.array([3.0, 4.0]))
         >>> [round(x, 3) for x in clipped.tolist()]
         [0.6, 0.7]
@@ -39,24 +40,35 @@ class Clip(Hyperparameters):
     clip_norm: OptionalNonNegative = None
     clip_value: OptionalNonNegative = None
 
+    @property
+    def is_off(self) -> bool:
+        """Whether gradients pass as they are."""
+        return self.clip_norm is None and self.clip_value is None
+
     def clipped(self, grad: Any) -> Any:
         """The gradient within the bounds, in its dtype; the rows of a sparse one are summed first."""
-        if self.clip_norm is None and self.clip_value is None:
+        if self.is_off:
             return grad
         if isinstance(grad, BCOO):
             rows, values = sparse.distinct_rows(grad)
-            return BCOO((self._clipped(values), rows[:, None]), shape=grad.shape)
-        return self._clipped(grad)
+            return BCOO((self.bounded(values, squares(values)), rows[:, None]), shape=grad.shape)
+        return self.bounded(grad, squares(grad))
 
-    def _clipped(self, grad: jax.Array) -> jax.Array:
+    def bounded(self, grad: jax.Array, square: jax.Array) -> jax.Array:
+        """A gradient, or a part of one, within the bounds; ``square`` is the squared norm of the whole."""
         given = grad.dtype
         grad = grad.astype(computing_dtype(given))
         clip = self.cast(real_dtype(grad.dtype))
         if clip.clip_norm is not None:
-            norm = jnp.sqrt(jnp.sum((grad * grad.conj()).real))
-            grad = grad * jnp.minimum(1, clip.clip_norm / (norm + 1e-6))
+            grad = grad * jnp.minimum(1, clip.clip_norm / (jnp.sqrt(square) + 1e-6))
         if clip.clip_value is not None:
             if is_complex(grad):
                 raise TypeError("clip_value bounds real numbers, but the gradient is complex. Use clip_norm.")
             grad = jnp.clip(grad, -clip.clip_value, clip.clip_value)
         return grad.astype(given)
+
+
+def squares(grad: jax.Array, axis: int | None = None) -> jax.Array:
+    """The sum of the squared absolute values, in float32 at least."""
+    grad = grad.astype(computing_dtype(grad.dtype))
+    return jnp.sum((grad * grad.conj()).real, axis)

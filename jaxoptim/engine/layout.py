@@ -1,0 +1,185 @@
+"""Which rows of which slab are whose: the static half of a store's arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import Rule, trees
+from jaxoptim.core.packing import join, split
+from jaxoptim.engine.static import Static
+
+WIDTHS = (8, 16, 32, 64, 128)
+"""Lengths of rows for parameters of many sizes."""
+_ROW_COST, _NARROW_COST = 16, 4
+"""What a row costs besides its numbers, and what a row of one number costs, in numbers of a wide row."""
+
+
+class Struct(NamedTuple):
+    """A parameter as compiled programs know it.
+
+    Attributes:
+        name: in messages.
+        shape: of its value.
+        dtype: of its value, by name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def like(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype for abstract evaluation."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+
+class Cell(NamedTuple):
+    """Parameters that are updated by one run of their rule: the rows of a slab, or a single array.
+
+    Attributes:
+        number: its place among the cells.
+        members: the numbers of the parameters in the layout.
+        row: the shape of a row of the slab; None for a single array that is kept as it is.
+        groups: for each of the parameters which of the groups of the cell it belongs to.
+        times: how often one step updates them.
+    """
+
+    number: int
+    members: tuple[int, ...]
+    row: tuple[int, ...] | None
+    groups: tuple[int, ...]
+    times: int = 1
+
+    @property
+    def is_slab(self) -> bool:
+        """Whether the parameters are rows of a matrix."""
+        return self.row is not None
+
+    @property
+    def width(self) -> int:
+        """The numbers in a row."""
+        return math.prod(self.row or ())
+
+
+class Layout(Static):
+    """How parameters, in the structure that a user sees, are spread over cells.
+
+    Args:
+        treedef: the structure of the tree that the user sees.
+        order: the number of the parameter at each of its leaves; one parameter may stand at several.
+        structs: the parameters.
+        cells: where they are kept.
+    """
+
+    def __init__(self, treedef: Any, order: Sequence[int], structs: Sequence[Struct], cells: Sequence[Cell]) -> None:
+        super().__init__(treedef, tuple(order), tuple(structs), tuple(cells))
+        self.treedef, self.order, self.structs, self.cells = self.content
+        self.places = {member: (cell, at) for cell in self.cells for at, member in enumerate(cell.members)}
+        self.rows = [
+            [-(-self.structs[member].size // cell.width) for member in cell.members] if cell.is_slab else []
+            for cell in self.cells
+        ]
+        """For each slab the number of rows of each parameter; what follows knows slabs by their number too."""
+
+    @functools.cached_property
+    def are_rows(self) -> list[bool]:
+        """Which parameters are rows of a slab."""
+        return [self.places[index][0].is_slab for index in range(len(self.structs))]
+
+    def tree(self, values: Sequence[Any]) -> Any:
+        """The tree of the values of all parameters."""
+        return jax.tree.unflatten(self.treedef, [values[number] for number in self.order])
+
+    def leaves(self, tree: Any, what: str = "grads") -> list[Any]:
+        """What a tree has for each parameter, None included; of one that stands at several places the sum."""
+        like = jax.tree.unflatten(self.treedef, [self.structs[number].name for number in self.order])
+        wanted = jax.tree.leaves(like, is_leaf=trees.is_leaf)
+        given = zip(trees.leaves_like(tree, like, what), wanted, strict=True)
+        leaves = [leaf for leaf, name in given if name is not None]
+        found: list[Any] = [None] * len(self.structs)
+        for number, leaf in zip(self.order, leaves, strict=True):
+            other = found[number]
+            found[number] = leaf if other is None else other if leaf is None else other + leaf
+        return found
+
+    # Slabs. All of their arrays are flat.
+
+    @functools.cached_property
+    def owners(self) -> list[np.ndarray]:
+        """For each slab the parameter of each row, by its place in the cell."""
+        return [np.repeat(np.arange(len(rows)), rows).astype(np.int32) for rows in self.rows]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """For each slab the number of its elements."""
+        return [sum(rows) * cell.width for rows, cell in zip(self.rows, self.cells, strict=True)]
+
+    @functools.cached_property
+    def first_rows(self) -> list[list[int]]:
+        """For each slab the first row of each parameter."""
+        return [[0, *np.cumsum(rows[:-1]).tolist()] for rows in self.rows]
+
+    def joined(self, cell: Cell, arrays: Sequence[jax.Array]) -> jax.Array:
+        """Arrays of all parameters of a slab as one flat array."""
+        parts = []
+        for x, member, rows in zip(arrays, cell.members, self.rows[cell.number], strict=True):
+            parts.append(x.reshape(-1))
+            if padding := rows * cell.width - self.structs[member].size:
+                parts.append(jnp.zeros(padding, x.dtype))
+        return join(parts)
+
+    def parted(self, cell: Cell, flat: jax.Array, offsets: Sequence[Any] | None) -> list[jax.Array]:
+        """The arrays of all parameters of a slab.
+
+        Args:
+            cell: the slab.
+            flat: its values.
+            offsets: where each begins, as traced numbers (default None: they are fixed in the program). On CPUs every
+                slice at a fixed offset is a kernel that is compiled by itself, which takes longer than all the rest;
+                slices at traced offsets are the same kernel for all arrays of one shape.
+        """
+        shapes = [self.structs[member].shape for member in cell.members]
+        if offsets is not None:
+            return [
+                jax.lax.dynamic_slice(flat, (offset,), (math.prod(shape),)).reshape(shape)
+                for offset, shape in zip(offsets, shapes, strict=True)
+            ]
+        sizes = []
+        for member, rows in zip(cell.members, self.rows[cell.number], strict=True):
+            size = self.structs[member].size
+            padding = rows * cell.width - size
+            sizes += [size, padding] if padding else [size]
+        pieces, arrays = iter(split(flat, sizes)), []
+        for shape, rows in zip(shapes, self.rows[cell.number], strict=True):
+            arrays.append(next(pieces).reshape(shape))
+            if rows * cell.width - math.prod(shape):
+                next(pieces)
+        return arrays
+
+
+def row_shape(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a row for parameters of these shapes that is cheapest; theirs, if the rule looks at shapes."""
+    if not rule.elementwise:
+        return shapes[0]
+    sizes = Counter(math.prod(shape) for shape in shapes)
+    candidates = [1, *WIDTHS, *(size for size, _ in sizes.most_common(4))]
+
+    def cost(width: int) -> int:
+        rows = sum(-(-size // width) * times for size, times in sizes.items())
+        return rows * (_NARROW_COST if width == 1 else max(width, 8) + _ROW_COST)
+
+    best = min(candidates, key=cost)
+    return () if best == 1 else (best,)

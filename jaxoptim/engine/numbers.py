@@ -1,0 +1,135 @@
+"""The numbers of all rules as one array."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import Rule
+from jaxoptim.core.clipping import Clip
+from jaxoptim.core.rule import Numeric, assembled
+from jaxoptim.engine.static import Static
+
+
+class Setting(NamedTuple):
+    """What the parameters of a group follow: their rule, and how their gradients are clipped. A pytree of numbers."""
+
+    rule: Rule
+    clip: Clip = Clip()
+
+
+class TakenApart(NamedTuple):
+    """A setting as its structure and its leaves.
+
+    Attributes:
+        setting: the whole.
+        form: the structure, which decides what is compiled.
+        leaves: the numbers as floats; anything else as it is.
+        is_numeric: whether all leaves are numbers, so that the settings of many groups can stand in one vector each.
+    """
+
+    setting: Setting
+    form: Any
+    leaves: list[Any]
+    is_numeric: bool
+
+    def with_number(self, name: str, value: float) -> TakenApart | None:
+        """The setting with another number for one hyperparameter; None where more than a number may change.
+
+        Errors:
+            What the rule says of numbers that are wrong together.
+        """
+        rule = self.setting.rule
+        place, spec = _places(self.form, type(rule)).get(name), rule.specs.get(name)
+        if place is None or not isinstance(spec, Numeric) or spec.decay or spec.zero_is_off:
+            return None
+        if not spec.admits(value):
+            return None  # making the rule tells
+        rule = assembled(type(rule), vars(rule) | {name: value})
+        rule.check()
+        leaves = [*self.leaves[:place], value, *self.leaves[place + 1 :]]
+        return self._replace(setting=self.setting._replace(rule=rule), leaves=leaves)
+
+
+@functools.lru_cache(maxsize=256)
+def _places(form: Any, kind: type[Rule]) -> dict[str, int]:
+    """Which leaf of a setting is which hyperparameter of its rule, for those of one leaf."""
+    paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(form, range(form.num_leaves)))[0]
+    return {path[1].name: leaf for path, leaf in paths if len(path) == 2 and path[0].name == "rule"}
+
+
+def taken_apart(setting: Setting) -> TakenApart:
+    """The structure and the leaves of a setting."""
+    leaves, form = jax.tree.flatten(setting)
+    leaves = [float(np.asarray(x).item()) if _is_number(x) else x for x in leaves]
+    return TakenApart(setting, form, leaves, all(isinstance(x, float) for x in leaves))
+
+
+def together(settings: Sequence[TakenApart]) -> Any:
+    """The settings of several groups as one whose leaves are vectors over the groups; of a single one, as it is."""
+    first = settings[0]
+    if len(settings) == 1:
+        return jax.tree.unflatten(first.form, first.leaves)
+    columns = np.array([of.leaves for of in settings], np.float64).reshape(len(settings), -1)
+    return jax.tree.unflatten(first.form, list(columns.T))
+
+
+@jax.tree_util.register_pytree_node_class
+class Numbers:
+    """Settings, or other pytrees of numbers, as one array.
+
+    Args:
+        trees: pytrees whose leaves are numbers, NumPy arrays of numbers, and other arrays.
+
+    Each scalar that crosses into a compiled call costs as much as a small array, so all of them go as one,
+    which stays on the device until a number changes.
+    """
+
+    def __init__(self, trees: Sequence[Any]) -> None:
+        leaves, treedef = jax.tree.flatten(list(trees))
+        shapes = tuple(_shape_of_numbers(leaf) for leaf in leaves)
+        numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
+        # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
+        self._numbers: Any = jnp.asarray(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))
+        self._arrays = [x for x, shape in zip(leaves, shapes, strict=True) if shape is None]
+        self._form = Static(treedef, shapes)
+
+    def each(self) -> list[Any]:
+        """The trees, each with its numbers."""
+        treedef, shapes = self._form.content
+        leaves, arrays, position = [], iter(self._arrays), 0
+        for shape in shapes:
+            size = math.prod(shape or ())
+            leaves.append(next(arrays) if shape is None else self._numbers[position : position + size].reshape(shape))
+            position += 0 if shape is None else size
+        return jax.tree.unflatten(treedef, leaves)
+
+    def tree_flatten(self) -> tuple[Any, Static]:
+        """The arrays, and how trees are made of them."""
+        return (self._numbers, *self._arrays), self._form
+
+    @classmethod
+    def tree_unflatten(cls, form: Static, children: Any) -> Numbers:
+        """The trees of other arrays."""
+        new = object.__new__(cls)
+        new._form, (new._numbers, *new._arrays) = form, children
+        return new
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and x.size == 1 and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _shape_of_numbers(x: Any) -> tuple[int, ...] | None:
+    """The shape in which a leaf comes out of the array of numbers; None for what stays by itself."""
+    if isinstance(x, float):
+        return ()
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    return x.shape if isinstance(x, np.ndarray) else () if x.size == 1 else None

@@ -1,0 +1,149 @@
+"""Parameters one by one: the form in which a store's arrays are edited."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxoptim.core import as_jax, init, trees
+from jaxoptim.core.numerics import placed_like
+from jaxoptim.engine.numbers import TakenApart
+from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.slots import abstract_slots, slot_names
+
+COUNT = "step"
+"""The name of the count of steps in the state of a parameter."""
+
+
+class Keeper(Protocol):
+    """What keeps the values of parameters."""
+
+    outdated: set[int]
+
+    def read(self, index: int) -> Any:
+        """The value of one parameter."""
+
+
+class Variable(Protocol):
+    """A parameter, as far as a store knows it."""
+
+    name: str | None
+    value: Any
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def enter(self, keeper: Keeper, index: int) -> None:
+        """Let a keeper have the value from now on."""
+
+    def __hash__(self) -> int: ...
+
+
+class Group(NamedTuple):
+    """Parameters that follow one setting.
+
+    Attributes:
+        apart: the setting.
+        params: the parameters, each once.
+        times: how often one step updates each of them.
+        is_counted: whether state shows a count; state without one starts anew with a slot that is new.
+    """
+
+    apart: TakenApart
+    params: tuple[Any, ...]
+    times: tuple[int, ...]
+    is_counted: bool = True
+
+
+@dataclasses.dataclass
+class Record:
+    """One parameter by itself.
+
+    Attributes:
+        value: its array, None if the parameter has it.
+        count: its steps, :data:`~jaxoptim.engine.programs.NOT_STARTED` without state.
+        slots: its arrays by name, those of terms that are switched off, and a user's own, among them.
+        sharding: where it is.
+        keeper: what the array was read from, None if it is nobody's.
+        index: the number of the parameter there.
+        is_edited: whether the slots, the count among them, are what a user has made of them.
+    """
+
+    value: Any
+    count: int
+    slots: dict[str, Any]
+    sharding: Any
+    keeper: Keeper | None = None
+    index: int = 0
+    is_edited: bool = False
+
+    def steps(self, names: Sequence[str]) -> int:
+        """The count, from the slots where a user has made them; ``names`` are those of the rule."""
+        if not self.is_edited:
+            return self.count
+        state = {name: slot for name, slot in self.slots.items() if slot is not None}
+        return count_in(state) if COUNT in state or state.keys() & set(names) else NOT_STARTED
+
+    def current(self, param: Variable) -> Any:
+        """The value, whoever has it."""
+        is_stale = self.keeper is not None and self.index in self.keeper.outdated
+        return param.value if self.value is None or is_stale else self.value
+
+
+def count_in(state: Mapping[str, Any]) -> int:
+    """The steps that a parameter's state has seen; state without a count is past its first step."""
+    return int(np.max(state.get(COUNT, 1)))  # DCTAdam counts for each number
+
+
+def complete(record: Record, group: Group, label: str, param: Variable) -> tuple[Any, int, dict[str, Any] | None]:
+    """The value of a parameter, its count, and all slots of its rule, None before the first update.
+
+    Errors:
+        ``ValueError`` for a slot of another shape.
+    """
+    value = record.current(param)
+    rule = group.apart.setting.rule
+    like = abstract_slots(rule, _struct(param))
+    count = record.steps(list(like))
+    if count == NOT_STARTED:
+        return value, NOT_STARTED, None
+    given = {name: record.slots[name] for name in like if record.slots.get(name) is not None}
+    missing = [name for name, struct in like.items() if struct is not None and name not in given]
+    if missing and not group.is_counted:
+        if not given:
+            return value, NOT_STARTED, None
+        count = 0
+    fresh = init(rule, as_jax(value)).slots if missing else {}
+    slots: dict[str, Any] = {}
+    for name, struct in like.items():
+        if struct is None:
+            slots[name] = None
+        elif name in missing:
+            slots[name] = fresh[name]
+        else:
+            slot = given[name] if hasattr(given[name], "astype") else np.asarray(given[name])
+            trees.check_shape(f"slot {name!r}", label, slot, struct)
+            slots[name] = slot.astype(struct.dtype)
+    return value, count, slots
+
+
+def other_slots(record: Record, group: Group) -> dict[str, Any]:
+    """The entries of a record that its rule does not keep."""
+    names = (*slot_names(group.apart.setting.rule), COUNT)
+    return {name: x for name, x in record.slots.items() if name not in names}
+
+
+def placed(array: Any, sharding: Any) -> Any:
+    """An array of JAX where it belongs."""
+    return placed_like(as_jax(array), _At(sharding))
+
+
+class _At(NamedTuple):
+    sharding: Any
+
+
+def _struct(param: Variable) -> Any:
+    return jax.ShapeDtypeStruct(param.shape, param.dtype)

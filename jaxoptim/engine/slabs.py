@@ -1,0 +1,585 @@
+"""The arrays of a store, on which steps run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import as_jax, init
+from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.loss import Loss
+from jaxoptim.core.numerics import placed_like
+from jaxoptim.core.packing import part, read, with_part
+from jaxoptim.engine import programs
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
+from jaxoptim.engine.numbers import Numbers, TakenApart, together
+from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import Group, Record, complete, other_slots, placed
+from jaxoptim.engine.slots import abstract_slots, scalar_slots
+
+MAX_SIZE = 16384
+"""Larger arrays stay by themselves, as in :func:`jaxoptim.pack`: to copy them would cost more than it saves."""
+_OWN_SLAB = 4096
+"""So many numbers in the small arrays of each of a few groups repay a slab, and kernels, of their own."""
+_FEW_GROUPS = 4
+_TRACED_OFFSETS = 256
+"""Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
+
+
+class View(NamedTuple):
+    """The structure in which a user sees the parameters.
+
+    Attributes:
+        treedef: of the tree.
+        leaves: the parameters at its leaves.
+    """
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+
+class _Member(NamedTuple):
+    """A parameter that is to find its cell."""
+
+    param: Any
+    group: int
+    times: int
+    kind: Hashable
+
+
+class Slabs:
+    """Values, slots and counts of parameters, as compiled steps take them.
+
+    Args:
+        groups: the parameters and their settings.
+        labels: a name for each parameter, for messages.
+        view: the structure in which gradients come.
+        records: what is known of each parameter.
+        alone: parameters that stand by themselves because their gradients are sparse.
+
+    Attributes:
+        params: the parameters; other methods know them by their numbers in it.
+        layout: which rows are whose.
+        numbers: the settings, one array on the device.
+        others: entries of state that the rules do not keep, by parameter.
+        outdated: the parameters whose current value is no longer here.
+
+    Errors:
+        ``ValueError`` for a slot of another shape.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        labels: Mapping[Any, str],
+        view: View,
+        records: Mapping[Any, Record],
+        alone: set[Any],
+    ) -> None:
+        every = [
+            (param, at, times) for at, group in enumerate(groups) for param, times in zip(*group[1:3], strict=True)
+        ]
+        kinds = _kinds(groups, every, records, alone)
+        members = [_Member(*one, kind) for one, kind in zip(every, kinds, strict=True)]
+        self.params: list[Any] = [member.param for member in members]
+        self.index: dict[Any, int] = {param: index for index, param in enumerate(self.params)}
+        self._of = [member.group for member in members]
+        self.groups = list(groups)
+        structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in self.params]
+        cells = self._cells(members)
+        order = [self.index[param] for param in view.leaves]
+        self.layout = Layout(view.treedef, order, structs, cells)
+        kept = [complete(records[param], groups[at], labels[param], param) for param, at, _ in every]
+        self.others = {param: others for param, at, _ in every if (others := other_slots(records[param], groups[at]))}
+        counts = [count for _, count, _ in kept]
+        self._unstarted = {index for index, count in enumerate(counts) if count == NOT_STARTED}
+        self._even = self._is_even(kept)
+        made = [self._frozen(cell, kept, records) for cell in cells]
+        contents = Contents(jnp.asarray(np.array(counts, np.int32)), made)
+        self._history, self._form = [contents.leaves], contents._form
+        self.outdated: set[int] = set()
+        self._read: dict[int, jax.Array] = {}
+        self._counts: Any = None
+        self._has_gaps = False
+        self._ran: set[Hashable] = set()
+        self.renumber([group.apart for group in groups])
+        for index, param in enumerate(self.params):
+            param.enter(self, index)
+
+    def _cells(self, members: Sequence[_Member]) -> list[Cell]:
+        kinds: dict[Hashable, list[int]] = {}
+        for index, member in enumerate(members):
+            kinds.setdefault(member.kind, []).append(index)
+        cells: list[Cell] = []
+        self._groups_of: list[list[int]] = []
+        for kind, own in kinds.items():
+            found = dict.fromkeys(members[index].group for index in own)
+            at = {group: place for place, group in enumerate(found)}
+            first = members[own[0]]
+            row = None
+            if not isinstance(kind, _Alone):
+                shapes = [tuple(members[index].param.shape) for index in own]
+                row = row_shape(self.groups[first.group].apart.setting.rule, shapes)
+            cells.append(
+                Cell(len(cells), tuple(own), row, tuple(at[members[index].group] for index in own), first.times)
+            )
+            self._groups_of.append(list(found))
+        return cells
+
+    def _is_even(self, kept: Sequence[Any]) -> bool:
+        """Whether all parameters have made the same steps, those without state aside."""
+        seen = {count for _, count, _ in kept if count != NOT_STARTED}
+        fresh = any(count == NOT_STARTED for _, count, _ in kept)
+        if len(seen | ({0} if fresh else set())) > 1 or any(cell.times != 1 for cell in self.layout.cells):
+            return False
+        for cell in self.layout.cells:
+            names = scalar_slots(self.groups[self._of[cell.members[0]]].apart.setting.rule)
+            values = [
+                [float(slots[name]) for name in names] for _, _, slots in map(kept.__getitem__, cell.members) if slots
+            ]
+            if cell.is_slab and names and any(value != values[0] for value in values):
+                return False
+        return True
+
+    def _frozen(self, cell: Cell, kept: Sequence[Any], records: Mapping[Any, Record]) -> tuple[Any, Any]:
+        """The arrays of a cell."""
+        own = [kept[member] for member in cell.members]
+        sharding = records[self.params[cell.members[0]]].sharding
+        if not cell.is_slab:
+            value, _, slots = own[0]
+            value = placed(value, sharding)
+            return value, slots and self._slots_beside(cell, value, slots)
+        value = self._packed(cell, [value for value, _, _ in own], sharding)
+        if all(slots is None for _, _, slots in own):
+            return value, None
+        rule, first = self.groups[self._of[cell.members[0]]].apart.setting.rule, self.layout.structs[cell.members[0]]
+        scalars = scalar_slots(rule) if rule.elementwise else set()
+        packed: dict[str, Any] = {}
+        for name, struct in abstract_slots(rule, first.like).items():
+            if struct is None:
+                packed[name] = None
+                continue
+            shapes = [struct.shape if not rule.elementwise else self.layout.structs[m].shape for m in cell.members]
+            arrays = [
+                np.zeros(() if name in scalars else shape, struct.dtype) if slots is None else slots[name]
+                for shape, (_, _, slots) in zip(shapes, own, strict=True)
+            ]
+            if name in scalars:
+                arrays = [
+                    np.repeat(np.asarray(x), rows)
+                    for x, rows in zip(arrays, self.layout.rows[cell.number], strict=True)
+                ]
+            flat = rule.elementwise and name not in scalars
+            packed[name] = self._packed(cell, arrays, sharding, padded=flat)
+        return value, packed
+
+    def _slots_beside(self, cell: Cell, value: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
+        """The slots of a single array where they belong: those of its shape beside it."""
+        slots = {name: None if x is None else as_jax(x) for name, x in slots.items()}
+        devices = value.sharding.device_set
+        if all(x is None or x.sharding.device_set == devices for x in slots.values()):
+            return slots
+        fresh = _init(self.groups[self._of[cell.members[0]]].apart.setting.rule, value)
+        return {name: None if x is None else placed_like(x, fresh[name]) for name, x in slots.items()}
+
+    def _packed(self, cell: Cell, arrays: Sequence[Any], sharding: Any, padded: bool = True) -> jax.Array:
+        """Arrays of all parameters of a slab as a flat one."""
+        parts = []
+        for x, rows in zip(arrays, self.layout.rows[cell.number], strict=True):
+            flat = np.asarray(x).reshape(-1)
+            parts.append(flat)
+            if padded and (padding := rows * cell.width - flat.size):
+                parts.append(np.zeros(padding, flat.dtype))
+        return placed(jnp.asarray(np.concatenate(parts)), sharding)
+
+    def renumber(self, settings: Sequence[TakenApart]) -> None:
+        """Take other numbers for the same groups."""
+        self.groups = [group._replace(apart=apart) for group, apart in zip(self.groups, settings, strict=True)]
+        self.numbers = Numbers([together([settings[at] for at in own]) for own in self._groups_of])
+
+    # What is there now.
+
+    @property
+    def contents(self) -> Contents:
+        """Values, slots and counts."""
+        return Contents.tree_unflatten(self._form, self._history[-1])
+
+    def counts(self) -> np.ndarray:
+        """The steps of each parameter."""
+        if self._counts is None:
+            self._counts = np.array(self._history[-1][0])
+        return self._counts
+
+    def read(self, index: int) -> jax.Array:
+        """The value of one parameter, the same array until the next step."""
+        if index not in self._read:
+            if len(self._read) >= _MANY_READS:
+                self.read_all()
+            else:
+                cell, at = self.layout.places[index]
+                value, _ = self.contents.cells[cell.number]
+                self._read[index] = self._part(cell, at, value, self.layout.structs[index].shape)
+        return self._read[index]
+
+    def read_all(self) -> None:
+        """Read the values of all parameters, which is faster than one after the other."""
+        if len(self._read) == len(self.params):
+            return
+        for cell, (value, _) in zip(self.layout.cells, self.contents.cells, strict=True):
+            shapes = [self.layout.structs[member].shape for member in cell.members]
+            for member, x in zip(cell.members, self._parts(cell, value, shapes), strict=True):
+                self._read.setdefault(member, x)
+
+    def slots_of(self, index: int) -> dict[str, Any]:
+        """The slots of one parameter by name, without those it lacks."""
+        cell, at = self.layout.places[index]
+        _, slots = self.contents.cells[cell.number]
+        if slots is None or self.counts()[index] == NOT_STARTED:
+            return {}
+        like = self._slots_like(index)
+        return {
+            name: self._part(cell, at, slots[name], struct.shape)
+            for name, struct in like.items()
+            if struct is not None and name in slots
+        }
+
+    def all_slots(self) -> list[dict[str, Any]]:
+        """The slots of every parameter, as :meth:`slots_of` gives them."""
+        found: list[dict[str, Any]] = [{} for _ in self.params]
+        counts = self.counts()
+        for cell, (_, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
+            if slots is None:
+                continue
+            like = [self._slots_like(member) for member in cell.members]
+            for name in like[0]:
+                if like[0][name] is not None and slots.get(name) is not None:
+                    parts = self._parts(cell, slots[name], [of[name].shape for of in like])
+                    for member, x in zip(cell.members, parts, strict=True):
+                        if counts[member] != NOT_STARTED:
+                            found[member][name] = x
+        return found
+
+    def _slots_like(self, index: int) -> dict[str, Any]:
+        return abstract_slots(self.groups[self._of[index]].apart.setting.rule, self.layout.structs[index].like)
+
+    def _place(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> int:
+        """Where a parameter's part of a flat array begins."""
+        first, size = self.layout.first_rows[cell.number][at], math.prod(shape)
+        if array.size == self.layout.sizes[cell.number] and size == self.layout.structs[cell.members[at]].size:
+            return first * cell.width
+        return first * (1 if self._is_elementwise(cell) else size)
+
+    def _is_elementwise(self, cell: Cell) -> bool:
+        return self.groups[self._of[cell.members[0]]].apart.setting.rule.elementwise
+
+    def _part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
+        if not cell.is_slab:
+            return array
+        return part(array, self._place(cell, at, array, shape), shape)
+
+    def _parts(self, cell: Cell, array: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+        if not cell.is_slab:
+            return [array]
+        places = [(shape, self._place(cell, at, array, shape)) for at, shape in enumerate(shapes)]
+        if len(set(shapes)) <= _FEW_SHAPES:
+            return read(array, places)
+        # A program for each shape would take longer to compile than a copy of all.
+        whole = np.asarray(array)
+        return [
+            placed(jnp.asarray(whole[place : place + math.prod(shape)].reshape(shape).copy()), array.sharding)
+            for shape, place in places
+        ]
+
+    def records(self) -> dict[Any, Record]:
+        """Everything, parameter by parameter, read without a compiled program."""
+        counts, found = self.counts(), {}
+        for cell, (value, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
+            whole = (value, slots) if not cell.is_slab else jax.tree.map(np.asarray, (value, slots))
+            for at, member in enumerate(cell.members):
+                param = self.params[member]
+                like = {} if slots is None or counts[member] == NOT_STARTED else self._slots_like(member)
+                own = {
+                    name: self._host_part(cell, at, whole[1][name], struct.shape)
+                    for name, struct in like.items()
+                    if struct is not None and name in whole[1]
+                }
+                here = None
+                if member not in self.outdated:
+                    here = self._host_part(cell, at, whole[0], self.layout.structs[member].shape)
+                count = int(counts[member])
+                found[param] = Record(here, count, self.others.get(param, {}) | own, value.sharding, self, member)
+        return found
+
+    def _host_part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
+        if not cell.is_slab:
+            return array
+        place = self._place(cell, at, array, shape)
+        return array[place : place + math.prod(shape)].reshape(shape)
+
+    # What is changed between steps.
+
+    def update_outdated(self) -> None:
+        """Bring back the values that were assigned, or taken over by another optimizer, since the last step."""
+        if not self.outdated:
+            return
+        cells = [list(cell) for cell in self.contents.cells]
+        for at, cell in enumerate(self.layout.cells):
+            own = [place for place, member in enumerate(cell.members) if member in self.outdated]
+            if not own:
+                continue
+            values = {place: self.params[cell.members[place]].value for place in own}
+            if not cell.is_slab:
+                cells[at][0] = values[0]
+            elif len(own) < _MANY_READS:
+                for place, value in values.items():
+                    cells[at][0] = with_part(cells[at][0], self._place(cell, place, cells[at][0], value.shape), value)
+            else:
+                whole = np.array(cells[at][0])
+                for place, value in values.items():
+                    begin = self._place(cell, place, whole, value.shape)
+                    whole[begin : begin + value.size] = np.asarray(value).reshape(-1)
+                cells[at][0] = placed(jnp.asarray(whole), cells[at][0].sharding)
+        for index in sorted(self.outdated):
+            self.params[index].enter(self, index)
+        self.outdated.clear()
+        self.replace(Contents(self._history[-1][0], [tuple(cell) for cell in cells]))
+
+    def taken(self) -> Contents:
+        """What a compiled program takes, and destroys: arrays that nobody else holds."""
+        self._read.clear()
+        self._counts = None
+        contents = self.contents.own()
+        if contents.leaves is not self._history[-1]:
+            self._history[-1] = contents.leaves
+        return contents
+
+    def replace(self, contents: Contents) -> None:
+        """Keep what a program has returned."""
+        self._history, self._form = [contents.leaves], contents._form
+        self._settled()
+
+    def _settled(self) -> None:
+        del self._history[:-1]
+        self._read.clear()
+        self._counts = None
+
+    # Steps.
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all parameters have made the same steps."""
+        return self._even and not self._unstarted
+
+    @functools.cached_property
+    def offsets(self) -> list[Any] | None:
+        """Where each small array begins, as numbers on the device; None for so many that fixed places are better."""
+        if not any(cell.is_slab for cell in self.layout.cells) or len(self.params) > _TRACED_OFFSETS:
+            return None
+        found: list[Any] = [None] * len(self.params)
+        for cell in self.layout.cells:
+            if cell.is_slab:
+                for member, row in zip(cell.members, self.layout.first_rows[cell.number], strict=True):
+                    found[member] = jax.device_put(np.int32(row * cell.width))
+        return found
+
+    def advance(self, grads: Any) -> None:
+        """One step along a tree of gradients.
+
+        Errors:
+            What ``jaxoptim.step`` raises for gradients that do not fit their parameters.
+        """
+        if not self._unstarted and not self._has_gaps:
+            with contextlib.suppress(programs.MissingGradient):
+                return self._run(programs.advance, self._even, grads, None if self._even else self._all)
+        self._advance_some(self.layout.leaves(grads), grads)
+
+    def advance_leaves(self, grads: list[Any]) -> None:
+        """One step along a list of gradients, one for each parameter in their order."""
+        if self._unstarted or any(grad is None for grad in grads):
+            self._advance_some(grads, grads)
+        else:
+            self._run(programs.advance, self._even, grads, None if self._even else self._all)
+
+    def _advance_some(self, leaves: Sequence[Any], grads: Any) -> None:
+        """One step of which some parameters have no gradient, or no state yet."""
+        here = np.array([leaf is not None for leaf in leaves]) & self._updated
+        self._has_gaps = not here[self._updated].all()
+        if not here.any():
+            return
+        with self._started(here):
+            if not self._has_gaps:
+                return self._run(programs.advance, self._even, grads, None if self._even else self._all)
+            filled = [
+                _zeros(struct.shape, struct.dtype) if leaf is None and is_row else leaf
+                for leaf, struct, is_row in zip(leaves, self.layout.structs, self.layout.are_rows, strict=True)
+            ]
+            self._run(programs.advance, False, self._tree_of(filled), here)
+            self._even = False
+
+    def check_leaves(self, grads: list[Any]) -> None:
+        """Raise what the first step along these gradients would, without a step."""
+        if self._ran:
+            return
+
+        def step(contents: Contents, grads: Any) -> Any:
+            if self._unstarted:
+                contents = programs.start(self.layout, self._alone_of(self._all), self.numbers, contents, self._all)
+            return programs.advance(self.layout, self._even, self.numbers, contents, grads, None)
+
+        jax.eval_shape(step, self.contents, grads)
+
+    def _tree_of(self, leaves: Sequence[Any]) -> Any:
+        """The tree that a user sees, None where a parameter stands a second time."""
+        seen: set[int] = set()
+        tree = []
+        for number in self.layout.order:
+            tree.append(None if number in seen else leaves[number])
+            seen.add(number)
+        return jax.tree.unflatten(self.layout.treedef, tree)
+
+    @functools.cached_property
+    def _updated(self) -> np.ndarray:
+        """Which parameters a step updates if they have a gradient."""
+        return np.array([self.layout.places[index][0].times > 0 for index in range(len(self.params))])
+
+    @functools.cached_property
+    def _all(self) -> np.ndarray:
+        return np.ones(len(self.params), bool)
+
+    @contextlib.contextmanager
+    def _started(self, here: np.ndarray) -> Iterator[None]:
+        """Make the state of these parameters if they have none; they lose it again if what follows fails."""
+        new = self.start(here)
+        try:
+            yield
+        except BaseException:
+            if new:
+                self.lose(new)
+            raise
+
+    def start(self, here: np.ndarray | None = None) -> list[int]:
+        """Make the state of these parameters, or of all, if they have none; which of them had none."""
+        new = [index for index in self._unstarted if here is None or here[index]]
+        if not new:
+            return []
+        mask = np.zeros(len(self.params), bool)
+        mask[new] = True
+        with Uninterrupted():
+            self.replace(programs.start(self.layout, self._alone_of(mask), self.numbers, self.taken(), mask))
+            self._unstarted -= set(new)
+        return new
+
+    def _alone_of(self, mask: np.ndarray) -> frozenset[int]:
+        """The cells of single arrays in the mask that have no slots."""
+        return frozenset(cell.number for cell in self.layout.cells if not cell.is_slab and mask[cell.members[0]])
+
+    def lose(self, members: Sequence[int]) -> None:
+        """Take the state of parameters away that was made for a step that failed."""
+        counts = np.array(self._history[-1][0])
+        if counts[members].any():
+            return  # the step was made before it was interrupted
+        counts[members] = NOT_STARTED
+        cells = [
+            (value, None if not cell.is_slab and cell.members[0] in members else slots)
+            for cell, (value, slots) in zip(self.layout.cells, self.contents.cells, strict=True)
+        ]
+        self.replace(Contents(jnp.asarray(counts), cells))
+        self._unstarted |= set(members)
+
+    def _run(self, program: Any, even: bool, *args: Any) -> Any:
+        """Run a program that returns the leaves of the new contents, and keep these."""
+        contents = self.taken()
+        key = (even, len(args))
+        if key in self._ran:
+            # All of it happens within one operation of the interpreter, which Ctrl-C does not break.
+            self._history.extend(itertools.starmap(program, [(self.layout, even, self.numbers, contents, *args)]))
+            self._settled()
+        else:
+            with Uninterrupted():
+                self._history.append(program(self.layout, even, self.numbers, contents, *args))
+                self._settled()
+            self._ran.add(key)
+
+    def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
+        """Prepare a step of some parameters that is part of another program.
+
+        Returns:
+            The mask of the step, None for all parameters, and those that had no state before.
+        """
+        here = np.zeros(len(self.params), bool)
+        here[[self.index[param] for param in params]] = True
+        new = self.start(here)
+        if here.all():
+            return None, new
+        self._even = False
+        return here, new
+
+    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
+        """The loss (and aux) at the current parameters, and one step along its gradient, in one compiled call."""
+        with self._started(self._updated), Uninterrupted():
+            result, leaves = programs.minimize(
+                self.layout, self._even, self.numbers, self.taken(), self.offsets, loss, args
+            )
+            self._history.append(leaves)
+            self._settled()
+        return result
+
+
+_MANY_READS = 8
+"""After so many parameters that were read, or written, one by one, all are."""
+_FEW_SHAPES = 16
+"""Up to so many shapes have a program each to read them."""
+
+
+class _Alone(NamedTuple):
+    """The kind of a parameter that stands by itself."""
+
+    param: Any
+
+
+def _kinds(
+    groups: Sequence[Group], every: Sequence[tuple[Any, int, int]], records: Mapping[Any, Record], alone: set[Any]
+) -> list[Hashable]:
+    """For each parameter what it has in common with those of its cell."""
+    kinds: list[Hashable] = []
+    for param, at, times in every:
+        apart, sharding = groups[at].apart, records[param].sharding
+        rule = apart.setting.rule
+        is_small = 0 < math.prod(param.shape) <= MAX_SIZE and len(sharding.device_set) == 1
+        if not is_small or times != 1 or param in alone or rule.sparse == "required":
+            kinds.append(_Alone(param))
+            continue
+        shape = None if rule.elementwise else param.shape
+        own = None if apart.is_numeric else at
+        if not (rule.elementwise or apart.is_numeric):
+            kinds.append(_Alone(param))
+            continue
+        kinds.append((apart.form, jnp.dtype(param.dtype), sharding, shape, own))
+    sizes: dict[Hashable, Counter[int]] = {}
+    for (param, at, _), kind in zip(every, kinds, strict=True):
+        sizes.setdefault(kind, Counter())[at] += math.prod(param.shape)
+    apart_kinds = {kind for kind, of in sizes.items() if len(of) <= _FEW_GROUPS and min(of.values()) >= _OWN_SLAB}
+    return [
+        (kind, at) if kind in apart_kinds and not isinstance(kind, _Alone) else kind
+        for (_, at, _), kind in zip(every, kinds, strict=True)
+    ]
+
+
+@jax.jit
+def _init(rule: Any, value: jax.Array) -> dict[str, Any]:
+    return init(rule, value).slots
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros(shape, dtype)
