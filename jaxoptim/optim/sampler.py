@@ -49,7 +49,7 @@ class WholeGroup(Bucket):
     def state(self, state: OptState | None) -> None:
         if state is not None:
             self.take((state.step, state.shared))
-            state = state._replace(step=None, shared={})  # type: ignore[arg-type]
+            state = state._replace(step=None, shared={}, counts=None)  # type: ignore[arg-type]
         self.contents = Contents(self.values, state)
 
     def common(self) -> Common:
@@ -197,7 +197,7 @@ def _parted(contents: Sequence[Contents]) -> Any:
     """Contents without count and what is shared, and these."""
     states = [of.state for of in contents]
     common = [(state.step, state.shared) for state in states if state is not None]
-    bare = [state and state._replace(step=None, shared={}) for state in states]  # type: ignore[arg-type]
+    bare = [state and state._replace(step=None, shared={}, counts=None) for state in states]  # type: ignore[arg-type]
     return tuple(Contents(of.values, state) for of, state in zip(contents, bare, strict=True)), tuple(common)
 
 
