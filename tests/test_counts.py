@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jaxoptim
 import parity
 from checkpoint_files import NAME
-from jaxoptim import checkpoint, rules
+from jaxoptim import checkpoint, interop, optim, rules
 from table import CASES, FIRST, STATES, slow_unless
 
 FROZEN = 120
@@ -333,3 +333,101 @@ def test_counts_are_saved_and_restored(tmp_path):
     checkpoint.save(tmp_path / NAME, {"step": jnp.int32(1), "counts": {}})
     with pytest.raises(ValueError, match=r"nothing at 'counts\.a'"):
         checkpoint.load(tmp_path / NAME, like={"step": jnp.int32(1), "counts": {"a": jnp.int32(1)}})
+
+
+# To the other faces and back.
+
+KINDS = ["Adam", "NAdam", "ASGD", "SGD", "ClippedAdam", "DCTAdam", "Adagrad", "Adafactor", "SparseAdam"]
+MET = [case for case in CASES if case.row.name in KINDS and depends_on_the_count(case)]
+MET_FIRST = {name: next(case for case in MET if case.row.name == name) for name in ("NAdam", "SGD", "ClippedAdam")}
+
+
+MISSING = [(1, 2), (2,), (1, 2)]
+"""Which of three parameters have no gradient at each of the first steps."""
+
+
+class Meeting:
+    """A run of three parameters, with the gradients of every step."""
+
+    shapes = ((4, 3), (5, 2), (3, 2))
+
+    def __init__(self, case):
+        self.case, self.rule = case, case.ours()
+        rng = np.random.default_rng(0)
+        self.params, *self.values = [[rng.normal(size=shape) for shape in self.shapes] for _ in range(7)]
+        self.params = list(map(jnp.asarray, self.params))
+
+    def grads(self, t):
+        missing = MISSING[t] if t < len(MISSING) else ()
+        rows = jnp.array([[1], [0]])
+        made = [BCOO((jnp.asarray(x[:2]), rows), shape=x.shape) if self.case.row.sparse else x for x in self.values[t]]
+        return [None if i in missing else x for i, x in enumerate(made)]
+
+    def trained(self, params, state, steps):
+        for t in steps:
+            params, state = jaxoptim.step(self.rule, params, self.grads(t), state)
+        return params, state
+
+    def parent_trained(self, tensors, optimizer, steps):
+        for t in steps:
+            for tensor, grad in zip(tensors, self.grads(t), strict=True):
+                if isinstance(grad, BCOO):
+                    indices, values = (torch.tensor(np.asarray(x)) for x in (grad.indices.T, grad.data))
+                    grad = torch.sparse_coo_tensor(indices, values, grad.shape, check_invariants=True)
+                tensor.grad = None if grad is None else torch.as_tensor(grad)
+            optimizer.step()
+        return [tensor.numpy() for tensor in tensors]
+
+
+@pytest.mark.parametrize("case", slow_unless([*MET_FIRST.values()].__contains__, MET))
+def test_counts_go_to_the_other_faces_and_to_the_parent_and_back(case, x64):
+    run = Meeting(case)
+    tensors = [torch.tensor(np.asarray(x)) for x in run.params]
+    parent = case.parents(tensors)
+    run.parent_trained(tensors, parent, range(3))
+    params, state = run.trained(run.params, jaxoptim.init(run.rule, run.params), range(3))
+    expected, _ = run.trained(params, state, range(3, 6))
+
+    there = interop.torch.to_torch_state_dict(run.rule, params, state)
+    if "step" in parent.state_dict()["state"][0]:
+        steps = {key: int(of["step"]) for key, of in parent.state_dict()["state"].items() if int(of["step"])}
+        assert {key: int(of["step"]) for key, of in there["state"].items() if int(of["step"])} == steps == {0: 3, 1: 1}
+    others = [torch.tensor(np.asarray(x)) for x in params]
+    continued = case.parents(others)
+    interop.torch.load_state_dict(continued, there)
+    chex.assert_trees_all_close(run.parent_trained(others, continued, range(3, 6)), expected, rtol=1e-12)
+
+    back = interop.torch.from_torch(run.rule, params, parent.state_dict())
+    chex.assert_trees_all_close(run.trained(params, back, range(3, 6))[0], expected, rtol=1e-12)
+
+    opt = getattr(optim, case.row.name)(params, **case.options)
+    opt.from_functional(params, state)
+    opt.step(run.grads(3))
+    _, now, of_all = opt.to_functional()
+    opt.from_functional(now, of_all)
+    for t in (4, 5):
+        opt.step(run.grads(t))
+    chex.assert_trees_all_close(opt.params, expected, rtol=1e-12)
+
+
+def test_a_wrong_tree_of_counts_changes_nothing_in_the_torch_style_face():
+    _, now, state, params = counted(rules.Adam())
+    opt = optim.Adam(params)
+    with pytest.raises(ValueError, match=r"state\.counts has nothing for 'late'"):
+        opt.from_functional(now, state._replace(counts={"w": None}))
+    assert (len(opt.state), opt.params["w"] is params["w"]) == (0, False)
+    chex.assert_trees_all_equal(opt.params, params)
+
+
+def test_the_rate_of_a_pyro_style_optimizer_decays_where_a_gradient_is_missing():
+    optimizer = jaxoptim.pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.5})
+    tx, params = jaxoptim.transformation(optimizer), {"a": jnp.ones(()), "b": jnp.ones(())}
+    values, state = params, tx.init(params)
+    for b in (1.0, None, None, 1.0):
+        grads = {"a": jnp.ones(()), "b": None if b is None else jnp.ones(())}
+        values = optimizer.update(values, grads)
+        updates, state = tx.update(grads, state, params)
+        params = {name: x if updates[name] is None else x + updates[name] for name, x in params.items()}
+    chex.assert_trees_all_close(params, values, rtol=1e-6)
+    assert float(params["b"]) == pytest.approx(1 - 0.05 - 0.1 / 16, rel=1e-5)
+    assert tx.update({"a": None, "b": None}, state, params)[1] == state

@@ -47,23 +47,33 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
     for cell, value in pairs:
         trees.check_shape("value", storage.labels[cell], jnp.asarray(value), cell)
     expected = jax.eval_shape(_transformation(storage, rule_of).init, params)
-    given, wanted = jax.tree.structure(state), jax.tree.structure(expected)
+    given, wanted = jax.tree.structure(_without_counts(state)), jax.tree.structure(expected)
     if given != wanted:  # type: ignore[operator]
         raise ValueError(
             "from_functional takes a state of the transformation that to_functional gave, but got one of another "
             f"structure: {given} instead of {wanted}."
         )
+    counts = [
+        _counts_of(storage, bucket, _state_of(storage, state, index).counts) if bucket.times else {}
+        for index, bucket in enumerate(storage.buckets)
+    ]
     for cell, value in pairs:
         cell.value = value
     for index, bucket in enumerate(storage.buckets):
         if bucket.times:
-            new = _state_of(storage, state, index)
+            new, was_begun = _state_of(storage, state, index), bucket.state is not None
             slots: list[dict[str, Any]] = [{} for _ in bucket.params]
             for name, slot_tree in new.slots.items():
                 has_it = [i for i in _in_tree_order(storage, bucket) if name in _slot_names(storage, bucket, i)]
                 for i, leaf in zip(has_it, jax.tree.leaves(slot_tree), strict=True):
                     slots[i][name] = leaf
-            bucket.load(storage.rule_for(bucket), new.step, slots, new.shared)
+            # Those with counts of their own follow as if they were loaded, and the next step puts them elsewhere.
+            others = [{} if param in counts[index] else own for param, own in zip(bucket.params, slots, strict=True)]
+            bucket.load(storage.rule_for(bucket), new.step, others, new.shared)
+            for param, own in zip(bucket.params, slots, strict=True):
+                if (count := counts[index].get(param)) is not None:
+                    kept = _as_shown(storage, count) | own | storage._extras.get(param, {})
+                    storage.set_state(param, kept if int(count) or was_begun else {})
 
 
 def _transformation(storage: Storage, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:
@@ -91,6 +101,33 @@ def _with_state(storage: Storage, state: Any, index: int, new: OptState) -> Any:
         return new
     inner = state.inner_states[str(index)]._replace(inner_state=new)
     return state._replace(inner_states=state.inner_states | {str(index): inner})
+
+
+def _without_counts(state: Any) -> Any:
+    """A state as it is before any gradient was missing."""
+    return jax.tree.map(
+        lambda x: x._replace(counts=None) if isinstance(x, OptState) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, OptState),
+    )
+
+
+def _counts_of(storage: Storage, bucket: Bucket, counts: Any) -> dict[Parameter, Any]:
+    """The counts of those parameters of a bucket that have missed an update."""
+    if counts is None:
+        return {}
+    inside = set(bucket.params)
+    tree = jax.tree.map(lambda param: param if param in inside else optax.MaskedNode(), storage.tree())
+    leaves = trees.leaves_like(counts, tree, "state.counts", "the optimizer's params")
+    params = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
+    return {param: count for param, count in zip(params, leaves, strict=True) if count is not None}
+
+
+def _as_shown(storage: Storage, count: Any) -> dict[str, Any]:
+    """The entry of torch's state for a count of steps, if it has one."""
+    if storage.step_type is None:
+        return {}
+    return {"step": int(count) if storage.step_type is int else jnp.asarray(count, jnp.float32)}
 
 
 def _in_tree_order(storage: Storage, bucket: Bucket) -> list[int]:
