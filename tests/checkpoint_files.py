@@ -80,7 +80,13 @@ def format_1():
     }
 
 
-CONTENTS = {1: format_1}
+def format_2():
+    """The same, and what is new in files of format 2."""
+    slots, counts = {"exp_avg": {"w": floats(1, 2), "late": floats(3)}}, {"w": None, "late": jnp.int32(1)}
+    return format_1() | {"OptState with counts": jaxoptim.OptState(jnp.int32(3), slots, {}, counts)}
+
+
+CONTENTS = {1: format_1, 2: format_2}
 """What the file of each format holds."""
 
 

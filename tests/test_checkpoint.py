@@ -105,6 +105,7 @@ VALUES = {
     "tags": [{"tuple": [1]}, {"array": "x"}, {"float": "nan"}, {"dict": [["a", 1]]}, {"node": [], "type": "OptState"}],
     "StateDict": StateDict({"state": {0: {"m": np.ones(2)}}}, made_by="Adam", names=[["a", None], []]),
     "OptState": jaxoptim.OptState(jnp.int32(1), {"m": {"w": jnp.ones(2), "v": None}}, (1, [2])),
+    "OptState-with-counts": jaxoptim.OptState(jnp.int32(2), {}, {}, {"w": jnp.int32(1), "v": None}),
     "root-array": np.arange(3),
     "root-number": -0.0,
     "root-None": None,
@@ -158,7 +159,9 @@ def nested(leaves, *more, most=8):
 
 STATE_DICTS = st.dictionaries(NAMES, nested(LEAVES, most=3), max_size=2)
 STATE_DICTS = STATE_DICTS.map(lambda x: StateDict(x, made_by="Mine", names=[["a"], []]))
-TREES = nested(LEAVES | STATE_DICTS, lambda trees: st.tuples(trees, trees, trees).map(lambda x: jaxoptim.OptState(*x)))
+TREES = nested(
+    LEAVES | STATE_DICTS, lambda trees: st.tuples(trees, trees, trees, trees).map(lambda x: jaxoptim.OptState(*x))
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -362,7 +365,7 @@ def test_a_file_is_plain_safetensors_and_json(tmp_path, monkeypatch):
     checkpoint.save(path, run)
     assert_identical(checkpoint.load(path), run)
     header, content = header_of(path)
-    assert content["format"] == checkpoint.FORMAT_VERSION == 1
+    assert content["format"] == checkpoint.FORMAT_VERSION == 2
     assert content["jaxoptim"] == jaxoptim.__version__
     tree = dict(content["tree"]["dict"])
     assert (tree["opt"]["class"], tree["opt"]["names"]) == ("Adam", [["b", "w"]])

@@ -157,9 +157,9 @@ def test_a_file_that_is_not_there_is_that_error(tmp_path):
 
 
 NEWER = {
-    "same-body": '{"format": 2, "jaxoptim": "9.0", "tree": {"dict": []}}',
-    "other-body": '{"format": 2, "jaxoptim": "9.0", "tree": {"quantum": 1}}',
-    "no-tree": '{"format": 2, "jaxoptim": "9.0", "body": []}',
+    "same-body": '{"format": 3, "jaxoptim": "9.0", "tree": {"dict": []}}',
+    "other-body": '{"format": 3, "jaxoptim": "9.0", "tree": {"quantum": 1}}',
+    "no-tree": '{"format": 3, "jaxoptim": "9.0", "body": []}',
     "much-newer": '{"format": 1000, "jaxoptim": "9.0", "tree": 1}',
 }
 
@@ -167,7 +167,7 @@ NEWER = {
 @pytest.mark.parametrize("text", NEWER.values(), ids=NEWER)
 def test_a_newer_format_says_what_to_upgrade(text, tmp_path):
     path = crafted(tmp_path / NAME, None, {"w": np.ones(2)}, text=text)
-    with pytest.raises(ValueError, match=r"format 1?0*2?, of jaxoptim 9\.0.*Upgrade") as caught:
+    with pytest.raises(ValueError, match=r"format 1?0*3?, of jaxoptim 9\.0.*Upgrade") as caught:
         checkpoint.load(path)
     assert str(path) in str(caught.value)
 

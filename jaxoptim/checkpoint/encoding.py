@@ -188,7 +188,8 @@ def parsed(x: Any, arrays: Arrays) -> Any:
         return StateDict(mapping, made_by=_a(str, x["class"]), names=names)
     if kind == "node":
         children = {_a(str, name): parsed(child, arrays) for name, child in _pairs(content)}
-        if x["type"] == OptState.__name__ and children.keys() != set(OptState._fields):
+        # Files of format 1 have no counts: every array has made the updates of the tree.
+        if x["type"] == OptState.__name__ and children.keys() | {"counts"} != set(OptState._fields):
             raise Malformed(f"an OptState has {', '.join(OptState._fields)}")
         return Node(_a(str, x["type"]), children)
     if kind == "float":
@@ -286,13 +287,17 @@ def decoded_like(x: Any, like: Any) -> Any:
         As :func:`decoded`; ``ValueError`` for what does not fit, with its path.
     """
     found: dict[Path, Any] = {}
-    for path, leaf in _leaves(x, ()):
+    states: list[Path] = []
+    for path, leaf in _leaves(x, (), states):
         if path in found:
             raise ValueError(f"It has two things at {dotted(path)}, which like cannot tell apart.")
         found[path] = leaf
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: isinstance(x, StateDict))
     wanted = [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves]
     paths = {path for path, _ in wanted}
+    for state in states:  # an array that has missed no update, and so has no count of its own, has the tree's
+        own = [path for path in paths if path[: len(state) + 1] == (*state, "counts")]
+        found |= {path: found[*state, "step"] for path in own if path not in found}
     if missing := [path for path, _ in wanted if path not in found]:
         raise ValueError(f"It has nothing at {dotted(missing[0])}, but like has ({len(missing)} such).")
     if extra := [path for path in found if path not in paths]:
@@ -300,9 +305,11 @@ def decoded_like(x: Any, like: Any) -> Any:
     return jax.tree.unflatten(treedef, [_leaf_like(found[path], path, leaf) for path, leaf in wanted])
 
 
-def _leaves(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    """What JAX takes for the leaves of a tree, and state dicts, with their paths."""
+def _leaves(x: Any, path: Path, states: list[Path]) -> Iterator[tuple[Path, Any]]:
+    """What JAX takes for the leaves of a tree, and state dicts, with their paths; those of states go into a list."""
     if isinstance(x, Node):
+        if x.type == OptState.__name__:
+            states.append(path)
         children = list(x.children.items())
     elif isinstance(x, list | tuple) and not isinstance(x, Stored):
         children = [(str(index), item) for index, item in enumerate(x)]
@@ -313,7 +320,7 @@ def _leaves(x: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         if x is not None:
             yield path, x
     for name, child in children:
-        yield from _leaves(child, (*path, name))
+        yield from _leaves(child, (*path, name), states)
 
 
 def _leaf_like(x: Any, path: Path, like: Any) -> Any:

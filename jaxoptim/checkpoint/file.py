@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxoptim.checkpoint.encoding import Arrays, decoded, decoded_like, encoded, parsed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
 
 
@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
         path: the file.
         like: a pytree, concrete or from ``jax.eval_shape``, of the structure that was saved (default None). Each
             array comes in the dtype and with the sharding of the one in ``like``. Where it has the state dict of
-            an optimizer, whatever that holds, the one that was saved comes as it was.
+            an optimizer, whatever that holds, the one that was saved comes as it was; where an ``OptState`` has a
+            count of an array that has none of its own in the file, that of the tree.
 
     Returns:
         What was saved. JAX's arrays come as such, those of NumPy too.

@@ -241,9 +241,13 @@ class Rule(Hyperparameters, abc.ABC):
 
     @abc.abstractmethod
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
-        """What to add to ``param``, and the new slots; ``step`` counts from 1."""
+        """What to add to ``param``, and the new slots; ``step`` is the number of this update of the array, from 1."""
 
     # What a rule overrides that has more state than the slots of each array.
+
+    def during(self, step: Any) -> Self:
+        """The rule in update number ``step`` of the tree, for what follows that and not the counts of the arrays."""
+        return self
 
     def begin(self) -> dict[str, Any]:
         """What belongs to the whole tree before the first update."""

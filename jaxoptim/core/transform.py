@@ -37,33 +37,46 @@ class OptState(NamedTuple):
     """The state of every optimizer of this library; its names are the checkpoint format.
 
     Attributes:
-        step: the number of updates made, an int32 scalar.
+        step: the number of updates made of the tree, an int32 scalar, which schedules follow and samplers draw by.
         slots: for each of torch's state names (``exp_avg``, ...) a tree shaped like params, in at least
             float32. A parameter that lacks a slot holds None there.
         shared: what belongs to the whole tree, such as a sampler's key.
+        counts: a tree shaped like params with the number of updates of each array that has missed one because its
+            gradient was None, an int32 scalar, and None for every other array, which has made ``step`` of them. None
+            for all as long as no array has missed any.
+
+    The counts come into being at the first update with a missing gradient. The state of a loop inside a compiled
+    program cannot change its structure: where gradients are missing in one, start from ``init(..., counts=True)``.
 
     Example:
         >>> import jax.numpy as jnp, jaxoptim
-        >>> state = jaxoptim.sgd(lr=0.1, momentum=0.9).init({"w": jnp.ones(2)})
-        >>> int(state.step), list(state.slots), state.shared
-        (0, ['momentum_buffer'], {})
+        >>> params, rule = {"w": jnp.ones(2), "late": jnp.ones(2)}, jaxoptim.rules.SGD(lr=0.1, momentum=0.9)
+        >>> state = jaxoptim.init(rule, params)
+        >>> int(state.step), list(state.slots), state.shared, state.counts
+        (0, ['momentum_buffer'], {}, None)
+        >>> params, state = jaxoptim.step(rule, params, {"w": jnp.ones(2), "late": None}, state)
+        >>> int(state.step), int(state.counts["late"]), state.counts["w"]
+        (1, 0, None)
     """
 
     step: jax.Array
     slots: dict[str, Any]
     shared: dict[str, Any]
+    counts: Any = None
 
 
 export.register_namedtuple_serialization(OptState, serialized_name="jaxoptim.OptState")
 
 
-def init(rule: Rule, params: Any) -> OptState:
+def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     """The state before the first update.
 
     Args:
         rule: the optimizer.
         params: a pytree of floating or complex arrays, None leaves allowed; or a :class:`Packed`; or
             ``jax.ShapeDtypeStruct`` leaves under ``jax.eval_shape``.
+        counts: give every array a count of its own from the start (default False: when a gradient is first
+            missing), so that the state keeps its structure whichever gradients are missing.
 
     Returns:
         An :class:`OptState`, each slot on the devices of its parameter.
@@ -94,7 +107,10 @@ def init(rule: Rule, params: Any) -> OptState:
     names = next(iter(made.values()))
     slots = [made.get(index) for index in range(len(leaves))]
     trees_of_slots = {key: jax.tree.unflatten(treedef, [s and s[key] for s in slots]) for key in names}
-    return OptState(jnp.zeros((), jnp.int32), trees_of_slots, shared)
+    own = [jnp.zeros((), jnp.int32) if index in arrays else None for index in range(len(leaves))]
+    return OptState(
+        jnp.zeros((), jnp.int32), trees_of_slots, shared, jax.tree.unflatten(treedef, own) if counts else None
+    )
 
 
 def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given: Any) -> tuple[Any, OptState]:
@@ -102,8 +118,9 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
 
     Args:
         rule: the optimizer; its numbers may be traced.
-        grads: a tree like params. None leaves a parameter and its slots alone. For complex parameters the
-            convention of torch and optax: the conjugate of what ``jax.grad`` returns.
+        grads: a tree like params. None leaves a parameter, its slots and its count alone, as in torch; if all are
+            None, nothing changes. For complex parameters the convention of torch and optax: the conjugate of what
+            ``jax.grad`` returns.
         state: from :func:`init` or the last update.
         params: the current parameters. Only rules that use them (weight decay, for one) need them.
         given: trees like params that a rule takes by name, such as the ``noise`` of a sampler.
@@ -269,21 +286,31 @@ def _advance(
     all_grads = trees.leaves_like(grads, like, "grads")
     all_params = [None] * len(all_grads) if params is None else jax.tree.leaves(like, is_leaf=trees.is_leaf)
     slots = {key: trees.leaves_like(tree, like, f"state.slots[{key!r}]") for key, tree in state.slots.items()}
-
+    own = [None] * len(all_grads)
+    if state.counts is not None:
+        own = trees.leaves_like(state.counts, like, "state.counts")
     leaves_given = {name: trees.leaves_like(tree, like, name) for name, tree in given.items()}
-    rules = by_leaf(rule.at(state.step), like, "grads" if params is None else "params")
     count = optax.safe_increment(state.step)
+    rules = by_leaf(rule.at(state.step).during(count), like, "grads" if params is None else "params")
     todo: list[One] = []
     results: list[Any] = []
+    new_own: list[Any] = []
     for i, (name, grad, param) in enumerate(zip(trees.names(like), all_grads, all_params, strict=True)):
         if grad is None or (param is None and params is not None):
             results.append(skipped(grad, param))
+            is_array = param is not None or (params is None and any(leaves[i] is not None for leaves in slots.values()))
+            # A copy, because whoever donates a state may not give one array twice.
+            new_own.append(jnp.copy(state.step) if own[i] is None and is_array else own[i])
             continue
         results.append(None)
+        new_own.append(None if own[i] is None else optax.safe_increment(own[i]))
         param = param if param is None else check_param(rule, name, param)
         grad = check_gradient(rule, name, grad, param)
         mine = {key: fitting(key, name, leaves[i], grad) for key, leaves in leaves_given.items()}
-        todo.append(One(i, rules[i], grad, {key: leaves[i] for key, leaves in slots.items()}, param, count, mine))
+        its_count = count if new_own[i] is None else new_own[i]
+        todo.append(One(i, rules[i], grad, {key: leaves[i] for key, leaves in slots.items()}, param, its_count, mine))
+    if not todo:
+        return jax.tree.unflatten(treedef, results), state
     shared = state.shared
     if "noise" not in given:
         noise = _drawn(rule, shared, count, {one.number: one.grad if one.param is None else one.param for one in todo})
@@ -298,8 +325,9 @@ def _advance(
             new_slots[key][one.number] = new.pop(key)
         sums.append(new)
     new_trees = {key: jax.tree.unflatten(treedef, leaves) for key, leaves in new_slots.items()}
-    shared = rule.end(shared, total(sums)) if todo else shared
-    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared)
+    counted = state.counts is not None or any(x is not None for x in new_own)
+    counts = jax.tree.unflatten(treedef, new_own) if counted else None
+    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, rule.end(shared, total(sums)), counts)
 
 
 def _drawn(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:

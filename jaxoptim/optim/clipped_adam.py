@@ -45,9 +45,12 @@ class DecayingRate(Optimizer):
             group["lr"] = group["lr"] * group["lrd"] ** (after[id(group)] - before[id(group)])
 
     def _counts(self) -> dict[int, int]:
-        """The steps that the parameters of each group have made."""
+        """The most steps that a parameter of each group has made."""
         self._storage.settle()
-        return {id(part.group): part.count or 0 for part in self._storage.parts()}
+        counts: dict[int, int] = {}
+        for part in self._storage.parts():
+            counts[id(part.group)] = max(part.count or 0, counts.get(id(part.group), 0))
+        return counts
 
 
 class ClippedAdam(DecayingRate):

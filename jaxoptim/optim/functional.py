@@ -75,12 +75,16 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
     for cell, value in pairs:
         trees.check_shape("value", storage.labels[cell], jnp.asarray(value), cell)
     expected = jax.eval_shape(_transformation(parts, tree, rule_of).init, params)
-    given, wanted = jax.tree.structure(state), jax.tree.structure(expected)
+    given, wanted = jax.tree.structure(_without_counts(state)), jax.tree.structure(expected)
     if given != wanted:  # type: ignore[operator]
         raise ValueError(
             "from_functional takes a state of the transformation that to_functional gave, but got one of another "
             f"structure: {given} instead of {wanted}."
         )
+    counts = [
+        _counts_of(tree, part, _state_of(parts, state, index).counts) if part.times else {}
+        for index, part in enumerate(parts)
+    ]
     for cell, value in pairs:
         cell.value = value
     for index, part in enumerate(parts):
@@ -91,7 +95,7 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
                 has_it = [i for i in _in_tree_order(tree, part) if name in _slot_names(part, i)]
                 for i, leaf in zip(has_it, jax.tree.leaves(slot_tree), strict=True):
                     slots[i][name] = leaf
-            storage.load_part(part, new.step, slots, new.shared)
+            storage.load_part(part, new.step, counts[index], slots, new.shared)
 
 
 def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:
@@ -119,6 +123,26 @@ def _with_state(parts: Sequence[Part], state: Any, index: int, new: OptState) ->
         return new
     inner = state.inner_states[str(index)]._replace(inner_state=new)
     return state._replace(inner_states=state.inner_states | {str(index): inner})
+
+
+def _without_counts(state: Any) -> Any:
+    """A state as it is before any gradient was missing."""
+    return jax.tree.map(
+        lambda x: x._replace(counts=None) if isinstance(x, OptState) else x,
+        state,
+        is_leaf=lambda x: isinstance(x, OptState),
+    )
+
+
+def _counts_of(tree: Any, part: Part, counts: Any) -> dict[Parameter, Any]:
+    """The counts of those parameters of a part that have missed an update."""
+    if counts is None:
+        return {}
+    inside = set(part.params)
+    own = jax.tree.map(lambda param: param if param in inside else optax.MaskedNode(), tree)
+    leaves = trees.leaves_like(counts, own, "state.counts", "the optimizer's params")
+    params = jax.tree.leaves(own, is_leaf=trees.is_leaf)
+    return {param: count for param, count in zip(params, leaves, strict=True) if count is not None}
 
 
 def _in_tree_order(tree: Any, part: Part) -> list[int]:

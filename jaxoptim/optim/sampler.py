@@ -52,7 +52,7 @@ class WholeGroup(Whole):
     def state(self, state: OptState | None) -> None:
         if state is not None:
             self.take((state.step, state.shared))
-            state = state._replace(step=None, shared={})  # type: ignore[arg-type]
+            state = state._replace(step=None, shared={}, counts=None)  # type: ignore[arg-type]
         self.contents = Contents(None, [(self.values, state)])
 
     def common(self) -> Common:
@@ -201,7 +201,7 @@ def _stepped(
         if state is not None:
             count, shared = state.step, state.shared
         shares.append((count, shared))
-        new.append(Contents(None, [(values, state and state._replace(step=None, shared={}))]))
+        new.append(Contents(None, [(values, state and state._replace(step=None, shared={}, counts=None))]))
     return tuple(new), tuple(shares)
 
 

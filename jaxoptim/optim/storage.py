@@ -190,10 +190,19 @@ class Storage:
                 found.append(Part(group, members.apart.setting.rule, params, labels, times, steps, slots))
         return found
 
-    def load_part(self, part: Part, count: Any, slots: Sequence[dict[str, Any]], shared: Any) -> None:
-        """Take state that was kept elsewhere."""
+    def load_part(
+        self,
+        part: Part,
+        count: Any,
+        counts: Mapping[Parameter, Any],
+        slots: Sequence[dict[str, Any]],
+        shared: Any,
+    ) -> None:
+        """Take state that was kept elsewhere; ``counts`` are of the parameters that have missed an update."""
         for param, own in zip(part.params, slots, strict=True):
-            self.store.load(param, int(count), own)
+            steps = int(counts.get(param, count))
+            if steps or part.count is not None or param not in counts:
+                self.store.load(param, steps, own)
 
     # What the user has changed since the last step.
 

@@ -156,8 +156,15 @@ class WholeStorage(Storage):
         slots = [whole.slots_of(index) for index in range(len(whole.params))]
         return Part(whole.group, self.rule_for(whole), whole.params, whole.labels, whole.times, count, slots, shared)
 
-    def load_part(self, part: Part, count: Any, slots: Sequence[dict[str, Any]], shared: Any) -> None:
-        """Take state that was kept elsewhere."""
+    def load_part(
+        self,
+        part: Part,
+        count: Any,
+        counts: Mapping[Parameter, Any],
+        slots: Sequence[dict[str, Any]],
+        shared: Any,
+    ) -> None:
+        """Take state that was kept elsewhere; all parameters have the count of the group."""
         whole = next(whole for whole in self.wholes if whole.params == part.params)
         whole.load(self.rule_for(whole), count, slots, shared)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 
-from jaxoptim.core import Slots, enabled, full_like
+from jaxoptim.core import Rule, Slots, enabled, full_like
+from jaxoptim.core.rule import assembled
+
+R = TypeVar("R", bound=Rule)
 
 
 class _WithDecay(Protocol):
@@ -75,3 +78,9 @@ def descent_and_shrinkage(rule: _WithEither, grad: jax.Array, param: Any) -> tup
     if rule.decoupled_weight_decay:
         return -grad if rule.maximize else grad, shrinkage(rule, param)
     return descent(rule, grad, param), 0.0
+
+
+def decayed(rule: R, step: Any) -> R:
+    """The rule with its rate decayed by ``lrd`` as often as there were steps, the one to come included."""
+    now: Any = rule
+    return assembled(type(rule), vars(rule) | {"lr": now.lr * now.lrd.power(step)})

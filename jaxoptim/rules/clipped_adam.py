@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import Coefficient, DecayRate, NonNegative, OpenDecayRate, Rule, Slots, enabled, factory, rule, sqrt
-from jaxoptim.rules._terms import needed, zeros
+from jaxoptim.rules._terms import decayed, needed, zeros
 
 
 @rule
@@ -29,7 +29,8 @@ class ClippedAdam(Rule):
         eps: :math:`\epsilon \ge 0` (default 1e-8), added before the bias correction.
         weight_decay: L2 penalty :math:`\lambda \ge 0` (default 0), added after clipping.
         clip_norm: :math:`c \ge 0` (default 10), a bound on each number in spite of its name.
-        lrd: decay :math:`d \ge 0` of the rate (default 1), in force from the first step on.
+        lrd: decay :math:`d \ge 0` of the rate (default 1), in force from the first step on. Here :math:`t` counts
+            the updates of the tree, as Pyro decays the rate of a group also where a gradient is missing.
         centered_variance: use the variance about the running mean (default False).
 
     Slots:
@@ -64,6 +65,9 @@ class ClippedAdam(Rule):
     def init(self, param: jax.Array) -> Slots:
         return zeros(param, "exp_avg", "exp_avg_sq")
 
+    def during(self, step: Any) -> Self:
+        return decayed(self, step)
+
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         beta1, beta2 = self.betas
         grad = jnp.clip(grad, -self.clip_norm, self.clip_norm)
@@ -72,7 +76,7 @@ class ClippedAdam(Rule):
         m = beta1.ema(slots["exp_avg"], grad)
         deviation = grad - m if self.centered_variance else grad
         v = beta2.ema(slots["exp_avg_sq"], deviation * deviation)
-        size = self.lr * self.lrd.power(step) * sqrt(beta2.bias_correction(step)) / beta1.bias_correction(step)
+        size = self.lr * sqrt(beta2.bias_correction(step)) / beta1.bias_correction(step)
         return -size * m / (sqrt(v) + self.eps), {"exp_avg": m, "exp_avg_sq": v}
 
 

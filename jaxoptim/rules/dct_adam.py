@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import Arrays, DecayRate, NonNegative, OpenDecayRate, Rule, Slots, factory, full_like, rule, sqrt
 from jaxoptim.core.numerics import with_replicated
-from jaxoptim.rules._terms import zeros
+from jaxoptim.rules._terms import decayed, zeros
 
 
 @rule
@@ -33,7 +33,8 @@ class DCTAdam(Rule):
         betas: decay rates :math:`\beta_1, \beta_2` in [0, 1) (default 0.9, 0.999).
         eps: :math:`\epsilon \ge 0` (default 1e-8), added before the bias correction.
         clip_norm: :math:`c \ge 0` (default 10), a bound on each number.
-        lrd: decay :math:`d \ge 0` of the rate (default 1), in force from the first step on.
+        lrd: decay :math:`d \ge 0` of the rate (default 1), in force from the first step on. Here :math:`t` counts
+            the updates of the tree, as Pyro decays the rate of a group also where a gradient is missing.
         subsample_aware: count steps and average gradients for each number by itself, and leave numbers
             outside the subsample alone (default False).
         dct_dim: the time axis (default None: no transform).
@@ -101,9 +102,12 @@ class DCTAdam(Rule):
             slots["step"] = full_like(self._without_time(param))
         return slots
 
+    def during(self, step: Any) -> Self:
+        return decayed(self, step)
+
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         beta1, beta2 = self.betas
-        size = self.lr * self.lrd.power(step)
+        size = self.lr
         signal = jnp.clip(grad, -self.clip_norm, self.clip_norm)
         if self.dct_dim is not None:
             signal = _with_frequencies(signal, self.dct_dim)

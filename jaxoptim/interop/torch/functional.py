@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxoptim.optim
-from jaxoptim.core import Decay, Hyperparameters, OptState, Packed
+from jaxoptim.core import Decay, Hyperparameters, OptState, Packed, init, trees
 from jaxoptim.core.rule import Off
 from jaxoptim.interop.torch.tensors import to_torch
 from jaxoptim.optim import Optimizer
@@ -25,12 +26,12 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
         state_dict: of torch's optimizer (or ours), with one parameter group.
 
     Returns:
-        A state as ``transformation(rule).init(params)`` makes it. torch's SGD and Muon keep no count of steps; where
-        they have state the count is 1.
+        A state as ``transformation(rule).init(params)`` makes it, with counts of their own for parameters that were
+        updated less often than others. torch's SGD and Muon keep no count of steps; where they have state the count
+        is 1.
 
     Errors:
-        As ``Optimizer.load_state_dict``; ``ValueError`` if parameters were updated a different number of times,
-        which one state has no place for.
+        As ``Optimizer.load_state_dict``.
 
     Where names or layouts differ, ``carry_over`` into the torch-style class and its ``to_functional()`` lead here.
 
@@ -52,18 +53,7 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
     group.update(options)
     optimizer._check_state(group, optimizer.state)
     _, _, state = optimizer.to_functional()
-    if not isinstance(state, OptState):
-        counts = {
-            label: "none" if part.count is None else int(part.count)
-            for part in optimizer._storage.parts()
-            for label in part.labels
-        }
-        raise ValueError(
-            "One OptState has one count of steps, but the parameters were updated a different number of times: "
-            f"{', '.join(f'{name!r} {count}' for name, count in counts.items())}. Load the state dict into "
-            f"optim.{type(rule).__name__} and use its to_functional(), which makes an optax.partition of them."
-        )
-    return state
+    return state if isinstance(state, OptState) else _joined(optimizer, rule, params)
 
 
 def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> dict[str, Any]:
@@ -75,7 +65,7 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
         state: of ``jaxoptim.init(rule, params)`` and its successors.
 
     Returns:
-        A state dict of tensors, one group, in the order of ``jax.tree.leaves``.
+        A state dict of tensors, one group, in the order of ``jax.tree.leaves``, each with its own count of steps.
 
     Errors:
         ``ValueError`` for a state of another structure.
@@ -92,6 +82,30 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
     optimizer = _optimizer(rule.at(state.step), params)
     optimizer.from_functional(params, state)
     return to_torch(optimizer.state_dict())
+
+
+def _joined(optimizer: Optimizer, rule: Any, params: Any) -> OptState:
+    """The state of parameters that were updated a different number of times."""
+    storage = optimizer._storage
+    state_of = {
+        param: (part.count or 0, slots)
+        for part in storage.parts()
+        for param, slots in zip(part.params, part.slots, strict=True)
+    }
+    states = iter([state_of[param] for param in jax.tree.leaves(storage.tree())])
+    leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
+    found = [(None, {}) if leaf is None else next(states) for leaf in leaves]
+    counts, slots = [count for count, _ in found], [slots for _, slots in found]
+    step, fresh = max(count for count in counts if count is not None), init(rule, params)
+    slot_trees = {
+        name: jax.tree.unflatten(
+            treedef,
+            [of.get(name, new) for of, new in zip(slots, jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True)],
+        )
+        for name, tree in fresh.slots.items()
+    }
+    own = [None if count in (None, step) else jnp.asarray(count, jnp.int32) for count in counts]
+    return OptState(jnp.asarray(step, jnp.int32), slot_trees, fresh.shared, jax.tree.unflatten(treedef, own))
 
 
 def _options(rule: Hyperparameters) -> dict[str, Any]:

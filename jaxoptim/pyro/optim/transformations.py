@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxoptim import rules
-from jaxoptim.core import init, transformation, update
+from jaxoptim.core import OptState, Rule, init, transformation, update
 from jaxoptim.engine.numbers import Setting
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
@@ -48,14 +48,24 @@ def _by_name(optim: PyroOptim, /) -> optax.GradientTransformationExtraArgs:
         return {name: init(setting(name, param).rule, param) for name, param in items(params)}
 
     def update_fn(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, new = {}, {}
+        updates, new, any_given = {}, {}, bool(jax.tree.leaves(grads))
         for name, grad in items(grads):
             param = None if params is None else params[name]
             its = setting(name, grad if params is None else param)
             updates[name], new[name] = update(its.rule, jax.tree.map(its.clip.clipped, grad), state[name], param)
+            if any_given and not jax.tree.leaves(grad) and type(its.rule).during is not Rule.during:
+                new[name] = _passed_over(state[name])
         return updates, new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _passed_over(state: OptState) -> OptState:
+    """The state after an update without this parameter, whose rate decays all the same, as in Pyro."""
+    counts = state.counts
+    if counts is None:
+        counts = jax.tree.map(lambda _: jnp.copy(state.step), next(iter(state.slots.values())))
+    return state._replace(step=optax.safe_increment(state.step), counts=counts)
 
 
 @transformation.register
