@@ -9,6 +9,7 @@ import pickle
 import re
 from collections import OrderedDict
 
+import chex
 import flax.core
 import flax.linen as nn
 import jax
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from comparisons import assert_same
 from jaxoptim import Decay, averaging, optim, pack
 from jaxoptim.optim import swa_utils
 from jaxoptim.optim.swa_utils import SWALR, AveragedModel, averaged_model, update_bn
@@ -108,17 +110,8 @@ def averaged_by_us(trees, **options):
     return {name: np.asarray(x) for name, x in named(averaged.module).items()}
 
 
-def assert_close(ours, expected, rtol=0.0, atol=0.0):
-    assert set(ours) == set(expected)
-    for name in ours:
-        np.testing.assert_allclose(ours[name], expected[name], rtol=rtol, atol=atol, err_msg=name)
-
-
-def assert_same(ours, expected):
-    assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        assert np.shape(x) == np.shape(y)
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=0.0)
+"""Without a relative tolerance where none is given."""
 
 
 def snapshot(averaged):
@@ -632,7 +625,8 @@ def test_trees_with_little_in_them(tree):
     averaged = AveragedModel(tree)
     for _ in range(2):
         averaged.update_parameters(tree)
-    assert_same(averaged.module, tree)
+    chex.assert_trees_all_equal_shapes(averaged.module, tree)
+    chex.assert_trees_all_equal(averaged.module, tree)
     assert int(copy.deepcopy(averaged).n_averaged) == 2
 
 
@@ -692,7 +686,7 @@ def test_the_parameters_of_an_optimizer_are_averaged(given_params, cls, name):
     for tree in seen:
         twin.update_parameters(tree)
     assert_same(averaged.module, twin.module)
-    assert jax.tree.structure(averaged.module) == jax.tree.structure(opt.params)
+    chex.assert_trees_all_equal_structs(averaged.module, opt.params)
     decay = float(name.rpartition("-")[2]) if "ema" in name else None
     first, *rest = [np.asarray(jax.tree.leaves(tree)[0], np.float64) for tree in seen]
     expected = (
@@ -1652,11 +1646,10 @@ def test_leaves_of_every_kind(kind):
 
     state = average.init(tree(values[0]))
     update = jax.jit(average.update)
-    structure, dtypes = jax.tree.structure(state), [x.dtype for x in jax.tree.leaves(state)]
+    begun = state
     for x in values:
         state = update(state, tree(x))
-        assert jax.tree.structure(state) == structure
-        assert [x.dtype for x in jax.tree.leaves(state)] == dtypes
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, begun)
     assert state.average["none"] is None
     assert state.average["half"].dtype == state.average["number"].dtype == np.float32
     assert state.average["count"].tolist() == np.round(values[-1] * 100).tolist()

@@ -1,5 +1,8 @@
 """The transformations inside the libraries that people use them with."""
 
+import functools
+
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -20,9 +23,7 @@ GRADS = {"w": jnp.full((4, 3), 0.5), "v": jnp.full((2, 2), -2.0)}
 DENSE = [case for case in STATES if not case.row.sparse]
 
 
-def assert_close(a, b, rtol=1e-5):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7), a, b)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-7)
 
 
 def run(tx, steps=3, params=PARAMS, grads=GRADS):

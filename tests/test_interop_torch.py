@@ -11,6 +11,7 @@ import pickle
 import tempfile
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,8 +59,7 @@ def numbers(x):
 
 
 def close(ours, theirs, atol=ATOL):
-    for mine, parents in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(numbers(mine), numbers(parents), rtol=0, atol=atol)
+    chex.assert_trees_all_close([*map(numbers, ours)], [*map(numbers, theirs)], rtol=0, atol=atol)
 
 
 def same_state(ours, theirs, atol=ATOL):

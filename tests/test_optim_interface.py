@@ -11,6 +11,7 @@ import re
 from collections import namedtuple
 from typing import Any, ClassVar
 
+import chex
 import equinox as eqx
 import flax.struct
 import jax
@@ -22,6 +23,7 @@ from flax import nnx
 from jax.experimental.sparse import BCOO
 from torch.optim import optimizer as torch_base
 
+from comparisons import assert_same
 from jaxoptim import optim, rules
 from jaxoptim.core import NonNegative, Rule, rule
 from table import FIRST, ROWS, STATES, Case
@@ -127,8 +129,7 @@ def check_state_dicts(ours: dict, theirs: dict, tolerance: float = 1e-12) -> Non
 
 
 def check_values(ours: Any, theirs: Any) -> None:
-    for mine, parents in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(Ours.numpy(mine), Theirs.numpy(parents), rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close([*map(Ours.numpy, ours)], [*map(Theirs.numpy, theirs)], rtol=1e-12, atol=1e-12)
 
 
 def compare(program: Any) -> None:
@@ -290,10 +291,10 @@ def test_any_pytree_keeps_its_structure_and_names_its_leaves(make, names):
     tree = make(jnp.ones((2, 2)), jnp.zeros(2))
     opt = optim.SGD(tree, lr=0.5)
     assert [param.name for param in opt.param_groups[0]["params"]] == names
-    assert jax.tree.structure(opt.params) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal_structs(opt.params, tree)
     opt.step(jax.tree.map(jnp.ones_like, tree))
     expected = jax.tree.map(lambda x: x - 0.5, tree)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, opt.params, expected))
+    assert_same(opt.params, expected)
     assert jnp.all(jax.tree.leaves(tree)[0] == jax.tree.leaves(make(jnp.ones((2, 2)), jnp.zeros(2)))[0])
 
 
@@ -416,7 +417,7 @@ def test_selectors_choose_by_whole_path():
 def test_selectors_update_by_their_options_and_keep_the_tree():
     opt = optim.SGD(TREE, lr=0.5, groups=[(r"head\..*", {"lr": 0.25, "momentum": 0.9}), ("encoder.0.bias", {"lr": 0})])
     opt.step(jax.tree.map(np.ones_like, TREE))
-    assert jax.tree.structure(opt.params) == jax.tree.structure(TREE)
+    chex.assert_trees_all_equal_structs(opt.params, TREE)
     assert [float(x.ravel()[0]) for x in jax.tree.leaves(opt.params)] == [1.0, 0.5, 0.75, 0.75]
     assert len(opt.state) == 2  # with momentum
 
@@ -594,7 +595,7 @@ def test_what_a_rule_cannot_update_is_refused_by_name_at_once():
         opt = optim.Muon({"w": np.ones((2, 2))})
         with pytest.raises(ValueError, match="Muon only supports 2D parameters, but 'bias'"):
             opt.add_param_group(group)
-        assert jax.tree.structure(opt.params) == jax.tree.structure({"w": 0})
+        chex.assert_trees_all_equal_structs(opt.params, {"w": 0})
 
 
 def test_required_options():
@@ -853,7 +854,7 @@ def test_step_takes_gradients_cells_or_a_closure():
     assert by_closure.step(lambda: fill(by_closure)) == "loss"
     assert by_keyword.step(closure=functools.partial(fill, by_keyword)) == "loss"
     for opt in (by_cell, by_closure, by_keyword):
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, opt.params, by_tree.params))
+        assert_same(opt.params, by_tree.params)
 
 
 def test_the_closure_is_called_once_and_sees_the_current_values():
@@ -923,7 +924,7 @@ def test_wrong_gradients_name_the_parameter_and_change_nothing():
         opt.step(lambda: 0, lambda: 0)
     with pytest.raises(TypeError, match="gradients or a closure that sets them, but got both"):
         opt.step(right, closure=lambda: 0)
-    jax.tree.map(np.testing.assert_array_equal, opt.state_dict(), before)
+    chex.assert_trees_all_equal(opt.state_dict(), before)
 
 
 def test_errors_name_parameters_that_share_a_name_by_path():
@@ -1505,7 +1506,7 @@ def test_a_slot_of_another_shape_is_refused_by_name():
         opt.state[b]["exp_avg"] = wrong
         with pytest.raises(ValueError, match=r"slot 'exp_avg' of 'b' has shape"):
             opt.step(grads)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, opt.params, values))
+    assert_same(opt.params, values)
     opt.state[b]["exp_avg"] = kept
     opt.step(grads)
     assert opt.state[b]["step"] == 2
@@ -1763,10 +1764,10 @@ def test_a_state_dict_survives_later_steps():
     opt.step(grads)
     saved["param_groups"][0]["lr"] = 3.0
     assert opt.param_groups[0]["lr"] == 1e-3
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, saved["state"], kept["state"]))
+    chex.assert_trees_all_equal(saved["state"], kept["state"])
     opt.load_state_dict(kept)
     opt.step(grads)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, saved["state"], kept["state"]))
+    chex.assert_trees_all_equal(saved["state"], kept["state"])
 
 
 def test_a_pickled_optimizer_keeps_groups_trees_and_identities():
@@ -1775,7 +1776,7 @@ def test_a_pickled_optimizer_keeps_groups_trees_and_identities():
     opt.step([{"w": jnp.ones(1)}, [jnp.ones(2)]])
     for twin, cell in (pickle.loads(pickle.dumps((opt, weight))), copy.deepcopy((opt, weight))):
         assert twin.param_groups[0]["params"][0] is cell
-        assert jax.tree.structure(twin.params) == jax.tree.structure(opt.params)
+        chex.assert_trees_all_equal_structs(twin.params, opt.params)
         assert twin.defaults == opt.defaults
         assert cell in twin.state
         twin.step([{"w": jnp.ones(1)}, [jnp.ones(2)]])

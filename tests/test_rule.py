@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,7 @@ def test_hypergradients_are_finite_where_a_gradient_was_always_zero(case):
             params, state = jaxoptim.step(rule, params, grads, state)
         return jnp.sum(params["w"])
 
-    assert all(jnp.isfinite(x) for x in jax.tree.leaves(jax.grad(final)(case.ours())))
+    chex.assert_tree_all_finite(jax.grad(final)(case.ours()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
