@@ -20,12 +20,12 @@ import torch
 from jax.experimental.sparse import BCOO
 
 import jaxoptim
+from averaging_pairs import module_of
 from jaxoptim import interop, optim, rules
 from schedule_table import COMPOSITE, SIMPLE
 from schedule_table import Row as Schedule
+from scheduler_sides import Ours, Theirs, built, options_of
 from table import CASES, FIRST, STATES
-from test_averaging import module_of
-from test_lr_scheduler import Ours, Theirs, built, options_of
 
 to_torch, carry_over, carry_back = interop.torch.to_torch, interop.torch.carry_over, interop.torch.carry_back
 HALF, FEEDBACK, ATOL = 50, 0.1, 1e-11
