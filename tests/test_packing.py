@@ -58,7 +58,7 @@ def params_of(count=40):
 @pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_packed_training_equals_plain_training(case):
     rule = case.ours()
-    params = params_of(40 if rule.elementwise else 4)  # the others are left as they are, and slow to compile
+    params = params_of(12 if rule.elementwise else 2)  # the others are left as they are, and slow to compile
     packed, packed_state = pack(params, 100), jaxoptim.init(rule, pack(params, 100))
     state = jaxoptim.init(rule, params)
     step = jax.jit(jaxoptim.step)
