@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -13,6 +14,20 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# A program is compiled once for all tests, workers and sessions: most of the time of a test is that of its compiler.
+PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+PROGRAMS_BYTES = 2_000_000_000
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    """Begin anew, once for all workers, when there are more programs on disk than a session has."""
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and PROGRAMS.exists() and sum(x.stat().st_size for x in PROGRAMS.iterdir()) > PROGRAMS_BYTES:
+        shutil.rmtree(PROGRAMS)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Every kind of optimizer that a multi-optimizer is made of, and a loss for all of them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,5 +85,4 @@ def pair(kind):
 
 
 def assert_equal(given, expected, tolerance=0.0):
-    for name, value in expected.items():
-        np.testing.assert_allclose(given[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+    chex.assert_trees_all_close(given, expected, rtol=tolerance, atol=tolerance)

@@ -1,5 +1,8 @@
 """The transformations inside the libraries that people use them with."""
 
+import functools
+
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -20,9 +23,7 @@ GRADS = {"w": jnp.full((4, 3), 0.5), "v": jnp.full((2, 2), -2.0)}
 DENSE = [case for case in STATES if not case.row.sparse]
 
 
-def assert_close(a, b, rtol=1e-5):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7), a, b)
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-7)
 
 
 def run(tx, steps=3, params=PARAMS, grads=GRADS):
@@ -74,18 +75,14 @@ def test_inject_hyperparams(case):
     tx = injected(**case.options)
     params, state = run(tx)
     assert_close(params, run(factory(**case.options))[0], rtol=1e-4)
-    compiled = []
-
-    @jax.jit
-    def update(grads, state, params):
-        compiled.append(1)
-        return tx.update(grads, state, params)
-
+    update = jax.jit(tx.update)
     name = "lr" if "lr" in case.row.rule.specs else "eta"
+    compiled = []
     for value in (0.5, 0.25):
         state.hyperparams[name] = jnp.asarray(value)
         updates, _ = update(GRADS, state, params)
-    assert len(compiled) == 1
+        compiled.append(update._cache_size())
+    assert compiled[0] == compiled[1]
     if case.row.rule is rules.SGD:
         at_quarter, _ = factory(**case.options | {"lr": 0.25}).update(GRADS, state.inner_state, params)
         assert_close(updates, at_quarter)
@@ -113,11 +110,11 @@ def test_multi_steps(case):
 def test_apply_if_finite(case):
     tx = jaxoptim.transformation(case.ours())
     guarded = optax.apply_if_finite(tx, 5)
-    state = guarded.init(PARAMS)
+    state, update = guarded.init(PARAMS), jax.jit(guarded.update)
     bad = jax.tree.map(lambda g: g * jnp.nan, GRADS)
-    updates, state = jax.jit(guarded.update)(bad, state, PARAMS)
+    updates, state = update(bad, state, PARAMS)
     assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
-    updates, state = guarded.update(GRADS, state, PARAMS)
+    updates, state = update(GRADS, state, PARAMS)
     expected, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     assert_close(updates, expected)
 

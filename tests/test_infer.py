@@ -4,6 +4,7 @@ import functools
 import hashlib
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,10 +128,7 @@ def each(cases):
     return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in cases]
 
 
-def same(ours, theirs, rtol=1e-5):
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6)
+same = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 
 
 def frozen(svi):
@@ -162,9 +160,7 @@ def test_the_plain_loss_is_numpyros_to_the_bit(case):
     parent = Parent(model, guide, to_numpyro(adam()), elbo)
     state = parent.init(KEY, data)
     theirs = parent.get_params(state)
-    assert jax.tree.structure(constrain(params)) == jax.tree.structure(theirs)
-    for a, b in zip(jax.tree.leaves(constrain(params)), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(constrain(params), theirs)
     assert loss_fn(params, KEY, data) == elbo.loss(KEY, theirs, model, guide, data)
     grads = jax.jit(jax.grad(loss_fn))(params, KEY, data)
     assert grads.keys() == params.keys()
@@ -575,7 +571,7 @@ def test_the_plain_loss_takes_mutable_state():
     (loss, mutable), grads = step(params, loss_fn.mutable_state, KEY, X, X[:, 0])
     assert jnp.isfinite(loss)
     assert grads.keys() == params.keys()
-    assert jax.tree.structure(mutable) == jax.tree.structure(loss_fn.mutable_state)
+    chex.assert_trees_all_equal_structs(mutable, loss_fn.mutable_state)
 
 
 def test_a_function_as_loss_has_no_mutable_state():

@@ -11,6 +11,7 @@ import pickle
 import tempfile
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +20,12 @@ import torch
 from jax.experimental.sparse import BCOO
 
 import jaxoptim
+from averaging_pairs import module_of
 from jaxoptim import interop, optim, rules
 from schedule_table import COMPOSITE, SIMPLE
 from schedule_table import Row as Schedule
+from scheduler_sides import Ours, Theirs, built, options_of
 from table import CASES, FIRST, STATES
-from test_averaging import module_of
-from test_lr_scheduler import Ours, Theirs, built, options_of
 
 to_torch, carry_over, carry_back = interop.torch.to_torch, interop.torch.carry_over, interop.torch.carry_back
 HALF, FEEDBACK, ATOL = 50, 0.1, 1e-11
@@ -58,8 +59,7 @@ def numbers(x):
 
 
 def close(ours, theirs, atol=ATOL):
-    for mine, parents in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(numbers(mine), numbers(parents), rtol=0, atol=atol)
+    chex.assert_trees_all_close([*map(numbers, ours)], [*map(numbers, theirs)], rtol=0, atol=atol)
 
 
 def same_state(ours, theirs, atol=ATOL):

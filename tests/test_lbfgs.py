@@ -8,6 +8,7 @@ losses and gradients that torch saw. Where torch agrees with itself, ten steps o
 
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from sklearn.datasets import load_breast_cancer
 
 import jaxoptim
+from comparisons import assert_same
 from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.rules import LBFGS
@@ -425,7 +427,7 @@ def test_packed_parameters_and_plain_gradients(x64):
     _, expected, _ = optimized(tx, ridge_tree, zeros_tree(), 3)
     packed = jaxoptim.pack(zeros_tree())
     _, result, _ = optimized(tx, lambda params: ridge_tree(params.unpack()), packed, 3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE), result.unpack(), expected)
+    chex.assert_trees_all_close(result.unpack(), expected, rtol=1e-7, atol=TOLERANCE)
     grads = jax.grad(ridge_tree)(zeros_tree())
     updates, _ = tx.update(grads, tx.init(packed), packed, value_fn=lambda params: ridge_tree(params.unpack()))
     assert isinstance(updates, jaxoptim.Packed)
@@ -494,7 +496,7 @@ def test_a_gradient_that_is_not_finite_ends_the_step_and_spoils_nothing(bad, sea
     tx, x = jaxoptim.lbfgs(line_search_fn=search), jnp.ones(3)
     updates, state = tx.update(jax.grad(loss)(x), tx.init(x), x, value_fn=loss)
     assert not updates.any()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
     updates, state = tx.update(jax.grad(cosh)(x + 1), state, x + 1, value_fn=cosh)
     assert updates.any()
 
@@ -522,7 +524,7 @@ def test_a_rate_of_zero_and_a_flat_cubic_do_not_move():
     tx, x = jaxoptim.lbfgs(lr=0.0, line_search_fn="strong_wolfe"), jnp.ones(2)
     updates, state = tx.update(jax.grad(cosh)(x + 1), tx.init(x), x, value_fn=lambda x: cosh(x + 1))
     assert not updates.any()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    chex.assert_tree_all_finite(state)
 
 
 def test_an_empty_tree():
@@ -602,10 +604,7 @@ def test_flatten_and_unflatten_are_inverse(x64):
     assert vector.dtype == jnp.float64
     assert vector[:4].tolist() == [1, 2, 3, -1]
     back = jax.jit(unflatten)(vector, tree)
-    assert jax.tree.structure(back) == jax.tree.structure(tree)
-    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+    assert_same(back, tree)
     np.testing.assert_array_equal(flatten_like(tree, tree), vector)
     assert trees.names(unflatten(vector, jax.eval_shape(lambda: tree))) == trees.names(tree)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,7 +233,7 @@ class TestDerivatives:
                 for slope in (np.zeros(size), np.arange(1.0, size + 1)):
                     inputs = [jnp.asarray(part, dtype) for part in (matrix, slope, np.zeros(size))]
                     assert np.isfinite(step(*inputs, radius)[1]).all()
-                    assert all(np.isfinite(grad).all() for grad in gradient(1.0, radius, *inputs))
+                    chex.assert_tree_all_finite(gradient(1.0, radius, *inputs))
 
     @slow
     def test_isotropic_with_radius(self, x64):
@@ -511,8 +512,7 @@ class TestWithinTheRadius:
         with jax.enable_x64(dtype == "float64"):
             g, H, radius = jnp.asarray(given[0], dtype), jnp.asarray(given[1], dtype), given[2]
             dx, cov = solve(g, H, radius)
-        assert np.isfinite(dx).all()
-        assert np.isfinite(cov).all()
+        chex.assert_tree_all_finite((dx, cov))
         assert np.linalg.norm(np.asarray(dx, np.float64)) <= radius * (1 + tolerance)
         assert np.asarray(g, np.float64) @ np.asarray(dx, np.float64) <= 0
 
@@ -552,10 +552,7 @@ class TestTransformation:
         b, _ = newton_step(lambda x: self.loss(params | {"b": x}), params["b"])
         c, _ = newton_step(lambda x: self.loss(params | {"c": (x,)}), params["c"][0], 0.5)
         expected = {"a": {"pairs": pairs}, "b": b, "c": (c,), "held": None}
-        assert jax.tree.structure(updates) == jax.tree.structure(params)
-        jax.tree.map(
-            lambda x, u, y: np.testing.assert_allclose(x + u, y, rtol=1e-5, atol=1e-6), params, updates, expected
-        )
+        chex.assert_trees_all_close(jax.tree.map(jnp.add, params, updates), expected, rtol=1e-5, atol=1e-6)
         assert int(state.step) == 1
         assert (state.slots, state.shared) == ({}, {})
 
@@ -625,7 +622,7 @@ class TestTransformation:
         loss = lambda packed: self.loss(packed.unpack())  # noqa: E731
         grads = jax.grad(loss)(packed)
         updates, _ = tx.update(grads, tx.init(packed), packed, value_fn=loss)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), updates.unpack(), expected)
+        chex.assert_trees_all_close(updates.unpack(), expected, rtol=1e-7, atol=1e-6)
 
     def test_signature(self):
         assert newton.__name__ == "newton"

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,8 +176,7 @@ def test_a_raising_closure_changes_nothing(calls):
     with pytest.raises(RuntimeError, match="no loss today"):
         opt.step(raising)
     after = [np.asarray(p.value) for p in params], opt.state_dict()["state"][0]
-    same = jax.tree.map(lambda x, y: bool(np.all(np.asarray(x) == np.asarray(y))), before, after)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(after, before)
     opt.step(closure)
 
 

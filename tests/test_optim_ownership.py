@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +35,6 @@ def slow(use):
 def snapshot(opt):
     """Everything a failed step must not change, as NumPy arrays."""
     return jax.tree.map(np.asarray, (opt.params, opt.state_dict()["state"], opt.state_dict()["param_groups"]))
-
-
-def equal(left, right):
-    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), left, right)
-    return all(jax.tree.leaves(same)) and jax.tree.structure(left) == jax.tree.structure(right)
 
 
 def optimizer(case: Case, params):
@@ -171,12 +167,12 @@ def test_a_failed_step_changes_nothing(failure, begun):
     opt.param_groups[0].update(options)
     if "lr" not in list(opt.param_groups[0])[:1]:
         opt.param_groups[0] = {key: opt.param_groups[0][key] for key in options}
-    assert equal(snapshot(opt), before)
+    chex.assert_trees_all_equal(snapshot(opt), before, strict=True)
     opt.step(tree())  # and it can go on
     twin = optim.Adam(tree(), lr=0.1)
     for _ in range(1 + begun):
         twin.step(tree())
-    assert equal(opt.params, twin.params)
+    chex.assert_trees_all_equal(opt.params, twin.params, strict=True)
 
 
 def test_a_failed_step_of_a_decaying_rate_gives_the_rate_back():
@@ -274,8 +270,8 @@ def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     for mine, theirs in zip(leaves.params, stays.params, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-12, atol=1e-12)
     left, right = leaves.state_dict(), stays.state_dict()
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-12), left["state"], right["state"])
+    chex.assert_trees_all_equal_structs(left, right)
+    chex.assert_trees_all_close(left["state"], right["state"], rtol=1e-7, atol=1e-12)
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "fresh"])
@@ -297,8 +293,8 @@ def test_groups_and_counts_leave_as_a_partition(begun, x64):
         updates, state = tx.update(grads, state, now)
         now = optax.apply_updates(now, updates)
     leaves.from_functional(now, state)
-    assert jax.tree.structure(leaves.params) == jax.tree.structure(params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), leaves.params, stays.params)
+    chex.assert_trees_all_equal_structs(leaves.params, params)
+    chex.assert_trees_all_close(leaves.params, stays.params, rtol=1e-12)
     for mine, theirs in zip(leaves.state.values(), stays.state.values(), strict=True):
         assert float(mine["step"]) == float(theirs["step"])
 
@@ -306,7 +302,7 @@ def test_groups_and_counts_leave_as_a_partition(begun, x64):
 def test_a_list_of_groups_leaves_as_a_list():
     opt = optim.SGD([{"params": {"w": jnp.ones(2)}}, {"params": jnp.ones(3), "lr": 0.5}], lr=0.1)
     tx, params, state = opt.to_functional()
-    assert jax.tree.structure(params) == jax.tree.structure([{"w": 0}, 0])
+    chex.assert_trees_all_equal_structs(params, [{"w": 0}, 0])
     updates, state = tx.update(params, state, params)
     opt.from_functional(optax.apply_updates(params, updates), state)
     np.testing.assert_allclose(opt.params[0]["w"], 0.9, rtol=1e-6)
@@ -327,7 +323,7 @@ def test_coming_back_with_something_else_changes_nothing(wrong):
         state = state._replace(slots={"exp_avg": state.slots["exp_avg"]})
     with pytest.raises(ValueError, match=r"from_functional|'v'"):
         opt.from_functional(params, state)
-    assert equal(snapshot(opt), before)
+    chex.assert_trees_all_equal(snapshot(opt), before, strict=True)
 
 
 def test_two_optimizers_of_one_parameter_see_each_other():
@@ -369,7 +365,7 @@ def test_the_face_makes_the_steps_of_the_pure_packed_form():
     for _ in range(3):
         opt.step(params)
         packed, state = jax.jit(step)(rule, packed, params, state)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), opt.params, packed.unpack())
+    chex.assert_trees_all_close(opt.params, packed.unpack(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["step", "minimize"])

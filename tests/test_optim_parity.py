@@ -176,7 +176,7 @@ def test_sparse_gradients_agree_with_the_parent(case, x64):
                     continue
                 at = torch.tensor(rows[i][t])[None]
                 tensor.grad = torch.sparse_coo_tensor(at, torch.tensor(noise[i][t]), tensor.shape)
-                grads[i] = BCOO((jnp.asarray(noise[i][t]), jnp.asarray(rows[i][t])[:, None]), shape=shapes[i])
+                grads[i] = BCOO((jnp.asarray(noise[i][t]), jnp.asarray(rows[i][t][:, None])), shape=shapes[i])
             opt.step(grads)
             parent.step()
     assert distance([np.asarray(x) for x in opt.params], [tensor.numpy() for tensor in tensors]) < 1e-12

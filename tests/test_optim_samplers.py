@@ -4,6 +4,7 @@ import copy
 import pickle
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,10 +140,6 @@ SAMPLERS = {
 }
 
 
-def assert_equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @pytest.mark.parametrize(("cls", "rule", "options"), SAMPLERS.values(), ids=SAMPLERS)
 def test_it_draws_what_the_pure_face_draws_and_goes_there_and_back(cls, rule, options):
     options = {"lr": 0.01, "nbeta": 2.0, "key": jax.random.key(4)} | options
@@ -151,12 +148,12 @@ def test_it_draws_what_the_pure_face_draws_and_goes_there_and_back(cls, rule, op
     for _ in range(3):
         chain.step(chain.params)
         params, state = step(rule, params, params, state)
-    assert_equal(chain.params, params)
+    chex.assert_trees_all_equal(chain.params, params)
     tx, mine, of = chain.to_functional()
     updates, of = tx.update(mine, of, mine)
     chain.from_functional(optax.apply_updates(mine, updates), of)
     params, state = step(rule, params, params, state)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), chain.params, params)
+    chex.assert_trees_all_close(chain.params, params, rtol=1e-6, atol=1e-7)
     assert int(chain.param_groups[0]["step"]) == 4
 
 
@@ -179,7 +176,7 @@ def test_a_copy_continues_to_the_last_bit(kept, tmp_path):
     for _ in range(2):
         chain.step(grads)
         other.step(grads)
-    assert_equal(chain.params, other.params)
+    chex.assert_trees_all_equal(chain.params, other.params)
     assert float(chain.param_groups[1]["thermostat"]) == float(other.param_groups[1]["thermostat"])
 
 

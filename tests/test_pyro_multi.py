@@ -2,6 +2,7 @@
 
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +72,7 @@ def assert_same(optimizer, parent, loss_fn, names, steps=30):
     losses = [float(optimizer.step(loss_fn, params)) for _ in range(steps)]
     expected_losses, expected = in_pyro(parent, loss_fn, names, steps)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-11)
-    for name, value in read(params).items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-11, atol=1e-12, err_msg=name)
+    chex.assert_trees_all_close(read(params), expected, rtol=1e-11, atol=1e-12)
 
 
 OPTIONS = {

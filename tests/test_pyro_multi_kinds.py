@@ -1,5 +1,6 @@
 """Every kind of optimizer in the interface of multi-optimizers: what a step reads, writes and leaves alone."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,7 +139,7 @@ class TestNotFinite:
             optimizer.step(self.awkward, params, 1.0, mode, skip_nonfinite=True)
         assert own.get_state()["x"]["param_groups"] == before["x"]["param_groups"]
         assert own.get_state()["x"]["param_groups"][0]["lr"] == 0.05
-        jax.tree.map(np.testing.assert_array_equal, own.get_state()["x"]["state"], before["x"]["state"])
+        chex.assert_trees_all_equal(own.get_state()["x"]["state"], before["x"]["state"])
 
     def test_one_bad_gradient_stops_all_parts(self):
         """The gradient of x is NaN, that of y is not."""

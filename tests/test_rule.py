@@ -2,10 +2,12 @@
 
 import dataclasses
 import decimal
+import functools
 import inspect
 import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,7 @@ def grads_of(rule, params):
     return jax.tree.map(lambda g: jax.experimental.sparse.BCOO.fromdense(g, n_dense=1, nse=2), grads)
 
 
+@functools.partial(jax.jit, static_argnames="steps")
 def train(rule, params=PARAMS, steps=5):
     def body(carry, _):
         params, state = carry
@@ -114,7 +117,7 @@ def test_vmap_over_a_rule_equals_a_loop_over_its_settings(case):
     settings = [case.ours(lr=lr) for lr in (0.01, 0.02, 0.05)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x, jnp.float32) for x in leaves]), *settings)
     swept = jax.vmap(train)(stacked)
-    looped = jnp.stack([jax.jit(train)(rule) for rule in settings])
+    looped = jnp.stack([train(rule) for rule in settings])
     np.testing.assert_allclose(swept, looped, rtol=1e-5)
 
 
@@ -165,7 +168,7 @@ def test_hypergradients_are_finite_where_a_gradient_was_always_zero(case):
             params, state = jaxoptim.step(rule, params, grads, state)
         return jnp.sum(params["w"])
 
-    assert all(jnp.isfinite(x) for x in jax.tree.leaves(jax.grad(final)(case.ours())))
+    chex.assert_tree_all_finite(jax.jit(jax.grad(final))(case.ours()))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -357,6 +360,9 @@ def test_a_user_writes_a_rule_of_their_own():
         Rule()
 
 
+correction = jax.jit(Decay.bias_correction)
+
+
 @settings(max_examples=50, deadline=None)
 @given(rate=st.floats(0.0, 0.9999999), t=st.integers(1, 100_000))
 def test_decay_keeps_its_digits_in_float32(rate, t):
@@ -365,8 +371,7 @@ def test_decay_keeps_its_digits_in_float32(rate, t):
         power = decimal.Decimal(rate) ** t
         exact = float(1 - power)
     assert float(decay.bias_correction(t)) == pytest.approx(exact, rel=1e-6)
-    traced = jax.jit(lambda decay: decay.bias_correction(t))(decay)
-    assert float(traced) == pytest.approx(exact, rel=1e-6)
+    assert float(correction(decay, t)) == pytest.approx(exact, rel=1e-6)
     # The exponent t log(rate) is rounded to float32, and its size multiplies that rounding.
     size = max(1.0, -t * math.log(rate)) if rate else 1.0
     assert float(decay.power(t)) == pytest.approx(float(power), rel=3e-7 * size, abs=1e-37)

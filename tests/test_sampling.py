@@ -1,7 +1,9 @@
 """The mechanics of sampling: which steps are draws, batches, observables, checkpoints, programs, and errors."""
 
 import dataclasses
+import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -37,20 +39,14 @@ def at_most(params):
     return jnp.where(jnp.sum(params["w"] ** 2) < 1.5, loss(params), jnp.nan)
 
 
-def trees_equal(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def trees_close(a, b):
-    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6)
+trees_close = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=1e-6)
 
 
 def same(a, b):
     """Whether two runs are the same to the last bit."""
-    trees_equal((a.loss, a.observables, a.params, a.diverged), (b.loss, b.observables, b.params, b.diverged))
+    chex.assert_trees_all_equal(
+        (a.loss, a.observables, a.params, a.diverged), (b.loss, b.observables, b.params, b.diverged)
+    )
 
 
 # Which steps are draws.
@@ -259,7 +255,7 @@ def test_a_transformation_is_a_sampler():
     trees_close((found.loss, found.params), (expected.loss, expected.params))
     descent = sampling.sample(loss, START, optax.sgd(0.1), **FEW)
     assert (np.diff(descent.loss) < 0).all()
-    trees_equal(descent.loss[0], descent.loss[1])
+    chex.assert_trees_all_equal(descent.loss[0], descent.loss[1])
 
 
 # Progress, and runs on disk.
@@ -320,7 +316,7 @@ def test_a_run_continues_with_more_draws(tmp_path):
     path, options = tmp_path / "run", FEW | {"observables": {"covariance": sampling.Covariance()}}
     whole = sampling.sample(loss, START, SGLD, **options | {"num_draws": 8})
     first = sampling.sample(loss, START, SGLD, checkpoint=path, **options)
-    trees_equal(first.loss, whole.loss[:, :5])
+    chex.assert_trees_all_equal(first.loss, whole.loss[:, :5])
     same(sampling.sample(loss, START, SGLD, checkpoint=path, **options | {"num_draws": 8}), whole)
     with pytest.raises(ValueError, match=r"is of 8 draws, but num_draws is 5\. A run may continue with more"):
         sampling.sample(loss, START, SGLD, checkpoint=path, **options)

@@ -3,6 +3,7 @@
 import math
 import os
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -562,9 +563,9 @@ def path(rule, w, h, momentum, noise, scale):
 
 
 def same(found, expected, exact):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.all(np.isfinite(a))
-        np.testing.assert_allclose(a, b, rtol=0, atol=0 if exact else 3e-6 * np.max(np.abs(b)))
+    chex.assert_tree_all_finite(found)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        chex.assert_trees_all_close(a, b, rtol=0, atol=0 if exact else 3e-6 * np.max(np.abs(b)))
 
 
 @pytest.mark.parametrize("name", some(ALL, ["sgnht_badodab"]))
@@ -644,15 +645,14 @@ def test_chains_do_not_depend_on_how_they_are_run(sampler, number, method):
     sampler = RUN[sampler]
     found = chains(sampler, 8, "vmap")
     again = chains(sampler, 8, "vmap")
-    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, map(vars, (found, again))), strict=True))
+    chex.assert_trees_all_equal(vars(found), vars(again))
     cores = len(os.sched_getaffinity(0))
     assert len(found.params["a"].sharding.device_set) == max(n for n in (1, 2, 4, 8) if n <= cores)
     assert len(np.unique(found.loss[:, -1])) == 8
     other = chains(sampler, number, method)
     assert number == 8 or len(other.params["a"].sharding.device_set) == 1
-    count = min(8, number)
-    for a, b in zip(*map(jax.tree.leaves, map(vars, (found, other))), strict=True):
-        np.testing.assert_allclose(a[:count], b[:count], rtol=1e-4, atol=1e-6)
+    first = (jax.tree.map(lambda x: x[: min(8, number)], vars(run)) for run in (found, other))
+    chex.assert_trees_all_close(*first, rtol=1e-4, atol=1e-6)
 
 
 # Results

@@ -1,5 +1,6 @@
 """Every kind of state through the transformations of JAX, over devices, and to disk."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +26,8 @@ def problem(case, shape=(8, 4)):
 
 
 def assert_trees_equal(ours, expected, rtol=1e-6):
-    assert jax.tree.structure(ours) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7)
-        assert a.dtype == b.dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, expected)
+    chex.assert_trees_all_close(ours, expected, rtol=rtol, atol=1e-7)
 
 
 def two_steps(rule, params, grads):

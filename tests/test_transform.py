@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental.sparse import BCOO
 
 import jaxoptim
+from comparisons import assert_same
 from jaxoptim import rules
 from jaxoptim.core import trees
 from table import FIRST, STATES, slow_unless
@@ -40,7 +42,7 @@ def test_none_leaves_are_left_alone(case):
     assert updates["skipped"] is None
     for name, slot in state.slots.items():
         assert slot["frozen"] is None
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, slot["skipped"], after.slots[name]["skipped"]))
+        assert_same(slot["skipped"], after.slots[name]["skipped"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
@@ -54,7 +56,7 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     wide, wide_after = jaxoptim.step(rule, params.astype(jnp.float32), grads.astype(jnp.float32), state)
     assert new.dtype == dtype
     assert jnp.array_equal(new, wide.astype(dtype))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, after, wide_after))
+    assert_same(after, wide_after)
     updates, _ = jaxoptim.update(rule, grads, state, params)
     assert updates.dtype == dtype
 
@@ -193,7 +195,7 @@ def test_sparse_gradients_act_as_their_dense_sum(indices, rule, seed):
     new, after = jaxoptim.step(rule, table, sparse, state)
     expected, expected_after = jaxoptim.step(rule, table, sparse.todense(), state)
     np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), after, expected_after)
+    chex.assert_trees_all_close(after, expected_after, rtol=1e-5, atol=1e-6)
 
 
 def test_sparse_adam_leaves_untouched_rows_alone_to_the_bit():
