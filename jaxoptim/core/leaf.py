@@ -40,7 +40,7 @@ def check_param(rule: Rule, name: str, param: Any) -> Any:
     """
     param = trees.check_array("parameter", name, param)
     if not rule.complex and jnp.issubdtype(param.dtype, jnp.complexfloating):
-        raise RuntimeError(
+        raise rule.complex_error(
             f"{type(rule).__name__} does not support complex parameters, but {name!r} has dtype {param.dtype}. "
             "Optimize its real and imaginary parts as two parameters, or use another optimizer."
         )

@@ -230,6 +230,8 @@ class Rule(Hyperparameters, abc.ABC):
     """Whether gradients may come as rows (``BCOO``)."""
     complex: ClassVar[bool] = True
     """Whether complex parameters are treated as pairs of real numbers."""
+    complex_error: ClassVar[type[Exception]] = RuntimeError
+    """What is raised for them if they are not: torch's type."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
     takes: ClassVar[tuple[str, ...]] = ()

@@ -6,55 +6,27 @@ import contextlib
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core import as_jax, init
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
-from jaxoptim.core.numerics import placed_like
 from jaxoptim.core.packing import part, read, with_part
 from jaxoptim.engine import programs
 from jaxoptim.engine.contents import Contents
-from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
+from jaxoptim.engine.freeze import View, frozen
+from jaxoptim.engine.layout import Cell
 from jaxoptim.engine.numbers import Numbers, TakenApart, together
 from jaxoptim.engine.programs import NOT_STARTED
-from jaxoptim.engine.records import Group, Record, complete, other_slots, placed
-from jaxoptim.engine.slots import abstract_slots, scalar_slots
+from jaxoptim.engine.records import Group, Record, placed
+from jaxoptim.engine.slots import abstract_slots
 
-MAX_SIZE = 16384
-"""Larger arrays stay by themselves, as in :func:`jaxoptim.pack`: to copy them would cost more than it saves."""
-_OWN_SLAB = 4096
-"""So many numbers in the small arrays of each of a few groups repay a slab, and kernels, of their own."""
-_FEW_GROUPS = 4
 _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
-
-
-class View(NamedTuple):
-    """The structure in which a user sees the parameters.
-
-    Attributes:
-        treedef: of the tree.
-        leaves: the parameters at its leaves.
-    """
-
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-
-class _Member(NamedTuple):
-    """A parameter that is to find its cell."""
-
-    param: Any
-    group: int
-    times: int
-    kind: Hashable
 
 
 class Slabs:
@@ -86,126 +58,27 @@ class Slabs:
         records: Mapping[Any, Record],
         alone: set[Any],
     ) -> None:
-        every = [
-            (param, at, times) for at, group in enumerate(groups) for param, times in zip(*group[1:3], strict=True)
-        ]
-        kinds = _kinds(groups, every, records, alone)
-        members = [_Member(*one, kind) for one, kind in zip(every, kinds, strict=True)]
-        self.params: list[Any] = [member.param for member in members]
+        made = frozen(groups, labels, view, records, alone)
+        self.params, self.layout, self.others = made.params, made.layout, made.others
         self.index: dict[Any, int] = {param: index for index, param in enumerate(self.params)}
-        self._of = [member.group for member in members]
         self.groups = list(groups)
-        structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in self.params]
-        cells = self._cells(members)
-        order = [self.index[param] for param in view.leaves]
-        self.layout = Layout(view.treedef, order, structs, cells)
-        kept = [complete(records[param], groups[at], labels[param], param) for param, at, _ in every]
-        self.others = {param: others for param, at, _ in every if (others := other_slots(records[param], groups[at]))}
-        counts = [count for _, count, _ in kept]
-        self._unstarted = {index for index, count in enumerate(counts) if count == NOT_STARTED}
-        self._even = self._is_even(kept)
-        made = [self._frozen(cell, kept, records) for cell in cells]
-        contents = Contents(jnp.asarray(np.array(counts, np.int32)), made)
-        self._history, self._form = [contents.leaves], contents._form
+        self._groups_of, self._groups_in = made.groups_of, made.groups_in
+        self._unstarted, self._even = made.unstarted, made.is_even
+        # The arrays, of which the last counts: the others are gone.
+        self._history, self._form = [made.contents.leaves], made.contents._form
         self.outdated: set[int] = set()
         self._read: dict[int, jax.Array] = {}
-        self._counts: Any = None
-        self._has_gaps = False
-        self._ran: set[Hashable] = set()
+        self._counts: Any = None  # read since the last step
+        self._has_gaps = False  # whether a gradient was missing in the last step
+        self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
         self.renumber([group.apart for group in groups])
         for index, param in enumerate(self.params):
             param.enter(self, index)
 
-    def _cells(self, members: Sequence[_Member]) -> list[Cell]:
-        kinds: dict[Hashable, list[int]] = {}
-        for index, member in enumerate(members):
-            kinds.setdefault(member.kind, []).append(index)
-        cells: list[Cell] = []
-        self._groups_of: list[list[int]] = []
-        for kind, own in kinds.items():
-            found = dict.fromkeys(members[index].group for index in own)
-            at = {group: place for place, group in enumerate(found)}
-            first = members[own[0]]
-            row = None
-            if not isinstance(kind, _Alone):
-                shapes = [tuple(members[index].param.shape) for index in own]
-                row = row_shape(self.groups[first.group].apart.setting.rule, shapes)
-            cells.append(
-                Cell(len(cells), tuple(own), row, tuple(at[members[index].group] for index in own), first.times)
-            )
-            self._groups_of.append(list(found))
-        return cells
-
-    def _is_even(self, kept: Sequence[Any]) -> bool:
-        """Whether all parameters have made the same steps, those without state aside."""
-        seen = {count for _, count, _ in kept if count != NOT_STARTED}
-        fresh = any(count == NOT_STARTED for _, count, _ in kept)
-        if len(seen | ({0} if fresh else set())) > 1 or any(cell.times != 1 for cell in self.layout.cells):
-            return False
-        for cell in self.layout.cells:
-            names = scalar_slots(self.groups[self._of[cell.members[0]]].apart.setting.rule)
-            values = [
-                [float(slots[name]) for name in names] for _, _, slots in map(kept.__getitem__, cell.members) if slots
-            ]
-            if cell.is_slab and names and any(value != values[0] for value in values):
-                return False
-        return True
-
-    def _frozen(self, cell: Cell, kept: Sequence[Any], records: Mapping[Any, Record]) -> tuple[Any, Any]:
-        """The arrays of a cell."""
-        own = [kept[member] for member in cell.members]
-        sharding = records[self.params[cell.members[0]]].sharding
-        if not cell.is_slab:
-            value, _, slots = own[0]
-            value = placed(value, sharding)
-            return value, slots and self._slots_beside(cell, value, slots)
-        value = self._packed(cell, [value for value, _, _ in own], sharding)
-        if all(slots is None for _, _, slots in own):
-            return value, None
-        rule, first = self.groups[self._of[cell.members[0]]].apart.setting.rule, self.layout.structs[cell.members[0]]
-        scalars = scalar_slots(rule) if rule.elementwise else set()
-        packed: dict[str, Any] = {}
-        for name, struct in abstract_slots(rule, first.like).items():
-            if struct is None:
-                packed[name] = None
-                continue
-            shapes = [struct.shape if not rule.elementwise else self.layout.structs[m].shape for m in cell.members]
-            arrays = [
-                np.zeros(() if name in scalars else shape, struct.dtype) if slots is None else slots[name]
-                for shape, (_, _, slots) in zip(shapes, own, strict=True)
-            ]
-            if name in scalars:
-                arrays = [
-                    np.repeat(np.asarray(x), rows)
-                    for x, rows in zip(arrays, self.layout.rows[cell.number], strict=True)
-                ]
-            flat = rule.elementwise and name not in scalars
-            packed[name] = self._packed(cell, arrays, sharding, padded=flat)
-        return value, packed
-
-    def _slots_beside(self, cell: Cell, value: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
-        """The slots of a single array where they belong: those of its shape beside it."""
-        slots = {name: None if x is None else as_jax(x) for name, x in slots.items()}
-        devices = value.sharding.device_set
-        if all(x is None or x.sharding.device_set == devices for x in slots.values()):
-            return slots
-        fresh = _init(self.groups[self._of[cell.members[0]]].apart.setting.rule, value)
-        return {name: None if x is None else placed_like(x, fresh[name]) for name, x in slots.items()}
-
-    def _packed(self, cell: Cell, arrays: Sequence[Any], sharding: Any, padded: bool = True) -> jax.Array:
-        """Arrays of all parameters of a slab as a flat one."""
-        parts = []
-        for x, rows in zip(arrays, self.layout.rows[cell.number], strict=True):
-            flat = np.asarray(x).reshape(-1)
-            parts.append(flat)
-            if padded and (padding := rows * cell.width - flat.size):
-                parts.append(np.zeros(padding, flat.dtype))
-        return placed(jnp.asarray(np.concatenate(parts)), sharding)
-
     def renumber(self, settings: Sequence[TakenApart]) -> None:
         """Take other numbers for the same groups."""
         self.groups = [group._replace(apart=apart) for group, apart in zip(self.groups, settings, strict=True)]
-        self.numbers = Numbers([together([settings[at] for at in own]) for own in self._groups_of])
+        self.numbers = Numbers([together([settings[at] for at in own]) for own in self._groups_in])
 
     # What is there now.
 
@@ -270,7 +143,7 @@ class Slabs:
         return found
 
     def _slots_like(self, index: int) -> dict[str, Any]:
-        return abstract_slots(self.groups[self._of[index]].apart.setting.rule, self.layout.structs[index].like)
+        return abstract_slots(self.groups[self._groups_of[index]].apart.setting.rule, self.layout.structs[index].like)
 
     def _place(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> int:
         """Where a parameter's part of a flat array begins."""
@@ -280,7 +153,7 @@ class Slabs:
         return first * (1 if self._is_elementwise(cell) else size)
 
     def _is_elementwise(self, cell: Cell) -> bool:
-        return self.groups[self._of[cell.members[0]]].apart.setting.rule.elementwise
+        return self.groups[self._groups_of[cell.members[0]]].apart.setting.rule.elementwise
 
     def _part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
         if not cell.is_slab:
@@ -539,45 +412,6 @@ _MANY_READS = 8
 """After so many parameters that were read, or written, one by one, all are."""
 _FEW_SHAPES = 16
 """Up to so many shapes have a program each to read them."""
-
-
-class _Alone(NamedTuple):
-    """The kind of a parameter that stands by itself."""
-
-    param: Any
-
-
-def _kinds(
-    groups: Sequence[Group], every: Sequence[tuple[Any, int, int]], records: Mapping[Any, Record], alone: set[Any]
-) -> list[Hashable]:
-    """For each parameter what it has in common with those of its cell."""
-    kinds: list[Hashable] = []
-    for param, at, times in every:
-        apart, sharding = groups[at].apart, records[param].sharding
-        rule = apart.setting.rule
-        is_small = 0 < math.prod(param.shape) <= MAX_SIZE and len(sharding.device_set) == 1
-        if not is_small or times != 1 or param in alone or rule.sparse == "required":
-            kinds.append(_Alone(param))
-            continue
-        shape = None if rule.elementwise else param.shape
-        own = None if apart.is_numeric else at
-        if not (rule.elementwise or apart.is_numeric):
-            kinds.append(_Alone(param))
-            continue
-        kinds.append((apart.form, jnp.dtype(param.dtype), sharding, shape, own))
-    sizes: dict[Hashable, Counter[int]] = {}
-    for (param, at, _), kind in zip(every, kinds, strict=True):
-        sizes.setdefault(kind, Counter())[at] += math.prod(param.shape)
-    apart_kinds = {kind for kind, of in sizes.items() if len(of) <= _FEW_GROUPS and min(of.values()) >= _OWN_SLAB}
-    return [
-        (kind, at) if kind in apart_kinds and not isinstance(kind, _Alone) else kind
-        for (_, at, _), kind in zip(every, kinds, strict=True)
-    ]
-
-
-@jax.jit
-def _init(rule: Any, value: jax.Array) -> dict[str, Any]:
-    return init(rule, value).slots
 
 
 @functools.cache

@@ -11,10 +11,11 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import as_jax, check_gradient
+from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import TakenApart
 from jaxoptim.engine.programs import NOT_STARTED, SparseGradient
 from jaxoptim.engine.records import Group, Record
-from jaxoptim.engine.slabs import Slabs, View
+from jaxoptim.engine.slabs import Slabs
 
 State = tuple[int, dict[str, Any]]
 """The steps of a parameter, and all of its entries by name."""

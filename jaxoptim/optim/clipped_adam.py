@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from jaxoptim import rules
 from jaxoptim.core import Rule
-from jaxoptim.optim.functional import Part
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.optim.optimizer import Groups, Number, Optimizer
+from jaxoptim.optim.part import Part
 
 
 class DecayingRate(Optimizer):
@@ -22,15 +23,16 @@ class DecayingRate(Optimizer):
     fixed: Mapping[str, Any] = {"lrd": 1.0}
 
     def _update(self, run: Callable[[], Any]) -> Any:
-        rates = [group["lr"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["lr"] = group["lr"] * group["lrd"]
-        try:
-            return run()
-        except BaseException:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate
-            raise
+        with Uninterrupted():  # or rates would have decayed for a step that was not made
+            rates = [group["lr"] for group in self.param_groups]
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * group["lrd"]
+            try:
+                return run()
+            except BaseException:
+                for group, rate in zip(self.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                raise
 
     def _pure_rule(self, part: Part) -> Rule:
         lrd = part.group["lrd"]

@@ -29,6 +29,7 @@ class DCTAdam(DecayingRate):
 
     rule = rules.DCTAdam
     step_type: ClassVar[type | None] = int
+    may_lack: ClassVar[frozenset[str]] = frozenset(("dct_dim", "subsample"))
 
     def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
         """The state with a count for each number, where Pyro has one for all until it meets a subsample."""

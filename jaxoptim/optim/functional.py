@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +12,8 @@ import optax
 from jaxoptim.core import OptState, Rule, transformation, trees
 from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.optim.parameter import Parameter
-
-if TYPE_CHECKING:
-    from jaxoptim.optim.storage import Storage
-
-
-class Part(NamedTuple):
-    """Parameters of one group that have made the same steps: one state of the pure face.
-
-    Attributes:
-        group: the options that they follow.
-        rule: the rule with these options.
-        params: the parameters.
-        labels: their names.
-        times: how often one step updates them.
-        count: the steps that they have made, None without state.
-        slots: the state of each.
-        shared: what belongs to all of them.
-    """
-
-    group: dict[str, Any]
-    rule: Rule
-    params: Sequence[Parameter]
-    labels: Sequence[str]
-    times: int
-    count: Any
-    slots: Sequence[dict[str, Any]]
-    shared: dict[str, Any] | None = None
-
+from jaxoptim.optim.part import Part
+from jaxoptim.optim.storage import Storage
 
 RuleOf = Callable[[Part], Rule]
 """The rule with which the pure face goes on."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.optim.parameter import Parameter
@@ -66,6 +67,12 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
         if not all(is_named_pair(item) for item in params):
             raise ValueError("all optimizer params should be with/without names. Some param names are missing")
         return [_named(value, name) for name, value in params], [name for name, _ in params]
+    for name, leaf in zip(trees.names(params), _with_none(params), strict=True):
+        if isinstance(leaf, BCOO):
+            raise ValueError(
+                f"optimizer can only optimize dense arrays, but the parameter {name!r} is a BCOO. Give its todense(); "
+                "only its gradient may be a BCOO, of dense rows."
+            )
     leaves, treedef = jax.tree.flatten(params)
     names = [name for name, leaf in zip(trees.names(params), _with_none(params), strict=True) if leaf is not None]
     given = [isinstance(leaf, Parameter) for leaf in leaves]

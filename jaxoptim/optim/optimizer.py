@@ -18,6 +18,7 @@ from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 from jaxoptim.optim.parameter import zeros_like
+from jaxoptim.optim.part import Part
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Storage
 
@@ -297,7 +298,7 @@ class Optimizer(Hooked):
         """Make one update; the place for what a class does to its options at each."""
         return run()
 
-    def _pure_rule(self, part: functional.Part) -> Rule:
+    def _pure_rule(self, part: Part) -> Rule:
         """The rule with which the pure face goes on from here."""
         return part.rule
 

@@ -20,9 +20,9 @@ from jaxoptim.core.rule import assembled
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.numbers import Numbers
-from jaxoptim.optim.functional import Part
 from jaxoptim.optim.optimizer import Groups, Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.part import Part
 from jaxoptim.optim.storage import Group, Storage
 from jaxoptim.optim.whole import Whole, WholeStorage
 

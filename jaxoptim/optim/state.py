@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxoptim.optim.parameter import Parameter
-
-if TYPE_CHECKING:
-    from jaxoptim.optim.storage import Storage
+from jaxoptim.optim.storage import Storage
 
 
 class ParameterState(MutableMapping[str, Any]):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,44 @@ import numpy as np
 from jaxoptim.core import Rule, enabled
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.engine.slots import abstract_slots, slot_names
+from jaxoptim.optim.storage import Storage
 from jaxoptim.optim.subclass import TORCH_FLAGS
 
-if TYPE_CHECKING:
-    from jaxoptim.optim.optimizer import Optimizer
-
-_ADDED = TORCH_FLAGS.keys() | {"maximize", "decoupled_weight_decay", "dct_dim", "subsample"}
-"""The options that checkpoints may lack: torch added them to its classes later, or its parents have them elsewhere."""
+_ADDED = TORCH_FLAGS.keys() | {"maximize", "decoupled_weight_decay"}
+"""The options that checkpoints may lack, because torch added them to its classes later."""
 _OF_SCHEDULERS = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
 """The options that schedulers add to a group."""
 _COUNT = jax.ShapeDtypeStruct((), jnp.float32)
 """How the count of steps is kept."""
+
+
+class Loadable(Protocol):
+    """An optimizer, as far as its state dict is concerned."""
+
+    defaults: dict[str, Any]
+    _storage: Storage
+
+    @property
+    def rule(self) -> type[Any]:
+        """What computes the update of one parameter."""
+
+    @property
+    def step_type(self) -> type | None:
+        """How the state shows the count of steps."""
+
+    @property
+    def may_lack(self) -> frozenset[str]:
+        """Options that a state dict may lack."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups."""
+
+    def _transferred(self, state: Mapping[Any, Any], transfer: Any) -> Mapping[Any, Any]: ...
+
+    def _adopt(self, group: dict[str, Any]) -> None: ...
+
+    def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None: ...
 
 
 def check_layout(state_dict: Any) -> None:
@@ -39,7 +66,7 @@ def check_layout(state_dict: Any) -> None:
             raise KeyError(f"loaded state dict has no {key!r}; it has {', '.join(map(repr, state_dict)) or 'nothing'}")
 
 
-def check_class(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+def check_class(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
     """Raise for a state dict that says that it is of another optimizer."""
     maker = getattr(state_dict, "made_by", optimizer.rule.__name__)
     if maker != optimizer.rule.__name__:
@@ -78,7 +105,7 @@ def check_size(index: int, group: Mapping[str, Any], mine: Mapping[str, Any], na
     )
 
 
-def check_options(optimizer: Optimizer, index: int, group: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def check_options(optimizer: Loadable, index: int, group: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raise for options of another class, and for typing errors."""
     known = optimizer.defaults.keys() | mine.keys() | _OF_SCHEDULERS | {"params", "param_names"}
     members = labels(mine)
@@ -106,7 +133,7 @@ def check_strays(state: Mapping[Any, Any], params: Mapping[Any, Any]) -> None:
             )
 
 
-def check_slots(optimizer: Optimizer, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
+def check_slots(optimizer: Loadable, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
     """Raise for state that the optimizer could not have made with these options."""
     rule = optimizer._storage.rule_of(group)
     count = set() if optimizer.step_type is None else {"step"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +15,8 @@ from jaxoptim.core.numerics import is_numeric
 from jaxoptim.optim import state_checks
 from jaxoptim.optim.matching import by_name, matched
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.state_checks import Loadable
 from jaxoptim.optim.subclass import TORCH_FLAGS
-
-if TYPE_CHECKING:
-    from jaxoptim.optim.optimizer import Optimizer
 
 
 class Transfer(NamedTuple):
@@ -75,10 +73,14 @@ def _state_dict(items: dict[Any, Any], made_by: str, names: list[list[str | None
     return StateDict(items, made_by=made_by, names=names)
 
 
-def saved(optimizer: Optimizer) -> StateDict:
+def saved(optimizer: Loadable) -> StateDict:
     """The state and the groups of an optimizer, with numbers for parameters."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    ids = {param: index for index, param in enumerate(params)}  # of a duplicate the last one, as torch does
+    ids: dict[Parameter, int] = {}
+    position = 0
+    for group in optimizer.param_groups:
+        # As in torch: of a parameter that stands twice in one group the last place, of one in two groups the first.
+        ids |= {param: index for index, param in enumerate(group["params"], position) if param not in ids}
+        position += len(group["params"])
     groups = [
         {**{key: value for key, value in group.items() if key != "params"}, "params": [ids[p] for p in group["params"]]}
         for group in optimizer.param_groups
@@ -93,7 +95,7 @@ def saved(optimizer: Optimizer) -> StateDict:
 
 
 def to_load(
-    optimizer: Optimizer,
+    optimizer: Loadable,
     state_dict: Mapping[str, Any],
     strict: bool,
     names: Sequence[Sequence[str]] | None = None,
@@ -150,7 +152,7 @@ def to_load(
 
 
 def _in_our_order(
-    optimizer: Optimizer,
+    optimizer: Loadable,
     groups: list[dict[str, Any]],
     names: Sequence[Sequence[Any]],
     strict: bool,
@@ -176,7 +178,7 @@ def names_in(state_dict: Mapping[str, Any]) -> list[list[str | None]]:
     return found
 
 
-def _complete(optimizer: Optimizer, group: dict[str, Any], mine: dict[str, Any]) -> None:
+def _complete(optimizer: Loadable, group: dict[str, Any], mine: dict[str, Any]) -> None:
     """Complete a group that was saved before torch had some of its options: what is missing is off.
 
     What the parent never had stays as it is here.
@@ -203,7 +205,7 @@ def _own(x: Any) -> Any:
     return owned(x) if not isinstance(x, np.ndarray) or is_numeric(x.dtype) else x
 
 
-def transferred(optimizer: Optimizer, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:
+def transferred(optimizer: Loadable, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:
     """State by parameter, with the numbers of some moved.
 
     Errors:

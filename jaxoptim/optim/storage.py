@@ -15,13 +15,14 @@ import numpy as np
 from jaxoptim.core import Rule, check_param, trees
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.rule import Traced
+from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
 from jaxoptim.engine.programs import NOT_STARTED
 from jaxoptim.engine.records import Group as Members
-from jaxoptim.engine.slabs import Slabs, View
+from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.store import State, Store
-from jaxoptim.optim.functional import Part
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.part import Part
 
 Group = dict[str, Any]
 
@@ -58,6 +59,7 @@ class Storage:
         self._settings: list[TakenApart] = []  # one for each group
         self._seen: list[tuple[Group, list[Parameter]]] = []  # what the slabs were made of
         self._strays: list[Parameter] = []  # parameters that were only put into a group
+        self._places: list[int] = []  # of the groups in the slabs among all, where one may stand twice
 
     # What belongs to whom.
 
@@ -180,7 +182,7 @@ class Storage:
         groups, states = self.slabs().groups, self.store.states()
         found: list[Part] = []
         for at, members in enumerate(groups):
-            group = self.groups[at] if at < len(self.groups) else {}
+            group = self.groups[self._places[at]] if at < len(self._places) else {}
             kinds: dict[tuple[int, int], list[Parameter]] = {}
             for param, times in zip(members.params, members.times, strict=True):
                 kinds.setdefault((times, states[param][0]), []).append(param)
@@ -253,8 +255,8 @@ class Storage:
         if not is_same_form:
             self.store.thaw()  # a term came or went, and perhaps a slot with it
         elif self.store.slabs is not None:
-            outside = len(self.store.slabs.groups) - len(settings)
-            self.store.renumber([*settings, *settings[:1] * outside])
+            outside = len(self.store.slabs.groups) - len(self._places)
+            self.store.renumber([*map(settings.__getitem__, self._places), *settings[:1] * outside])
 
     def _setting_after(self, before: Any, setting: TakenApart | None, now: list[Any], group: Group) -> TakenApart:
         """The setting of a group, from what it was before."""
@@ -277,9 +279,14 @@ class Storage:
         leaves, treedef = jax.tree.flatten(tree)
         self.labels = labelled(tree)
         members = []
-        for group, setting in zip(self.groups, self._settings, strict=True):
-            times: Counter[Parameter] = Counter(group["params"])
-            members.append(Members(setting, tuple(times), tuple(times.values()), self.step_type is not None))
+        self._places = list({id(group): at for at, group in reversed([*enumerate(self.groups)])}.values())[::-1]
+        for at in self._places:
+            group = self.groups[at]
+            times: Counter[Parameter] = Counter(group["params"] * sum(other is group for other in self.groups))
+            members.append(Members(self._settings[at], tuple(times), tuple(times.values()), self.step_type is not None))
+        every = Counter(param for of in members for param in of.params)
+        if twice := [param for param, count in every.items() if count > 1]:
+            raise ValueError(f"some parameters appear in more than one parameter group: {twice[0]}")
         inside = {param for of in members for param in of.params}
         outside = tuple(param for param in self.labels if param not in inside)
         if outside:  # taken out of all groups, and updated by none

@@ -17,8 +17,8 @@ from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout, Struct
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.slots import slot_names
-from jaxoptim.optim.functional import Part
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.part import Part
 from jaxoptim.optim.storage import Group, Storage, labelled
 
 
@@ -114,7 +114,7 @@ class WholeStorage(Storage):
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         super().__init__(rule, step_type, fixed)
         self.wholes: list[Whole] = []
-        self._places: dict[Parameter, tuple[Whole, int]] = {}
+        self._whole_of: dict[Parameter, tuple[Whole, int]] = {}
         self._edited: dict[Parameter, dict[str, Any]] = {}
         self._others: dict[Parameter, dict[str, Any]] = {}
 
@@ -122,15 +122,15 @@ class WholeStorage(Storage):
 
     def known(self) -> list[Parameter]:
         """All parameters that may have state: those of the groups, and others that were there before."""
-        return list(dict.fromkeys([*self.parameters(), *self._places, *self._edited]))
+        return list(dict.fromkeys([*self.parameters(), *self._whole_of, *self._edited]))
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
         """The state of a parameter by torch's names, a new dict."""
         if param in self._edited:
             return dict(self._edited[param])
-        if param not in self._places:
+        if param not in self._whole_of:
             return {}
-        whole, index = self._places[param]
+        whole, index = self._whole_of[param]
         return whole.slots_of(index) | self._others.get(param, {})
 
     def states(self) -> dict[Parameter, dict[str, Any]]:
@@ -228,7 +228,7 @@ class WholeStorage(Storage):
                 by_times.setdefault(0 if group is outside else times, []).append(param)
             wholes += [self._whole(group, apart.setting.rule, times, params) for times, params in by_times.items()]
         self.wholes = wholes
-        self._places = {param: (whole, index) for whole in wholes for index, param in enumerate(whole.params)}
+        self._whole_of = {param: (whole, index) for whole in wholes for index, param in enumerate(whole.params)}
         self._edited.clear()
         self._seen = [(group, list(group["params"])) for group in self.groups]
         leaves, treedef = jax.tree.flatten(tree)
@@ -247,7 +247,7 @@ class WholeStorage(Storage):
 
     def _whole(self, group: Group, rule: Rule, times: int, params: list[Parameter]) -> Whole:
         """The parameters of a group: as they were, or with the state that they have now."""
-        old = self._places[params[0]][0] if params[0] in self._places else None
+        old = self._whole_of[params[0]][0] if params[0] in self._whole_of else None
         names = slot_names(rule)
         is_same = old is not None and (old.params, old.times) == (tuple(params), times)
         awakened = any(self._others.get(param, {}).keys() & set(names) for param in params)

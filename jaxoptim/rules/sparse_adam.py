@@ -37,7 +37,7 @@ class SparseAdam(Rule):
         ``exp_avg``, ``exp_avg_sq``, dense, of the parameter's shape.
 
     Errors:
-        ``ValueError`` for a number out of range; ``RuntimeError`` for a dense gradient or complex parameters.
+        ``ValueError`` for a number out of range, and for complex parameters; ``RuntimeError`` for a dense gradient.
 
     Reference:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015, in torch's lazy form.
@@ -59,6 +59,7 @@ class SparseAdam(Rule):
 
     sparse: ClassVar[Literal["refused", "accepted", "required"]] = "required"
     complex: ClassVar[bool] = False
+    complex_error: ClassVar[type[Exception]] = ValueError
 
     def init(self, param: jax.Array) -> Slots:
         return zeros(param, "exp_avg", "exp_avg_sq")

@@ -17,7 +17,8 @@ from jaxoptim.core import Rule, trees
 from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.batches import size_of
-from jaxoptim.sampling.run import Options, Sampler, run, stacked
+from jaxoptim.sampling.options import Options
+from jaxoptim.sampling.run import Sampler, run, stacked
 from jaxoptim.sampling.sample import first_divergence
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxoptim.sampling.calibration import Calibration
-    from jaxoptim.sampling.llc import LLC
 
-
-def plot_traces(llc: LLC, ax: Any) -> Any:
-    """The trace of each chain, and the running mean over all of them."""
+def plot_traces(llc: Any, ax: Any) -> Any:
+    """Draw the trace of each chain of an ``LLC``, and the running mean over all of them."""
     if llc.loss.ndim != 2:
         raise ValueError("plot draws the traces of one selection: llc[0].plot().")
     ax = _axes(ax)
@@ -27,8 +23,8 @@ def plot_traces(llc: LLC, ax: Any) -> Any:
     return ax
 
 
-def plot_sweep(sweep: Calibration, ax: Any) -> Any:
-    """The estimate against the step size for each localization."""
+def plot_sweep(sweep: Any, ax: Any) -> Any:
+    """Draw the estimates of a ``Calibration`` against the step size for each localization."""
     ax = _axes(ax)
     for column, strength in enumerate(sweep.localization):
         ax.errorbar(

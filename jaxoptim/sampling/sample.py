@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxoptim.sampling.observables import Observable
-from jaxoptim.sampling.run import Options, Sampler, run, stacked
+from jaxoptim.sampling.options import Options
+from jaxoptim.sampling.run import Sampler, run, stacked
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,9 @@ import numpy as np
 
 from jaxoptim import checkpoint
 from jaxoptim.core.noise import is_key
+from jaxoptim.sampling.chain import Chain, Plan
 from jaxoptim.sampling.observables import Function
-
-if TYPE_CHECKING:
-    from jaxoptim.sampling.chain import Chain, Plan
-    from jaxoptim.sampling.run import Options
+from jaxoptim.sampling.options import Options
 
 
 def description(

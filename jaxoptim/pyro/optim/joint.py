@@ -22,11 +22,13 @@ class Joint:
 
     Attributes:
         members: by name.
+        fades: whether the options of some parameters decay at each step.
         store: their values and state.
     """
 
     def __init__(self) -> None:
         self.members: dict[str, Member] = {}
+        self.fades = False
         self.store = Store()
         self._written: list[Member] = []
 
@@ -37,6 +39,7 @@ class Joint:
     def add(self, member: Member) -> None:
         """Take a parameter in."""
         self.members[member.name] = member
+        self.fades = self.fades or member.optimizer.decays is not None
 
     def remove(self, name: str) -> None:
         """Let a parameter go, which keeps its value."""
@@ -79,7 +82,7 @@ class Joint:
 
     def advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
         """One step of these parameters; those whose gradient is None stay."""
-        back = self.fade(params) if self._fades else None
+        back = self.fade(params) if self.fades else None
         try:
             self.settle()
             self.store.advance_some(params, grads, self._freeze)
@@ -87,10 +90,6 @@ class Joint:
             if back is not None:
                 back()
             raise
-
-    @property
-    def _fades(self) -> bool:
-        return any(member.optimizer.decays is not None for member in self.members.values())
 
     def settle(self, *, together: bool = False) -> None:
         """Bring the store up to date with parameters, options, states and values.

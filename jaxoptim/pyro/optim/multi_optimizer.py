@@ -112,11 +112,10 @@ class MultiOptimizer:
         try:
             for optimizer, its in parts:
                 opened.append(optimizer._open(its))
-            result = steps.make_step(opened, loss, args, held, skip_nonfinite)
         except BaseException:
-            for part in opened:
-                part.undo()
+            steps.undo(opened)
             raise
+        result = steps.make_step(opened, loss, args, held, skip_nonfinite)
         if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if loss.has_aux else result))):
             for name, value in own.items():
                 params[name].value = value

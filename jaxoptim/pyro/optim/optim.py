@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
@@ -16,6 +17,7 @@ import numpy as np
 from jaxoptim import checkpoint
 from jaxoptim.core import OptState, bound
 from jaxoptim.core.clipping import Clip
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import all_finite
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.engine.numbers import Setting
@@ -230,16 +232,20 @@ class PyroOptim:
             grads: a gradient for each, or None.
             skip_nonfinite: make no step if a gradient is not finite (default False).
         """
-        joint, undo = self.joined(params)
-        try:
-            grads = self._reduced(params, grads)
-            taken = not skip_nonfinite or bool(all_finite(grads))
-            if taken:
-                joint.advance(params, grads)
-            return taken
-        except BaseException:
-            undo()
-            raise
+        # A known set of parameters has nothing to undo, and its step by itself stands Ctrl-C.
+        is_known = params == self._met and not self._joint.fades
+        with contextlib.nullcontext() if is_known else Uninterrupted():
+            joint, undo = self.joined(params)
+            try:
+                grads = self._reduced(params, grads)
+                taken = not skip_nonfinite or bool(all_finite(grads))
+                if taken:
+                    joint.advance(params, grads)
+                return taken
+            except BaseException:
+                if not is_known:
+                    undo()
+                raise
 
     def _reduced(self, params: list[Parameter], grads: list[Any]) -> list[Any]:
         """Gradients as the step takes them; the place for what replicas do."""
@@ -427,7 +433,11 @@ class PyroOptim:
 
     def _saved(self, name: str) -> Any:
         """The state of one parameter; counts of each number that are all the same as one, as Pyro has them."""
-        saved = self._joint.members[name].optimizer.state_dict()
+        optimizer = self._joint.members[name].optimizer
+        saved = optimizer.state_dict()
+        for group in saved["param_groups"]:
+            for option in optimizer.may_lack & group.keys():  # which Pyro keeps elsewhere
+                del group[option]
         for entry in saved["state"].values():
             counts = np.asarray(entry.get("step", 0))
             if counts.ndim and counts.size and (counts == counts.flat[0]).all():

@@ -61,6 +61,12 @@ class Part(NamedTuple):
     skipped: Callable[[], None] | None = None
 
 
+def undo(parts: Sequence[Part]) -> None:
+    """Take back what was done for a step that fails."""
+    for part in parts:
+        part.undo()
+
+
 def make_step(
     parts: Sequence[Part], loss: Loss, args: tuple[Any, ...], held: dict[str, jax.Array], skip_nonfinite: bool
 ) -> Any:
@@ -78,10 +84,17 @@ def make_step(
     """
     steps = tuple(part.program for part in parts)
     data, contents = tuple(part.data for part in parts), tuple(part.contents for part in parts)
-    with Uninterrupted():
-        result, new = _step(steps, loss, skip_nonfinite, data, contents, held, args, _true())
-        for part, its in zip(parts, new, strict=True):
-            part.close(its)
+    is_closed = False
+    try:
+        with Uninterrupted():
+            result, new = _step(steps, loss, skip_nonfinite, data, contents, held, args, _true())
+            for part, its in zip(parts, new, strict=True):
+                part.close(its)
+            is_closed = True
+    except BaseException:
+        if not is_closed:
+            undo(parts)
+        raise
     skipped = [part.skipped for part in parts if part.skipped is not None]
     if skip_nonfinite and skipped and not bool(jnp.isfinite(result[0] if loss.has_aux else result)):
         for take_back in skipped:

@@ -1,0 +1,238 @@
+"""From records to slabs: which parameters share a slab, and their arrays, made without a compiled program."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import Rule, as_jax, init
+from jaxoptim.core.numerics import placed_like
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
+from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import Group, Record, complete, other_slots, placed
+from jaxoptim.engine.slots import abstract_slots, scalar_slots
+
+MAX_SIZE = 16384
+"""Larger arrays stay by themselves, as in :func:`jaxoptim.pack`: to copy them would cost more than it saves."""
+_OWN_SLAB = 4096
+"""So many numbers in the small arrays of each of a few groups repay a slab, and kernels, of their own."""
+_FEW_GROUPS = 4
+
+_State = tuple[Any, int, dict[str, Any] | None]
+"""The value of a parameter, its count, and its slots, None before the first update."""
+
+
+class View(NamedTuple):
+    """The structure in which a user sees the parameters.
+
+    Attributes:
+        treedef: of the tree.
+        leaves: the parameters at its leaves.
+    """
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+
+class Frozen(NamedTuple):
+    """Parameters in slabs.
+
+    Attributes:
+        params: the parameters; what follows knows them by their numbers in it.
+        groups_of: the group of each parameter.
+        groups_in: for each cell the groups whose parameters it has.
+        layout: which rows are whose.
+        contents: values, slots and counts.
+        others: entries of state that the rules do not keep, by parameter.
+        unstarted: the parameters without state.
+        is_even: whether all parameters have made the same steps, those without state aside.
+    """
+
+    params: list[Any]
+    groups_of: list[int]
+    groups_in: list[list[int]]
+    layout: Layout
+    contents: Contents
+    others: dict[Any, dict[str, Any]]
+    unstarted: set[int]
+    is_even: bool
+
+
+def frozen(
+    groups: Sequence[Group], labels: Mapping[Any, str], view: View, records: Mapping[Any, Record], alone: set[Any]
+) -> Frozen:
+    """Put parameters into slabs.
+
+    Args:
+        groups: the parameters and their settings.
+        labels: a name for each parameter, for messages.
+        view: the structure in which gradients come.
+        records: what is known of each parameter.
+        alone: parameters that stand by themselves because their gradients are sparse.
+
+    Errors:
+        ``ValueError`` for a slot of another shape.
+    """
+    members = [
+        _Member(param, at, times)
+        for at, group in enumerate(groups)
+        for param, times in zip(group.params, group.times, strict=True)
+    ]
+    params, groups_of = [member.param for member in members], [member.group for member in members]
+    rules = [groups[at].apart.setting.rule for at in groups_of]
+    number = {param: index for index, param in enumerate(params)}
+    structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in params]
+    cells, groups_in = _cells(members, rules, _kinds(groups, members, records, alone))
+    layout = Layout(view.treedef, [number[param] for param in view.leaves], structs, cells)
+    states = [complete(records[param], groups[at], labels[param], param) for param, at, _ in members]
+    counts = [count for _, count, _ in states]
+    arrays = [
+        _arrays(layout, cell, rules[cell.members[0]], states, records[params[cell.members[0]]].sharding)
+        for cell in cells
+    ]
+    return Frozen(
+        params,
+        groups_of,
+        groups_in,
+        layout,
+        Contents(jnp.asarray(np.array(counts, np.int32)), arrays),
+        {param: others for param, at, _ in members if (others := other_slots(records[param], groups[at]))},
+        {index for index, count in enumerate(counts) if count == NOT_STARTED},
+        _is_even(layout, rules, states),
+    )
+
+
+class _Member(NamedTuple):
+    """A parameter that is to find its cell."""
+
+    param: Any
+    group: int
+    times: int
+
+
+class _Alone(NamedTuple):
+    """The kind of a parameter that stands by itself."""
+
+    param: Any
+
+
+def _kinds(
+    groups: Sequence[Group], members: Sequence[_Member], records: Mapping[Any, Record], alone: set[Any]
+) -> list[Hashable]:
+    """For each parameter what it has in common with those of its cell."""
+    kinds: list[Hashable] = []
+    for param, at, times in members:
+        apart, sharding = groups[at].apart, records[param].sharding
+        rule = apart.setting.rule
+        is_small = 0 < math.prod(param.shape) <= MAX_SIZE and len(sharding.device_set) == 1
+        if not is_small or times != 1 or param in alone or rule.sparse == "required":
+            kinds.append(_Alone(param))
+            continue
+        shape = None if rule.elementwise else param.shape
+        own = None if apart.is_numeric else at
+        if not (rule.elementwise or apart.is_numeric):
+            kinds.append(_Alone(param))
+            continue
+        kinds.append((apart.form, jnp.dtype(param.dtype), sharding, shape, own))
+    sizes: dict[Hashable, Counter[int]] = {}
+    for (param, at, _), kind in zip(members, kinds, strict=True):
+        sizes.setdefault(kind, Counter())[at] += math.prod(param.shape)
+    apart_kinds = {kind for kind, of in sizes.items() if len(of) <= _FEW_GROUPS and min(of.values()) >= _OWN_SLAB}
+    return [
+        (kind, at) if kind in apart_kinds and not isinstance(kind, _Alone) else kind
+        for (_, at, _), kind in zip(members, kinds, strict=True)
+    ]
+
+
+def _cells(
+    members: Sequence[_Member], rules: Sequence[Rule], kinds: Sequence[Hashable]
+) -> tuple[list[Cell], list[list[int]]]:
+    """The cells, and the groups whose parameters each of them has."""
+    by_kind: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    cells: list[Cell] = []
+    groups_in: list[list[int]] = []
+    for kind, own in by_kind.items():
+        found = list(dict.fromkeys(members[index].group for index in own))
+        at = {group: place for place, group in enumerate(found)}
+        shapes = [tuple(members[index].param.shape) for index in own]
+        row = None if isinstance(kind, _Alone) else row_shape(rules[own[0]], shapes)
+        of_each = tuple(at[members[index].group] for index in own)
+        cells.append(Cell(len(cells), tuple(own), row, of_each, members[own[0]].times))
+        groups_in.append(found)
+    return cells, groups_in
+
+
+def _is_even(layout: Layout, rules: Sequence[Rule], states: Sequence[_State]) -> bool:
+    """Whether all parameters have made the same steps, those without state aside."""
+    counts = {max(count, 0) for _, count, _ in states}
+    if len(counts) > 1 or any(cell.times != 1 for cell in layout.cells):
+        return False
+    for cell in layout.cells:
+        names = scalar_slots(rules[cell.members[0]]) if cell.is_slab else ()
+        slots = [states[member][2] for member in cell.members]
+        values = [[float(own[name]) for name in names] for own in slots if own]
+        if any(value != values[0] for value in values):
+            return False
+    return True
+
+
+def _arrays(
+    layout: Layout, cell: Cell, rule: Rule, states: Sequence[_State], sharding: Any
+) -> tuple[jax.Array, dict[str, Any] | None]:
+    """The value of a cell and its slots."""
+    own = [states[member] for member in cell.members]
+    if not cell.is_slab:
+        value, _, slots = own[0]
+        value = placed(value, sharding)
+        return value, slots and _slots_beside(rule, value, slots)
+    value = _joined(layout, cell, [value for value, _, _ in own], sharding)
+    if all(slots is None for _, _, slots in own):
+        return value, None
+    scalars = scalar_slots(rule) if rule.elementwise else set()
+    joined: dict[str, Any] = {}
+    for name, like in abstract_slots(rule, layout.structs[cell.members[0]].like).items():
+        if like is None:
+            joined[name] = None
+            continue
+        arrays = []
+        for member, rows, (_, _, slots) in zip(cell.members, layout.rows[cell.number], own, strict=True):
+            shape = () if name in scalars else layout.structs[member].shape if rule.elementwise else like.shape
+            array = np.zeros(shape, like.dtype) if slots is None else np.asarray(slots[name])
+            arrays.append(np.repeat(array, rows) if name in scalars else array)
+        joined[name] = _joined(layout, cell, arrays, sharding, padded=rule.elementwise and name not in scalars)
+    return value, joined
+
+
+def _slots_beside(rule: Rule, value: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
+    """The slots of a single array where they belong."""
+    slots = {name: None if x is None else as_jax(x) for name, x in slots.items()}
+    devices = value.sharding.device_set
+    if all(x is None or x.sharding.device_set == devices for x in slots.values()):
+        return slots
+    fresh = _init(rule, value)
+    return {name: None if x is None else placed_like(x, fresh[name]) for name, x in slots.items()}
+
+
+@jax.jit
+def _init(rule: Any, value: jax.Array) -> dict[str, Any]:
+    return init(rule, value).slots
+
+
+def _joined(layout: Layout, cell: Cell, arrays: Sequence[Any], sharding: Any, padded: bool = True) -> jax.Array:
+    """Arrays of all parameters of a slab as a flat one."""
+    parts = []
+    for x, rows in zip(arrays, layout.rows[cell.number], strict=True):
+        flat = np.asarray(x).reshape(-1)
+        parts.append(flat)
+        if padded and (padding := rows * cell.width - flat.size):
+            parts.append(np.zeros(padding, flat.dtype))
+    return placed(jnp.asarray(np.concatenate(parts)), sharding)

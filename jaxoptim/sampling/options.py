@@ -1,0 +1,67 @@
+"""The keywords of a run, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxoptim.core.noise import check_key
+from jaxoptim.sampling.observables import Function, Observable
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The keywords of :func:`jaxoptim.sampling.sample`, checked."""
+
+    key: Any
+    num_chains: int = 10
+    num_draws: int = 100
+    num_burnin_steps: int = 0
+    num_steps_bw_draws: int = 1
+    batch_size: int | None = None
+    chain_method: str = "auto"
+    observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
+    progress: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"Invalid {name}: {value!r}. It is an int >= {least}.")
+            object.__setattr__(self, name, int(value))
+        if isinstance(self.batch_size, np.integer):
+            object.__setattr__(self, "batch_size", int(self.batch_size))
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of each chain."""
+        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    def watched(self) -> tuple[tuple[str, Observable], ...]:
+        """The observables by name."""
+        watched = []
+        for name, observable in (self.observables or {}).items():
+            if not callable(observable) and not isinstance(observable, Observable):
+                raise TypeError(
+                    f"observables: {name!r} is {type(observable).__name__}. Give a function of the parameters, or an "
+                    "instance of an Observable."
+                )
+            if name in ("loss", "params"):
+                raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
+            observed = observable if isinstance(observable, Observable) else Function(observable)
+            try:
+                hash(observed)
+            except TypeError:
+                raise TypeError(
+                    f"observables: {name!r} cannot be hashed, but names a compiled program. Decorate its class with "
+                    "@dataclasses.dataclass(frozen=True)."
+                ) from None
+            watched.append((name, observed))
+        return tuple(watched)

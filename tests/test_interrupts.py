@@ -1,0 +1,168 @@
+"""A real Ctrl-C at any moment of a step, in every face: what is there then is that of before or after the step."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import Trace_ELBO
+
+from jaxoptim import optim, rules
+from jaxoptim.optim import Parameter
+from jaxoptim.pyro import infer
+from jaxoptim.pyro import optim as pyro_style
+
+SHAPES = {"large": (200, 100), "small": (3,), "one": ()}
+STEPS = 60
+
+
+def start():
+    return {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+
+
+def grads():
+    return {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+
+
+def bowl(params, scale=1.0):
+    return scale * sum(jnp.sum(x**2) for x in params.values())
+
+
+class Face:
+    """An optimizer of some face: one step, and everything that it has."""
+
+    def __init__(self, step, everything):
+        self.step, self.everything = step, everything
+
+
+def torch_style(make, step):
+    def face():
+        opt = make()
+        return Face(lambda: step(opt), lambda: (opt.params, opt.state_dict()["state"]))
+
+    return face
+
+
+def with_closure(opt):
+    def closure():
+        for param in opt.param_groups[0]["params"]:
+            param.grad = 2 * param.value
+        return 0.0
+
+    opt.step(closure)
+
+
+def pyro_call():
+    params = [Parameter(x, name) for name, x in start().items()]
+    opt = pyro_style.Adam({"lr": 0.01})
+
+    def step():
+        for param in params:
+            param.grad = jnp.ones(param.shape)
+        opt(params)
+
+    return Face(step, lambda: ([param.value for param in params], opt.get_state()))
+
+
+def multi():
+    params = {name: Parameter(x, name) for name, x in start().items()}
+    parts = [(["large"], pyro_style.Adam({"lr": 0.01})), (["small", "one"], rules.Adam(lr=0.01))]
+    opt = pyro_style.multi.MixedMultiOptimizer(parts)
+    return Face(lambda: opt.step(bowl, params, 1.0), lambda: [param.value for param in params.values()])
+
+
+def svi():
+    def model():
+        numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def guide():
+        scale = numpyro.param("scale", 1.0, constraint=dist.constraints.positive)
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", 0.5), scale))
+
+    made = infer.SVI(model, guide, pyro_style.Adam({"lr": 0.01}), Trace_ELBO())
+    made.evaluate_loss()
+    return Face(made.step, lambda: {name: param.value for name, param in made.params.items()})
+
+
+FACES = {
+    "step": torch_style(lambda: optim.Adam(start()), lambda opt: opt.step(grads())),
+    "step of groups": torch_style(
+        lambda: optim.Adam(start(), groups=[("one", {"lr": 0.1})]), lambda opt: opt.step(grads())
+    ),
+    "closure": torch_style(lambda: optim.Adam(start()), with_closure),
+    "minimize": torch_style(lambda: optim.Adam(start()), lambda opt: opt.minimize(bowl)),
+    "ClippedAdam": torch_style(lambda: optim.ClippedAdam(start(), lrd=0.9), lambda opt: opt.step(grads())),
+    "L-BFGS": torch_style(lambda: optim.LBFGS(start(), lr=0.1, max_iter=2), lambda opt: opt.minimize(bowl)),
+    "L-BFGS, closure": torch_style(lambda: optim.LBFGS(start(), lr=0.1, max_iter=2), with_closure),
+    "sampler": torch_style(
+        lambda: optim.SGLD(start(), lr=1e-4, nbeta=2.0, key=jax.random.key(0)), lambda opt: opt.minimize(bowl)
+    ),
+    "PyroOptim": pyro_call,
+    "MultiOptimizer": multi,
+    "SVI": svi,
+}
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process in the background may not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def bits(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def same(left, right):
+    try:
+        chex.assert_trees_all_equal(left, right)
+    except (AssertionError, ValueError):
+        return False
+    return True
+
+
+def was_interrupted(step, timer):
+    """Whether the signal of a timer came before the end of a step."""
+    is_over = False
+    try:
+        timer.start()
+        step()
+        is_over = True
+        time.sleep(10)
+    except KeyboardInterrupt:
+        timer.join()
+        return not is_over
+    raise AssertionError("no signal came")
+
+
+@pytest.mark.parametrize("face", [*FACES.values()], ids=FACES)
+def test_everything_is_readable_after_ctrl_c(face, ctrl_c):
+    undisturbed, disturbed = face(), face()
+    expected = [bits(undisturbed.everything())]
+    for _ in range(3):  # what is compiled at the first steps is compiled
+        undisturbed.step()
+        disturbed.step()
+        expected.append(bits(undisturbed.everything()))
+    waits = itertools.cycle(np.random.default_rng(0).uniform(0, 2e-3, 37))
+    done, count = 3, 0
+    for _ in range(STEPS):
+        timer = threading.Timer(next(waits), os.kill, (os.getpid(), signal.SIGINT))
+        count += was_interrupted(disturbed.step, timer)
+        found = bits(disturbed.everything())
+        while len(expected) < done + 2:
+            undisturbed.step()
+            expected.append(bits(undisturbed.everything()))
+        is_after = not same(found, expected[done])
+        done += is_after
+        chex.assert_trees_all_equal(found, expected[done])
+    assert count  # some came in the midst of a step
