@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from averaging_pairs import theirs
 from jaxoptim import optim
+from jaxoptim.engine import programs
 from jaxoptim.optim.swa_utils import SWALR
 
 
@@ -259,8 +260,8 @@ def test_a_new_rate_compiles_nothing():
     ours, _ = pair()
     scheduler = SWALR(ours, 0.05)
     after(ours)
-    before = optim.program.advance._cache_size()
+    before = programs.advance._cache_size()
     for _ in range(12):
         scheduler.step()
         after(ours)
-    assert optim.program.advance._cache_size() == before
+    assert programs.advance._cache_size() == before

@@ -14,7 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxoptim import optim
-from jaxoptim.optim import lr_scheduler, program
+from jaxoptim.engine import programs as program
+from jaxoptim.optim import lr_scheduler
 from schedule_table import (
     CONSTANT,
     CYCLIC,

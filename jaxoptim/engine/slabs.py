@@ -70,6 +70,7 @@ class Slabs:
         self._read: dict[int, jax.Array] = {}
         self._counts: Any = None  # read since the last step
         self._has_gaps = False  # whether a gradient was missing in the last step
+        self._times_held = 0  # steps in a row of which a user held all single arrays
         self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
         self.renumber([group.apart for group in groups])
         for index, param in enumerate(self.params):
@@ -239,6 +240,7 @@ class Slabs:
     def replace(self, contents: Contents) -> None:
         """Keep what a program has returned."""
         self._history, self._form = [contents.leaves], contents._form
+        vars(self).pop("_single_values", None)
         self._settled()
 
     def _settled(self) -> None:
@@ -273,7 +275,7 @@ class Slabs:
         """
         if not self._unstarted and not self._has_gaps:
             with contextlib.suppress(programs.MissingGradient):
-                return self._run(programs.advance, self._even, grads, None if self._even else self._all)
+                return self._run(self._even, grads, None if self._even else self._all)
         self._advance_some(self.layout.leaves(grads), grads)
 
     def advance_leaves(self, grads: list[Any]) -> None:
@@ -281,7 +283,7 @@ class Slabs:
         if self._unstarted or any(grad is None for grad in grads):
             self._advance_some(grads, grads)
         else:
-            self._run(programs.advance, self._even, grads, None if self._even else self._all)
+            self._run(self._even, grads, None if self._even else self._all)
 
     def _advance_some(self, leaves: Sequence[Any], grads: Any) -> None:
         """One step of which some parameters have no gradient, or no state yet."""
@@ -291,12 +293,12 @@ class Slabs:
             return
         with self._started(here):
             if not self._has_gaps:
-                return self._run(programs.advance, self._even, grads, None if self._even else self._all)
+                return self._run(self._even, grads, None if self._even else self._all)
             filled = [
                 _zeros(struct.shape, struct.dtype) if leaf is None and is_row else leaf
                 for leaf, struct, is_row in zip(leaves, self.layout.structs, self.layout.are_rows, strict=True)
             ]
-            self._run(programs.advance, False, self._tree_of(filled), here)
+            self._run(False, self._tree_of(filled), here)
             self._even = False
 
     def check_leaves(self, grads: list[Any]) -> None:
@@ -369,19 +371,36 @@ class Slabs:
         self.replace(Contents(jnp.asarray(counts), cells))
         self._unstarted |= set(members)
 
-    def _run(self, program: Any, even: bool, *args: Any) -> Any:
-        """Run a program that returns the leaves of the new contents, and keep these."""
-        contents = self.taken()
-        key = (even, len(args))
+    def _run(self, even: bool, grads: Any, mask: Any) -> None:
+        """Run the program of a step, and keep what it returns."""
+        held = self.contents.held()
+        is_all = any(held) and held == self._single_values
+        self._times_held = self._times_held + 1 if is_all else 0
+        if self._times_held >= _OFTEN:
+            self._read.clear()
+            self._counts = None
+            program: Any = programs.advance_held
+            taken: tuple[Any, ...] = self.contents.parted(held)
+        else:
+            program, taken = programs.advance, (self.taken(),)
+        args = (self.layout, even, self.numbers, *taken, grads, mask)
+        key = (even, mask is None, len(taken))
         if key in self._ran:
             # All of it happens within one operation of the interpreter, which Ctrl-C does not break.
-            self._history.extend(itertools.starmap(program, [(self.layout, even, self.numbers, contents, *args)]))
+            self._history.extend(itertools.starmap(program, [args]))
             self._settled()
         else:
             with Uninterrupted():
-                self._history.append(program(self.layout, even, self.numbers, contents, *args))
+                self._history.append(program(*args))
                 self._settled()
             self._ran.add(key)
+
+    @functools.cached_property
+    def _single_values(self) -> list[bool]:
+        """Which of the leaves of the contents are values of single arrays, which are what a user reads."""
+        cells = jax.tree.unflatten(self._form.content[0], range(len(self._history[-1])))[1]
+        single = {value for cell, (value, _) in zip(self.layout.cells, cells, strict=True) if not cell.is_slab}
+        return [index in single for index in range(len(self._history[-1]))]
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
         """Prepare a step of some parameters that is part of another program.
@@ -410,6 +429,8 @@ class Slabs:
 
 _MANY_READS = 8
 """After so many parameters that were read, or written, one by one, all are."""
+_OFTEN = 3
+"""After so many steps in a row of which a user held what the last one gave, they are compiled for that."""
 _FEW_SHAPES = 16
 """Up to so many shapes have a program each to read them."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,17 +76,6 @@ def warn(message: str, depth: int = 3) -> None:
     warnings.warn(message, UserWarning, stacklevel=depth)
 
 
-def _outside_traces(step: Callable[..., None]) -> Callable[..., None]:
-    """A method that moves a scheduler on, refused in compiled functions."""
-
-    @functools.wraps(step)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
-        step(self, *args, **kwargs)
-
-    return wrapper
-
-
 class LRScheduler:
     r"""The base of the schedulers: what ``torch.optim.lr_scheduler.LRScheduler`` is.
 
@@ -132,8 +120,6 @@ class LRScheduler:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "step" in vars(cls):
-            cls.step = _outside_traces(vars(cls)["step"])  # type: ignore[method-assign]
         if "get_lr" in vars(cls) and "_continues" not in vars(cls):
             cls._continues = True
 
@@ -267,13 +253,13 @@ class LRScheduler:
             f"{type(self).__name__} has no get_lr. Define it to return the rate of each group at self.last_epoch."
         )
 
-    @_outside_traces
     def step(self, epoch: Any = None) -> None:
         """Go to the next epoch; to be called after the optimizer's step.
 
         Args:
             epoch: deprecated, as in torch: go to this epoch, by the closed form if there is one.
         """
+        self._refuse_tracing()
         if self._step_count == 1:
             if self._is_overridden():
                 warn(
@@ -291,6 +277,10 @@ class LRScheduler:
         with self._all_or_nothing():
             self._step_count += 1
             self._update_lr(epoch)
+
+    def _refuse_tracing(self) -> None:
+        """Raise inside of compiled functions, which a scheduler would leave as soon as they are traced."""
+        refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
 
     def _update_lr(self, epoch: Any = None) -> None:
         if epoch is None:

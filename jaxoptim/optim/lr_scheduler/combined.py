@@ -146,8 +146,9 @@ class SequentialLR(_Composite):
         if sched is not None and not hasattr(sched, "_schedulers") and hasattr(sched, "last_epoch"):
             sched.last_epoch -= 1
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Go to the next epoch; to be called after the optimizer's step."""
+        self._refuse_tracing()
         with self._all_or_nothing():
             self.last_epoch += 1
             index = bisect_right(self._milestones, self.last_epoch)
@@ -206,8 +207,9 @@ class ChainedScheduler(_Composite):
         self.optimizer = optimizer
         self._last_lr = values(optimizer, "lr")
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Step every scheduler; to be called after the optimizer's step."""
+        self._refuse_tracing()
         with self._all_or_nothing():
             for scheduler in self._schedulers:
                 scheduler.step()

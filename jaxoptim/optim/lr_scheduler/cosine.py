@@ -114,6 +114,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         Args:
             epoch: a number >= 0, not necessarily whole (default None: the next).
         """
+        self._refuse_tracing()
         with self._all_or_nothing():
             if epoch is None and self.last_epoch >= 0:
                 epoch = self.last_epoch + 1

@@ -103,13 +103,14 @@ class ReduceLROnPlateau(LRScheduler):
         """Whether metrics are passed over."""
         return self.cooldown_counter > 0
 
-    def step(self, metrics: SupportsFloat, epoch: Any = None) -> None:
+    def step(self, metrics: SupportsFloat, epoch: Any = None) -> None:  # type: ignore[override]
         """Take one more metric.
 
         Args:
             metrics: a number, or an array of one element.
             epoch: deprecated, as in torch: the number of the epoch.
         """
+        self._refuse_tracing()
         metric = number(metrics)
         if epoch is not None:
             warn(EPOCH_DEPRECATION_WARNING)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
@@ -194,17 +195,18 @@ class SVI:
         plan = self._plan(args, kwargs)
         key, step_key = _split(plan.key)
         data = (step_key, plan.mutable, plan.traced)
-        if plan.params:
-            loss, mutable = self._multi.step(
-                plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
-            )
-            plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
-        else:
-            loss, mutable = plan.program.evaluate({}, *data)
-        if self._skip_nonfinite and mutable:
-            mutable = _kept_if_finite(loss, mutable, plan.mutable)
-        self._commit(plan)
-        self.key, self.mutable_state = key, mutable
+        with Uninterrupted():  # or the next step would draw from a key that is used up
+            if plan.params:
+                loss, mutable = self._multi.step(
+                    plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
+                )
+                plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
+            else:
+                loss, mutable = plan.program.evaluate({}, *data)
+            if self._skip_nonfinite and mutable:
+                mutable = _kept_if_finite(loss, mutable, plan.mutable)
+            self._commit(plan)
+            self.key, self.mutable_state = key, mutable
         return loss
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
