@@ -298,16 +298,16 @@ def with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, value.reshape(-1), (offset,))
 
 
-@jax.jit
-def join(arrays: list[jax.Array]) -> jax.Array:
-    """Arrays as one flat one, through concatenations of at most ``_GROUP`` arrays each.
+@functools.partial(jax.jit, static_argnames="group")
+def join(arrays: list[jax.Array], group: int = _GROUP) -> jax.Array:
+    """Arrays as one flat one, through concatenations of at most ``group`` arrays each.
 
     The barrier keeps the compiler from merging them again: most are of equal shapes, and equal kernels are
-    compiled once.
+    compiled once. Of arrays of many shapes, a few small ones compile faster than one large one.
     """
     arrays = [x.reshape(-1) for x in arrays]
-    while len(arrays) > _GROUP:
-        groups = [jnp.concatenate(arrays[i : i + _GROUP]) for i in range(0, len(arrays), _GROUP)]
+    while len(arrays) > group:
+        groups = [jnp.concatenate(arrays[i : i + group]) for i in range(0, len(arrays), group)]
         arrays = list(jax.lax.optimization_barrier(groups))
     return jnp.concatenate(arrays)
 

@@ -22,6 +22,10 @@ _ROW_COST, _NARROW_COST = 16, 4
 """What a row costs besides its numbers, and what a row of one number costs, in numbers of a wide row."""
 
 
+_MANY_SHAPES = 32
+"""Where there are more shapes, the pieces of a slab are joined by a few at a time, which compiles faster."""
+
+
 class Struct(NamedTuple):
     """A parameter as compiled programs know it.
 
@@ -139,6 +143,8 @@ class Layout(Static):
             parts.append(x.reshape(-1))
             if padding := rows * cell.width - self.structs[member].size:
                 parts.append(jnp.zeros(padding, x.dtype))
+        if len({x.shape for x in arrays}) > _MANY_SHAPES:
+            return join(parts, group=8)
         return join(parts)
 
     def parted(self, cell: Cell, flat: jax.Array, offsets: Sequence[Any] | None) -> list[jax.Array]:
