@@ -16,14 +16,19 @@ class Uninterrupted:
 
     __slots__ = ("_count", "_handler")
 
+    _is_active = False
+    """Whether a block around this one waits already."""
+
     def __enter__(self) -> None:
         self._count = 0
         self._handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            handler: Any = signal.getsignal(signal.SIGINT)
+        if not Uninterrupted._is_active and threading.current_thread() is threading.main_thread():
+            handler: Any = signal.signal(signal.SIGINT, self._remember)
             if callable(handler):
                 self._handler = handler
-                signal.signal(signal.SIGINT, self._remember)
+                Uninterrupted._is_active = True
+            else:  # ignored, or another program's
+                signal.signal(signal.SIGINT, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
@@ -32,6 +37,7 @@ class Uninterrupted:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._handler is not None:
+            Uninterrupted._is_active = False
             signal.signal(signal.SIGINT, self._handler)
             if self._count == 1 and kind is None:
                 self._handler(signal.SIGINT, None)

@@ -45,16 +45,26 @@ class TakenApart(NamedTuple):
         Errors:
             What the rule says of numbers that are wrong together.
         """
-        rule = self.setting.rule
-        place, spec = _places(self.form, type(rule)).get(name), rule.specs.get(name)
-        if place is None or not isinstance(spec, Numeric) or spec.decay or spec.zero_is_off:
-            return None
-        if not spec.admits(value):
+        rule, place = self.setting.rule, self.place_of(name)
+        if place is None or not rule.specs[name].admits(value):
             return None  # making the rule tells
+        new = self.with_leaf(place, name, value)
+        new.setting.rule.check()
+        return new
+
+    def place_of(self, name: str) -> int | None:
+        """Which leaf is a hyperparameter; None if it is no number, or more than a number to the rule."""
+        spec = self.setting.rule.specs.get(name)
+        if not isinstance(spec, Numeric) or spec.decay or spec.zero_is_off:
+            return None
+        return _places(self.form, type(self.setting.rule)).get(name)
+
+    def with_leaf(self, place: int, name: str, value: float) -> TakenApart:
+        """The setting with another number, which is not checked, for the hyperparameter at one of the leaves."""
+        rule = self.setting.rule
         rule = assembled(type(rule), vars(rule) | {name: value})
-        rule.check()
         leaves = [*self.leaves[:place], value, *self.leaves[place + 1 :]]
-        return self._replace(setting=self.setting._replace(rule=rule), leaves=leaves)
+        return TakenApart(self.setting._replace(rule=rule), self.form, leaves, self.is_numeric)
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,6 +109,12 @@ class Numbers:
         self._numbers: Any = jnp.asarray(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))
         self._arrays = [x for x, shape in zip(leaves, shapes, strict=True) if shape is None]
         self._form = Static(treedef, shapes)
+
+    def of(self, numbers: np.ndarray) -> Numbers:
+        """The same trees with other numbers, a vector in the order of the leaves."""
+        return Numbers.tree_unflatten(
+            self._form, (jax.device_put(numbers.astype(jnp.result_type(float))), *self._arrays)
+        )
 
     def each(self) -> list[Any]:
         """The trees, each with its numbers."""

@@ -84,12 +84,39 @@ def _advanced(
 @functools.partial(jax.jit, static_argnames=("layout", "even", "loss"), donate_argnames="contents")
 def minimize(
     layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
-) -> tuple[Any, Sequence[jax.Array]]:
-    """The loss (and aux) at the current parameters, and one step of all along its gradient."""
+) -> Sequence[jax.Array]:
+    """One step of all parameters along the gradient of a loss.
+
+    Args:
+        layout: how the parameters are kept.
+        even: whether all parameters have made the same steps so far.
+        numbers: the settings of all cells.
+        contents: values, slots and counts, which are donated.
+        offsets: where small arrays begin; see :meth:`Layout.parted`.
+        loss: the loss as a function of the tree that the user sees.
+        args: what else it takes.
+
+    Returns:
+        The leaves of the new contents, and the loss before the step behind them.
+    """
+    return _minimized(layout, even, numbers, contents, offsets, loss, args)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "even", "loss"), donate_argnames="contents")
+def minimize_with_aux(
+    layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
+) -> tuple[Sequence[jax.Array], Any]:
+    """The same, and what the loss function returns besides."""
+    return _minimized(layout, even, numbers, contents, offsets, loss, args)
+
+
+def _minimized(
+    layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
+) -> tuple[list[jax.Array], Any]:
     found = evaluated(loss, layout.tree(values_of(layout, contents, offsets)), args)
     grads = in_rows(layout, numbers, layout.leaves(found.grads))
     new = stepped(layout, even, numbers, contents, grads, None)
-    return (found.loss, found.aux) if loss.has_aux else found.loss, new.leaves
+    return [*new.leaves, found.loss], found.aux
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "alone"), donate_argnames="contents")
@@ -160,7 +187,7 @@ def stepped(
     counts, new = contents.counts, []
     for cell, setting, (value, slots) in zip(layout.cells, numbers.each(), contents.cells, strict=True):
         own = [grads[member] for member in cell.members]
-        count = counts[cell.members[0]] if even else counts[jnp.array(cell.members)] if cell.is_slab else None
+        count = counts[0] if even else counts[jnp.array(cell.members)] if cell.is_slab else counts[cell.members[0]]
         if slots is None or (not cell.is_slab and own[0] is None) or not cell.times:
             new.append((value, slots))
         elif cell.is_slab:
@@ -171,7 +198,6 @@ def stepped(
                 on = None if mask is None else mask[jnp.array(cell.members)]
                 new.append(_row_step(layout, cell, setting, value, slots, count, grad, on))
         else:
-            count = counts[cell.members[0]]
             for _ in range(cell.times):
                 value, state = step(setting.rule, value, setting.clip.clipped(own[0]), OptState(count, slots, {}))
                 count, slots = state.step, state.slots

@@ -72,26 +72,69 @@ class Slabs:
         self._has_gaps = False  # whether a gradient was missing in the last step
         self._times_held = 0  # steps in a row of which a user held all single arrays
         self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
-        self.renumber([group.apart for group in groups])
+        self._is_numeric = all(group.apart.is_numeric for group in groups)
+        self._number()
         for index, param in enumerate(self.params):
             param.enter(self, index)
 
-    def renumber(self, settings: Sequence[TakenApart]) -> None:
-        """Take other numbers for the same groups."""
-        self.groups = [group._replace(apart=apart) for group, apart in zip(self.groups, settings, strict=True)]
-        self.numbers = Numbers([together([settings[at] for at in own]) for own in self._groups_in])
+    def _number(self) -> None:
+        """Make one array of the settings of all cells."""
+        settings = [[self.groups[at].apart for at in own] for own in self._groups_in]
+        self.numbers = Numbers([together(own) for own in settings])
+        if not self._is_numeric:
+            return
+        # The same on the host: leaf after leaf of a cell, each for all of its groups.
+        columns = [leaf for own in settings for leaf in zip(*(apart.leaves for apart in own), strict=True)]
+        self._vector = np.array([number for column in columns for number in column])
+        self._spots: dict[int, list[slice]] = {at: [] for at in range(len(self.groups))}
+        begin = 0
+        for own, these in zip(self._groups_in, settings, strict=True):
+            end = begin + len(own) * len(these[0].leaves)
+            for place, at in enumerate(own):
+                self._spots[at].append(slice(begin + place, end, len(own)))
+            begin = end
+
+    def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
+        """Take other numbers for some groups; False where more than numbers differ, and then nothing is done."""
+        new = {at: apart for at, apart in changed.items() if apart is not self.groups[at].apart}
+        if not all(apart.is_numeric and apart.form == self.groups[at].apart.form for at, apart in new.items()):
+            return False
+        for at, apart in new.items():
+            self.groups[at] = self.groups[at]._replace(apart=apart)
+        if not new:
+            return True
+        if not self._is_numeric:
+            self._number()
+            return True
+        for at, apart in new.items():
+            for spot in self._spots[at]:
+                self._vector[spot] = apart.leaves
+        self.numbers = self.numbers.of(self._vector)
+        return True
+
+    def group_of(self, param: Any) -> int:
+        """The number of the group of a parameter."""
+        return self._groups_of[self.index[param]]
 
     # What is there now.
 
     @property
+    def _leaves(self) -> Any:
+        """The arrays, as the last program has returned them, without the loss that may stand behind."""
+        leaves = self._history[-1]
+        if len(leaves) > (size := self._form.content[0].num_leaves):
+            del leaves[size:]  # type: ignore[attr-defined]
+        return leaves
+
+    @property
     def contents(self) -> Contents:
         """Values, slots and counts."""
-        return Contents.tree_unflatten(self._form, self._history[-1])
+        return Contents.tree_unflatten(self._form, self._leaves)
 
     def counts(self) -> np.ndarray:
         """The steps of each parameter."""
         if self._counts is None:
-            self._counts = np.array(self._history[-1][0])
+            self._counts = np.array(self._leaves[0])
         return self._counts
 
     def read(self, index: int) -> jax.Array:
@@ -226,14 +269,14 @@ class Slabs:
         for index in sorted(self.outdated):
             self.params[index].enter(self, index)
         self.outdated.clear()
-        self.replace(Contents(self._history[-1][0], [tuple(cell) for cell in cells]))
+        self.replace(Contents(self._leaves[0], [tuple(cell) for cell in cells]))
 
     def taken(self) -> Contents:
         """What a compiled program takes, and destroys: arrays that nobody else holds."""
         self._read.clear()
         self._counts = None
         contents = self.contents.own()
-        if contents.leaves is not self._history[-1]:
+        if contents.leaves is not self._leaves:
             self._history[-1] = contents.leaves
         return contents
 
@@ -241,10 +284,6 @@ class Slabs:
         """Keep what a program has returned."""
         self._history, self._form = [contents.leaves], contents._form
         vars(self).pop("_single_values", None)
-        self._settled()
-
-    def _settled(self) -> None:
-        del self._history[:-1]
         self._read.clear()
         self._counts = None
 
@@ -360,7 +399,7 @@ class Slabs:
 
     def lose(self, members: Sequence[int]) -> None:
         """Take the state of parameters away that was made for a step that failed."""
-        counts = np.array(self._history[-1][0])
+        counts = np.array(self._leaves[0])
         if counts[members].any():
             return  # the step was made before it was interrupted
         counts[members] = NOT_STARTED
@@ -383,24 +422,26 @@ class Slabs:
             taken: tuple[Any, ...] = self.contents.parted(held)
         else:
             program, taken = programs.advance, (self.taken(),)
-        args = (self.layout, even, self.numbers, *taken, grads, mask)
-        key = (even, mask is None, len(taken))
-        if key in self._ran:
+        self._call(program, (even, mask is None, len(taken)), (self.layout, even, self.numbers, *taken, grads, mask))
+
+    def _call(self, program: Any, kind: Hashable, args: tuple[Any, ...]) -> None:
+        """Call a compiled program, and keep what it returns behind the arrays that it destroys."""
+        if kind in self._ran:
             # All of it happens within one operation of the interpreter, which Ctrl-C does not break.
             self._history.extend(itertools.starmap(program, [args]))
-            self._settled()
+            del self._history[:-1]
         else:
             with Uninterrupted():
                 self._history.append(program(*args))
-                self._settled()
-            self._ran.add(key)
+                del self._history[:-1]
+            self._ran.add(kind)
 
     @functools.cached_property
     def _single_values(self) -> list[bool]:
         """Which of the leaves of the contents are values of single arrays, which are what a user reads."""
-        cells = jax.tree.unflatten(self._form.content[0], range(len(self._history[-1])))[1]
+        cells = jax.tree.unflatten(self._form.content[0], range(len(self._leaves)))[1]
         single = {value for cell, (value, _) in zip(self.layout.cells, cells, strict=True) if not cell.is_slab}
-        return [index in single for index in range(len(self._history[-1]))]
+        return [index in single for index in range(len(self._leaves))]
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
         """Prepare a step of some parameters that is part of another program.
@@ -408,6 +449,8 @@ class Slabs:
         Returns:
             The mask of the step, None for all parameters, and those that had no state before.
         """
+        if not self._unstarted and self._even and params == self.params:
+            return None, []
         here = np.zeros(len(self.params), bool)
         here[[self.index[param] for param in params]] = True
         new = self.start(here)
@@ -418,13 +461,21 @@ class Slabs:
 
     def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
         """The loss (and aux) at the current parameters, and one step along its gradient, in one compiled call."""
-        with self._started(self._updated), Uninterrupted():
-            result, leaves = programs.minimize(
-                self.layout, self._even, self.numbers, self.taken(), self.offsets, loss, args
-            )
-            self._history.append(leaves)
-            self._settled()
-        return result
+        with self._started(self._updated) if self._unstarted else contextlib.nullcontext():
+            given = (self.layout, self._even, self.numbers, self.taken(), self.offsets, loss, args)
+            if loss.has_aux:  # which may be a tree of any classes, made by code that Ctrl-C breaks
+                with Uninterrupted():
+                    leaves, aux = programs.minimize_with_aux(*given)
+                    self._history.append(leaves)
+                    del self._history[:-1]
+                    return self._history[-1][-1], aux
+            self._call(programs.minimize, (loss, self._even, *map(_kind, jax.tree.leaves(args))), given)
+            return self._history[-1][-1]
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument decides which program runs."""
+    return (x.shape, x.dtype) if hasattr(x, "shape") else type(x)
 
 
 _MANY_READS = 8

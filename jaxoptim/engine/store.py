@@ -168,23 +168,18 @@ class Store:
 
     # Settings.
 
-    def renumber(self, settings: Sequence[TakenApart]) -> None:
-        """Take other numbers for the groups as they are."""
+    def renumber(self, settings: Mapping[int, TakenApart]) -> None:
+        """Take other settings for some groups by their number; where more than numbers differ, all are thawed."""
         with jax.ensure_compile_time_eval():
-            self.units[0].renumber(settings)
+            if not self.units[0].renumber(settings):
+                self.thaw()
 
     def renumber_some(self, settings: Mapping[Any, TakenApart]) -> None:
-        """Take other settings for groups of these parameters; where more than numbers differ, all are thawed."""
-        if not settings:
-            return
-        for slabs in self.units:
-            now = [settings.get(group.params[0], group.apart) for group in slabs.groups]
-            if all(new is group.apart for new, group in zip(now, slabs.groups, strict=True)):
-                continue
-            if any(not new.is_numeric or new.form != of.apart.form for new, of in zip(now, slabs.groups, strict=True)):
+        """Take other settings for the groups of some parameters; where more than numbers differ, all are thawed."""
+        for slabs in self.units if settings else ():
+            own = {slabs.group_of(param): apart for param, apart in settings.items() if param in slabs.index}
+            if own and not slabs.renumber(own):
                 return self.thaw()
-            with jax.ensure_compile_time_eval():
-                slabs.renumber(now)
 
     # Steps.
 

@@ -255,8 +255,7 @@ class Storage:
         if not is_same_form:
             self.store.thaw()  # a term came or went, and perhaps a slot with it
         elif self.store.slabs is not None:
-            outside = len(self.store.slabs.groups) - len(self._places)
-            self.store.renumber([*map(settings.__getitem__, self._places), *settings[:1] * outside])
+            self.store.renumber({at: settings[place] for at, place in enumerate(self._places)})
 
     def _setting_after(self, before: Any, setting: TakenApart | None, now: list[Any], group: Group) -> TakenApart:
         """The setting of a group, from what it was before."""

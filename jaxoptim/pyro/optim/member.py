@@ -72,7 +72,8 @@ class Member(Storage):
         self.subsample: Any = None
         self.is_written = True
         self._apart: TakenApart | None = None
-        self._made_of: list[Any] = []
+        self._made_of: list[Any] = []  # the options in the setting
+        self._place: int | None = None  # of the option that decays, among the numbers of the setting
         state = old.state_of(param)
         self.store = store
         self.groups, self.forest, self.is_list = old.groups, old.forest, old.is_list
@@ -108,7 +109,15 @@ class Member(Storage):
         before = options[option]
         if callable(before) or options[factor] == 1:  # the rule itself lets a schedule decay
             return None
-        options[option] = before * options[factor]
+        value = before * options[factor]
+        if type(value) is float and not self.is_written and self._apart is not None and self._place is not None:
+            # Only a number changes, as at every step.
+            dict.__setitem__(options, option, value)
+            self._apart = self._apart.with_leaf(self._place, option, value)
+            self._made_of[self._fields.index(option)] = value
+            self._tell(self)
+        else:
+            options[option] = value
         return lambda: options.__setitem__(option, before)
 
     def next_setting(self) -> Setting:
@@ -126,6 +135,7 @@ class Member(Storage):
             now = [self._option(self.options, name) for name in self._fields]
             self._apart = self._setting_after(self._made_of or None, self._apart, now, self.options)
             self._made_of, self.is_written = now, False
+            self._place = None if self.optimizer.decays is None else self._apart.place_of(self.optimizer.decays[0])
         return self._apart
 
     def _setting(self, group: Group) -> TakenApart:
