@@ -140,9 +140,8 @@ class Layout(Static):
         """Arrays of all parameters of a slab as one flat array."""
         parts = []
         for x, member, rows in zip(arrays, cell.members, self.rows[cell.number], strict=True):
-            parts.append(x.reshape(-1))
-            if padding := rows * cell.width - self.structs[member].size:
-                parts.append(jnp.zeros(padding, x.dtype))
+            padding = rows * cell.width - self.structs[member].size
+            parts.append(jnp.pad(x.reshape(-1), (0, padding)) if padding else x)
         if len({x.shape for x in arrays}) > _MANY_SHAPES:
             return join(parts, group=8)
         return join(parts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxoptim.core import Rule
 from jaxoptim.core.clipping import Clip
-from jaxoptim.core.rule import Numeric, assembled
+from jaxoptim.core.rule import Numeric
 from jaxoptim.engine.static import Static
 
 
@@ -24,20 +24,30 @@ class Setting(NamedTuple):
     clip: Clip = Clip()
 
 
-class TakenApart(NamedTuple):
+class TakenApart:
     """A setting as its structure and its leaves.
 
-    Attributes:
-        setting: the whole.
+    Args:
         form: the structure, which decides what is compiled.
         leaves: the numbers as floats; anything else as it is.
+        setting: the whole (default None: made of these when it is asked for).
+
+    Attributes:
         is_numeric: whether all leaves are numbers, so that the settings of many groups can stand in one vector each.
     """
 
-    setting: Setting
-    form: Any
-    leaves: list[Any]
-    is_numeric: bool
+    __slots__ = ("_setting", "form", "is_numeric", "leaves")
+
+    def __init__(self, form: Any, leaves: list[Any], setting: Setting | None = None) -> None:
+        self.form, self.leaves, self._setting = form, leaves, setting
+        self.is_numeric = all(isinstance(x, float) for x in leaves)
+
+    @property
+    def setting(self) -> Setting:
+        """The whole."""
+        if self._setting is None:
+            self._setting = jax.tree.unflatten(self.form, self.leaves)
+        return self._setting
 
     def with_number(self, name: str, value: float) -> TakenApart | None:
         """The setting with another number for one hyperparameter; None where more than a number may change.
@@ -48,7 +58,7 @@ class TakenApart(NamedTuple):
         rule, place = self.setting.rule, self.place_of(name)
         if place is None or not rule.specs[name].admits(value):
             return None  # making the rule tells
-        new = self.with_leaf(place, name, value)
+        new = self.with_leaf(place, value)
         new.setting.rule.check()
         return new
 
@@ -59,12 +69,11 @@ class TakenApart(NamedTuple):
             return None
         return _places(self.form, type(self.setting.rule)).get(name)
 
-    def with_leaf(self, place: int, name: str, value: float) -> TakenApart:
-        """The setting with another number, which is not checked, for the hyperparameter at one of the leaves."""
-        rule = self.setting.rule
-        rule = assembled(type(rule), vars(rule) | {name: value})
-        leaves = [*self.leaves[:place], value, *self.leaves[place + 1 :]]
-        return TakenApart(self.setting._replace(rule=rule), self.form, leaves, self.is_numeric)
+    def with_leaf(self, place: int, value: float) -> TakenApart:
+        """The setting with another number, which is not checked, at one of the leaves."""
+        leaves = self.leaves.copy()
+        leaves[place] = value
+        return TakenApart(self.form, leaves)
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,7 +87,7 @@ def taken_apart(setting: Setting) -> TakenApart:
     """The structure and the leaves of a setting."""
     leaves, form = jax.tree.flatten(setting)
     leaves = [float(np.asarray(x).item()) if _is_number(x) else x for x in leaves]
-    return TakenApart(setting, form, leaves, all(isinstance(x, float) for x in leaves))
+    return TakenApart(form, leaves, setting)
 
 
 def together(settings: Sequence[TakenApart]) -> Any:

@@ -113,7 +113,7 @@ class Member(Storage):
         if type(value) is float and not self.is_written and self._apart is not None and self._place is not None:
             # Only a number changes, as at every step.
             dict.__setitem__(options, option, value)
-            self._apart = self._apart.with_leaf(self._place, option, value)
+            self._apart = self._apart.with_leaf(self._place, value)
             self._made_of[self._fields.index(option)] = value
             self._tell(self)
         else:
