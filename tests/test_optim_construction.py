@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax.experimental.sparse import BCOO
 
 from comparisons import assert_same
 from jaxoptim import optim
@@ -527,3 +528,20 @@ def test_the_gradients_of_a_shared_parameter_add_up():
     assert opt.params["embed"] is opt.params["head"] or jnp.array_equal(opt.params["embed"], opt.params["head"])
     opt.step({"embed": None, "head": jnp.array([1.0, 1.0])})
     np.testing.assert_allclose(embedding.value, [1 - 2 * 0.1 * 3, 2 - 2 * 0.1 * 2])
+
+
+# What cannot be a parameter.
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
+def test_a_sparse_array_is_no_parameter(name):
+    table = BCOO.fromdense(jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"the parameter 'table' is a BCOO\. Give its todense\(\)"):
+        getattr(optim, name)({"table": table})
+
+
+def test_complex_parameters_of_sparse_adam_are_torchs_value_error():
+    with pytest.raises(ValueError, match="SparseAdam does not support complex parameters"):
+        torch.optim.SparseAdam([torch.zeros(3, dtype=torch.complex64)])  # whose message says so too
+    with pytest.raises(ValueError, match="SparseAdam does not support complex parameters, but 'w'"):
+        optim.SparseAdam({"w": jnp.zeros(3, jnp.complex64)})

@@ -522,3 +522,26 @@ def test_a_pickled_optimizer_keeps_groups_trees_and_identities():
         np.testing.assert_allclose([weight.value[0], cell.value[0]], [0.5, 0.0], atol=1e-7)
         with pytest.raises(ValueError, match="'w' has shape"):
             twin.step([{"w": jnp.ones(2)}, [jnp.ones(2)]])
+
+
+def test_groups_that_share_parameters_have_torchs_ids():
+    theirs = torch.optim.SGD([torch.ones(2), torch.ones(2)], lr=0.1, momentum=0.9)
+    ours = optim.SGD([optim.Parameter(jnp.ones(2)), optim.Parameter(jnp.ones(2))], lr=0.1, momentum=0.9)
+    for opt, ones in ((theirs, torch.ones(2)), (ours, jnp.ones(2))):
+        for param in opt.param_groups[0]["params"]:
+            param.grad = ones
+        opt.step()
+        opt.param_groups.extend(opt.param_groups)
+        opt.step()  # twice, because the group is there twice
+    for saved in (theirs.state_dict(), ours.state_dict()):
+        assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [0, 1]]
+        assert list(saved["state"]) == [0, 1]
+    for mine, other in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        np.testing.assert_allclose(mine.value, other.numpy(), rtol=1e-6)
+
+
+def test_a_parameter_in_two_groups_is_refused_at_the_next_step():
+    opt = optim.SGD({"w": jnp.ones(2), "v": jnp.ones(2)}, groups=[("w", {"lr": 0.1})])
+    opt.param_groups[1]["params"].append(opt.param_groups[0]["params"][0])
+    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
+        opt.step({"w": jnp.ones(2), "v": jnp.ones(2)})

@@ -364,3 +364,21 @@ def test_states_that_are_compared_are_those_of_pyro(x64):
     theirs["loc"]["state"][0]["exp_avg"] += 1e-9
     with pytest.raises(AssertionError, match="exp_avg"):
         check_states(twins.ours.get_state(), theirs)
+
+
+def test_the_state_of_dct_adam_has_pyros_keys_only():
+    ours, theirs = Parameter(jnp.ones(4), "w"), torch.ones(4, requires_grad=True)
+    mine, parent = optim.DCTAdam({"lr": 0.1}), pyro.optim.DCTAdam({"lr": 0.1})
+    pyro.clear_param_store()
+    pyro.get_param_store()["w"] = theirs.detach()
+    theirs = pyro.get_param_store()._params["w"]
+    ours.grad, theirs.grad = jnp.ones(4), torch.ones(4)
+    mine([ours])
+    parent([theirs])
+    (group,), (other,) = (of.get_state()["w"]["param_groups"] for of in (mine, parent))
+    assert group.keys() == other.keys()
+    again = optim.DCTAdam({})
+    again.set_state(mine.get_state())
+    values = again.update({"w": ours.value}, {"w": ours.grad})
+    mine([ours])
+    np.testing.assert_array_equal(values["w"], ours.value)
