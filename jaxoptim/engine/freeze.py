@@ -47,7 +47,8 @@ class Frozen(NamedTuple):
     Attributes:
         params: the parameters; what follows knows them by their numbers in it.
         groups_of: the group of each parameter.
-        groups_in: for each cell the groups whose parameters it has.
+        groups_in: the groups of each setting that cells follow, those of slabs first.
+        num_shared: how many of the settings slabs follow.
         layout: which rows are whose.
         contents: values, slots and counts.
         others: entries of state that the rules do not keep, by parameter.
@@ -58,6 +59,7 @@ class Frozen(NamedTuple):
     params: list[Any]
     groups_of: list[int]
     groups_in: list[list[int]]
+    num_shared: int
     layout: Layout
     contents: Contents
     others: dict[Any, dict[str, Any]]
@@ -89,7 +91,7 @@ def frozen(
     rules = [groups[at].apart.setting.rule for at in groups_of]
     number = {param: index for index, param in enumerate(params)}
     structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in params]
-    cells, groups_in = _cells(members, rules, _kinds(groups, members, records, alone))
+    cells, groups_in, num_shared = _cells(members, rules, _kinds(groups, members, records, alone))
     layout = Layout(view.treedef, [number[param] for param in view.leaves], structs, cells)
     states = [complete(records[param], groups[at], labels[param], param) for param, at, _ in members]
     counts = [count for _, count, _ in states]
@@ -101,6 +103,7 @@ def frozen(
         params,
         groups_of,
         groups_in,
+        num_shared,
         layout,
         Contents(jnp.asarray(np.array(counts, np.int32)), arrays),
         {param: others for param, at, _ in members if (others := other_slots(records[param], groups[at]))},
@@ -153,22 +156,26 @@ def _kinds(
 
 def _cells(
     members: Sequence[_Member], rules: Sequence[Rule], kinds: Sequence[Hashable]
-) -> tuple[list[Cell], list[list[int]]]:
-    """The cells, and the groups whose parameters each of them has."""
+) -> tuple[list[Cell], list[list[int]], int]:
+    """The cells, the groups of each setting that they follow, and how many of these are those of slabs.
+
+    Cells of the same groups share a setting, so that what depends on it alone is computed once.
+    """
     by_kind: dict[Hashable, list[int]] = {}
     for index, kind in enumerate(kinds):
         by_kind.setdefault(kind, []).append(index)
+    groups_of = {kind: tuple(dict.fromkeys(members[index].group for index in own)) for kind, own in by_kind.items()}
+    ordered = sorted(by_kind, key=lambda kind: isinstance(kind, _Alone))
+    settings = {found: at for at, found in enumerate(dict.fromkeys(groups_of[kind] for kind in ordered))}
+    num_shared = len({groups_of[kind] for kind in by_kind if not isinstance(kind, _Alone)})
     cells: list[Cell] = []
-    groups_in: list[list[int]] = []
     for kind, own in by_kind.items():
-        found = list(dict.fromkeys(members[index].group for index in own))
-        at = {group: place for place, group in enumerate(found)}
+        at = {group: place for place, group in enumerate(groups_of[kind])}
         shapes = [tuple(members[index].param.shape) for index in own]
         row = None if isinstance(kind, _Alone) else row_shape(rules[own[0]], shapes)
         of_each = tuple(at[members[index].group] for index in own)
-        cells.append(Cell(len(cells), tuple(own), row, of_each, members[own[0]].times))
-        groups_in.append(found)
-    return cells, groups_in
+        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], members[own[0]].times))
+    return cells, [list(found) for found in settings], num_shared
 
 
 def _is_even(layout: Layout, rules: Sequence[Rule], states: Sequence[_State]) -> bool:

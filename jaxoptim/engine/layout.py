@@ -18,8 +18,9 @@ from jaxoptim.engine.static import Static
 
 WIDTHS = (8, 16, 32, 64, 128)
 """Lengths of rows for parameters of many sizes."""
-_ROW_COST, _NARROW_COST = 16, 4
-"""What a row costs besides its numbers, and what a row of one number costs, in numbers of a wide row."""
+_ROW_COST, _NARROW_COST, _PADDING_COST = 16, 4, 512
+"""What a row costs besides its numbers, a row of one number, and an array that does not fill its rows: in numbers of
+a wide row."""
 
 
 _MANY_SHAPES = 32
@@ -58,6 +59,7 @@ class Cell(NamedTuple):
         members: the numbers of the parameters in the layout.
         row: the shape of a row of the slab; None for a single array that is kept as it is.
         groups: for each of the parameters which of the groups of the cell it belongs to.
+        setting: which of the settings they follow; that of a few groups has a vector for each number.
         times: how often one step updates them.
     """
 
@@ -65,6 +67,7 @@ class Cell(NamedTuple):
     members: tuple[int, ...]
     row: tuple[int, ...] | None
     groups: tuple[int, ...]
+    setting: int
     times: int = 1
 
     @property
@@ -184,7 +187,8 @@ def row_shape(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
     def cost(width: int) -> int:
         rows = sum(-(-size // width) * times for size, times in sizes.items())
-        return rows * (_NARROW_COST if width == 1 else max(width, 8) + _ROW_COST)
+        padded = sum(times for size, times in sizes.items() if size % width)
+        return rows * (_NARROW_COST if width == 1 else max(width, 8) + _ROW_COST) + padded * _PADDING_COST
 
     best = min(candidates, key=cost)
     return () if best == 1 else (best,)

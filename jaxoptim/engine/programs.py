@@ -38,14 +38,14 @@ class SparseGradient(Exception):
 
 @functools.partial(jax.jit, static_argnames=("layout", "even"), donate_argnames="contents")
 def advance(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, grads: Any, mask: Any
+    layout: Layout, even: bool, numbers: Sequence[Numbers], contents: Contents, grads: Any, mask: Any
 ) -> Sequence[jax.Array]:
     """One step of all parameters from a tree of gradients.
 
     Args:
         layout: how the parameters are kept.
         even: whether all parameters have made the same steps so far, and have a gradient now.
-        numbers: the settings of all cells.
+        numbers: the settings of the cells.
         contents: values, slots and counts, which are donated.
         grads: a tree like the one that the user sees.
         mask: which parameters are updated, if not all; only those that stand by themselves may lack a gradient.
@@ -62,14 +62,20 @@ def advance(
 
 @functools.partial(jax.jit, static_argnames=("layout", "even"), donate_argnames="contents")
 def advance_held(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, held: Sequence[Any], grads: Any, mask: Any
+    layout: Layout,
+    even: bool,
+    numbers: Sequence[Numbers],
+    contents: Contents,
+    held: Sequence[Any],
+    grads: Any,
+    mask: Any,
 ) -> Sequence[jax.Array]:
     """The same where somebody else holds some of the arrays, which are given apart and not donated."""
     return _advanced(layout, even, numbers, contents.joined(held), grads, mask)
 
 
 def _advanced(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, grads: Any, mask: Any
+    layout: Layout, even: bool, numbers: Sequence[Numbers], contents: Contents, grads: Any, mask: Any
 ) -> Sequence[jax.Array]:
     leaves = layout.leaves(grads)
     for cell in layout.cells:
@@ -83,14 +89,20 @@ def _advanced(
 
 @functools.partial(jax.jit, static_argnames=("layout", "even", "loss"), donate_argnames="contents")
 def minimize(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
+    layout: Layout,
+    even: bool,
+    numbers: Sequence[Numbers],
+    contents: Contents,
+    offsets: Any,
+    loss: Loss,
+    args: tuple[Any, ...],
 ) -> Sequence[jax.Array]:
     """One step of all parameters along the gradient of a loss.
 
     Args:
         layout: how the parameters are kept.
         even: whether all parameters have made the same steps so far.
-        numbers: the settings of all cells.
+        numbers: the settings of the cells.
         contents: values, slots and counts, which are donated.
         offsets: where small arrays begin; see :meth:`Layout.parted`.
         loss: the loss as a function of the tree that the user sees.
@@ -104,14 +116,26 @@ def minimize(
 
 @functools.partial(jax.jit, static_argnames=("layout", "even", "loss"), donate_argnames="contents")
 def minimize_with_aux(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
+    layout: Layout,
+    even: bool,
+    numbers: Sequence[Numbers],
+    contents: Contents,
+    offsets: Any,
+    loss: Loss,
+    args: tuple[Any, ...],
 ) -> tuple[Sequence[jax.Array], Any]:
     """The same, and what the loss function returns besides."""
     return _minimized(layout, even, numbers, contents, offsets, loss, args)
 
 
 def _minimized(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, offsets: Any, loss: Loss, args: tuple[Any, ...]
+    layout: Layout,
+    even: bool,
+    numbers: Sequence[Numbers],
+    contents: Contents,
+    offsets: Any,
+    loss: Loss,
+    args: tuple[Any, ...],
 ) -> tuple[list[jax.Array], Any]:
     found = evaluated(loss, layout.tree(values_of(layout, contents, offsets)), args)
     grads = in_rows(layout, numbers, layout.leaves(found.grads))
@@ -120,21 +144,21 @@ def _minimized(
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "alone"), donate_argnames="contents")
-def start(layout: Layout, alone: frozenset[int], numbers: Numbers, contents: Contents, mask: Any) -> Contents:
+def start(layout: Layout, alone: frozenset[int], numbers: Sequence[Numbers], contents: Contents, mask: Any) -> Contents:
     """The state of parameters before their first update.
 
     Args:
         layout: how the parameters are kept.
         alone: the cells of single arrays that are to have state.
-        numbers: the settings of all cells.
+        numbers: the settings of the cells.
         contents: values, slots and counts, which are donated.
         mask: which parameters are to have state.
     """
     counts, new = contents.counts, []
     fresh = mask & (counts == NOT_STARTED)
-    for at, (cell, setting, (value, slots)) in enumerate(
-        zip(layout.cells, numbers.each(), contents.cells, strict=True)
-    ):
+    settings = _each(numbers)
+    for cell, (value, slots) in zip(layout.cells, contents.cells, strict=True):
+        setting = settings[cell.setting]
         if cell.is_slab:
             made = _first_slots(layout, cell, setting, value)
             if slots is not None:
@@ -142,14 +166,20 @@ def start(layout: Layout, alone: frozenset[int], numbers: Numbers, contents: Con
                 slots = {name: _chosen(here, made[name], slots[name]) for name in slots}
             new.append((value, made if slots is None else slots))
         else:
-            new.append((value, init(setting.rule, value).slots if at in alone else slots))
+            new.append((value, init(setting.rule, value).slots if cell.number in alone else slots))
     return Contents(jnp.where(fresh, 0, counts), new)
 
 
-def checked(layout: Layout, numbers: Numbers, leaves: Sequence[Any]) -> list[Any]:
+def _each(numbers: Sequence[Numbers]) -> list[Setting]:
+    """The settings that the cells follow."""
+    return [setting for some in numbers for setting in some.each()]
+
+
+def checked(layout: Layout, numbers: Sequence[Numbers], leaves: Sequence[Any]) -> list[Any]:
     """The gradients of all parameters, which fit them."""
-    grads = list(leaves)
-    for cell, setting in zip(layout.cells, numbers.each(), strict=True):
+    grads, settings = list(leaves), _each(numbers)
+    for cell in layout.cells:
+        setting = settings[cell.setting]
         for member in cell.members:
             if grads[member] is not None:
                 struct = layout.structs[member]
@@ -157,10 +187,11 @@ def checked(layout: Layout, numbers: Numbers, leaves: Sequence[Any]) -> list[Any
     return grads
 
 
-def in_rows(layout: Layout, numbers: Numbers, leaves: Sequence[Any]) -> list[Any]:
+def in_rows(layout: Layout, numbers: Sequence[Numbers], leaves: Sequence[Any]) -> list[Any]:
     """Dense gradients, as rows for the rules that take nothing else."""
-    grads = list(leaves)
-    for cell, setting in zip(layout.cells, numbers.each(), strict=True):
+    grads, settings = list(leaves), _each(numbers)
+    for cell in layout.cells:
+        setting = settings[cell.setting]
         if setting.rule.sparse == "required":
             for member in cell.members:
                 grads[member] = rows_of(grads[member])
@@ -181,11 +212,13 @@ def values_of(layout: Layout, contents: Contents, offsets: Sequence[Any] | None)
 
 
 def stepped(
-    layout: Layout, even: bool, numbers: Numbers, contents: Contents, grads: Sequence[Any], mask: Any
+    layout: Layout, even: bool, numbers: Sequence[Numbers], contents: Contents, grads: Sequence[Any], mask: Any
 ) -> Contents:
     """Values, slots and counts after one step; see :func:`advance`."""
     counts, new = contents.counts, []
-    for cell, setting, (value, slots) in zip(layout.cells, numbers.each(), contents.cells, strict=True):
+    settings = _each(numbers)
+    for cell, (value, slots) in zip(layout.cells, contents.cells, strict=True):
+        setting = settings[cell.setting]
         own = [grads[member] for member in cell.members]
         count = counts[0] if even else counts[jnp.array(cell.members)] if cell.is_slab else counts[cell.members[0]]
         if slots is None or (not cell.is_slab and own[0] is None) or not cell.times:

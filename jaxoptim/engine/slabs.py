@@ -42,7 +42,7 @@ class Slabs:
     Attributes:
         params: the parameters; other methods know them by their numbers in it.
         layout: which rows are whose.
-        numbers: the settings, one array on the device.
+        numbers: the settings, in arrays on the device.
         others: entries of state that the rules do not keep, by parameter.
         outdated: the parameters whose current value is no longer here.
 
@@ -62,7 +62,7 @@ class Slabs:
         self.params, self.layout, self.others = made.params, made.layout, made.others
         self.index: dict[Any, int] = {param: index for index, param in enumerate(self.params)}
         self.groups = list(groups)
-        self._groups_of, self._groups_in = made.groups_of, made.groups_in
+        self._groups_of, self._groups_in, self._num_shared = made.groups_of, made.groups_in, made.num_shared
         self._unstarted, self._even = made.unstarted, made.is_even
         # The arrays, of which the last counts: the others are gone.
         self._history, self._form = [made.contents.leaves], made.contents._form
@@ -78,21 +78,27 @@ class Slabs:
             param.enter(self, index)
 
     def _number(self) -> None:
-        """Make one array of the settings of all cells."""
+        """Put the settings into arrays: one for all slabs, and one for each setting that only single arrays follow.
+
+        Where each of these has the same places in an array of its own, arrays of one shape run the same kernel.
+        """
         settings = [[self.groups[at].apart for at in own] for own in self._groups_in]
-        self.numbers = Numbers([together(own) for own in settings])
+        shared, count = range(self._num_shared), len(settings)
+        self._bundles = [list(shared)] * bool(shared) + [[at] for at in range(len(shared), count)]
+        self.numbers = [Numbers([together(settings[at]) for at in bundle]) for bundle in self._bundles]
         if not self._is_numeric:
             return
-        # The same on the host: leaf after leaf of a cell, each for all of its groups.
-        columns = [leaf for own in settings for leaf in zip(*(apart.leaves for apart in own), strict=True)]
-        self._vector = np.array([number for column in columns for number in column])
-        self._spots: dict[int, list[slice]] = {at: [] for at in range(len(self.groups))}
-        begin = 0
-        for own, these in zip(self._groups_in, settings, strict=True):
-            end = begin + len(own) * len(these[0].leaves)
-            for place, at in enumerate(own):
-                self._spots[at].append(slice(begin + place, end, len(own)))
-            begin = end
+        # The same on the host: leaf after leaf of a setting, each for all of its groups.
+        self._vectors: list[np.ndarray] = []
+        self._spots: dict[int, list[tuple[int, slice]]] = {at: [] for at in range(len(self.groups))}
+        for number, bundle in enumerate(self._bundles):
+            vector: list[float] = []
+            for at in bundle:
+                begin, own = len(vector), settings[at]
+                vector += [x for column in zip(*(apart.leaves for apart in own), strict=True) for x in column]
+                for place, group in enumerate(self._groups_in[at]):
+                    self._spots[group].append((number, slice(begin + place, len(vector), len(own))))
+            self._vectors.append(np.array(vector))
 
     def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
         """Take other numbers for some groups; False where more than numbers differ, and then nothing is done."""
@@ -106,10 +112,11 @@ class Slabs:
         if not self._is_numeric:
             self._number()
             return True
-        for at, apart in new.items():
-            for spot in self._spots[at]:
-                self._vector[spot] = apart.leaves
-        self.numbers = self.numbers.of(self._vector)
+        spots = [(number, spot, apart) for at, apart in new.items() for number, spot in self._spots[at]]
+        for number, spot, apart in spots:
+            self._vectors[number][spot] = apart.leaves
+        for number in {number for number, _, _ in spots}:
+            self.numbers[number] = self.numbers[number].of(self._vectors[number])
         return True
 
     def group_of(self, param: Any) -> int:

@@ -235,7 +235,7 @@ class WholeStorage(Storage):
         params = [param for whole in wholes for param in whole.params]
         number = {param: index for index, param in enumerate(params)}
         cells = [
-            Cell(at, tuple(number[param] for param in whole.params), None, (0,) * len(whole.params), whole.times)
+            Cell(at, tuple(number[param] for param in whole.params), None, (0,) * len(whole.params), at, whole.times)
             for at, whole in enumerate(wholes)
         ]
         structs = [Struct(self.labels[param], param.shape, str(jnp.dtype(param.dtype))) for param in params]
