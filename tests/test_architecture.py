@@ -20,6 +20,7 @@ LAYERS = [
     ("pyro",),
     ("sampling",),
     ("distributed",),
+    ("testing",),
 ]
 """From the bottom to the top; what stands in one line may not import what stands below it."""
 

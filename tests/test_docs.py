@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, sampling, schedules
+from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, sampling, schedules, testing
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,7 @@ PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name 
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
 SAMPLING = "sample estimate_llc calibrate default_nbeta mala_acceptance effective_sample_size mcse rhat"
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
+PUBLIC |= {"testing.check_rule": testing.check_rule}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -99,7 +100,7 @@ def test_readme_snippets_run_in_order(tmp_path, monkeypatch):
 def test_import_needs_only_jax_optax_and_numpy():
     code = (
         "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "
-        "'sklearn', 'safetensors'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+        "'sklearn', 'safetensors', 'chex'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

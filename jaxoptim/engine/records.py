@@ -95,7 +95,7 @@ class Record:
 
 def count_in(state: Mapping[str, Any]) -> int:
     """The steps that a parameter's state has seen; state without a count is past its first step."""
-    return int(np.max(state.get(COUNT, 1)))  # DCTAdam counts for each number
+    return int(np.max(np.asarray(state.get(COUNT, 1))))  # of NumPy, which compiles nothing; DCTAdam counts each number
 
 
 def complete(record: Record, group: Group, label: str, param: Variable) -> tuple[Any, int, dict[str, Any] | None]:
