@@ -141,8 +141,9 @@ def check_calls(maker, calls):
             ours.set_state(state)
         elif change == "value":
             cells[first].value = hands[first][0].value = jnp.full(SHAPES[first], 0.25)
-        elif change == "fresh":
-            cells[first] = Parameter(cells[first].value, first)
+        elif change == "fresh":  # another fit, which begins afresh
+            cells[first], hand = (Parameter(cells[first].value, first) for _ in range(2))
+            hands[first] = (hand, cls([hand], lr=rates[first], **options))
         for name, cell in cells.items():
             np.testing.assert_allclose(cell.value, hands[name][0].value, rtol=2e-6, atol=1e-7)
 

@@ -280,7 +280,8 @@ class LRScheduler:
 
     def _refuse_tracing(self) -> None:
         """Raise inside of compiled functions, which a scheduler would leave as soon as they are traced."""
-        refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
+        if not self._is_initial:  # the first epoch, of a scheduler that is made there
+            refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
 
     def _update_lr(self, epoch: Any = None) -> None:
         if epoch is None:
