@@ -57,26 +57,6 @@ def advance(
         :class:`MissingGradient` and :class:`SparseGradient`, while tracing; what ``jaxoptim.step`` raises for gradients
         that do not fit their parameters.
     """
-    return _advanced(layout, even, numbers, contents, grads, mask)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "even"), donate_argnames="contents")
-def advance_held(
-    layout: Layout,
-    even: bool,
-    numbers: Sequence[Numbers],
-    contents: Contents,
-    held: Sequence[Any],
-    grads: Any,
-    mask: Any,
-) -> Sequence[jax.Array]:
-    """The same where somebody else holds some of the arrays, which are given apart and not donated."""
-    return _advanced(layout, even, numbers, contents.joined(held), grads, mask)
-
-
-def _advanced(
-    layout: Layout, even: bool, numbers: Sequence[Numbers], contents: Contents, grads: Any, mask: Any
-) -> Sequence[jax.Array]:
     leaves = layout.leaves(grads)
     for cell in layout.cells:
         for member in cell.members:

@@ -70,7 +70,6 @@ class Slabs:
         self._read: dict[int, jax.Array] = {}
         self._counts: Any = None  # read since the last step
         self._has_gaps = False  # whether a gradient was missing in the last step
-        self._times_held = 0  # steps in a row of which a user held all single arrays
         self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
         self._is_numeric = all(group.apart.is_numeric for group in groups)
         self._number()
@@ -290,7 +289,6 @@ class Slabs:
     def replace(self, contents: Contents) -> None:
         """Keep what a program has returned."""
         self._history, self._form = [contents.leaves], contents._form
-        vars(self).pop("_single_values", None)
         self._read.clear()
         self._counts = None
 
@@ -419,17 +417,8 @@ class Slabs:
 
     def _run(self, even: bool, grads: Any, mask: Any) -> None:
         """Run the program of a step, and keep what it returns."""
-        held = self.contents.held()
-        is_all = any(held) and held == self._single_values
-        self._times_held = self._times_held + 1 if is_all else 0
-        if self._times_held >= _OFTEN:
-            self._read.clear()
-            self._counts = None
-            program: Any = programs.advance_held
-            taken: tuple[Any, ...] = self.contents.parted(held)
-        else:
-            program, taken = programs.advance, (self.taken(),)
-        self._call(program, (even, mask is None, len(taken)), (self.layout, even, self.numbers, *taken, grads, mask))
+        args = (self.layout, even, self.numbers, self.taken(), grads, mask)
+        self._call(programs.advance, (even, mask is None), args)
 
     def _call(self, program: Any, kind: Hashable, args: tuple[Any, ...]) -> None:
         """Call a compiled program, and keep what it returns behind the arrays that it destroys."""
@@ -442,13 +431,6 @@ class Slabs:
                 self._history.append(program(*args))
                 del self._history[:-1]
             self._ran.add(kind)
-
-    @functools.cached_property
-    def _single_values(self) -> list[bool]:
-        """Which of the leaves of the contents are values of single arrays, which are what a user reads."""
-        cells = jax.tree.unflatten(self._form.content[0], range(len(self._leaves)))[1]
-        single = {value for cell, (value, _) in zip(self.layout.cells, cells, strict=True) if not cell.is_slab}
-        return [index in single for index in range(len(self._leaves))]
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
         """Prepare a step of some parameters that is part of another program.
@@ -487,8 +469,6 @@ def _kind(x: Any) -> Any:
 
 _MANY_READS = 8
 """After so many parameters that were read, or written, one by one, all are."""
-_OFTEN = 3
-"""After so many steps in a row of which a user held what the last one gave, they are compiled for that."""
 _FEW_SHAPES = 16
 """Up to so many shapes have a program each to read them."""
 
