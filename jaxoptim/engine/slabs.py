@@ -319,7 +319,7 @@ class Slabs:
         """
         if not self._unstarted and not self._has_gaps:
             with contextlib.suppress(programs.MissingGradient):
-                return self._run(self._even, grads, None if self._even else self._all)
+                return self._advance_all(grads)
         self._advance_some(self.layout.leaves(grads), grads)
 
     def advance_leaves(self, grads: list[Any]) -> None:
@@ -327,7 +327,11 @@ class Slabs:
         if self._unstarted or any(grad is None for grad in grads):
             self._advance_some(grads, grads)
         else:
-            self._run(self._even, grads, None if self._even else self._all)
+            self._advance_all(grads)
+
+    def _advance_all(self, grads: Any) -> None:
+        """One step of all parameters, which have state."""
+        self._run(self._even, grads, None if self._even else self._all)
 
     def _advance_some(self, leaves: Sequence[Any], grads: Any) -> None:
         """One step of which some parameters have no gradient, or no state yet."""
@@ -337,13 +341,13 @@ class Slabs:
             return
         with self._started(here):
             if not self._has_gaps:
-                return self._run(self._even, grads, None if self._even else self._all)
+                return self._advance_all(grads)
+            self._even = False  # before the step, which Ctrl-C may be the end of
             filled = [
                 _zeros(struct.shape, struct.dtype) if leaf is None and is_row else leaf
                 for leaf, struct, is_row in zip(leaves, self.layout.structs, self.layout.are_rows, strict=True)
             ]
             self._run(False, self._tree_of(filled), here)
-            self._even = False
 
     def check_leaves(self, grads: list[Any]) -> None:
         """Raise what the first step along these gradients would, without a step."""
