@@ -121,7 +121,7 @@ def check_calls(maker, calls):
     def new():
         return make(lambda name: {"lr": rates[name], **options})
 
-    ours, cells, hands = new(), {}, {}
+    ours, cells, hands, left = new(), {}, {}, {}
     for names, without, change in calls:
         for name in sorted(names):
             if name not in cells:
@@ -132,6 +132,7 @@ def check_calls(maker, calls):
         ours([cells[name] for name in sorted(names)])
         for name in names:
             hands[name][1].step()
+            left.pop(name, None)
         first = min(names)
         if change == "rate":
             for of in (ours.optim_objs[first], hands[first][1]):
@@ -139,10 +140,13 @@ def check_calls(maker, calls):
         elif change == "state":
             state, ours = ours.get_state(), new()
             ours.set_state(state)
+            for name in [*left]:  # the state of a name waits for whichever parameter comes under it
+                hands[name][1].load_state_dict(left.pop(name).state_dict())
         elif change == "value":
             cells[first].value = hands[first][0].value = jnp.full(SHAPES[first], 0.25)
         elif change == "fresh":  # another fit, which begins afresh
             cells[first], hand = (Parameter(cells[first].value, first) for _ in range(2))
+            left[first] = hands[first][1]
             hands[first] = (hand, cls([hand], lr=rates[first], **options))
         for name, cell in cells.items():
             np.testing.assert_allclose(cell.value, hands[name][0].value, rtol=2e-6, atol=1e-7)
