@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxoptim.core import OptState
 from jaxoptim.engine.numbers import Setting
-from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.store import Store
 from jaxoptim.optim.parameter import Parameter
