@@ -45,9 +45,10 @@ def complete(cls: Any) -> None:
 
 def _construct(cls: Any) -> None:
     """Give the class a constructor, which hands its options to that of the base class."""
-    signature = inspect.Signature(_options(cls))
+    own = _hyperparameters(cls.rule)
+    signature = inspect.Signature(_options(cls, own))
     taken = signature.parameters
-    kept = [name for name in taken if name in _hyperparameters(cls.rule) or name in TORCH_FLAGS]
+    kept = [name for name in taken if name in own or name in TORCH_FLAGS]
     passed = [name for name in taken if name not in kept]
     keys = vars(cls)["_keys"].split() if "_keys" in vars(cls) else kept
     constants = {name: getattr(cls.rule, name) for name in keys if name not in taken}
@@ -74,9 +75,8 @@ def _construct(cls: Any) -> None:
     cls.__init__ = __init__
 
 
-def _options(cls: Any) -> list[inspect.Parameter]:
-    """What the constructor takes after ``params``, but for ``groups``."""
-    own = _hyperparameters(cls.rule)
+def _options(cls: Any, own: dict[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """What the constructor takes after ``params``, but for ``groups``; ``own`` are the rule's."""
     if "_arguments" not in vars(cls):
         return list(own.values())
     known = {**inspect.signature(super(cls, cls).__init__).parameters, **_FLAGS, **own}
