@@ -71,7 +71,7 @@ class WholeGroup(Whole):
         """Take state that was kept elsewhere; count and ``shared`` from the group if the latter is not given."""
         if shared is None:
             known = {name: x for name, x in self.group.items() if x is not None and not isinstance(x, bool)}
-            shared = {name: known.get(name, x) for name, x in rule.begin().items()}
+            shared = {name: known.get(name, x) for name, x in rule.init_shared().items()}
             count = self.group.get("step", 0)
         super().load(rule, count, slots, shared)
 

@@ -446,7 +446,7 @@ class Newton(Hyperparameters):
                 f"Invalid trust_radii: {given!r}. Newton takes a dict from the dotted path of a parameter to the "
                 'radius of its trust region, such as {"encoder.scale": 0.1}.'
             )
-        radii = {name: _kept(radius, name) for name, radius in given.items() if radius is not None}
+        radii = {name: _validated(radius, name) for name, radius in given.items() if radius is not None}
         object.__setattr__(self, "trust_radii", radii)
         super().__post_init__()
 
@@ -459,7 +459,7 @@ class Newton(Hyperparameters):
             )
 
 
-def _kept(radius: Any, name: str) -> Any:
+def _validated(radius: Any, name: str) -> Any:
     """A radius as a leaf of the rule: one kind for every plain number, so that an int does not retrace."""
     radius = _checked_radius(radius, name=f"trust_radii[{name!r}]")
     return float(radius) if isinstance(radius, int | float | np.number) else radius
