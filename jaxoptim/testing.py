@@ -30,7 +30,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 _BY_SHAPE = ("wide", "tensor")
 """Arrays that tell nothing new where the rule does not look at shapes."""
 _RTOL = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "complex64": 1e-3}
-"""How far a jitted program may be from one array after the other. (Scalars that are kept in float32 cost digits.)"""
+"""The tolerance between a jitted program and one array after the other. (Scalars in float32 cost digits.)"""
 
 
 def check_rule(rule: Rule, params: Any = None) -> None:

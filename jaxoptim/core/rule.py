@@ -1,4 +1,4 @@
-"""What an optimizer is: a frozen dataclass of hyperparameters with the mathematics of one array."""
+"""The base of an optimizer: a frozen dataclass of hyperparameters with the mathematics of one array."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": ope
 
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-    """How the number in a field is checked and kept; the metadata of the annotations below.
+    """The check of the number in a field, and the form in which it is kept; metadata of the annotations below.
 
     Attributes:
         bounds: what the number must satisfy, such as ``((">=", 0), ("<", 1))``.
@@ -91,7 +91,10 @@ ArraysByLeaf = Annotated[Any, Traced(by_leaf=True)]
 
 
 class Off(float):
-    """The zero of a :data:`Coefficient`: a number to read, nothing to trace."""
+    """The literal zero of a :data:`Coefficient`, whose term is off: a number to read, nothing to trace.
+
+    Pickled rules and the checkpoints of runs of chains name this class.
+    """
 
     __slots__ = ()
 
@@ -107,7 +110,7 @@ class PlainFunction:
     function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """Call the function."""
         return self.function(*args)
 
 
@@ -231,7 +234,7 @@ class Rule(Hyperparameters, abc.ABC):
     complex: ClassVar[bool] = True
     """Whether complex parameters are treated as pairs of real numbers."""
     complex_error: ClassVar[type[Exception]] = RuntimeError
-    """What is raised for them if they are not: torch's type."""
+    """The exception that is raised for them if they are not: torch's type."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
     takes: ClassVar[tuple[str, ...]] = ()

@@ -21,7 +21,7 @@ _LARGE = 16384
 A draw for each of many small arrays would take long to compile, and to start.
 """
 _TOGETHER = np.uint32(2**32 - 1)
-"""What is folded into the key for the arrays that are drawn together; no array has this number."""
+"""The number that is folded into the key for the arrays that are drawn together; no array has it."""
 
 
 @rule

@@ -114,7 +114,7 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
 
 
 def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given: Any) -> tuple[Any, OptState]:
-    """What to add to the parameters, in the gradients' dtype: the form of optax.
+    """Return the changes to add to the parameters, in the gradients' dtype: the form of optax.
 
     Args:
         rule: the optimizer; its numbers may be traced.

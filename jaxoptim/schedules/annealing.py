@@ -168,7 +168,7 @@ def swa_lr(
 
 
 def anneal_fraction(step: Any, anneal_epochs: int) -> Any:
-    """How far on the way to the averaging rate a step is."""
+    """Return the fraction of the way to the averaging rate that a step has gone."""
     if anneal_epochs == 0:
         return 1.0 + 0 * step
     return minimum(1, divide(1.0 * step, anneal_epochs))
