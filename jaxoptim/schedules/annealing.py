@@ -84,7 +84,7 @@ def cosine_annealing_warm_restarts(
     lr: of.Rate,
     T_0: Annotated[int, of.first_period],
     T_mult: Annotated[int, of.growth] = 1,
-    eta_min: Annotated[Any, of.minimum] = 0.0,
+    eta_min: Annotated[Any, of.lowest_rate] = 0.0,
 ) -> Any:
     r"""A cosine down to a minimum, over and over: ``CosineAnnealingWarmRestarts``.
 

@@ -116,8 +116,8 @@ def growth(name: str, value: Any) -> Any:
     return value
 
 
-def minimum(name: str, value: Any) -> Any:
-    """The least rate, of which torch wants to know the type."""
+def lowest_rate(name: str, value: Any) -> Any:
+    """The lowest rate of a schedule, whose type torch checks."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.number | jax.Array):
         raise ValueError(f"Expected float or int {name}, but got {value} of type {type(value)}")
     return value
