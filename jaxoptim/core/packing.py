@@ -28,7 +28,7 @@ packed gradient, and double the compile time; a tree of small ones is not.
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where one array of the tree is kept: the buffer (None: on its own), and its shape there."""
+    """The place of one array of the tree: its buffer (None: it stands on its own), and its shape there."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,6 +43,7 @@ class _Layout:
     """The static half of a :class:`Packed`; compared at every dispatch, so identity decides and the hash is kept."""
 
     def __init__(self, treedef: Any, places: tuple[_Place, ...], buffers: tuple[str, ...]) -> None:
+        # Nothing here changes after it is made: compiled programs and states of optimizers hold it.
         self.treedef, self.places, self.buffers = treedef, places, buffers
         self._hash = hash((treedef, places, buffers))
         self.positions: list[int] = []
@@ -153,7 +154,7 @@ class Packed:
         return buffer if self._is_shared(place.buffer) else part(buffer, position, place.shape)
 
     def set(self, index: int, value: Any) -> Packed:
-        """The same tree with another array in one place.
+        """Return the tree with another array in one place.
 
         Args:
             index: which, in the order of the tree's leaves.
