@@ -6,8 +6,9 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,20 @@ from jaxoptim.engine.slots import abstract_slots
 
 _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
+
+
+class Spots(NamedTuple):
+    """Where some numbers are in one of the arrays of the settings.
+
+    Attributes:
+        number: of the array.
+        places: in it.
+        own: which of the numbers are there.
+    """
+
+    number: int
+    places: np.ndarray
+    own: np.ndarray
 
 
 class Slabs:
@@ -117,6 +132,28 @@ class Slabs:
         for number in {number for number, _, _ in spots}:
             self.numbers[number] = self.numbers[number].of(self._vectors[number])
         return True
+
+    @property
+    def is_started(self) -> bool:
+        """Whether all parameters have state."""
+        return not self._unstarted
+
+    def spots(self, params: Sequence[Any], leaves: Sequence[int]) -> list[Spots] | None:
+        """Where a number in the setting of each of these parameters is; None where settings are not numbers alone."""
+        if not self._is_numeric:
+            return None
+        found: dict[int, list[tuple[int, int]]] = {}
+        for own, (param, leaf) in enumerate(zip(params, leaves, strict=True)):
+            for number, spot in self._spots[self.group_of(param)]:
+                found.setdefault(number, []).append((spot.start + leaf * spot.step, own))
+        return [Spots(number, *np.array(pairs).T) for number, pairs in found.items()]
+
+    def write(self, spots: Sequence[Spots], numbers: np.ndarray) -> None:
+        """Take other numbers at these places for the next step; the settings of the groups stay behind."""
+        for of in spots:
+            vector = self._vectors[of.number]
+            vector[of.places] = numbers[of.own]
+            self.numbers[of.number] = self.numbers[of.number].of_one_step(vector)
 
     def group_of(self, param: Any) -> int:
         """The number of the group of a parameter."""
@@ -324,7 +361,7 @@ class Slabs:
 
     def advance_leaves(self, grads: list[Any]) -> None:
         """One step along a list of gradients, one for each parameter in their order."""
-        if self._unstarted or any(grad is None for grad in grads):
+        if self._unstarted or any(map(operator.is_, grads, itertools.repeat(None))):
             self._advance_some(grads, grads)
         else:
             self._advance_all(grads)
