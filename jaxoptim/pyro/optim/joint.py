@@ -77,6 +77,8 @@ class Joint:
 
     def fade(self, params: Sequence[Parameter]) -> Callable[[], None] | None:
         """Let the options of these parameters decay; what is returned takes it back."""
+        if not self.fades:
+            return None
         if (fading := self._steady(params)) is not None:
             return fading.fade()
         faded = [undo for param in params if (undo := self.members[str(param.name)].fade()) is not None]
