@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
 
-.PHONY: demo test test-slow lint bench parity clean
+.PHONY: demo test test-slow lint bench parity stub clean
 
 demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
@@ -32,6 +32,10 @@ bench: $(VENV)/.test
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test
 	$(PYTHON) tests/parity.py
+
+# The signatures of the torch-style classes, for editors and type checkers.
+stub: $(VENV)/.test
+	$(PYTHON) tests/stub.py
 
 clean:
 	rm -rf $(VENV)

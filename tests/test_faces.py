@@ -15,7 +15,6 @@ from faces import FACES, KINDS, ByName, Called, Given, Minimized, Multi, Pure, S
 from jaxoptim.engine import programs
 from jaxoptim.optim import lr_scheduler
 from jaxoptim.pyro import optim as pyro_optim
-from jaxoptim.pyro.optim import parts
 
 RELATIVE = 1e-15
 """For float64; four and a half units in the last place of any dtype. Slabs evaluate powers, exponentials and roots of
@@ -329,11 +328,11 @@ def test_a_scheduler_that_moves_every_group_compiles_nothing(cls):
 def test_a_new_group_compiles_once(cls):
     face = warm(cls)
     grads = GRADS | {"new": jnp.ones(7)}
-    before = programs.advance._cache_size() + programs.minimize._cache_size() + parts._step._cache_size()
+    before = programs.advance._cache_size() + programs.minimize._cache_size()
     face.add("new", jnp.ones(7), 0.3)
     for _ in range(6):
         face.step(grads)
-    after = programs.advance._cache_size() + programs.minimize._cache_size() + parts._step._cache_size()
+    after = programs.advance._cache_size() + programs.minimize._cache_size()
     assert after - before <= (2 if isinstance(face, Called) else 1)  # by itself first, then together
     with nothing_compiles():
         for at in range(3):

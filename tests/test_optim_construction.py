@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import typing
 from collections import namedtuple
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_positional_arguments_are_the_parents(row):
         ours.pop(key)
     theirs.pop("params")
     assert ours == theirs
+
+
+@by_row()
+def test_a_misspelt_option_is_a_type_error_that_names_those_there_are(row):
+    cls = getattr(optim, row.name)
+    options = [name for name in inspect.signature(cls).parameters if name not in ("params", "groups")]
+    with pytest.raises(TypeError, match=rf"^{row.name}\(\) .*'lrr'\. After params it takes {', '.join(options)}\.$"):
+        cls([1.0], lrr=0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lrr'"):
+        row.parent(params_of(Theirs, row), lrr=0.1)
+    assert {*typing.get_type_hints(cls.__init__)} == {"params", *options, "groups", "return"}
 
 
 @by_row()

@@ -13,9 +13,10 @@ import torch
 import jaxoptim
 from jaxoptim import optim as torch_style
 from jaxoptim import rules
+from jaxoptim.engine import programs
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
-from jaxoptim.pyro.optim import multi, parts
+from jaxoptim.pyro.optim import multi
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.usefixtures("x64")
@@ -220,21 +221,21 @@ class TestOneEvaluation:
         adam, newton = optim.Adam({"lr": 0.1}), multi.Newton({"y": 0.3})
         mixed = multi.MixedMultiOptimizer([(["x"], adam), (["y"], newton), (["z"], rules.Adam(lr=0.1))])
         params = {name: Parameter(np.ones(2), name) for name in "xyz"}
-        before = parts._step._cache_size()
+        before = programs.minimize._cache_size()
         for step in range(20):
             mixed.step(loss, params, jnp.array(float(step)))
-        assert parts._step._cache_size() == before + 1
+        assert programs.minimize._cache_size() == before + 1
         adam.optim_objs["x"].param_groups[0]["lr"] = 0.2
         newton.trust_radii["y"] = 0.1
         old = read(params)
         mixed.step(loss, params, jnp.array(7.0))
-        assert parts._step._cache_size() == before + 1
+        assert programs.minimize._cache_size() == before + 1
         assert np.linalg.norm(read(params)["y"] - old["y"]) == pytest.approx(0.1, rel=1e-6)
         mixed.parts[0][0].append("new")
         params["new"] = Parameter(np.ones(3), "new")
         for _ in range(3):
             mixed.step(loss, params, jnp.array(1.0))
-        assert parts._step._cache_size() == before + 2
+        assert programs.minimize._cache_size() == before + 2
 
     def test_aux(self):
         params = {"x": Parameter([1.0, 2.0], "x")}

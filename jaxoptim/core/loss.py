@@ -24,6 +24,10 @@ class Loss(NamedTuple):
         result = self.function(values, *args)
         return result if self.has_aux else (result, None)
 
+    def of(self, view: Callable[[Any], Any]) -> Loss:
+        """The loss as a function of other values, of which the ones that it takes are a view."""
+        return Loss(lambda values, *args: self.function(view(values), *args), self.has_aux)
+
     def value(self, values: Values, args: Sequence[Any]) -> Any:
         """The loss alone."""
         return self.both(values, args)[0]

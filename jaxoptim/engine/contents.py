@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxoptim.engine.static import Static
 
@@ -27,7 +25,7 @@ class Contents:
     def __init__(self, counts: Any, cells: Sequence[tuple[Any, Any]]) -> None:
         leaves, treedef = jax.tree.flatten((counts, [tuple(cell) for cell in cells]))
         self.leaves: Sequence[Any] = leaves
-        self._form = Static(treedef)
+        self.form = Static(treedef)
 
     @property
     def counts(self) -> Any:
@@ -37,35 +35,15 @@ class Contents:
     @property
     def cells(self) -> list[tuple[Any, Any]]:
         """For each cell its value and its slots."""
-        return jax.tree.unflatten(self._form.content[0], self.leaves)[1]
+        return jax.tree.unflatten(self.form.content[0], self.leaves)[1]
 
     def tree_flatten(self) -> tuple[Sequence[Any], Static]:
         """The arrays and their structure."""
-        return self.leaves, self._form
+        return self.leaves, self.form
 
     @classmethod
     def tree_unflatten(cls, form: Static, leaves: Sequence[Any]) -> Contents:
         """Other arrays in the same structure."""
         new = object.__new__(cls)
-        new._form, new.leaves = form, leaves
+        new.form, new.leaves = form, leaves
         return new
-
-    def own(self) -> Contents:
-        """The same with copies of the arrays that somebody else holds too, because a step donates ours.
-
-        On CPUs a copy that is donated costs less than a result in fresh memory.
-        """
-        held = [count > _OURS for count in _references(self.leaves)]
-        if not any(held):
-            return self
-        copies = [jnp.copy(x) if other else x for x, other in zip(self.leaves, held, strict=True)]
-        return Contents.tree_unflatten(self._form, copies)
-
-
-def _references(arrays: Sequence[Any]) -> list[int]:
-    """How many references there are to each array."""
-    return [sys.getrefcount(x) for x in arrays]
-
-
-_OURS = _references((object(),))[0]
-"""What :func:`_references` counts for an object that only a sequence holds."""

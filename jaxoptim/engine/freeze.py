@@ -16,8 +16,7 @@ from jaxoptim.core.numerics import placed_like
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
 from jaxoptim.engine.numbers import Form, common_forms
-from jaxoptim.engine.programs import NOT_STARTED
-from jaxoptim.engine.records import Group, Record, complete, other_slots, placed
+from jaxoptim.engine.records import NOT_STARTED, Group, Record, complete, other_slots, placed
 from jaxoptim.engine.slots import abstract_slots, scalar_slots
 
 MAX_SIZE = 16384
@@ -96,7 +95,7 @@ def frozen(
     forms = common_forms([group.apart for group in groups])
     structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in params]
     cells, groups_in, num_shared = _cells(members, groups, _kinds(groups, forms, members, records, alone))
-    layout = Layout(view.treedef, [number[param] for param in view.leaves], structs, cells)
+    layout = Layout(view.treedef, tuple(number[param] for param in view.leaves), tuple(structs), tuple(cells))
     states = [complete(records[param], groups[at], labels[param], param) for param, at, _ in members]
     counts = [count for _, count, _ in states]
     arrays = [

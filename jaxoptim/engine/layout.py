@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,9 +94,10 @@ class Layout(Static):
         cells: where they are kept.
     """
 
-    def __init__(self, treedef: Any, order: Sequence[int], structs: Sequence[Struct], cells: Sequence[Cell]) -> None:
-        super().__init__(treedef, tuple(order), tuple(structs), tuple(cells))
-        self.treedef, self.order, self.structs, self.cells = self.content
+    def __init__(
+        self, treedef: Any, order: tuple[int, ...], structs: tuple[Struct, ...], cells: tuple[Cell, ...]
+    ) -> None:
+        self.treedef, self.order, self.structs, self.cells = treedef, order, structs, cells
         self.places = {member: (cell, at) for cell in self.cells for at, member in enumerate(cell.members)}
         self.rows = [
             [-(-self.structs[member].size // cell.width) for member in cell.members] if cell.is_slab else []
@@ -109,9 +110,9 @@ class Layout(Static):
         """Which parameters are rows of a slab."""
         return [self.places[index][0].is_slab for index in range(len(self.structs))]
 
-    def tree(self, values: Sequence[Any]) -> Any:
-        """The tree of the values of all parameters."""
-        return jax.tree.unflatten(self.treedef, [values[number] for number in self.order])
+    def tree(self, values: Mapping[str, Any]) -> Any:
+        """The tree that the user sees, of the values of all parameters by name."""
+        return jax.tree.unflatten(self.treedef, [values[self.structs[number].name] for number in self.order])
 
     def leaves(self, tree: Any, what: str = "grads") -> list[Any]:
         """What a tree has for each parameter, None included; of one that stands at several places the sum."""

@@ -167,6 +167,10 @@ class Numbers:
 
     Each scalar that crosses into a compiled call costs as much as a small array, so all of them go as one,
     which stays on the device until a number changes.
+
+    Attributes:
+        arrays: that array, and the others.
+        form: how the trees are made of them.
     """
 
     def __init__(self, trees: Sequence[Any]) -> None:
@@ -174,9 +178,9 @@ class Numbers:
         shapes = tuple(_shape_of_numbers(leaf) for leaf in leaves)
         numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
         # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
-        self._numbers: Any = jax.device_put(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))
-        self._arrays = [x for x, shape in zip(leaves, shapes, strict=True) if shape is None]
-        self._form = Static(treedef, shapes)
+        vector = jax.device_put(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))  # which compiles nothing
+        self.arrays: tuple[Any, ...] = (vector, *(x for x, shape in zip(leaves, shapes, strict=True) if shape is None))
+        self.form = Static(treedef, shapes)
 
     def of(self, numbers: np.ndarray) -> Numbers:
         """The same trees with other numbers, a vector in the order of the leaves."""
@@ -184,30 +188,31 @@ class Numbers:
 
     def of_one_step(self, numbers: np.ndarray) -> Numbers:
         """As :meth:`of`, for numbers that change at every step: they come to the device with the call."""
-        return self._of(numbers.astype(self._numbers.dtype))
+        return self._of(numbers.astype(self.arrays[0].dtype))
 
-    def _of(self, numbers: Any) -> Numbers:
-        return Numbers.tree_unflatten(self._form, (numbers, *self._arrays))
+    def _of(self, vector: Any) -> Numbers:
+        return Numbers.tree_unflatten(self.form, (vector, *self.arrays[1:]))
 
     def each(self) -> list[Any]:
         """The trees, each with its numbers."""
-        treedef, shapes = self._form.content
-        leaves, arrays, position = [], iter(self._arrays), 0
+        treedef, shapes = self.form.content
+        vector, *others = self.arrays
+        leaves, arrays, position = [], iter(others), 0
         for shape in shapes:
             size = math.prod(shape or ())
-            leaves.append(next(arrays) if shape is None else self._numbers[position : position + size].reshape(shape))
+            leaves.append(next(arrays) if shape is None else vector[position : position + size].reshape(shape))
             position += 0 if shape is None else size
         return jax.tree.unflatten(treedef, leaves)
 
     def tree_flatten(self) -> tuple[Any, Static]:
         """The arrays, and how trees are made of them."""
-        return (self._numbers, *self._arrays), self._form
+        return self.arrays, self.form
 
     @classmethod
     def tree_unflatten(cls, form: Static, children: Any) -> Numbers:
         """The trees of other arrays."""
         new = object.__new__(cls)
-        new._form, (new._numbers, *new._arrays) = form, children
+        new.form, new.arrays = form, tuple(children)
         return new
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from jaxoptim.core import as_jax, init, trees
 from jaxoptim.core.numerics import placed_like
 from jaxoptim.engine.numbers import TakenApart
-from jaxoptim.engine.programs import NOT_STARTED
 from jaxoptim.engine.slots import abstract_slots, slot_names
 
+NOT_STARTED = -1
+"""The count of steps of a parameter that has no state."""
 COUNT = "step"
 """The name of the count of steps in the state of a parameter."""
 
@@ -64,7 +65,7 @@ class Record:
 
     Attributes:
         value: its array, None if the parameter has it.
-        count: its steps, :data:`~jaxoptim.engine.programs.NOT_STARTED` without state.
+        count: its steps, :data:`NOT_STARTED` without state.
         slots: its arrays by name, those of terms that are switched off, and a user's own, among them.
         sharding: where it is.
         keeper: what the array was read from, None if it is nobody's.

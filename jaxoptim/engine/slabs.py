@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,11 @@ from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.freeze import View, frozen
 from jaxoptim.engine.layout import Cell
 from jaxoptim.engine.numbers import Numbers, TakenApart, together
-from jaxoptim.engine.programs import NOT_STARTED
-from jaxoptim.engine.records import Group, Record, placed
+from jaxoptim.engine.owner import Owner
+from jaxoptim.engine.records import NOT_STARTED, Group, Record, placed
+from jaxoptim.engine.slab_update import MissingGradient, SlabUpdate, start
 from jaxoptim.engine.slots import abstract_slots
+from jaxoptim.engine.static import Static
 
 _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
@@ -46,7 +48,7 @@ class Spots(NamedTuple):
     own: np.ndarray
 
 
-class Slabs:
+class Slabs(Owner):
     """Values, slots and counts of parameters, as compiled steps take them.
 
     Args:
@@ -57,11 +59,9 @@ class Slabs:
         alone: parameters that stand by themselves because their gradients are sparse.
 
     Attributes:
-        params: the parameters; other methods know them by their numbers in it.
         layout: which rows are whose.
         numbers: the settings, in arrays on the device.
         others: entries of state that the rules do not keep, by parameter.
-        outdated: the parameters whose current value is no longer here.
 
     Errors:
         ``ValueError`` for a slot of another shape.
@@ -76,29 +76,25 @@ class Slabs:
         alone: set[Any],
     ) -> None:
         made = frozen(groups, labels, view, records, alone)
-        self.params, self.layout, self.others = made.params, made.layout, made.others
-        self.index: dict[Any, int] = {param: index for index, param in enumerate(self.params)}
+        self.layout, self.others = made.layout, made.others
         self.groups = list(groups)
         self._groups_of, self._groups_in, self._num_shared = made.groups_of, made.groups_in, made.num_shared
         self._forms = made.forms
         self._unstarted, self._even = made.unstarted, made.is_even
-        # The arrays, of which the last counts: the others are gone.
-        self._history, self._form = [made.contents.leaves], made.contents._form
-        self.outdated: set[int] = set()
-        self._read: dict[int, jax.Array] = {}
+        self._read: dict[int, jax.Array] = {}  # since the last step
         self._counts: Any = None  # read since the last step
         self._has_gaps = False  # whether a gradient was missing in the last step
-        self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
         self._is_numeric = all(group.apart.is_numeric for group in groups)
+        self._updates: dict[Any, SlabUpdate] = {}
         self._number()
-        for index, param in enumerate(self.params):
-            param.enter(self, index)
+        super().__init__(made.params, made.contents)
 
     def _number(self) -> None:
         """Put the settings into arrays: one for all slabs, and one for each setting that only single arrays follow.
 
         Where each of these has the same places in an array of its own, arrays of one shape run the same kernel.
         """
+        self._updates.clear()
         settings = [[self.groups[at].apart for at in own] for own in self._groups_in]
         shared, count = range(self._num_shared), len(settings)
         self._bundles = [list(shared)] * bool(shared) + [[at] for at in range(len(shared), count)]
@@ -166,23 +162,10 @@ class Slabs:
 
     # What is there now.
 
-    @property
-    def _leaves(self) -> Any:
-        """The arrays, as the last program has returned them, without the loss that may stand behind."""
-        leaves = self._history[-1]
-        if len(leaves) > (size := self._form.content[0].num_leaves):
-            del leaves[size:]  # type: ignore[attr-defined]
-        return leaves
-
-    @property
-    def contents(self) -> Contents:
-        """Values, slots and counts."""
-        return Contents.tree_unflatten(self._form, self._leaves)
-
     def counts(self) -> np.ndarray:
         """The steps of each parameter."""
         if self._counts is None:
-            self._counts = np.array(self._leaves[0])
+            self._counts = np.array(self.leaves[0])
         return self._counts
 
     def read(self, index: int) -> jax.Array:
@@ -317,20 +300,19 @@ class Slabs:
         for index in sorted(self.outdated):
             self.params[index].enter(self, index)
         self.outdated.clear()
-        self.replace(Contents(self._leaves[0], [tuple(cell) for cell in cells]))
+        self.replace(Contents(self.leaves[0], [tuple(cell) for cell in cells]))
 
-    def taken(self) -> Contents:
-        """What a compiled program takes, and destroys: arrays that nobody else holds."""
-        self._read.clear()
-        self._counts = None
-        contents = self.contents.own()
-        if contents.leaves is not self._leaves:
-            self._history[-1] = contents.leaves
-        return contents
+    def taken(self) -> Sequence[Any]:
+        """The arrays for a compiled program, which destroys them."""
+        self._forget_read()
+        return super().taken()
 
     def replace(self, contents: Contents) -> None:
-        """Keep what a program has returned."""
-        self._history, self._form = [contents.leaves], contents._form
+        """Keep other arrays, of this or another structure."""
+        self._forget_read()
+        super().replace(contents)
+
+    def _forget_read(self) -> None:
         self._read.clear()
         self._counts = None
 
@@ -340,6 +322,21 @@ class Slabs:
     def is_even(self) -> bool:
         """Whether all parameters have made the same steps."""
         return self._even and not self._unstarted
+
+    def update(self, even: bool, names: tuple[str, ...] | None = None) -> SlabUpdate:
+        """The update of these parameters, or of some of them by name."""
+        key = (self.form, even, names)
+        if key not in self._updates:
+            self._updates[key] = self._update(*key)
+        return self._updates[key]
+
+    def _update(self, form: Static, even: bool, names: tuple[str, ...] | None) -> SlabUpdate:
+        return SlabUpdate(self.layout, form, tuple(numbers.form for numbers in self.numbers), even, names)
+
+    @property
+    def settings(self) -> list[tuple[Any, ...]]:
+        """The arrays of the settings, as the update reads them."""
+        return [numbers.arrays for numbers in self.numbers]
 
     @functools.cached_property
     def offsets(self) -> list[Any] | None:
@@ -362,7 +359,7 @@ class Slabs:
             What ``jaxoptim.step`` raises for gradients that do not fit their parameters.
         """
         if not self._unstarted and not self._has_gaps:
-            with contextlib.suppress(programs.MissingGradient):
+            with contextlib.suppress(MissingGradient):
                 return self._advance_all(grads)
         self._advance_some(self.layout.leaves(grads), grads)
 
@@ -400,8 +397,9 @@ class Slabs:
 
         def step(contents: Contents, grads: Any) -> Any:
             if self._unstarted:
-                contents = programs.start(self.layout, self._alone_of(self._all), self.numbers, contents, self._all)
-            return programs.advance(self.layout, self._even, self.numbers, contents, grads, None)
+                contents = start(self.layout, self._alone_of(self._all), self.numbers, contents, self._all)
+            update = self._update(contents.form, self._even, None)
+            return update.along((self.settings, None, None), contents.leaves, grads)[0]
 
         jax.eval_shape(step, self.contents, grads)
 
@@ -442,7 +440,8 @@ class Slabs:
         mask = np.zeros(len(self.params), bool)
         mask[new] = True
         with Uninterrupted():
-            self.replace(programs.start(self.layout, self._alone_of(mask), self.numbers, self.taken(), mask))
+            contents = Contents.tree_unflatten(self.form, self.taken())
+            self.replace(start(self.layout, self._alone_of(mask), self.numbers, contents, mask))
             self._unstarted -= set(new)
         return new
 
@@ -452,7 +451,7 @@ class Slabs:
 
     def lose(self, members: Sequence[int]) -> None:
         """Take the state of parameters away that was made for a step that failed."""
-        counts = np.array(self._leaves[0])
+        counts = np.array(self.leaves[0])
         if counts[members].any():
             return  # the step was made before it was interrupted
         counts[members] = NOT_STARTED
@@ -465,20 +464,9 @@ class Slabs:
 
     def _run(self, even: bool, grads: Any, mask: Any) -> None:
         """Run the program of a step, and keep what it returns."""
-        args = (self.layout, even, self.numbers, self.taken(), grads, mask)
-        self._call(programs.advance, (even, mask is None), args)
-
-    def _call(self, program: Any, kind: Hashable, args: tuple[Any, ...]) -> None:
-        """Call a compiled program, and keep what it returns behind the arrays that it destroys."""
-        if kind in self._ran:
-            # All of it happens within one operation of the interpreter, which Ctrl-C does not break.
-            self._history.extend(itertools.starmap(program, [args]))
-            del self._history[:-1]
-        else:
-            with Uninterrupted():
-                self._history.append(program(*args))
-                del self._history[:-1]
-            self._ran.add(kind)
+        update = self.update(even)
+        args = (update, (self.settings, None, mask), self.taken(), grads)
+        self.run(programs.advance, (update, mask is None), args)
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
         """Prepare a step of some parameters that is part of another program.
@@ -497,22 +485,10 @@ class Slabs:
         return here, new
 
     def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
-        """The loss (and aux) at the current parameters, and one step along its gradient, in one compiled call."""
+        """Make one step of all parameters along the gradient of a loss; see :meth:`Owner.minimize_by`."""
         with self._started(self._updated) if self._unstarted else contextlib.nullcontext():
-            given = (self.layout, self._even, self.numbers, self.taken(), self.offsets, loss, args)
-            if loss.has_aux:  # which may be a tree of any classes, made by code that Ctrl-C breaks
-                with Uninterrupted():
-                    leaves, aux = programs.minimize_with_aux(*given)
-                    self._history.append(leaves)
-                    del self._history[:-1]
-                    return self._history[-1][-1], aux
-            self._call(programs.minimize, (loss, self._even, *map(_kind, jax.tree.leaves(args))), given)
-            return self._history[-1][-1]
-
-
-def _kind(x: Any) -> Any:
-    """What of an argument decides which program runs."""
-    return (x.shape, x.dtype) if hasattr(x, "shape") else type(x)
+            data = (self.settings, self.offsets, None)
+            return self.minimize_by(self.update(self._even), self.layout, data, loss, args)
 
 
 _MANY_READS = 8

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, Self
+
+_known: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 class Static:
-    """Something fixed in a compiled program, compared at every call: its hash is kept, and identity decides."""
+    """Something fixed in a compiled program: what is made of equal content is one object.
 
-    def __init__(self, *content: Any) -> None:
-        self.content = content
-        self._hash = hash(content)
+    So a compiled call, which hashes and compares it, does that by identity.
+    """
 
-    def __hash__(self) -> int:
-        return self._hash
+    content: tuple[Any, ...]
 
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Static) and self._hash == other._hash and self.content == other.content
-        )
+    def __new__(cls, *content: Any) -> Self:
+        """Return the object of this content."""
+        found = _known.get((cls, content))
+        if found is None:
+            found = _known[cls, content] = super().__new__(cls)
+            found.content = content
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self.content

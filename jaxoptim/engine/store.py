@@ -13,8 +13,8 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import as_jax, check_gradient
 from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import TakenApart
-from jaxoptim.engine.programs import NOT_STARTED, SparseGradient
-from jaxoptim.engine.records import Group, Record
+from jaxoptim.engine.records import NOT_STARTED, Group, Record
+from jaxoptim.engine.slab_update import SparseGradient
 from jaxoptim.engine.slabs import Slabs
 
 State = tuple[int, dict[str, Any]]

@@ -69,7 +69,7 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
                 has_it = [i for i in _in_tree_order(tree, part) if name in _slot_names(part, i)]
                 for i, leaf in zip(has_it, jax.tree.leaves(slot_tree), strict=True):
                     slots[i][name] = leaf
-            storage.load_part(part, new.step, counts[index], slots, new.shared)
+            storage.load_part(part._replace(count=new.step, slots=slots, shared=new.shared), counts[index])
 
 
 def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:

@@ -14,6 +14,8 @@ from jaxoptim.optim.parameter import Parameter
 
 Selector = str | re.Pattern[str] | Callable[[str], bool]
 """Which parameters of a pytree: a regular expression that matches a whole dotted path, or a predicate of it."""
+Groups = Sequence[tuple[Selector, dict[str, Any]]]
+"""Options for some parameters of one pytree: a list of ``(selector, options)``."""
 
 
 def is_named_pair(x: Any) -> bool:

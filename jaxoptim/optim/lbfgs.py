@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -13,18 +14,22 @@ import numpy as np
 from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
-from jaxoptim.core.loss import Loss
+from jaxoptim.core.loss import Loss, evaluated
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.numbers import Numbers
+from jaxoptim.engine.owner import kind_of
+from jaxoptim.engine.static import Static
+from jaxoptim.engine.whole import contents, named
 from jaxoptim.optim import state_checks
 from jaxoptim.optim.hooks import hooked
 from jaxoptim.optim.optimizer import Number, Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.part import Part
 from jaxoptim.optim.state_dicts import Transfer
-from jaxoptim.optim.storage import Group, Storage
-from jaxoptim.optim.whole import Whole, WholeStorage
+from jaxoptim.optim.storage import Storage
+from jaxoptim.optim.whole import WholeStorage
 
 _HISTORY = ("old_dirs", "old_stps", "ro")
 _ENTRIES = ("func_evals", "n_iter", "al", "d", "t", *_HISTORY, "H_diag", "prev_flat_grad", "prev_loss")
@@ -34,62 +39,43 @@ _VECTORS = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 """The entries with a number for each of the parameters."""
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "loss"), donate_argnames="contents")
-def _minimize(
-    layout: Layout,
-    numbers: Numbers,
-    contents: tuple[Contents, ...],
-    loss: Loss,
-    args: tuple[Any, ...],
-) -> tuple[Any, Any]:
-    """One step, line search included; the auxiliary output is that of the first evaluation."""
-    (rule, *_), (first, *others) = numbers.each(), contents
-    values, state = first.cells[0]
-    held = [value for of in others for value in of.cells[0][0].values()]
-
-    def loss_of(x: jax.Array) -> Any:
-        return loss.function(layout.tree([*unflatten(x, values).values(), *held]), *args)
-
-    x = flatten(values)
-    if loss.has_aux:
-        (value, aux), slope = jax.value_and_grad(loss_of, has_aux=True)(x)
-        _, x, shared = rule.minimize(jax.value_and_grad(lambda x: loss_of(x)[0]), x, state.shared, (value, slope))
-        result = value, aux
-    else:
-        result, x, shared = rule.minimize(jax.value_and_grad(loss_of), x, state.shared)
-    return result, (_kept(unflatten(x, values), OptState(state.step + 1, {}, shared)), *others)
-
-
-def _kept(values: Any, state: Any) -> Contents:
-    return Contents(None, [(values, state)])
-
-
-class Flat(Whole):
-    """Parameters that are updated as one vector."""
-
-    def start(self, rule: Any) -> None:
-        """Make the state before the first step."""
-        self.state = OptState(jnp.zeros((), jnp.int32), {}, _init(rule, self.values))
-
-    def load(self, rule: Any, count: Any, slots: Any, shared: Any = None) -> None:
-        """Take state that was kept elsewhere; all of it is shared."""
-        self.state = OptState(jnp.asarray(count, jnp.int32), {}, shared)
-
-
 class FlatStorage(WholeStorage):
     """The parameters of the only group as one vector, whose state torch files under the first of them."""
 
     def check_param(self, rule: Any, name: str, param: Parameter) -> None:
         """Accept all: a vector is made of any parameters."""
 
+    # State.
+
+    def fresh(self, at: int) -> OptState:
+        """The state before the first step."""
+        return OptState(jnp.zeros((), jnp.int32), {}, self._first())
+
+    def _first(self) -> Any:
+        return _init(self.rule_at(0), _vector(self.layout, self._owner().values))
+
+    def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> OptState | None:
+        """The state of the vector from that of its first parameter."""
+        section = self.sections[at]
+        if section.times > 1:
+            raise ValueError("LBFGS takes each parameter once, but one stands twice in its group.")
+        state = states[section.params[0]] if section.times else {}
+        if not state:
+            return None
+        return OptState(jnp.zeros((), jnp.int32), {}, _loaded(self.rule_at(at), self._first(), state))
+
+    def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
+        """Take state that was kept elsewhere; all of it is shared."""
+        self.replace_state(0, OptState(jnp.asarray(part.count, jnp.int32), {}, part.shared or {}))
+
     def state_of(self, param: Parameter) -> dict[str, Any]:
         """The state by torch's names, a new dict; empty for all but the first parameter."""
         if param in self._edited:
             return dict(self._edited[param])
-        if not self.wholes or param is not self.wholes[0].params[0] or self.wholes[0].state is None:
+        if self._place_of.get(param) != (0, 0) or (kept := self.state_at(0)) is None:
             return {}
-        rule: Any = self.rule_for(self.wholes[0])
-        shared = self.wholes[0].state.shared
+        rule: Any = self.rule_at(0)
+        shared = kept.shared
         counts = {name: int(shared[name]) for name in ("func_evals", "n_iter")}
         if not counts["n_iter"]:  # the first gradient was below the tolerance
             return counts if counts["func_evals"] else {}
@@ -97,19 +83,7 @@ class FlatStorage(WholeStorage):
         state = {**shared, **rule.history(shared), **counts, **scratch, "prev_loss": float(shared["prev_loss"])}
         return {name: state[name] for name in _ENTRIES if name in state}
 
-    def _whole(self, group: Group, rule: Any, times: int, params: list[Parameter]) -> Whole:
-        """All parameters: as they were, or with the state that was assigned."""
-        old = self.wholes[0] if self.wholes else None
-        if times > 1:
-            raise ValueError("LBFGS takes each parameter once, but one stands twice in its group.")
-        if old is not None and old.params == tuple(params) and not self._edited:
-            old.group = group
-            return old
-        state = self.state_of(params[0]) if times else {}
-        whole = Flat(group, [self.labels[param] for param in params], params, times)
-        if state:
-            whole.load(rule, 0, [], _loaded(rule, _init(rule, whole.values), state))
-        return whole
+    # Steps.
 
     def advance(self, grads: Any) -> None:
         """Refuse: one gradient is not enough."""
@@ -119,35 +93,114 @@ class FlatStorage(WholeStorage):
         )
 
     def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
-        """One step with all of its evaluations, in one compiled call."""
+        """Make one step with all of its evaluations, in one compiled call."""
         self.settle()
         with self._started():
-            result, new = _minimize(self.layout, self.numbers, self.taken(), loss, args)
-            for whole, contents in zip(self.wholes, new, strict=True):
-                whole.contents = contents
-        return result
+            owner = self._owner()
+            kind = None if loss.has_aux else (loss, *map(kind_of, jax.tree.leaves(args)))
+            given = (self.layout, owner.form, self.numbers, owner.taken(), loss, args)
+            _, _, value, aux = owner.run(_minimize, kind, given)
+        return (value, aux) if loss.has_aux else value
 
     def search(self, closure: Callable[[], Any]) -> Any:
-        """One step with evaluations by a function that sets gradients; as before if it raises."""
+        """Make one step with evaluations by a function that sets gradients; as before if it raises."""
         self.settle()
-        whole, losses = self.wholes[0], list[Any]()
-        is_new = whole.state is None
+        owner, losses = self._owner(), list[Any]()
+        is_new = self.state_at(0) is None
         self.start()
-        before = whole.contents
+        before = owner.contents
         try:
-            search = _begin(self.numbers, before)
+            search = _begin(self.layout, self.numbers, before)
             while not losses or not bool(search.done):
                 losses.append(closure())
-                grads = {name: param.grad for name, param in zip(whole.labels, whole.params, strict=True)}
-                search, values = _observe(self.numbers, search, before.cells[0][0], losses[-1], grads)
-                whole.contents = _kept(values, before.cells[0][1])
-            whole.contents = _finish(self.numbers, search, before)
+                grads = _vector(self.layout, [param.grad for param in owner.params])
+                search, values = _observe(self.layout, self.numbers, search, before, losses[-1], grads)
+                owner.replace(contents(values, owner.states))
+            owner.replace(_finish(self.layout, self.numbers, search, before))
         except BaseException:
-            whole.contents = before
+            owner.replace(before)
             if is_new:
-                whole.state = None
+                self.replace_state(0, None)
             raise
         return losses[0]
+
+
+# The compiled search. The vector is that of the first section; other parameters stay.
+
+
+def _vector(layout: Layout, values: Sequence[Any]) -> OrderedDict[str, Any]:
+    """The values of the parameters in the vector, by name."""
+    return named(layout, layout.cells[0], values)
+
+
+def _with_vector(layout: Layout, values: Sequence[Any], x: jax.Array) -> list[Any]:
+    """All values, those of the vector from it."""
+    own = unflatten(x, _vector(layout, values))
+    return [own.get(struct.name, value) for struct, value in zip(layout.structs, values, strict=True)]
+
+
+def _stepped(state: OptState, shared: Any, others: Sequence[Any]) -> list[Any]:
+    return [OptState(state.step + 1, {}, shared), *others]
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "form", "loss"), donate_argnames="leaves")
+def _minimize(
+    layout: Layout, form: Static, numbers: Numbers, leaves: Sequence[Any], loss: Loss, args: tuple[Any, ...]
+) -> tuple[list[Any], list[Any], Any, Any]:
+    """One step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
+
+    The auxiliary output is that of the first evaluation.
+    """
+    rule, (values, (state, *others)) = numbers.each()[0], Contents.tree_unflatten(form, leaves).cells[0]
+    names = [struct.name for struct in layout.structs]
+
+    def by_name(x: jax.Array) -> dict[str, Any]:
+        return dict(zip(names, _with_vector(layout, values, x), strict=True))
+
+    def value_and_grad(x: jax.Array) -> tuple[Any, Any]:
+        found = evaluated(loss.of(layout.tree).of(by_name), x, args)
+        return found.loss, found.grads
+
+    x, first, aux = flatten(_vector(layout, values)), None, None
+    if loss.has_aux:
+        found = evaluated(loss.of(layout.tree).of(by_name), x, args)
+        first, aux = (found.loss, found.grads), found.aux
+    value, x, shared = rule.minimize(value_and_grad, x, state.shared, first)
+    new = contents(_with_vector(layout, values, x), _stepped(state, shared, others))
+    return [new.leaves], [None], value, aux
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _begin(layout: Layout, numbers: Numbers, kept: Contents) -> Any:
+    """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
+    values, (state, *_) = kept.cells[0]
+    return numbers.each()[0].start(state.shared, flatten(_vector(layout, values)))
+
+
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="search")
+def _observe(layout: Layout, numbers: Numbers, search: Any, kept: Contents, loss: Any, grads: Any) -> tuple[Any, Any]:
+    """The search after an evaluation, and the values to evaluate next."""
+    values, _ = kept.cells[0]
+    search = numbers.each()[0].observe(search, loss, flatten_like(grads, _vector(layout, values)))
+    return search, _with_vector(layout, values, search.point)
+
+
+@functools.partial(jax.jit, static_argnames="layout")
+def _finish(layout: Layout, numbers: Numbers, search: Any, kept: Contents) -> Contents:
+    """The values and the state at the end of a step."""
+    values, (state, *others) = kept.cells[0]
+    _, x, shared = numbers.each()[0].finish(search)
+    return contents(_with_vector(layout, values, x), _stepped(state, shared, others))
+
+
+_init = jax.jit(lambda rule, values: rule.init(flatten(values)))
+
+
+def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:
+    """The state with torch's entries in it."""
+    given = {name: state[name] for name in shared if name in state and name not in _HISTORY}
+    shared = shared | {name: jnp.asarray(x, shared[name].dtype) for name, x in given.items()}
+    return rule.with_history(shared, *(list(state.get(name) or []) for name in _HISTORY))
 
 
 class LBFGS(Optimizer):
@@ -283,39 +336,3 @@ class LBFGS(Optimizer):
 def _length(param: Parameter) -> int:
     """The number of real numbers in a parameter."""
     return int(np.prod(param.shape)) * (2 if is_complex(param) else 1)
-
-
-_init = jax.jit(lambda rule, values: rule.init(flatten(values)))
-
-
-@jax.jit
-def _begin(numbers: Numbers, contents: Any) -> Any:
-    """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
-    (rule, *_) = numbers.each()
-    values, state = contents.cells[0]
-    return rule.start(state.shared, flatten(values))
-
-
-@functools.partial(jax.jit, donate_argnames="search")
-def _observe(numbers: Numbers, search: Any, like: Any, loss: Any, grads: Any) -> tuple[Any, Any]:
-    """The search after an evaluation, and the values to evaluate next."""
-    (rule, *_) = numbers.each()
-    grads = type(like)((name, grads[name]) for name in like)
-    search = rule.observe(search, loss, flatten_like(grads, like))
-    return search, unflatten(search.point, like)
-
-
-@jax.jit
-def _finish(numbers: Numbers, search: Any, before: Any) -> Contents:
-    """The values and the state at the end of a step."""
-    (rule, *_) = numbers.each()
-    _, x, shared = rule.finish(search)
-    values, state = before.cells[0]
-    return _kept(unflatten(x, values), OptState(state.step + 1, {}, shared))
-
-
-def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:
-    """The state with torch's entries in it."""
-    given = {name: state[name] for name in shared if name in state and name not in _HISTORY}
-    shared = shared | {name: jnp.asarray(x, shared[name].dtype) for name, x in given.items()}
-    return rule.with_history(shared, *(list(state.get(name) or []) for name in _HISTORY))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +13,8 @@ from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
 from jaxoptim.optim import functional, state_checks, state_dicts, subclass
-from jaxoptim.optim.groups import Selector, is_group, listed, parameters_in, selected
+from jaxoptim.optim.groups import Groups as Groups
+from jaxoptim.optim.groups import is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
@@ -21,11 +22,7 @@ from jaxoptim.optim.parameter import zeros_like
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.state import State
 from jaxoptim.optim.storage import Storage
-
-Number = float | jax.Array
-"""A hyperparameter: a number, or an array of one element."""
-Groups = Sequence[tuple[Selector, dict[str, Any]]]
-"""Options for some parameters of one pytree: a list of ``(selector, options)``."""
+from jaxoptim.optim.subclass import Number as Number
 
 
 class _Required:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,115 +12,223 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxoptim.core import OptState, Rule, check_gradient, step, trees
-from jaxoptim.core.loss import Loss, evaluated
+from jaxoptim.core import OptState, Rule, as_jax, init, trees
+from jaxoptim.core.loss import Loss
 from jaxoptim.core.noise import check_key, is_key
+from jaxoptim.core.numerics import placed_like
 from jaxoptim.core.rule import assembled
-from jaxoptim.engine.contents import Contents
-from jaxoptim.engine.layout import Layout
+from jaxoptim.engine import programs
 from jaxoptim.engine.numbers import Numbers
+from jaxoptim.engine.slots import slot_names
+from jaxoptim.engine.whole import SharedUpdate, bare, named
 from jaxoptim.optim.optimizer import Groups, Optimizer
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.storage import Group, Storage
-from jaxoptim.optim.whole import Whole, WholeStorage
+from jaxoptim.optim.whole import WholeStorage
 
 Common = tuple[jax.Array, dict[str, jax.Array]]
 """The count of steps of a group, and what its rule shares between the parameters."""
 
 
-class WholeGroup(Whole):
-    """All parameters of one group, which have one count of steps whether or not each has a gradient.
+class SamplerStorage(WholeStorage):
+    """The parameters of a sampler, which have one count of steps in each group, whether or not each has a gradient.
 
     The count and what the rule shares (its key, a thermostat, metrics) are entries of the group, where the user reads
-    and writes them. What a compiled step is donated has neither.
+    and writes them.
     """
 
-    _shared: tuple[str, ...] = ()
-
-    @property
-    def state(self) -> OptState | None:
-        """The state, None before it is made."""
-        state = self.contents.cells[0][1]
-        if state is None:
-            return None
-        step, shared = self.common()
-        return state._replace(step=step, shared=shared)
-
-    @state.setter
-    def state(self, state: OptState | None) -> None:
-        if state is not None:
-            self.take((state.step, state.shared))
-            state = state._replace(step=None, shared={}, counts=None)  # type: ignore[arg-type]
-        self.contents = Contents(None, [(self.values, state)])
-
-    def common(self) -> Common:
-        """What the group has now."""
-        shared = {name: self.group[name] for name in self._shared if self.group[name] is not False}  # a metric, off
-        arrays = {name: x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32) for name, x in shared.items()}
-        return jnp.asarray(self.group["step"], jnp.int32), arrays
-
-    def take(self, common: Common) -> None:
-        """Put other values into the group."""
-        step, shared = common
-        self._shared = tuple(shared)
-        self.group.update(shared, step=step)
-
-    def load(self, rule: Rule, count: Any, slots: Sequence[dict[str, Any]], shared: Any = None) -> None:
-        """Take state that was kept elsewhere; count and ``shared`` from the group if the latter is not given."""
-        if shared is None:
-            known = {name: x for name, x in self.group.items() if x is not None and not isinstance(x, bool)}
-            shared = {name: known.get(name, x) for name, x in rule.begin().items()}
-            count = self.group.get("step", 0)
-        super().load(rule, count, slots, shared)
-
-
-class SamplerStorage(WholeStorage):
-    """Parameters of samplers: one bucket for each group."""
-
-    whole_class = WholeGroup
-
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
+        self._all_groups: list[Group] = []
+        self._made: SharedUpdate | None = None
+        self._raw: dict[tuple[int, str], Any] = {}  # the keys of the last step, and their numbers
         super().__init__(rule, step_type, fixed)
         self._fields = [name for name in self._fields if name not in fixed]
         fields = dataclasses.fields(rule)  # type: ignore[arg-type]
         self._switches = {field.name for field in fields if isinstance(field.default, bool)}
+        self._names: dict[int, tuple[list[str], tuple[str, ...]]] = {}  # of slots and of what is shared, by section
+        self._others: dict[Parameter, dict[str, Any]] = {}  # entries of state that the rules do not keep
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups as torch's ``param_groups``, with what the last step has published."""
+        self._publish()
+        return self._all_groups
+
+    @groups.setter
+    def groups(self, groups: list[Group]) -> None:
+        self._all_groups = groups
+
+    # A step.
 
     def advance(self, grads: Any, noise: Any = None) -> None:
-        """One update of all parameters that have a gradient, with this noise if it is given."""
+        """Make one update of all parameters that have a gradient, with this noise if it is given."""
         if not self.groups:
             return  # as torch
         self.settle()
         with self._started():
-            self._take_all(*_advance(self.layout, self.numbers, self.taken(), self._common(), grads, noise))
+            update, common = self._update()
+            owner = self._owner()
+            args = (update, (self.numbers.arrays, common, noise), owner.taken(), grads)
+            owner.run(programs.advance, (update, noise is None), args)
+        self._publish()
 
     def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
         """The loss, and one update along its gradient, in one compiled call."""
         self.settle()
         with self._started():
-            result, new = _minimize(self.layout, self.numbers, self.taken(), self._common(), loss, args)
-            self._take_all(*new)
+            update, common = self._update()
+            data = (self.numbers.arrays, common, None)
+            result = self._owner().minimize_by(update, self.layout, data, loss, args)
+        self._publish()
         return result
 
-    def rule_for(self, whole: Whole) -> Rule:
-        """The rule that a group follows, its masks by the names of the parameters."""
-        return _by_name(super().rule_for(whole), whole.labels)
+    def _arrange(self) -> None:
+        self._publish()
+        super()._arrange()
 
-    def _common(self) -> tuple[Common, ...]:
-        return tuple(whole.common() for whole in self.wholes)  # type: ignore[attr-defined]
+    def _update(self) -> tuple[SharedUpdate, list[Common]]:
+        """The update of all sections, and what they have now, keys as their numbers."""
+        common, keys = list[Common](), list[Any]()
+        for at in range(len(self.sections)):
+            count, shared = self._common_of(at)
+            raw = {name: self._raw_key(at, name, x) for name, x in shared.items() if is_key(x)}
+            common.append((count, shared | {name: numbers for name, (numbers, _) in raw.items()}))
+            keys.append(tuple((name, impl) for name, (_, impl) in raw.items()))
+        parts = (self.layout, self._owner().form, self.numbers.form, tuple(keys))
+        if self._made is None or self._made.content != parts:
+            self._made = SharedUpdate(*parts)
+        return self._made, common
 
-    def _take_all(self, contents: tuple[Contents, ...], common: tuple[Common, ...]) -> None:
-        for whole, new, its in zip(self.wholes, contents, common, strict=True):
-            whole.contents = new
-            whole.take(its)  # type: ignore[attr-defined]
+    def _raw_key(self, at: int, name: str, key: jax.Array) -> tuple[jax.Array, Any]:
+        """The numbers of a key, and its implementation."""
+        known, raw = self._raw.get((at, name), (None, None))
+        if known is not key:
+            raw = (jax.random.key_data(key), jax.random.key_impl(key))
+            self._raw[at, name] = (key, raw)
+        return raw
+
+    def _common_of(self, at: int) -> Common:
+        group, (_, names) = self.sections[at].group, self._names.get(at, ([], ()))
+        shared = {name: group[name] for name in names if group[name] is not False}  # a metric, off
+        arrays = {name: x if isinstance(x, jax.Array) else jnp.asarray(x, jnp.float32) for name, x in shared.items()}
+        step = group.get("step", 0)
+        return step if _is_count(step) else jnp.asarray(step, jnp.int32), arrays
+
+    def _publish(self) -> None:
+        """Put what the last step has published into the groups, if that has not happened."""
+        if self.whole is not None and (published := self.whole.published) is not None:
+            for at, common in enumerate(published):
+                self._put(at, common)
+            self.whole.published = None
+
+    def _put(self, at: int, common: Common) -> None:
+        """Put the count, and what the rule shares, into the group of a section."""
+        (count, shared), group = common, self.sections[at].group
+        for name, x in shared.items():
+            was: Any = group.get(name)
+            if is_key(was) and not is_key(x):
+                x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(was))
+            group[name] = x
+        group["step"] = count
+
+    # State by parameter.
+
+    def state_of(self, param: Parameter) -> dict[str, Any]:
+        """The state of a parameter by torch's names, a new dict."""
+        if param in self._edited:
+            return dict(self._edited[param])
+        if param not in self._place_of:
+            return {}
+        return self.slots_of(*self._place_of[param]) | self._others.get(param, {})
+
+    def slots_of(self, at: int, place: int) -> dict[str, Any]:
+        """The slots of one parameter of a section, without those it lacks; empty before the first update."""
+        state = super().state_at(at)
+        slots = {} if state is None else state.slots
+        label = self.labels[self.sections[at].params[place]]
+        names, _ = self._names.get(at, ([], ()))
+        found = {name: slots[name][label] for name in names if name in slots}
+        return {name: slot for name, slot in found.items() if slot is not None}
+
+    def state_at(self, at: int) -> OptState | None:
+        """The state of a section with what its group has, None before its first update."""
+        state = super().state_at(at)
+        if state is None:
+            return None
+        self._publish()
+        step, shared = self._common_of(at)
+        return state._replace(step=step, shared=shared)
+
+    def fresh(self, at: int) -> OptState:
+        """The state of a section before its first update."""
+        return self._bared(at, _init(self.rule_at(at), self._values(at)))
+
+    def _bared(self, at: int, state: OptState) -> OptState:
+        """A state whose count, and what the rule shares, have gone into the group."""
+        self._names[at] = (slot_names(self.rule_at(at)), tuple(state.shared))
+        self._put(at, (state.step, state.shared))
+        return bare(state)
+
+    def _values(self, at: int) -> OrderedDict[str, jax.Array]:
+        return named(self.layout, self.layout.cells[at], self._owner().values)
+
+    def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> OptState | None:
+        """The state of a section from those of its parameters; None if there is none."""
+        self._names.pop(at, None)
+        rule, section = self.rule_at(at), self.sections[at]
+        names, slots = set(slot_names(rule)), []
+        for param in section.params:
+            slots.append({name: x for name, x in states[param].items() if name in names and x is not None})
+            self._others.pop(param, None)
+            if others := {name: x for name, x in states[param].items() if name not in (*names, "step")}:
+                self._others[param] = others
+        if not began and not any(slots):
+            return None
+        group = section.group
+        known = {name: x for name, x in group.items() if x is not None and not isinstance(x, bool)}
+        shared = {name: known.get(name, x) for name, x in rule.begin().items()}
+        return self._loaded(at, group.get("step", 0), slots, shared)
+
+    def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
+        """Take state that was kept elsewhere; all parameters have the count of the group."""
+        at, _ = self._place_of[part.params[0]]
+        self.replace_state(at, self._loaded(at, part.count, part.slots, part.shared))
+
+    def _loaded(self, at: int, count: Any, slots: Sequence[dict[str, Any]], shared: Any) -> OptState:
+        """The state of a section from the slots of each parameter that has them, and the rest."""
+        made = _init(self.rule_at(at), self._values(at)).slots
+        for param, given in zip(self.sections[at].params, slots, strict=True):
+            label = self.labels[param]
+            for name, slot in given.items():
+                like = made[name][label]
+                slot = as_jax(slot).astype(like.dtype)
+                trees.check_shape(f"slot {name!r}", label, slot, like)
+                made[name][label] = placed_like(slot, like)
+        return self._bared(at, OptState(jnp.asarray(count, jnp.int32), made, shared))
+
+    # Options.
+
+    def _number(self) -> None:
+        # The keys are among what the rules share.
+        rules = [self.rule_at(at) for at in range(len(self.sections))]
+        self.numbers = Numbers([assembled(type(rule), vars(rule) | {"key": None}) for rule in rules])
+
+    def rule_at(self, at: int) -> Rule:
+        """The rule that a section follows, its masks by the names of the parameters."""
+        return _by_name(super().rule_at(at), [self.labels[param] for param in self.sections[at].params])
 
     def _option(self, group: Group, name: str) -> Any:
         """What a group says of a hyperparameter; a metric that has a value is switched on."""
         option = super()._option(group, name)
         return True if name in self._switches and isinstance(option, jax.Array) else option
 
-    def _whole(self, group: Group, rule: Rule, times: int, params: list[Parameter]) -> Whole:
-        return super()._whole(group, _by_name(rule, [self.labels[p] for p in params]), times, params)
+
+_init = jax.jit(init)
+
+
+def _is_count(step: Any) -> bool:
+    return isinstance(step, jax.Array) and step.dtype == jnp.int32
 
 
 def _by_name(rule: Any, names: Sequence[str]) -> Any:
@@ -145,64 +252,6 @@ def _by_name(rule: Any, names: Sequence[str]) -> Any:
             "broadcasts to all of them, or one for each."
         )
     return assembled(type(rule), vars(rule) | {"optimize_over": OrderedDict(zip(names, leaves, strict=True))})
-
-
-@functools.partial(jax.jit, static_argnames="layout", donate_argnames="contents")
-def _advance(
-    layout: Layout,
-    numbers: Numbers,
-    contents: tuple[Contents, ...],
-    common: tuple[Common, ...],
-    grads: Any,
-    noise: Any,
-) -> Any:
-    """One step of all groups from trees of gradients and noise."""
-    rules = numbers.each()
-    gradients, drawn = layout.leaves(grads), None if noise is None else layout.leaves(noise, "noise")
-    for cell, rule in zip(layout.cells, rules, strict=True):
-        for member in cell.members:
-            if gradients[member] is not None:
-                struct = layout.structs[member]
-                gradients[member] = check_gradient(rule, struct.name, gradients[member], struct.like)
-    return _stepped(layout, rules, contents, common, gradients, drawn)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "loss"), donate_argnames="contents")
-def _minimize(
-    layout: Layout,
-    numbers: Numbers,
-    contents: tuple[Contents, ...],
-    common: tuple[Common, ...],
-    loss: Loss,
-    args: tuple[Any, ...],
-) -> Any:
-    """The loss (and aux) at the current parameters, and one step of all groups along its gradient."""
-    values = [value for of in contents for value in of.cells[0][0].values()]
-    found = evaluated(loss, layout.tree(values), args)
-    new = _stepped(layout, numbers.each(), contents, common, layout.leaves(found.grads), None)
-    return (found.loss, found.aux) if loss.has_aux else found.loss, new
-
-
-def _stepped(
-    layout: Layout, rules: list[Any], contents: Sequence[Contents], common: Sequence[Common], grads: Any, noise: Any
-) -> Any:
-    """All groups after one step, and what the rule of each shares; those without any gradient as they were."""
-    new, shares = [], []
-    for cell, rule, of, (count, shared) in zip(layout.cells, rules, contents, common, strict=True):
-        values, bare = of.cells[0]
-        own = OrderedDict(zip(values, [grads[member] for member in cell.members], strict=True))
-        given = {}
-        if noise is not None:
-            given["noise"] = OrderedDict(zip(values, [noise[member] for member in cell.members], strict=True))
-        state = bare and bare._replace(step=count, shared=shared)
-        if jax.tree.leaves(own) and state is not None:
-            for _ in range(cell.times):
-                values, state = step(rule, values, own, state, **given)
-        if state is not None:
-            count, shared = state.step, state.shared
-        shares.append((count, shared))
-        new.append(Contents(None, [(values, state and state._replace(step=None, shared={}, counts=None))]))
-    return tuple(new), tuple(shares)
 
 
 class Sampler(Optimizer):

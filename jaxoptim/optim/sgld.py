@@ -1,4 +1,4 @@
-"""devinterp's SGLD over parameter pytrees."""
+"""Samplers that measure each step, as devinterp's SGLD."""
 
 from __future__ import annotations
 
@@ -7,88 +7,36 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxoptim import rules
-from jaxoptim.optim.optimizer import Groups, Number
+from jaxoptim.optim.optimizer import Groups
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.rules.sgld import METRICS
 
 
-class SGLD(Sampler):
-    """devinterp's ``SGLD``, computed by :class:`jaxoptim.rules.SGLD`.
+class MeasuredSampler(Sampler):
+    """A sampler that may track metrics and keep the noise and the gradient of its last step."""
 
-    The metrics that are switched on are entries of the groups; ``opt.noise_norm``, ``opt.grad_norm``,
-    ``opt.weight_norm``, ``opt.distance`` and ``opt.lr`` are those of the first group. ``opt.noise`` (a list of arrays
-    for each group), ``opt.dws`` (a list) and ``opt.localization_loss`` (summed over the groups) are of the last step.
-    ``temperature`` is an old name of ``nbeta``, which it overrides. ``optimize_over`` of a group is a mask that
-    broadcasts to all its parameters, or a tree or list with one for each.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from jaxoptim import optim
-        >>> chain = optim.SGLD({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, noise_norm=True, key=jax.random.key(1))
-        >>> chain.step({"w": jnp.ones(2)})
-        >>> 0 < float(chain.noise_norm) < 5
-        True
-    """
-
-    rule = rules.SGLD
     may_lack: ClassVar[frozenset[str]] = Sampler.may_lack | {"metrics"}
 
     def __init__(
         self,
         params: Any,
-        lr: Number = rule.lr,
-        noise_level: float = rule.noise_level,
-        weight_decay: float = rule.weight_decay,
-        localization: float = rule.localization,
-        nbeta: Any = rule.nbeta,
-        bounding_box_size: float | None = rule.bounding_box_size,
-        save_noise: bool = rule.save_noise,
-        save_mala_vars: bool = rule.save_mala_vars,
-        optimize_over: Any = rule.optimize_over,
-        noise_norm: bool = rule.noise_norm,
-        grad_norm: bool = rule.grad_norm,
-        weight_norm: bool = rule.weight_norm,
-        distance: bool = rule.distance,
-        temperature: float | None = None,
+        defaults: dict[str, Any],
         *,
-        box: str = rule.box,
-        metrics: str = rule.metrics,
-        key: Any = None,
-        noise_impl: str = rule.noise_impl,
+        temperature: float | None = None,
         groups: Groups | None = None,
     ) -> None:
         if temperature is not None:
-            nbeta = temperature
-            warnings.warn("Temperature is deprecated. Please use nbeta in your yaml file instead.", stacklevel=2)
+            defaults["nbeta"] = temperature
+            warnings.warn("Temperature is deprecated. Please use nbeta in your yaml file instead.", stacklevel=3)
+        noise_level = defaults["noise_level"]
         if isinstance(noise_level, int | float) and noise_level != 1.0:
             warnings.warn(
                 "Warning: noise_level in SGLD is unequal to one, this removes SGLD posterior sampling guarantees.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        warn_of_nbeta(nbeta)
-        self.fixed = {"save_noise": save_noise, "save_mala_vars": save_mala_vars}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "noise_level": noise_level,
-                "weight_decay": weight_decay,
-                "localization": localization,
-                "nbeta": nbeta,
-                "bounding_box_size": bounding_box_size,
-                "optimize_over": optimize_over,
-                "noise_norm": noise_norm,
-                "grad_norm": grad_norm,
-                "weight_norm": weight_norm,
-                "distance": distance,
-                "box": box,
-                "metrics": metrics,
-                "key": key,
-                "noise_impl": noise_impl,
-            },
-            groups=groups,
-        )
+        warn_of_nbeta(defaults["nbeta"])
+        self.fixed = {name: defaults.pop(name) for name in ("save_noise", "save_mala_vars")}
+        super().__init__(params, defaults, groups=groups)
 
     def _add(self, group: dict[str, Any]) -> None:
         super()._add(group)
@@ -142,5 +90,5 @@ def warn_of_nbeta(nbeta: Any) -> None:
         warnings.warn(
             "Warning: nbeta set to 1, LLC estimates will be off unless you know what you're doing. "
             "Use utils.default_nbeta(dataloader) instead",
-            stacklevel=3,
+            stacklevel=4,
         )

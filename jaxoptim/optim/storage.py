@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxoptim.core.loss import Loss
 from jaxoptim.core.rule import Traced
 from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
-from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.records import Group as Members
 from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.store import State, Store
@@ -192,19 +192,12 @@ class Storage:
                 found.append(Part(group, members.apart.setting.rule, params, labels, times, steps, slots))
         return found
 
-    def load_part(
-        self,
-        part: Part,
-        count: Any,
-        counts: Mapping[Parameter, Any],
-        slots: Sequence[dict[str, Any]],
-        shared: Any,
-    ) -> None:
+    def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
         """Take state that was kept elsewhere; ``counts`` are of the parameters that have missed an update."""
-        for param, own in zip(part.params, slots, strict=True):
-            steps = int(counts.get(param, count))
-            if steps or part.count is not None or param not in counts:
-                self.store.load(param, steps, own)
+        for param, slots in zip(part.params, part.slots, strict=True):
+            steps, (before, _) = int(counts.get(param, part.count)), self.store.state_of(param)
+            if steps or before != NOT_STARTED or param not in counts:
+                self.store.load(param, steps, slots)
 
     # What the user has changed since the last step.
 

@@ -1,19 +1,101 @@
-"""What a class gets that names its rule: a constructor, and the rule's documentation."""
+"""What a class gets that names its rule: a constructor, and the rule's documentation.
+
+The constructor takes the hyperparameters of the rule, and the groups keep them. A class may say otherwise for itself:
+
+- ``_arguments``: its options in the parent's order, a ``*`` before those by keyword only. An option is one of the
+  rule's, a flag of torch, or a keyword of the base class's constructor, which it goes to.
+- ``_keys``: what the groups keep, in the parent's order, where that is another one.
+- ``_example``: where a step along a gradient of 1 leads from 1, with 0.1 for the first option.
+"""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import jax
+
+from jaxoptim.core.rule import Traced
+from jaxoptim.optim.groups import Groups
+
+Number = float | jax.Array
+"""A hyperparameter: a number, or an array of one element."""
 TORCH_FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
 """Options of torch that say how to compute, not what, with their defaults."""
+
+_EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+_FLAGS = {
+    name: inspect.Parameter(name, _KEYWORD, default=default, annotation="bool | None" if default is None else "bool")
+    for name, default in TORCH_FLAGS.items()
+}
+_EXAMPLE = """Example:
+    >>> from jaxoptim import optim
+    >>> opt = optim.{name}({{"w": 1.0}}, {option}=0.1)
+    >>> opt.step({{"w": 1.0}})
+    >>> round(float(opt.params["w"]), 3)
+    {result}"""
 
 
 def complete(cls: Any) -> None:
     """Give an optimizer what it does not have of its own."""
-    _document(cls)
     if "__init__" not in vars(cls):
-        _take_hyperparameters(cls)
+        _construct(cls)
+    _document(cls)
+
+
+def _construct(cls: Any) -> None:
+    """Give the class a constructor, which hands its options to that of the base class."""
+    own = _hyperparameters(cls.rule)
+    signature = inspect.Signature(_options(cls, own))
+    taken = signature.parameters
+    kept = [name for name in taken if name in own or name in TORCH_FLAGS]
+    passed = [name for name in taken if name not in kept]
+    keys = vars(cls)["_keys"].split() if "_keys" in vars(cls) else kept
+    constants = {name: getattr(cls.rule, name) for name in keys if name not in taken}
+
+    def __init__(self: Any, params: Any, *args: Any, groups: Groups | None = None, **options: Any) -> None:
+        try:
+            bound = signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}() {error}. After params it takes {', '.join(taken)}.") from None
+        bound.apply_defaults()
+        values = constants | bound.arguments
+        keywords = {name: values[name] for name in passed}
+        super(cls, self).__init__(params, {name: values[name] for name in keys}, groups=groups, **keywords)
+
+    parameters = [
+        inspect.Parameter("self", _EITHER),
+        inspect.Parameter("params", _EITHER, annotation="Any"),
+        *taken.values(),
+        inspect.Parameter("groups", _KEYWORD, default=None, annotation="Groups | None"),
+    ]
+    __init__.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
+    __init__.__annotations__ = {x.name: x.annotation for x in parameters[1:]} | {"return": "None"}
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    cls.__init__ = __init__
+
+
+def _options(cls: Any, own: dict[str, inspect.Parameter]) -> list[inspect.Parameter]:
+    """What the constructor takes after ``params``, but for ``groups``; ``own`` are the rule's."""
+    if "_arguments" not in vars(cls):
+        return list(own.values())
+    known = {**inspect.signature(super(cls, cls).__init__).parameters, **_FLAGS, **own}
+    either, _, keyword = (names.split() for names in cls._arguments.partition("*"))
+    return [known[x].replace(kind=_EITHER) for x in either] + [known[x].replace(kind=_KEYWORD) for x in keyword]
+
+
+def _hyperparameters(rule: Any) -> dict[str, inspect.Parameter]:
+    """The parameters of a rule, numbers annotated as what a torch-style class takes."""
+    return {
+        name: x.replace(annotation=_annotation(rule.specs[name])) if name in rule.specs else x
+        for name, x in inspect.signature(rule).parameters.items()
+    }
+
+
+def _annotation(spec: Any) -> str:
+    if isinstance(spec, tuple):
+        return f"tuple[{', '.join(map(_annotation, spec))}]"
+    return "Any" if isinstance(spec, Traced) else "Number | None" if spec.optional else "Number"
 
 
 def _document(cls: Any) -> None:
@@ -24,37 +106,16 @@ def _document(cls: Any) -> None:
     summary, _, example = inspect.cleandoc(vars(cls).get("__doc__") or _summary(cls)).partition("\n\nExample:\n")
     rule = inspect.getdoc(cls.rule) or ""
     body = rule.partition("\n\nExample:\n")[0].replace("Args:\n", "Args:\n    params: see :class:`Optimizer`.\n", 1)
-    taken = inspect.signature(cls.__init__).parameters if "__init__" in vars(cls) else {}
-    flags = [f"``{flag}``" for flag in TORCH_FLAGS if flag in taken]
-    note = f"torch's {', '.join(flags)} are accepted and stored in the groups, and have no other effect."
-    parts = [summary, body, *([note] if flags else []), *([f"Example:\n{example}"] if example else [])]
+    parts = [summary, body]
+    options = [*inspect.signature(cls.__init__).parameters][2:]
+    if flags := [f"``{flag}``" for flag in TORCH_FLAGS if flag in options]:
+        parts.append(f"torch's {', '.join(flags)} are accepted and stored in the groups, and have no other effect.")
+    if example:
+        parts.append(f"Example:\n{example}")
+    elif "_example" in vars(cls):
+        parts.append(_EXAMPLE.format(name=cls.__name__, option=options[0], result=cls._example))
     cls.__doc__ = "\n\n".join(part for part in parts if part)
 
 
 def _summary(cls: Any) -> str:
     return f"The torch-style optimizer of :class:`{cls.rule.__module__}.{cls.rule.__qualname__}`."
-
-
-def _take_hyperparameters(cls: Any) -> None:
-    """Give the class a constructor with the rule's hyperparameters."""
-    signature = inspect.signature(cls.rule)
-
-    def __init__(self: Any, params: Any, *args: Any, groups: Any = None, **options: Any) -> None:
-        try:
-            bound = signature.bind(*args, **options)
-        except TypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}() {error}. After params it takes {', '.join(signature.parameters)}."
-            ) from None
-        bound.apply_defaults()
-        super(cls, self).__init__(params, dict(bound.arguments), groups=groups)
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Any),
-        *signature.parameters.values(),
-        inspect.Parameter("groups", keyword, default=None),
-    ]
-    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    cls.__init__ = __init__

@@ -2,136 +2,74 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import OptState, Rule, as_jax, init, trees
-from jaxoptim.core.interrupts import Uninterrupted
-from jaxoptim.core.numerics import placed_like
-from jaxoptim.engine.contents import Contents
+from jaxoptim.core import Rule
 from jaxoptim.engine.layout import Cell, Layout, Struct
 from jaxoptim.engine.numbers import Numbers
-from jaxoptim.engine.slots import slot_names
+from jaxoptim.engine.whole import Whole
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.storage import Group, Storage, labelled
 
 
-class Whole:
-    """All parameters of one group with one state of the pure face, which exists from the first update on.
-
-    Args:
-        group: the dict of options that the parameters follow.
-        labels: a unique name for each parameter.
-        params: the parameters, whose values are taken over.
-        times: how often one step updates them: as often as they stand in the group.
+class Section(NamedTuple):
+    """Parameters that are updated as one.
 
     Attributes:
-        contents: the values by label, and the state.
-        outdated: the numbers of parameters whose current value is no longer here.
+        group: the dict of options that they follow.
+        params: the parameters.
+        times: how often one step updates them: as often as they stand in the group.
     """
 
-    def __init__(self, group: Group, labels: Sequence[str], params: Sequence[Parameter], times: int) -> None:
-        self.group, self.labels, self.params, self.times = group, tuple(labels), tuple(params), times
-        self.contents = Contents(None, [(OrderedDict(zip(labels, [p.value for p in params], strict=True)), None)])
-        self.names: list[str] = []
-        self.outdated: set[int] = set()
-        for index, param in enumerate(params):
-            param.enter(self, index)
-
-    @property
-    def values(self) -> OrderedDict[str, jax.Array]:
-        """The values by label."""
-        return self.contents.cells[0][0]
-
-    @property
-    def state(self) -> OptState | None:
-        """The state, None before the first update."""
-        return self.contents.cells[0][1]
-
-    @state.setter
-    def state(self, state: OptState | None) -> None:
-        self.contents = Contents(None, [(self.values, state)])
-
-    def read(self, index: int) -> jax.Array:
-        """The value of one parameter."""
-        return self.contents.leaves[index]
-
-    def update_outdated(self) -> None:
-        """Bring back the values that were assigned, or taken over by another optimizer, since the last step."""
-        values = self.values
-        for index in sorted(self.outdated):
-            values[self.labels[index]] = self.params[index].value
-            self.params[index].enter(self, index)
-        self.outdated.clear()
-        self.contents = Contents(None, [(values, self.contents.cells[0][1])])
-
-    def taken(self) -> Contents:
-        """What a compiled program takes, and destroys: arrays that nobody else holds."""
-        self.contents = self.contents.own()
-        return self.contents
-
-    def start(self, rule: Rule) -> None:
-        """Make the state before the first update, or the slots that a change of options has added."""
-        fresh = _init(rule, self.values)
-        self.names = slot_names(rule)
-        self.state = fresh if self.state is None else self.state._replace(slots=fresh.slots | self.state.slots)
-
-    def load(self, rule: Rule, count: Any, slots: Sequence[dict[str, Any]], shared: Any = None) -> None:
-        """Take state that was kept elsewhere: the count, the slots of each parameter that has them, and the rest."""
-        made = _init(rule, self.values).slots
-        self.names = slot_names(rule)
-        for label, given in zip(self.labels, slots, strict=True):
-            for name, slot in given.items():
-                like = made[name][label]
-                slot = as_jax(slot).astype(like.dtype)
-                trees.check_shape(f"slot {name!r}", label, slot, like)
-                made[name][label] = placed_like(slot, like)
-        self.state = OptState(jnp.asarray(count, jnp.int32), made, shared or {})
-
-    def slots_of(self, index: int) -> dict[str, Any]:
-        """The slots of one parameter, without those it lacks; empty before the first update."""
-        state = self.contents.cells[0][1]
-        made = {} if state is None else state.slots
-        slots = {name: made[name][self.labels[index]] for name in self.names if name in made}
-        return {name: slot for name, slot in slots.items() if slot is not None}
+    group: Group
+    params: tuple[Parameter, ...]
+    times: int
 
 
-_init = jax.jit(init)
+class WholeStorage(Storage, abc.ABC):
+    """Groups of parameters that are each updated as one, over a :class:`~jaxoptim.engine.whole.Whole`.
 
+    Attributes:
+        whole: values, and the state of each section; None before the first look at the groups.
+        sections: the groups, parted by how often a step updates their parameters.
+        layout: which parameters are whose; its cells are the sections.
+        numbers: the rules of the sections, on the device.
+    """
 
-class WholeStorage(Storage):
-    """The groups of an optimizer, each of which is a :class:`Whole`."""
-
-    whole_class: ClassVar[type[Whole]] = Whole
-    """What keeps the parameters of a group."""
+    whole: Whole | None = None
+    layout: Layout
+    numbers: Numbers
+    sections: Sequence[Section] = ()
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         super().__init__(rule, step_type, fixed)
-        self.wholes: list[Whole] = []
-        self._whole_of: dict[Parameter, tuple[Whole, int]] = {}
-        self._edited: dict[Parameter, dict[str, Any]] = {}
-        self._others: dict[Parameter, dict[str, Any]] = {}
+        self._place_of: dict[Parameter, tuple[int, int]] = {}  # the section of each parameter, and its place there
+        self._edited: dict[Parameter, dict[str, Any]] = {}  # state that a user has written since the last step
+        self._unstarted: list[int] = []  # the sections that have no state
+
+    # What is different in samplers and L-BFGS.
+
+    @abc.abstractmethod
+    def fresh(self, at: int) -> Any:
+        """The state of a section before its first update."""
+
+    @abc.abstractmethod
+    def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> Any:
+        """The state of a section from those of its parameters; None if there is none."""
 
     # State by parameter.
 
     def known(self) -> list[Parameter]:
         """All parameters that may have state: those of the groups, and others that were there before."""
-        return list(dict.fromkeys([*self.parameters(), *self._whole_of, *self._edited]))
-
-    def state_of(self, param: Parameter) -> dict[str, Any]:
-        """The state of a parameter by torch's names, a new dict."""
-        if param in self._edited:
-            return dict(self._edited[param])
-        if param not in self._whole_of:
-            return {}
-        whole, index = self._whole_of[param]
-        return whole.slots_of(index) | self._others.get(param, {})
+        return list(dict.fromkeys([*self.parameters(), *self._place_of, *self._edited]))
 
     def states(self) -> dict[Parameter, dict[str, Any]]:
         """The state of all parameters that have some."""
@@ -141,32 +79,39 @@ class WholeStorage(Storage):
         """Give a parameter another state, from the next step on."""
         self._edited[param] = state
 
+    def state_at(self, at: int) -> Any:
+        """The state of a section, None before its first update."""
+        return None if self.whole is None else self.whole.states[at]
+
+    def replace_state(self, at: int, state: Any) -> None:
+        """Give a section another state."""
+        owner = self._owner()
+        owner.states = [state if other == at else old for other, old in enumerate(owner.states)]
+        self._find_unstarted()
+
+    def _find_unstarted(self) -> None:
+        states = self._owner().states
+        self._unstarted = [at for at, of in enumerate(self.sections) if of.times and states[at] is None]
+
     def _is_loose(self) -> bool:
-        return bool(self._edited) or not self.wholes
+        return bool(self._edited) or self.whole is None
 
     def read_all(self) -> None:
         """Do nothing: every value is an array of its own."""
 
     def parts(self) -> list[Part]:
         """The parameters as the pure face has them."""
-        return [self._part(whole) for whole in self.wholes]
+        return [self._part(at, section) for at, section in enumerate(self.sections)]
 
-    def _part(self, whole: Whole) -> Part:
-        count, shared = (None, None) if whole.state is None else (whole.state.step, whole.state.shared)
-        slots = [whole.slots_of(index) for index in range(len(whole.params))]
-        return Part(whole.group, self.rule_for(whole), whole.params, whole.labels, whole.times, count, slots, shared)
+    def _part(self, at: int, section: Section) -> Part:
+        state, labels = self.state_at(at), [self.labels[param] for param in section.params]
+        count, shared = (None, None) if state is None else (state.step, state.shared)
+        slots = [self.slots_of(at, place) for place in range(len(section.params))]
+        return Part(section.group, self.rule_at(at), section.params, labels, section.times, count, slots, shared)
 
-    def load_part(
-        self,
-        part: Part,
-        count: Any,
-        counts: Mapping[Parameter, Any],
-        slots: Sequence[dict[str, Any]],
-        shared: Any,
-    ) -> None:
-        """Take state that was kept elsewhere; all parameters have the count of the group."""
-        whole = next(whole for whole in self.wholes if whole.params == part.params)
-        whole.load(self.rule_for(whole), count, slots, shared)
+    def slots_of(self, at: int, place: int) -> dict[str, Any]:
+        """The slots of one parameter of a section."""
+        return {}
 
     # A step.
 
@@ -178,24 +123,29 @@ class WholeStorage(Storage):
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[None]:
-        """Make the state of groups that have none; they lose it again if what follows fails."""
-        new = [whole for whole in self.wholes if whole.state is None and whole.times]
+        """Make the state of sections that have none; they lose it again if what follows fails."""
+        new = self._unstarted
         try:
-            for whole in new:
-                whole.start(self.rule_for(whole))
-            with Uninterrupted():
-                yield
+            for at in new:
+                self.replace_state(at, self.fresh(at))
+            yield
         except BaseException:
-            for whole in new:
-                whole.state = None
+            for at in new:
+                self.replace_state(at, None)
             raise
 
-    def rule_for(self, whole: Whole) -> Rule:
-        """The rule that a group follows."""
+    def _owner(self) -> Whole:
+        """What keeps the parameters, up to date with groups, options, and assigned values."""
+        if self.whole is None:
+            self._arrange()
+        return self.whole  # type: ignore[return-value]
+
+    def rule_at(self, at: int) -> Rule:
+        """The rule that a section follows."""
         settings = zip(self._settings, self.groups, strict=True)
         # Parameters that the user took out of all groups are not updated by any.
-        apart = next((apart for apart, group in settings if group is whole.group), self._settings[0])
-        return apart.setting.rule
+        own = self.sections[at].group
+        return next((apart for apart, group in settings if group is own), self._settings[0]).setting.rule
 
     # What the user has changed since the last step.
 
@@ -203,71 +153,63 @@ class WholeStorage(Storage):
         """Bring everything up to date with groups, options, and assigned values."""
         self._check_groups()
         self._settle_options()
-        if self._edited or self._groups_changed():
+        if self._edited or self._groups_changed() or self.whole is None:
             self._arrange()
-        for whole in self.wholes:
-            if whole.outdated:
-                whole.update_outdated()
+        self._owner().update_outdated()
 
     def _changed(self, settings: Any, is_same_form: bool) -> None:
         if not is_same_form:
             self._seen = []
-        elif self.wholes:
+        elif self.whole is not None:
             self._number()
 
     def _arrange(self) -> None:
-        """Find the parameters of each group."""
-        tree = self.tree()
-        self.labels = labelled(tree)
-        inside = set(self.parameters())
-        outside: Group = {"params": [param for param in self.labels if param not in inside]}
-        wholes: list[Whole] = []
-        for group, apart in [*zip(self.groups, self._settings, strict=True), (outside, self._settings[0])]:
-            by_times: dict[int, list[Parameter]] = {}
-            for param, times in Counter(group["params"]).items():
-                by_times.setdefault(0 if group is outside else times, []).append(param)
-            wholes += [self._whole(group, apart.setting.rule, times, params) for times, params in by_times.items()]
-        self.wholes = wholes
-        self._whole_of = {param: (whole, index) for whole in wholes for index, param in enumerate(whole.params)}
+        """Find the parameters of each group, and the state that they have now."""
+        before = dict(vars(self))
+        try:
+            self._rearrange()
+        except BaseException:
+            vars(self).update(before)
+            raise
         self._edited.clear()
         self._seen = [(group, list(group["params"])) for group in self.groups]
-        leaves, treedef = jax.tree.flatten(tree)
-        params = [param for whole in wholes for param in whole.params]
+
+    def _rearrange(self) -> None:
+        tree = self.tree()
+        labels = labelled(tree)
+        sections = self._sections(labels)
+        params = [param for section in sections for param in section.params]
+        states = {param: self.state_of(param) for param in params}
+        begun = {param for param, (at, _) in self._place_of.items() if self._owner().states[at] is not None}
+        self.labels, self.sections = labels, sections
         number = {param: index for index, param in enumerate(params)}
         cells = [
-            Cell(at, tuple(number[param] for param in whole.params), None, (0,) * len(whole.params), at, whole.times)
-            for at, whole in enumerate(wholes)
+            Cell(at, tuple(number[param] for param in of.params), None, (0,) * len(of.params), at, of.times)
+            for at, of in enumerate(sections)
         ]
-        structs = [Struct(self.labels[param], param.shape, str(jnp.dtype(param.dtype))) for param in params]
-        self.layout = Layout(treedef, [number[param] for param in leaves], structs, cells)
+        structs = [Struct(labels[param], param.shape, str(jnp.dtype(param.dtype))) for param in params]
+        leaves, treedef = jax.tree.flatten(tree)
+        self.layout = Layout(treedef, tuple(number[param] for param in leaves), tuple(structs), tuple(cells))
+        self.whole = Whole(params, [None] * len(sections))
+        self._place_of = {params[member]: (of.number, at) for of in cells for at, member in enumerate(of.members)}
         self._number()
+        self.whole.states = [
+            self.restored(at, states, not begun.isdisjoint(of.params)) for at, of in enumerate(sections)
+        ]
+        self._find_unstarted()
+
+    def _sections(self, labels: Mapping[Parameter, str]) -> list[Section]:
+        """The parameters of each group, and those that stand in none at the end."""
+        inside = set(self.parameters())
+        sections = []
+        for group in self.groups:
+            by_times: dict[int, list[Parameter]] = {}
+            counts: Counter[Parameter] = Counter(group["params"])
+            for param, times in counts.items():
+                by_times.setdefault(times, []).append(param)
+            sections += [Section(group, tuple(params), times) for times, params in by_times.items()]
+        outside = tuple(param for param in labels if param not in inside)
+        return [*sections, Section({"params": list(outside)}, outside, 0)] if outside else sections
 
     def _number(self) -> None:
-        self.numbers = Numbers([self.rule_for(whole) for whole in self.wholes])
-
-    def _whole(self, group: Group, rule: Rule, times: int, params: list[Parameter]) -> Whole:
-        """The parameters of a group: as they were, or with the state that they have now."""
-        old = self._whole_of[params[0]][0] if params[0] in self._whole_of else None
-        names = slot_names(rule)
-        is_same = old is not None and (old.params, old.times) == (tuple(params), times)
-        awakened = any(self._others.get(param, {}).keys() & set(names) for param in params)
-        if old is not None and is_same and not awakened and not any(param in self._edited for param in params):
-            old.group = group
-            if old.state is not None and not old.state.slots.keys() >= set(names):
-                old.start(rule)
-            return old
-        states = [self.state_of(param) for param in params]
-        has_past = old is not None and old.state is not None
-        whole = self.whole_class(group, [self.labels[param] for param in params], params, times)
-        if has_past or any(state.keys() & set(names) for state in states):
-            slots = [{name: x for name, x in s.items() if name in names and x is not None} for s in states]
-            whole.load(rule, 0, slots)
-        for param, state in zip(params, states, strict=True):
-            self._others.pop(param, None)
-            if others := {name: x for name, x in state.items() if name not in (*names, "step")}:
-                self._others[param] = others
-        return whole
-
-    def taken(self) -> tuple[Contents, ...]:
-        """What the compiled programs take, and destroy."""
-        return tuple(whole.taken() for whole in self.wholes)
+        self.numbers = Numbers([self.rule_at(at) for at in range(len(self.sections))])

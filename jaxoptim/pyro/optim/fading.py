@@ -67,7 +67,7 @@ class Fading:
 
     def advance(self, step: Callable[[], None]) -> None:
         """Let the options decay and make a step; neither, if that fails or is interrupted before it is made."""
-        before, leaves = self._numbers, self._slabs.contents.leaves
+        before, leaves = self._numbers, self._slabs.leaves
         try:
             self._fade(before)
             step()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxoptim.core import OptState
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.engine.numbers import Setting
-from jaxoptim.engine.programs import NOT_STARTED
+from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.store import Store
 from jaxoptim.optim.parameter import Parameter

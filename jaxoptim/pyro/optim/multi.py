@@ -13,7 +13,6 @@ from jaxoptim import rules
 from jaxoptim.core import Hyperparameters, init, step, transformation
 from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
-from jaxoptim.engine.numbers import Numbers
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
@@ -178,8 +177,7 @@ class Newton(Compiled):
 
     def _open(self, params: Params) -> Part:
         radii = self._radii({name: param.struct for name, param in params.items()})
-        whole = self._owned.taken(params, lambda values: None)
-        return Part(steps.NewtonProgram(tuple(params)), Numbers([radii]), whole.taken(), self._owned.put)
+        return steps.newton_part(self._owned, radii, params)
 
     def _radii(self, params: Any) -> dict[str, Any]:
         """The radii; raises for parameters that Newton's method cannot take, and for radii of others."""

@@ -1,14 +1,13 @@
-"""Pyro's ClippedAdam over parameter pytrees."""
+"""Optimizers that decay the learning rate of each group, as Pyro's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from jaxoptim import rules
 from jaxoptim.core import Rule
 from jaxoptim.core.interrupts import Uninterrupted
-from jaxoptim.optim.optimizer import Groups, Number, Optimizer
+from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.part import Part
 
 
@@ -53,46 +52,3 @@ class DecayingRate(Optimizer):
         for part in self._storage.parts():
             counts[id(part.group)] = max(part.count or 0, counts.get(id(part.group), 0))
         return counts
-
-
-class ClippedAdam(DecayingRate):
-    """Pyro's ``ClippedAdam``, computed by :class:`jaxoptim.rules.ClippedAdam`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jaxoptim import optim
-        >>> opt = optim.ClippedAdam({"w": jnp.ones(2)}, lr=0.1)
-        >>> opt.step({"w": jnp.ones(2)})
-        >>> [round(x, 3) for x in opt.params["w"].tolist()]
-        [0.9, 0.9]
-    """
-
-    rule = rules.ClippedAdam
-    step_type: ClassVar[type | None] = int
-
-    def __init__(
-        self,
-        params: Any,
-        lr: Number = rule.lr,
-        betas: tuple[Number, Number] = rule.betas,
-        eps: float = rule.eps,
-        weight_decay: float = rule.weight_decay,
-        clip_norm: float = rule.clip_norm,
-        lrd: float = rule.lrd,
-        centered_variance: bool = rule.centered_variance,
-        *,
-        groups: Groups | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "clip_norm": clip_norm,
-                "lrd": lrd,
-                "centered_variance": centered_variance,
-            },
-            groups=groups,
-        )

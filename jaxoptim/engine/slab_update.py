@@ -1,0 +1,259 @@
+"""The update of slabs and of single arrays, each under the textbook rule of its parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO
+
+from jaxoptim.core import OptState, Rule, check_gradient, init, step
+from jaxoptim.core.clipping import squares
+from jaxoptim.core.loss import Evaluation
+from jaxoptim.core.sparse import rows_of
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.layout import Cell, Layout
+from jaxoptim.engine.numbers import Numbers, Setting
+from jaxoptim.engine.records import NOT_STARTED
+from jaxoptim.engine.slots import abstract_slots, scalar_slots
+from jaxoptim.engine.static import Static
+from jaxoptim.engine.update import Update
+
+
+class MissingGradient(Exception):
+    """A parameter in a slab has no gradient, which takes a mask."""
+
+
+class SparseGradient(Exception):
+    """A parameter in a slab has a sparse gradient, for which it must stand by itself."""
+
+
+class SlabUpdate(Update):
+    """The update of all parameters of a :class:`~jaxoptim.engine.slabs.Slabs`.
+
+    Its data are the settings of the cells, where small arrays begin (see :meth:`Layout.parted`), and a mask of the
+    parameters that are updated, None for all.
+
+    Args:
+        layout: how the parameters are kept.
+        form: the structure of their arrays.
+        settings: the structure of the settings.
+        even: whether all parameters have made the same steps so far, and have a gradient now.
+        names: the parameters that take part, all if it is None.
+    """
+
+    def __init__(
+        self, layout: Layout, form: Static, settings: tuple[Static, ...], even: bool, names: tuple[str, ...] | None
+    ) -> None:
+        self.layout, self.form, self.settings, self.even, self.names = layout, form, settings, even, names
+
+    def _numbers(self, data: Any) -> list[Numbers]:
+        return [Numbers.tree_unflatten(form, arrays) for form, arrays in zip(self.settings, data[0], strict=True)]
+
+    def values(self, data: Any, leaves: Sequence[Any]) -> dict[str, jax.Array]:
+        """Return the values of the parameters that take part, by name."""
+        _, offsets, _ = data
+        values: dict[str, jax.Array] = {}
+        for cell, (value, _) in zip(self.layout.cells, self.contents(leaves).cells, strict=True):
+            own = None if offsets is None or not cell.is_slab else [offsets[member] for member in cell.members]
+            parts = self.layout.parted(cell, value, own) if cell.is_slab else [value]
+            values |= {self.layout.structs[member].name: x for member, x in zip(cell.members, parts, strict=True)}
+        return values if self.names is None else {name: values[name] for name in self.names}
+
+    def along(self, data: Any, leaves: Sequence[Any], grads: Any) -> tuple[Contents, None]:
+        """Update along gradients; only parameters that stand by themselves may lack one.
+
+        Raises:
+            :class:`MissingGradient` and :class:`SparseGradient`; what ``jaxoptim.step`` raises for gradients that do
+            not fit their parameters.
+        """
+        given, settings = self.layout.leaves(grads), _each(self._numbers(data))
+        for cell in self.layout.cells:
+            for member in cell.members:
+                if cell.is_slab and isinstance(given[member], BCOO):
+                    raise SparseGradient
+                if cell.times and given[member] is None and (cell.is_slab or self.even):
+                    raise MissingGradient
+        for cell in self.layout.cells:
+            for member in cell.members:
+                if given[member] is not None:
+                    struct = self.layout.structs[member]
+                    rule = settings[cell.setting].rule
+                    given[member] = check_gradient(rule, struct.name, given[member], struct.like)
+        return self._stepped(data, leaves, given), None
+
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, None]:
+        """Update along the gradient of a loss; parameters that do not take part stay, by the mask."""
+        settings = _each(self._numbers(data))
+        grads: list[Any] = []
+        for member, struct in enumerate(self.layout.structs):
+            (cell, _), grad = self.layout.places[member], evaluation.grads.get(struct.name)
+            if grad is None and cell.is_slab:
+                grad = jnp.zeros(struct.shape, struct.dtype)
+            if grad is not None and settings[cell.setting].rule.sparse == "required":
+                grad = rows_of(grad)
+            grads.append(grad)
+        return self._stepped(data, leaves, grads), None
+
+    def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> Contents:
+        """Values, slots and counts after one step."""
+        layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
+        counts, settings, new = contents.counts, _each(self._numbers(data)), []
+        for cell, (value, slots) in zip(layout.cells, contents.cells, strict=True):
+            setting = settings[cell.setting]
+            own = [grads[member] for member in cell.members]
+            if slots is None or (not cell.is_slab and own[0] is None) or not cell.times:
+                new.append((value, slots))
+                continue
+            members = jnp.array(cell.members)
+            count = counts[0] if self.even else counts[members] if cell.is_slab else counts[cell.members[0]]
+            if not cell.is_slab:
+                new.append(_alone_step(cell, setting, value, slots, count, own[0]))
+                continue
+            grad = layout.joined(cell, own)
+            if self.even and cell.is_flat:
+                new.append(_flat_step(setting, value, slots, count, grad))
+            else:
+                on = None if mask is None else mask[members]
+                new.append(_row_step(layout, cell, setting, value, slots, count, grad, on))
+        return Contents(_counted(layout, counts, grads, mask), new)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "alone"), donate_argnames="contents")
+def start(layout: Layout, alone: frozenset[int], numbers: Sequence[Numbers], contents: Contents, mask: Any) -> Contents:
+    """Return contents in which some parameters have their state before the first update.
+
+    Args:
+        layout: how the parameters are kept.
+        alone: the cells of single arrays that are to have state.
+        numbers: the settings of the cells.
+        contents: values, slots and counts, which are donated.
+        mask: which parameters are to have state.
+    """
+    counts, new = contents.counts, []
+    fresh = mask & (counts == NOT_STARTED)
+    settings = _each(numbers)
+    for cell, (value, slots) in zip(layout.cells, contents.cells, strict=True):
+        setting = settings[cell.setting]
+        if cell.is_slab:
+            made = _first_slots(layout, cell, setting, value)
+            if slots is not None:
+                here = _by_row(layout, cell, fresh)
+                slots = {name: _chosen(here, made[name], slots[name]) for name in slots}
+            new.append((value, made if slots is None else slots))
+        else:
+            new.append((value, init(setting.rule, value).slots if cell.number in alone else slots))
+    return Contents(jnp.where(fresh, 0, counts), new)
+
+
+def _each(numbers: Sequence[Numbers]) -> list[Setting]:
+    """The settings that the cells follow."""
+    return [setting for some in numbers for setting in some.each()]
+
+
+def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any) -> jax.Array:
+    """The counts after one step of the parameters that have a gradient and are in the mask."""
+    more = [0 if grads[member] is None else layout.places[member][0].times for member in range(len(grads))]
+    after = counts + (more[0] if len(set(more)) == 1 else jnp.array(more))
+    return after if mask is None else jnp.where(mask, after, counts)
+
+
+def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any]:
+    """One step of an array that stands by itself."""
+    for _ in range(cell.times):
+        value, state = step(setting.rule, value, setting.clip.clipped(grad), OptState(count, slots, {}))
+        count, slots = state.step, state.slots
+    return value, slots
+
+
+def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any]:
+    """One step of parameters that have made the same steps under the same numbers: of one long array."""
+    scalar = scalar_slots(setting.rule)
+    one = {name: slot[0] if name in scalar else slot for name, slot in slots.items()}
+    value, state = step(setting.rule, value, grad, OptState(count, one, {}))
+    new = {
+        name: jnp.broadcast_to(slot, slots[name].shape) if name in scalar else slot
+        for name, slot in state.slots.items()
+    }
+    return value, new
+
+
+def _row_step(
+    layout: Layout, cell: Cell, setting: Setting, value: Any, slots: Any, counts: Any, grad: Any, mask: Any
+) -> tuple[Any, Any]:
+    """One step of the rows of a slab, each with the numbers and the count of its parameter."""
+    owners = jnp.array(layout.owners[cell.number])
+    counts, of_count = (counts[owners], 0) if counts.ndim else (counts, None)
+    on = None if mask is None else mask[owners]
+    of_row, setting, rule = _by_rows(layout, cell, setting)
+    values, grads = (x.reshape((-1, *cell.row)) for x in (value, grad))  # type: ignore[misc]
+    square = _squares_by_row(layout, cell, owners, grads) if setting.clip.clip_norm is not None else owners
+
+    def advanced(setting: Setting, grad: Any, square: Any, param: Any, slots: Any, count: Any, on: Any) -> Any:
+        if not setting.clip.is_off:
+            grad = setting.clip.bounded(grad, square)
+        new, state = step(setting.rule, param, grad, OptState(count, slots, {}))
+        if on is None:
+            return new, state.slots
+        return jax.tree.map(lambda new, old: jnp.where(on, new, old), (new, state.slots), (param, slots))
+
+    shaped = _shaped(cell, rule, values.dtype, slots)
+    new = jax.vmap(advanced, in_axes=(of_row, 0, 0, 0, 0, of_count, None if on is None else 0))(
+        setting, grads, square, values, shaped, counts, on
+    )
+    return _as_kept(cell, new)
+
+
+def _as_kept(cell: Cell, arrays: Any) -> Any:
+    """The arrays of a slab by rows, as they are kept."""
+    return jax.tree.map(lambda x: x.reshape(-1), arrays) if cell.is_flat else arrays
+
+
+def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting, Rule]:
+    """The settings of the rows of a slab, the axis of its numbers along them (None: one for all), and a row's rule."""
+    if len(set(cell.groups)) == 1:
+        return None, setting, setting.rule
+    rows = jnp.array(np.array(cell.groups)[layout.owners[cell.number]])
+    # All numbers at once, because each gather by itself is a kernel to compile.
+    numbers, form = jax.tree.flatten(setting)
+    of_row = jax.tree.unflatten(form, list(jnp.stack(numbers)[:, rows]))
+    return 0, of_row, jax.tree.map(lambda x: x[0], setting.rule)
+
+
+def _squares_by_row(layout: Layout, cell: Cell, owners: jax.Array, grads: jax.Array) -> jax.Array:
+    """For each row of gradients the squared norm of the whole gradient that it is a part of."""
+    sums = jax.ops.segment_sum(jax.vmap(squares)(grads), owners, len(cell.members), indices_are_sorted=True)
+    return sums[owners]
+
+
+def _first_slots(layout: Layout, cell: Cell, setting: Setting, value: Any) -> Any:
+    """The slots of all rows of a slab before the first update."""
+    of_row, setting, _ = _by_rows(layout, cell, setting)
+    made = jax.vmap(lambda setting, param: init(setting.rule, param).slots, in_axes=(of_row, 0))(
+        setting,
+        value.reshape((-1, *cell.row)),  # type: ignore[misc]
+    )
+    return _as_kept(cell, made)
+
+
+def _shaped(cell: Cell, rule: Rule, dtype: Any, slots: Any) -> Any:
+    """The slots of a slab row by row."""
+    like = abstract_slots(rule, jax.ShapeDtypeStruct(cell.row or (), dtype))
+    return {name: None if x is None else x.reshape((-1, *like[name].shape)) for name, x in slots.items()}
+
+
+def _by_row(layout: Layout, cell: Cell, of_each: jax.Array) -> jax.Array:
+    """For each row of a slab what its parameter has in a vector over all parameters."""
+    return of_each[jnp.array(cell.members)][jnp.array(layout.owners[cell.number])]
+
+
+def _chosen(rows: jax.Array, new: Any, old: Any) -> Any:
+    """The rows of one slot from ``new`` where they are chosen."""
+    if new is None:
+        return None
+    per_row = new.size // rows.size
+    return jnp.where(jnp.repeat(rows, per_row, total_repeat_length=new.size).reshape(new.shape), new, old)

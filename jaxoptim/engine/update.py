@@ -1,0 +1,55 @@
+"""How the parameters of one owner are updated within a compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxoptim.core.loss import Evaluation
+from jaxoptim.engine.contents import Contents
+from jaxoptim.engine.static import Static
+
+
+class Update(Static):
+    """The update of one owner's parameters, a pure function that is fixed in a compiled program.
+
+    In all of its methods ``data`` is what the update reads (numbers, masks), ``leaves`` are the owner's arrays, which
+    come without their structure because a call would spend more time on it than on a small network's arrays.
+    """
+
+    form: Static
+    """The structure of the owner's arrays."""
+
+    second_order = False
+    """Whether the update needs second derivatives of the loss."""
+
+    def contents(self, leaves: Sequence[Any]) -> Contents:
+        """The arrays as values and state."""
+        return Contents.tree_unflatten(self.form, leaves)
+
+    def values(self, data: Any, leaves: Sequence[Any]) -> dict[str, jax.Array]:
+        """Return the values of the parameters that take part, by name."""
+        raise NotImplementedError
+
+    def along(self, data: Any, leaves: Sequence[Any], grads: Any) -> tuple[Contents, Any]:
+        """Update along gradients.
+
+        Args:
+            data: see above.
+            leaves: see above.
+            grads: a tree of gradients like the one that the user sees.
+
+        Returns:
+            The new contents, and what the owner publishes besides, None for most.
+        """
+        raise NotImplementedError
+
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
+        """Update after an evaluation of the loss at the values of the parameters that take part."""
+        raise NotImplementedError
+
+    def published(self, data: Any) -> Any:
+        """Return what :meth:`after` would publish if it changed nothing."""
+        return None

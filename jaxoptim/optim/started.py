@@ -1,0 +1,15 @@
+"""Optimizers whose state exists from the construction on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxoptim.optim.optimizer import Groups, Optimizer
+
+
+class Started(Optimizer):
+    """An optimizer that makes the state of its first groups at once, as the parent does."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
+        super().__init__(params, defaults, groups=groups)
+        self._storage.start()
