@@ -164,6 +164,7 @@ class Numbers:
 
     Args:
         trees: pytrees whose leaves are numbers, NumPy arrays of numbers, and other arrays.
+        stay: whether they serve many calls; those of a single one come to the device with it (default True).
 
     Each scalar that crosses into a compiled call costs as much as a small array, so all of them go as one,
     which stays on the device until a number changes.
@@ -173,12 +174,13 @@ class Numbers:
         form: how the trees are made of them.
     """
 
-    def __init__(self, trees: Sequence[Any]) -> None:
+    def __init__(self, trees: Sequence[Any], *, stay: bool = True) -> None:
         leaves, treedef = jax.tree.flatten(list(trees))
         shapes = tuple(_shape_of_numbers(leaf) for leaf in leaves)
         numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
         # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
-        vector = jax.device_put(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))  # which compiles nothing
+        vector: Any = np.concatenate([*numbers, []]).astype(jnp.result_type(float))
+        vector = jax.device_put(vector) if stay else vector  # which compiles nothing, unlike jnp.asarray
         self.arrays: tuple[Any, ...] = (vector, *(x for x, shape in zip(leaves, shapes, strict=True) if shape is None))
         self.form = Static(treedef, shapes)
 
