@@ -21,6 +21,7 @@ from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
 from jaxoptim.pyro.optim.multi import as_multi_optimizer
 from jaxoptim.pyro.optim.multi_optimizer import Compiled
+from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 _MANY = 16
 """So many programs for other static arguments are more than one means to have."""
@@ -199,7 +200,7 @@ class SVI:
         data = (step_key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
             if plan.params:
-                if isinstance(self._multi, Compiled):  # without checks of what is known to be right
+                if isinstance(self._multi, Compiled | TorchStyle):  # no user's: without checks of what is right
                     loss, mutable = self._multi._step(plan.program.loss, plan.params, data, self._skip_nonfinite)
                 else:
                     loss, mutable = self._multi.step(
