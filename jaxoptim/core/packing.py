@@ -259,7 +259,7 @@ def _is_sharded(x: jax.Array) -> bool:
     return len(x.sharding.device_set) > 1
 
 
-def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[jax.Array]:
+def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]], is_whole: bool = False) -> list[jax.Array]:
     """The arrays of these shapes and offsets, by programs that know shapes only.
 
     A program for a whole layout would have a kernel for each offset, and compile for seconds.
@@ -273,22 +273,30 @@ def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[
         for start in range(0, whole, _GROUP):
             group = indices[start : start + _GROUP]
             offsets = np.array([members[index][1] for index in group], np.int32)
-            for index, piece in zip(group, _parts(buffer, offsets, shape), strict=True):
+            for index, piece in zip(group, _parts(buffer, offsets, shape, is_whole), strict=True):
                 pieces[index] = piece
         for index in indices[whole:]:
-            pieces[index] = part(buffer, members[index][1], shape)
+            pieces[index] = part(buffer, members[index][1], shape, is_whole)
     return pieces
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
+def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...], is_whole: bool) -> list[jax.Array]:
     """Several arrays of one shape."""
-    return [part(buffer, offsets[i], shape) for i in range(len(offsets))]
+    return [part(buffer, offsets[i], shape, is_whole) for i in range(len(offsets))]
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
-    """One array of a buffer; the offset is traced, so that arrays of one shape share the program."""
+@functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
+def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...], is_whole: bool = False) -> jax.Array:
+    """One array of a buffer; the offset is traced, so that arrays of one shape share the program.
+
+    Args:
+        buffer: flat, or with axes of a batch in front.
+        offset: where the array begins.
+        shape: of the array.
+        is_whole: whether all axes of the buffer are its own, instead of a batch (default False).
+    """
+    buffer = buffer.reshape(-1) if is_whole else buffer
     part = jax.lax.dynamic_slice_in_dim(buffer, offset, math.prod(shape), buffer.ndim - 1)
     return part.reshape(buffer.shape[:-1] + shape)
 
@@ -296,7 +304,7 @@ def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
 @jax.jit
 def with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
     """The buffer with one array replaced."""
-    return jax.lax.dynamic_update_slice(buffer, value.reshape(-1), (offset,))
+    return jax.lax.dynamic_update_slice(buffer.reshape(-1), value.reshape(-1), (offset,)).reshape(buffer.shape)
 
 
 @functools.partial(jax.jit, static_argnames="group")
@@ -308,7 +316,8 @@ def join(arrays: list[jax.Array], group: int = _GROUP) -> jax.Array:
     """
     arrays = [x.reshape(-1) for x in arrays]
     while len(arrays) > group:
-        groups = [jnp.concatenate(arrays[i : i + group]) for i in range(0, len(arrays), group)]
+        size = -(-len(arrays) // -(-len(arrays) // group))  # none much smaller, which would be fused after all
+        groups = [jnp.concatenate(arrays[i : i + size]) for i in range(0, len(arrays), size)]
         arrays = list(jax.lax.optimization_barrier(groups))
     return jnp.concatenate(arrays)
 

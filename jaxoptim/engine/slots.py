@@ -38,6 +38,11 @@ def scalar_slots(rule: Rule) -> set[str]:
     return {name for name, slot in abstract_slots(rule, _EXAMPLE).items() if slot is not None and slot.shape == ()}
 
 
+def has_slots_of(rule: Rule, other: Rule) -> bool:
+    """Whether a rule keeps what another does."""
+    return abstract_slots(rule, _EXAMPLE) == abstract_slots(other, _EXAMPLE)
+
+
 _EXAMPLE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 
 
