@@ -1,11 +1,15 @@
 """The order of the packages: imports point down, for type checking too, and no two modules import each other."""
 
 import ast
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxoptim
+from jaxoptim import optim
 
 ROOT = Path(jaxoptim.__file__).parent
 LAYERS = [
@@ -67,3 +71,33 @@ def test_no_two_modules_import_each_other():
     """Of a package, what its ``__init__`` re-exports is no import of the package."""
     pairs = [(a, b) for a in MODULES for b in IMPORTS[a] if a < b and a in IMPORTS[b]]
     assert [pair for pair in pairs if not any(other.startswith(one + ".") for one, other in (pair, pair[::-1]))] == []
+
+
+def files_touched(call):
+    """The files of the library that a call goes through."""
+    files = set()
+
+    def look(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if ROOT in path.parents and path.name != "__init__.py":
+            files.add(path.relative_to(ROOT).as_posix())
+
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "most"),
+    [(optim.Adam, {}, 8), (optim.SGLD, {"nbeta": 2.0, "key": jax.random.key(0)}, 10)],
+    ids=["Adam", "SGLD"],
+)
+def test_a_later_step_goes_through_few_files(make, options, most):
+    grads = {"w": jnp.ones(3), "b": jnp.ones(())}
+    opt = make(grads, **options)
+    for _ in range(2):
+        opt.step(grads)
+    assert len(touched := files_touched(lambda: opt.step(grads))) <= most, sorted(touched)
