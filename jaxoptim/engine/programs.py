@@ -146,7 +146,7 @@ def minimize(
     for update, reads, old, names in zip(updates, data, leaves, own, strict=True):
         after, public = update.after(reads, old, found.of(names))
         if options.skip_nonfinite:
-            kept = (update.contents(old), update.published(reads))
+            kept = (update.contents(old), update.unchanged(reads, public))
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
         new.append(_returned(update, after))
         published.append(public)
