@@ -54,7 +54,7 @@ def ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
 
 
 def debiased_ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
-    """The same, with the weights of all parameters so far divided by their sum."""
+    """The exponential moving average of one parameter more, with the weights of all so far divided by their sum."""
     n, is_long = num_averaged + 1.0, decay.rate > 0.5
     # In each branch the numbers of the other are replaced, whose derivatives are not finite.
     tends = is_long & (decay.complement > 0)
@@ -89,7 +89,7 @@ def copied(x: Any) -> jax.Array:
     return jax.random.clone(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.copy(x)
 
 
-def start(param: Any) -> jax.Array:
+def first_average(param: Any) -> jax.Array:
     """A copy of a parameter to begin an average with, in at least float32."""
     own = copied(param)
     return own.astype(computing_dtype(own.dtype)) if floating(own) else own
@@ -102,7 +102,7 @@ def first_copied(param: jax.Array, average: Any, num_averaged: jax.Array) -> jax
 
 def _averaging(step: AverageStep) -> Averaging:
     def init(params: Any) -> AverageState:
-        return AverageState(jax.tree.map(start, params), jnp.zeros((), jnp.int32))
+        return AverageState(jax.tree.map(first_average, params), jnp.zeros((), jnp.int32))
 
     def update(state: AverageState, params: Any) -> AverageState:
         averages, treedef = jax.tree.flatten(state.average)

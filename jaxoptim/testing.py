@@ -30,7 +30,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
 _BY_SHAPE = ("wide", "tensor")
 """Arrays that tell nothing new where the rule does not look at shapes."""
 _RTOL = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "complex64": 1e-3}
-"""How far a jitted program may be from one array after the other. (Scalars that are kept in float32 cost digits.)"""
+"""The tolerance between a jitted program and one array after the other. (Scalars in float32 cost digits.)"""
 
 
 def check_rule(rule: Rule, params: Any = None) -> None:
@@ -150,13 +150,14 @@ def _check_arrays(rule: Rule, params: Params) -> None:
             slots = dict(own.init(param, **drawn))
             _check_slots(name, param, slots)
             kept, grad, count = dict(slots), jnp.full_like(param, 0.5), jnp.ones((), dtype)
-            shared = own.begin()
-            if own.surveys:
-                shared = own.prepare(shared, own.survey(grad, slots, param, count, shared=shared, **drawn))
-            change, new = own.advance(grad, slots, param, count, shared, **drawn)
+            shared = own.init_shared()
+            if own.two_pass:
+                shared = own.prepare_shared(shared, own.first_pass(grad, slots, param, count, shared, **drawn))
+            change, new = own.update_with(grad, slots, param, count, shared, **drawn)
             if any(slots.get(slot) is not x for slot, x in kept.items()) or slots.keys() != kept.keys():
                 raise AssertionError(f"update has changed the dict of slots of {name!r} in place; return a new one.")
-            sums = set() if type(rule).end is Rule.end else {slot for slot in new if slot not in kept}
+            has_sums = type(rule).update_shared is not Rule.update_shared
+            sums = {slot for slot in new if has_sums and slot not in kept}
             wanted, given = _arrays_of(kept), _arrays_of({slot: x for slot, x in new.items() if slot not in sums})
             if missing := sorted(wanted.keys() ^ given.keys()):
                 raise AssertionError(f"init and update differ in the slots {missing} of {name!r}.")

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faces import FACES, KINDS, ByName, Called, Given, Minimized, Multi, Pure, Stepped, Updated
+from jaxoptim import optim
 from jaxoptim.engine import programs
-from jaxoptim.optim import lr_scheduler
+from jaxoptim.optim import Parameter, lr_scheduler
 from jaxoptim.pyro import optim as pyro_optim
 
 RELATIVE = 1e-15
@@ -276,6 +278,39 @@ def test_no_number_of_a_group_compiles(cls):
         ):
             face.write(at, option, value)
             face.step(GRADS)
+
+
+@pytest.mark.parametrize("cls", STATEFUL)
+def test_a_term_that_another_group_has_compiles_nothing(cls):
+    face = warm(cls)
+    face.write(0, "weight_decay", 0.1)
+    for missing in ([], ["matrix"], []):
+        face.step(without(missing))
+    with nothing_compiles():
+        for decay in (0.2, 0, 0.1):
+            face.write(1, "weight_decay", decay)
+            face.step(GRADS)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "Adadelta", "SGD"])
+def test_terms_that_some_groups_have_are_torchs(kind):
+    start = {name: np.random.default_rng(at).normal(size=(3, 5)) for at, name in enumerate("abcd")}
+    decays = dict(zip(start, (0.0, 0.3, 0.0, 0.1), strict=True))
+    params = {name: Parameter(jnp.asarray(x, "float32"), name) for name, x in start.items()}
+    tensors = {name: torch.tensor(x, dtype=torch.float32, requires_grad=True) for name, x in start.items()}
+    ours, theirs = (
+        getattr(library, kind)(
+            [{"params": [of[name]], "weight_decay": decay} for name, decay in decays.items()], lr=0.1
+        )
+        for library, of in ((optim, params), (torch.optim, tensors))
+    )
+    for _ in range(4):
+        for name, tensor in tensors.items():
+            params[name].grad, tensor.grad = params[name].value * 2 + 1, tensor.detach() * 2 + 1
+        ours.step()
+        theirs.step()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(params[name].value, tensor.detach(), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in STATEFUL if cls is not Multi])

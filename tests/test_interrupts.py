@@ -60,16 +60,19 @@ def with_closure(opt):
     opt.step(closure)
 
 
-def pyro_call():
-    params = [Parameter(x, name) for name, x in start().items()]
-    opt = pyro_style.Adam({"lr": 0.01})
+def pyro_call(make, options):
+    def face():
+        params = [Parameter(x, name) for name, x in start().items()]
+        opt = make(options)
 
-    def step():
-        for param in params:
-            param.grad = jnp.ones(param.shape)
-        opt(params)
+        def step():
+            for param in params:
+                param.grad = jnp.ones(param.shape)
+            opt(params)
 
-    return Face(step, lambda: ([param.value for param in params], opt.get_state()))
+        return Face(step, lambda: ([param.value for param in params], opt.get_state()))
+
+    return face
 
 
 def multi():
@@ -105,7 +108,8 @@ FACES = {
     "sampler": torch_style(
         lambda: optim.SGLD(start(), lr=1e-4, nbeta=2.0, key=jax.random.key(0)), lambda opt: opt.minimize(bowl)
     ),
-    "PyroOptim": pyro_call,
+    "PyroOptim": pyro_call(pyro_style.Adam, {"lr": 0.01}),
+    "PyroOptim, decaying": pyro_call(pyro_style.ClippedAdam, {"lr": 0.01, "lrd": 0.999}),
     "MultiOptimizer": multi,
     "SVI": svi,
 }

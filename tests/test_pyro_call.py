@@ -173,6 +173,31 @@ def test_folds_are_pyros():
         assert float(ours.value) == pytest.approx(theirs.item(), abs=1e-13)
 
 
+def test_rates_that_decay_are_pyros_to_the_last_bit():
+    """Also after other numbers were written, a step of some of the parameters, and a step that failed."""
+    options = {"a": {"lr": 0.1, "lrd": 0.97}, "b": {"lr": 0.3, "lrd": 0.9}, "c": {"lr": 0.2, "lrd": 1.0}}
+    optimizer, params = optim.ClippedAdam(lambda name: dict(options[name])), [ones(name) for name in options]
+    apart = {name: torch_style.ClippedAdam([ones(name)], **options[name]) for name in options}
+    for step in range(24):
+        moved = params[:2] if step % 8 == 5 else params
+        if step == 10:
+            with pytest.raises(ValueError, match="shape"):
+                optimizer.advance(params, [jnp.ones(7), *(param.grad for param in params[1:])])
+        optimizer(moved)
+        for param in moved:
+            options[param.name]["lr"] *= options[param.name]["lrd"]
+            (group,) = apart[param.name].param_groups
+            group["params"][0].grad = param.grad
+            apart[param.name].step()
+        for name, other in zip(options, apart.values(), strict=True):
+            (group,) = optimizer.optim_objs[name].param_groups
+            assert group["lr"] == other.param_groups[0]["lr"] == options[name]["lr"]
+            if step in (8, 15, 16):  # 8: what it was at first
+                group["lr"] = other.param_groups[0]["lr"] = options[name]["lr"] = {"a": 0.1, "b": 0.3, "c": 0.2}[name]
+    for param in params:
+        np.testing.assert_allclose(param.value, apart[param.name].param_groups[0]["params"][0].value, rtol=1e-6)
+
+
 def test_state_that_was_loaded_waits_by_name_for_a_new_parameter():
     optimizer, again, a = optim.Adam({"lr": 0.1}), optim.Adam({"lr": 0.1}), ones("a")
     for _ in range(3):

@@ -16,7 +16,7 @@ import jaxoptim
 from jaxoptim import rules, sampling
 from jaxoptim.sampling import chains, run
 from jaxoptim.sampling.batches import batch_at, shuffled
-from jaxoptim.sampling.chain import Plan, Schedule
+from jaxoptim.sampling.chain import ChainSpec, Thinning
 
 KEY = jax.random.key(3)
 N = 10
@@ -455,23 +455,23 @@ def test_other_numbers_compile_nothing_new():
         sampling.estimate_llc(fit, START, options.pop("sampler"), DATA, init_loss=0.0, batch_size=4, **options)
 
     go()
-    before = chains.advance._cache_size(), chains.begin._cache_size(), chains.results._cache_size()
+    before = chains.run_steps._cache_size(), chains.init_chains._cache_size(), chains.results._cache_size()
     go(key=jax.random.key(9))
     go(sampler=SGLD.replace(lr=0.01, localization=2, key=jax.random.key(1)))
     go(nbeta=7)
     go(num_burnin_steps=5, num_steps_bw_draws=3)
     go(num_burnin_steps=0)
-    assert (chains.advance._cache_size(), chains.begin._cache_size(), chains.results._cache_size()) == before
+    assert (chains.run_steps._cache_size(), chains.init_chains._cache_size(), chains.results._cache_size()) == before
 
 
 def test_no_data_are_written_into_the_program():
     data = {"x": jnp.ones((1000, 2)), "y": jnp.ones(1000)}
-    plan = Plan(fit, None, 4, (), 5)
+    spec = ChainSpec(fit, None, 4, (), 5)
     stacked = run.stacked(SGLD, 1)
     args = (stacked, jnp.zeros(2, int), KEY, jnp.arange(2), START, data)
-    state = jax.eval_shape(chains.begin, plan, None, *args)
-    lowered = chains.advance.lower(plan, "vmap", None, *args[:2], state, data, Schedule(0, 1), 0, 5)
-    for text in (lowered.as_text(), chains.begin.lower(plan, None, *args).as_text()):
+    state = jax.eval_shape(chains.init_chains, spec, None, *args)
+    lowered = chains.run_steps.lower(spec, "vmap", None, *args[:2], state, data, Thinning(0, 1), 0, 5)
+    for text in (lowered.as_text(), chains.init_chains.lower(spec, None, *args).as_text()):
         constants = [line for line in text.splitlines() if "stablehlo.constant" in line]
         assert not any("x1000" in line or "<1000" in line for line in constants if 'dense<"' in line)
         assert len(text) < 400_000

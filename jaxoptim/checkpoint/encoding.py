@@ -15,7 +15,7 @@ from jaxoptim.core import OptState, owned
 from jaxoptim.core.numerics import is_numeric, placed_like
 from jaxoptim.optim.state_dicts import StateDict
 
-Arrays = dict[str, np.ndarray]
+NamedArrays = dict[str, np.ndarray]
 Path = tuple[str, ...]
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -77,7 +77,7 @@ def _entry(key: Any) -> str:
 # To JSON.
 
 
-def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
+def encoded(x: Any, path: Path, arrays: NamedArrays, nodes: bool = True) -> Any:
     """A tree as JSON; its arrays are put into ``arrays``.
 
     Args:
@@ -128,7 +128,7 @@ def encoded(x: Any, path: Path, arrays: Arrays, nodes: bool = True) -> Any:
     return {"node": [[name, encoded(child, (*path, name), arrays)] for name, child in pairs], "type": type(x).__name__}
 
 
-def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, Any]:
+def _encoded_array(x: Any, path: Path, arrays: NamedArrays) -> dict[str, Any]:
     if isinstance(x, jax.core.Tracer):
         raise TypeError(f"A checkpoint is saved outside of compiled functions, but {dotted(path)} is traced.")
     entry: dict[str, Any] = {}
@@ -163,7 +163,7 @@ def _encoded_array(x: Any, path: Path, arrays: Arrays) -> dict[str, Any]:
 # From JSON.
 
 
-def parsed(x: Any, arrays: Arrays) -> Any:
+def parsed(x: Any, arrays: NamedArrays) -> Any:
     """The tree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
 
     Errors:
@@ -306,7 +306,7 @@ def decoded_like(x: Any, like: Any) -> Any:
 
 
 def _leaves(x: Any, path: Path, states: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """What JAX takes for the leaves of a tree, and state dicts, with their paths; those of states go into a list."""
+    """Yield the leaves of a tree as JAX sees them, and state dicts, with paths; those of states go into a list."""
     if isinstance(x, Node):
         if x.type == OptState.__name__:
             states.append(path)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxoptim.checkpoint.encoding import Arrays, decoded, decoded_like, encoded, parsed
+from jaxoptim.checkpoint.encoding import NamedArrays, decoded, decoded_like, encoded, parsed
 
 FORMAT_VERSION = 2
 """The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
@@ -61,7 +61,7 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
     safetensors = _safetensors()
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {keep!r}.")
-    arrays: Arrays = {}
+    arrays: NamedArrays = {}
     try:
         tree = encoded(state_dict, (), arrays)
     except RecursionError as error:
@@ -122,7 +122,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _checksum(content: str, arrays: Arrays) -> str:
+def _checksum(content: str, arrays: NamedArrays) -> str:
     """A digest of everything that is read."""
     digest = hashlib.sha256(content.encode())
     for name in sorted(arrays):

@@ -1,4 +1,4 @@
-"""What every optimizer is derived from. Knows no algorithm."""
+"""The base of every optimizer. Knows no algorithm."""
 
 from jaxoptim.core.decay import Decay as Decay
 from jaxoptim.core.leaf import check_gradient as check_gradient

@@ -17,9 +17,10 @@ class Uninterrupted:
     __slots__ = ("_count", "_handler")
 
     _is_active = False
-    """Whether a block around this one waits already."""
+    """Whether a block around this one waits already; set as long as the outermost block runs."""
 
     def __enter__(self) -> None:
+        # Both live as long as the block.
         self._count = 0
         self._handler: Any = None
         if not Uninterrupted._is_active and threading.current_thread() is threading.main_thread():

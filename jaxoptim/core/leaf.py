@@ -138,8 +138,18 @@ def as_computed(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*x.shape, 2) if is_complex(x) else x.shape, real_dtype(dtype))
 
 
-class One(NamedTuple):
-    """One array and what its update needs."""
+class LeafUpdate(NamedTuple):
+    """The inputs of the update of one array.
+
+    Attributes:
+        number: the array's place among the leaves of the tree.
+        rule: the optimizer, with its own part of the fields that hold a tree.
+        grad: the gradient.
+        slots: the array's slots.
+        param: the array, or None if it is not known.
+        step: the number of this update of the array, from 1.
+        given: its part of the trees that the rule takes by name.
+    """
 
     number: int
     rule: Rule
@@ -150,7 +160,7 @@ class One(NamedTuple):
     given: dict[str, Any]
 
 
-def init_one(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
+def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     """The slots of one parameter; complex ones hold the real slots of both parts."""
     dtype = computing_dtype(param.dtype)
     if is_complex(param):
@@ -165,21 +175,21 @@ def init_one(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     return slots_of(param, drawn)
 
 
-def update_one(one: One, shared: dict[str, Any]) -> tuple[Any, jax.Array, Slots]:
-    """The change of one parameter, dense or in ``rows``, and its new slots."""
-    if not isinstance(one.grad, BCOO):
-        return None, *_dense(*one[1:], shared)
-    if not one.rule.rowwise:
-        return None, *_dense(*one._replace(grad=sparse.to_dense(one.grad))[1:], shared)
-    rows, values = sparse.distinct_rows(one.grad)
-    touched = {key: sparse.take(slot, rows) for key, slot in one.slots.items()}
-    here = None if one.param is None else sparse.take(one.param, rows)
-    change, new = _dense(*one._replace(grad=values, slots=touched, param=here)[1:], shared)
-    return rows, change, {key: sparse.put(one.slots[key], rows, values) for key, values in new.items()}
+def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Array, Slots]:
+    """Return the rows that change (None: all), the change of one parameter in them, and its new slots."""
+    if not isinstance(leaf.grad, BCOO):
+        return None, *_update_dense(*leaf[1:], shared)
+    if not leaf.rule.rowwise:
+        return None, *_update_dense(*leaf._replace(grad=sparse.to_dense(leaf.grad))[1:], shared)
+    rows, values = sparse.distinct_rows(leaf.grad)
+    touched = {key: sparse.take(slot, rows) for key, slot in leaf.slots.items()}
+    here = None if leaf.param is None else sparse.take(leaf.param, rows)
+    change, new = _update_dense(*leaf._replace(grad=values, slots=touched, param=here)[1:], shared)
+    return rows, change, {key: sparse.put(leaf.slots[key], rows, values) for key, values in new.items()}
 
 
 @jax.jit
-def _dense(
+def _update_dense(
     rule: Rule,
     grad: jax.Array,
     slots: Slots,
@@ -194,7 +204,7 @@ def _dense(
     a large tree; the compiler inlines it.
     """
     rule, real, seen, param, given = _as_real(rule, grad, slots, param, given)
-    change, new = rule.advance(real, seen, param, count.astype(real_dtype(real.dtype)), shared, **given)
+    change, new = rule.update_with(real, seen, param, count.astype(real_dtype(real.dtype)), shared, **given)
     kept = _as_stored(grad, real, {key: slot for key, slot in new.items() if key in slots})
     kept = {key: slot if slot is None else slot.astype(slots[key].dtype) for key, slot in kept.items()}
     change = view_as_complex(change) if real.ndim != grad.ndim else change
@@ -202,10 +212,10 @@ def _dense(
 
 
 @jax.jit
-def surveyed(one: One, shared: dict[str, Any]) -> dict[str, jax.Array]:
-    """What the rule wants to know of one array before any is updated."""
-    rule, real, seen, param, given = _as_real(one.rule, one.grad, one.slots, one.param, one.given)
-    return rule.survey(real, seen, param, one.step.astype(real.dtype), shared=shared, **given)
+def first_pass(leaf: LeafUpdate, shared: dict[str, Any]) -> dict[str, jax.Array]:
+    """Return the scalars that the rule sums over all arrays before any is updated."""
+    rule, real, seen, param, given = _as_real(leaf.rule, leaf.grad, leaf.slots, leaf.param, leaf.given)
+    return rule.first_pass(real, seen, param, leaf.step.astype(real.dtype), shared, **given)
 
 
 def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[str, Any]) -> tuple[Any, ...]:
@@ -234,11 +244,11 @@ def _as_stored(param: jax.Array, real: jax.Array, slots: Slots) -> Slots:
     }
 
 
-def total(scalars: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The sums over all arrays of the scalars that each has."""
+def summed(scalars: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Return the sums over all arrays of the scalars that each has."""
     sums: dict[str, jax.Array] = {}
-    for of_one in scalars:
-        for key, x in of_one.items():
+    for of_leaf in scalars:
+        for key, x in of_leaf.items():
             sums[key] = sums[key] + x if key in sums else x
     return sums
 

@@ -76,7 +76,7 @@ class Evaluation(NamedTuple):
         return lambda tangent: push(still | {name: tangent})[name]
 
     def of(self, names: Iterable[str]) -> Evaluation:
-        """The same evaluation as seen by some of the parameters, whose loss is a function of their values alone."""
+        """Return the evaluation as seen by some of the parameters, whose loss is a function of their values alone."""
         push, every = self.push, self.values
         own, grads = ({name: of[name] for name in names} for of in (every, self.grads))
         still = {other: jnp.zeros_like(value) for other, value in every.items()}
@@ -144,6 +144,7 @@ class LossFunctions:
 
     def __init__(self, method: str, call: str) -> None:
         self._method, self._call = method, call
+        # The last eight functions; they live as long as the optimizer.
         self._known: list[Any] = []
 
     def check(self, loss_fn: Callable[..., Any]) -> None:

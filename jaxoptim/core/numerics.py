@@ -98,7 +98,7 @@ def view_as_complex(x: jax.Array) -> jax.Array:
 
 
 def explicit_spec(x: jax.Array) -> PartitionSpec | None:
-    """How ``x`` is laid out over the explicit axes of a mesh; None if it is not."""
+    """Return the layout of ``x`` over the explicit axes of a mesh; None if it has none."""
     spec = getattr(jax.typeof(x).sharding, "spec", PartitionSpec())
     return spec if any(axis is not None for axis in spec) else None
 

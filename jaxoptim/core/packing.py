@@ -28,7 +28,7 @@ packed gradient, and double the compile time; a tree of small ones is not.
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Where one array of the tree is kept: the buffer (None: on its own), and its shape there."""
+    """The place of one array of the tree: its buffer (None: it stands on its own), and its shape there."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,6 +43,7 @@ class _Layout:
     """The static half of a :class:`Packed`; compared at every dispatch, so identity decides and the hash is kept."""
 
     def __init__(self, treedef: Any, places: tuple[_Place, ...], buffers: tuple[str, ...]) -> None:
+        # Nothing here changes after it is made: compiled programs and states of optimizers hold it.
         self.treedef, self.places, self.buffers = treedef, places, buffers
         self._hash = hash((treedef, places, buffers))
         self.positions: list[int] = []
@@ -153,7 +154,7 @@ class Packed:
         return buffer if self._is_shared(place.buffer) else part(buffer, position, place.shape)
 
     def set(self, index: int, value: Any) -> Packed:
-        """The same tree with another array in one place.
+        """Return the tree with another array in one place.
 
         Args:
             index: which, in the order of the tree's leaves.
@@ -258,7 +259,7 @@ def _is_sharded(x: jax.Array) -> bool:
     return len(x.sharding.device_set) > 1
 
 
-def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[jax.Array]:
+def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]], is_whole: bool = False) -> list[jax.Array]:
     """The arrays of these shapes and offsets, by programs that know shapes only.
 
     A program for a whole layout would have a kernel for each offset, and compile for seconds.
@@ -272,22 +273,30 @@ def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]]) -> list[
         for start in range(0, whole, _GROUP):
             group = indices[start : start + _GROUP]
             offsets = np.array([members[index][1] for index in group], np.int32)
-            for index, piece in zip(group, _parts(buffer, offsets, shape), strict=True):
+            for index, piece in zip(group, _parts(buffer, offsets, shape, is_whole), strict=True):
                 pieces[index] = piece
         for index in indices[whole:]:
-            pieces[index] = part(buffer, members[index][1], shape)
+            pieces[index] = part(buffer, members[index][1], shape, is_whole)
     return pieces
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
+def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...], is_whole: bool) -> list[jax.Array]:
     """Several arrays of one shape."""
-    return [part(buffer, offsets[i], shape) for i in range(len(offsets))]
+    return [part(buffer, offsets[i], shape, is_whole) for i in range(len(offsets))]
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
-    """One array of a buffer; the offset is traced, so that arrays of one shape share the program."""
+@functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
+def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...], is_whole: bool = False) -> jax.Array:
+    """One array of a buffer; the offset is traced, so that arrays of one shape share the program.
+
+    Args:
+        buffer: flat, or with axes of a batch in front.
+        offset: where the array begins.
+        shape: of the array.
+        is_whole: whether all axes of the buffer are its own, instead of a batch (default False).
+    """
+    buffer = buffer.reshape(-1) if is_whole else buffer
     part = jax.lax.dynamic_slice_in_dim(buffer, offset, math.prod(shape), buffer.ndim - 1)
     return part.reshape(buffer.shape[:-1] + shape)
 
@@ -295,7 +304,7 @@ def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...]) -> jax.Array:
 @jax.jit
 def with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
     """The buffer with one array replaced."""
-    return jax.lax.dynamic_update_slice(buffer, value.reshape(-1), (offset,))
+    return jax.lax.dynamic_update_slice(buffer.reshape(-1), value.reshape(-1), (offset,)).reshape(buffer.shape)
 
 
 @functools.partial(jax.jit, static_argnames="group")
@@ -307,7 +316,8 @@ def join(arrays: list[jax.Array], group: int = _GROUP) -> jax.Array:
     """
     arrays = [x.reshape(-1) for x in arrays]
     while len(arrays) > group:
-        groups = [jnp.concatenate(arrays[i : i + group]) for i in range(0, len(arrays), group)]
+        size = -(-len(arrays) // -(-len(arrays) // group))  # none much smaller, which would be fused after all
+        groups = [jnp.concatenate(arrays[i : i + size]) for i in range(0, len(arrays), size)]
         arrays = list(jax.lax.optimization_barrier(groups))
     return jnp.concatenate(arrays)
 

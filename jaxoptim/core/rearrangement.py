@@ -1,4 +1,4 @@
-"""The same numbers in other places: a linear layer's ``[out, in]`` as a kernel's ``[in, out]``."""
+"""Numbers of an array moved to other places: a linear layer's ``[out, in]`` as a kernel's ``[in, out]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rearrangement:
-    """Where each number of an array goes.
+    """A move of the numbers of an array to other places.
 
     Attributes:
         index: in the new shape, the position of each number in the old array, flattened.
@@ -34,7 +34,7 @@ class Rearrangement:
 
     @classmethod
     def of(cls, function: Callable[[Any], Any], shape: tuple[int, ...], name: str) -> Rearrangement:
-        """What a function does to an array of this shape, seen from what it does to their positions.
+        """Find the move that a function makes of an array of this shape, by what it does to the positions.
 
         Errors:
             ``ValueError`` that names the parameter, if the function does anything but move the numbers.

@@ -1,4 +1,4 @@
-"""What an optimizer is: a frozen dataclass of hyperparameters with the mathematics of one array."""
+"""The base of an optimizer: a frozen dataclass of hyperparameters with the mathematics of one array."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": ope
 
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-    """How the number in a field is checked and kept; the metadata of the annotations below.
+    """The check of the number in a field, and the form in which it is kept; metadata of the annotations below.
 
     Attributes:
         bounds: what the number must satisfy, such as ``((">=", 0), ("<", 1))``.
@@ -91,7 +91,10 @@ ArraysByLeaf = Annotated[Any, Traced(by_leaf=True)]
 
 
 class Off(float):
-    """The zero of a :data:`Coefficient`: a number to read, nothing to trace."""
+    """The literal zero of a :data:`Coefficient`, whose term is off: a number to read, nothing to trace.
+
+    Pickled rules and the checkpoints of runs of chains name this class.
+    """
 
     __slots__ = ()
 
@@ -107,7 +110,7 @@ class PlainFunction:
     function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """Call the function."""
         return self.function(*args)
 
 
@@ -193,7 +196,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         for name, spec in self.specs.items():
-            object.__setattr__(self, name, _kept(spec, getattr(self, name), name, type(self).__name__))
+            object.__setattr__(self, name, _validated(spec, getattr(self, name), name, type(self).__name__))
         self.check()
 
 
@@ -231,7 +234,7 @@ class Rule(Hyperparameters, abc.ABC):
     complex: ClassVar[bool] = True
     """Whether complex parameters are treated as pairs of real numbers."""
     complex_error: ClassVar[type[Exception]] = RuntimeError
-    """What is raised for them if they are not: torch's type."""
+    """The exception that is raised for them if they are not: torch's type."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
     takes: ClassVar[tuple[str, ...]] = ()
@@ -243,46 +246,49 @@ class Rule(Hyperparameters, abc.ABC):
 
     @abc.abstractmethod
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
-        """What to add to ``param``, and the new slots; ``step`` is the number of this update of the array, from 1."""
+        """Return the change of ``param`` and its new slots; ``step`` is the number of this update of it, from 1."""
 
-    # What a rule overrides that has more state than the slots of each array.
+    # Overridden by rules that depend on more than one array: on the tree's count of updates, or on state of the whole
+    # tree, ``OptState.shared``.
 
-    def during(self, step: Any) -> Self:
-        """The rule in update number ``step`` of the tree, for what follows that and not the counts of the arrays."""
+    def at_update(self, number: Any) -> Self:
+        """Return the rule of update ``number`` of the tree, for terms that follow it and not the arrays' own counts."""
         return self
 
-    def begin(self) -> dict[str, Any]:
-        """What belongs to the whole tree before the first update."""
+    def init_shared(self) -> dict[str, Any]:
+        """Return the state of the whole tree before the first update."""
         return {}
 
-    def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
-        """The noise of those arrays of the tree, by their numbers in it, for a rule that takes ``noise``."""
+    def draw_noise(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
+        """Return the noise of these arrays, by their numbers in the tree; only for rules that take ``noise``."""
         return {}
 
-    def advance(
+    def update_with(
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
     ) -> tuple[jax.Array, Slots]:
-        """The update of one array.
+        """Update one array, given the state of the whole tree and the array's part of the trees given by name.
 
-        Besides the slots it may return scalars by other names, whose sums over all arrays :meth:`end` gets.
+        Besides the slots it may return scalars by other names, whose sums over all arrays :meth:`update_shared` gets.
         """
         return self.update(grad, slots, param, step)
 
     @property
-    def surveys(self) -> bool:
-        """Whether :meth:`survey` is to be called."""
+    def two_pass(self) -> bool:
+        """Whether an update passes over the arrays twice, first for the sums that :meth:`prepare_shared` gets."""
         return False
 
-    def survey(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, **given: Any) -> dict[str, jax.Array]:
-        """Scalars of one array before its update, whose sums over all arrays :meth:`prepare` gets."""
+    def first_pass(
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
+    ) -> dict[str, jax.Array]:
+        """Return scalars of one array before its update, whose sums over all arrays :meth:`prepare_shared` gets."""
         return {}
 
-    def prepare(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
-        """What belongs to the whole tree during an update."""
+    def prepare_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        """Return the state of the whole tree as :meth:`update_with` sees it."""
         return shared
 
-    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
-        """What belongs to the whole tree after an update."""
+    def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        """Return the state of the whole tree after an update."""
         return shared
 
     @property
@@ -314,12 +320,12 @@ class Rule(Hyperparameters, abc.ABC):
         return {name: move(slot) if np.shape(slot) == move.shape else slot for name, slot in slots.items()}
 
 
-def _kept(spec: Any, value: Any, name: str, owner: str) -> Any:
+def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
     """The value of a field as a rule keeps it; raises if it is not what the field takes."""
     if isinstance(spec, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(spec):
             raise ValueError(f"Invalid {name}: {value!r}. {owner} takes a tuple of {len(spec)} numbers for {name}.")
-        return tuple(_kept(s, v, f"{name}[{i}]", owner) for i, (s, v) in enumerate(zip(spec, value, strict=True)))
+        return tuple(_validated(s, v, f"{name}[{i}]", owner) for i, (s, v) in enumerate(zip(spec, value, strict=True)))
     if isinstance(spec, Traced) or (spec.optional and value is None):
         return value
     if callable(value):

@@ -21,7 +21,7 @@ _LARGE = 16384
 A draw for each of many small arrays would take long to compile, and to start.
 """
 _TOGETHER = np.uint32(2**32 - 1)
-"""What is folded into the key for the arrays that are drawn together; no array has this number."""
+"""The number that is folded into the key for the arrays that are drawn together; no array has it."""
 
 
 @rule
@@ -39,7 +39,7 @@ class Sampler(Rule):
     array without gradient none is drawn, and the others stand closer.
 
     A subclass is decorated with ``@rule`` and writes :meth:`init` and :meth:`update`. What belongs to all arrays
-    together, such as a thermostat, it names in :meth:`start` and renews in :meth:`end`.
+    together, such as a thermostat, it adds in :meth:`init_shared` and renews in :meth:`update_shared`.
 
     Args:
         key: a typed JAX key, ``jax.random.key(seed)`` (default None: that of seed 0).
@@ -83,17 +83,13 @@ class Sampler(Rule):
     def update(  # type: ignore[override]
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
     ) -> tuple[jax.Array, Slots]:
-        """What to add to ``param``, and the new slots; scalars by other names are summed for :meth:`end`."""
+        """Return the change of ``param``, its new slots, and scalars to be summed for :meth:`update_shared`."""
 
-    def start(self) -> dict[str, Any]:
-        """What belongs to all arrays together before the first update, but for the key."""
-        return {}
-
-    def begin(self) -> dict[str, Any]:
+    def init_shared(self) -> dict[str, Any]:
         # A copy, because whoever donates a state keeps the key.
-        return {"key": jax.random.key(0) if self.key is None else jnp.copy(self.key), **self.start()}
+        return {"key": jax.random.key(0) if self.key is None else jnp.copy(self.key)}
 
-    def draw(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
+    def draw_noise(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
         key = noise.fold_in(shared["key"], step)
         drawn: dict[int, jax.Array] = {}
         small: dict[Any, list[int]] = {}
@@ -109,7 +105,7 @@ class Sampler(Rule):
             drawn |= {number: part.reshape(likes[number].shape) for number, part in parts}
         return drawn
 
-    def advance(
+    def update_with(
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
     ) -> tuple[jax.Array, Slots]:
         return self.update(grad, slots, param, step, shared=shared, **given)

@@ -14,16 +14,16 @@ from jax import export
 
 from jaxoptim.core import sparse, trees
 from jaxoptim.core.leaf import (
-    One,
+    LeafUpdate,
     as_computed,
     by_leaf,
     check_gradient,
     check_param,
+    first_pass,
     fitting,
-    init_one,
-    surveyed,
-    total,
-    update_one,
+    init_leaf,
+    summed,
+    update_leaf,
 )
 from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
@@ -94,7 +94,7 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     _check_rule(rule)
     params = _whole(rule, params)
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
-    rules, shared = by_leaf(rule.at(0), params, "params"), rule.begin()
+    rules, shared = by_leaf(rule.at(0), params, "params"), rule.init_shared()
     arrays = {
         index: check_param(rule, name, leaf)
         for index, (name, leaf) in enumerate(zip(trees.names(params), leaves, strict=True))
@@ -102,8 +102,8 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     }
     # A tree without arrays has the same slots as any other: optax initialises on such placeholders.
     example = {} if arrays else {-1: jax.ShapeDtypeStruct((1, 1), jnp.float32)}
-    noise = _drawn(rule, shared, 0, arrays | example)
-    made = {i: init_one(rules[i] if arrays else rule.at(0), x, noise[i]) for i, x in (arrays | example).items()}
+    noise = _noise_of(rule, shared, 0, arrays | example)
+    made = {i: init_leaf(rules[i] if arrays else rule.at(0), x, noise[i]) for i, x in (arrays | example).items()}
     names = next(iter(made.values()))
     slots = [made.get(index) for index in range(len(leaves))]
     trees_of_slots = {key: jax.tree.unflatten(treedef, [s and s[key] for s in slots]) for key in names}
@@ -114,7 +114,7 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
 
 
 def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given: Any) -> tuple[Any, OptState]:
-    """What to add to the parameters, in the gradients' dtype: the form of optax.
+    """Return the changes to add to the parameters, in the gradients' dtype: the form of optax.
 
     Args:
         rule: the optimizer; its numbers may be traced.
@@ -145,7 +145,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
         change = change.astype(grad.dtype)
         return change if rows is None else sparse.as_update(rows, change, grad.shape)
 
-    return _advance(rule, grads, state, params, given, finish, lambda grad, param: grad)
+    return _updated(rule, grads, state, params, given, finish, lambda grad, param: grad)
 
 
 def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> tuple[Any, OptState]:
@@ -178,7 +178,7 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
             return (param + change).astype(param.dtype)
         return sparse.put(param, rows, sparse.take(param, rows) + change)
 
-    return _advance(rule, grads, state, params, given, finish, lambda grad, param: param)
+    return _updated(rule, grads, state, params, given, finish, lambda grad, param: param)
 
 
 @functools.singledispatch
@@ -260,7 +260,7 @@ def _check_rule(rule: Any) -> None:
         )
 
 
-def _advance(
+def _updated(
     rule: Rule,
     grads: Any,
     state: OptState,
@@ -277,7 +277,7 @@ def _advance(
     if isinstance(params, Packed):
         if not rule.elementwise:
             given = {name: unpacked(tree) for name, tree in given.items()}
-            result, state = _advance(rule, unpacked(grads), state, params.unpack(), given, finish, skipped)
+            result, state = _updated(rule, unpacked(grads), state, params.unpack(), given, finish, skipped)
             return params.pack(result), state
         if not isinstance(grads, Packed):
             grads = params.pack(grads, "grads")
@@ -291,8 +291,8 @@ def _advance(
         own = trees.leaves_like(state.counts, like, "state.counts")
     leaves_given = {name: trees.leaves_like(tree, like, name) for name, tree in given.items()}
     count = optax.safe_increment(state.step)
-    rules = by_leaf(rule.at(state.step).during(count), like, "grads" if params is None else "params")
-    todo: list[One] = []
+    rules = by_leaf(rule.at(state.step).at_update(count), like, "grads" if params is None else "params")
+    todo: list[LeafUpdate] = []
     results: list[Any] = []
     new_own: list[Any] = []
     for i, (name, grad, param) in enumerate(zip(trees.names(like), all_grads, all_params, strict=True)):
@@ -308,34 +308,37 @@ def _advance(
         grad = check_gradient(rule, name, grad, param)
         mine = {key: fitting(key, name, leaves[i], grad) for key, leaves in leaves_given.items()}
         its_count = count if new_own[i] is None else new_own[i]
-        todo.append(One(i, rules[i], grad, {key: leaves[i] for key, leaves in slots.items()}, param, its_count, mine))
+        own_slots = {key: leaves[i] for key, leaves in slots.items()}
+        todo.append(LeafUpdate(i, rules[i], grad, own_slots, param, its_count, mine))
     if not todo:
         return jax.tree.unflatten(treedef, results), state
     shared = state.shared
     if "noise" not in given:
-        noise = _drawn(rule, shared, count, {one.number: one.grad if one.param is None else one.param for one in todo})
-        todo = [one._replace(given=one.given | noise[one.number]) for one in todo]
-    if rule.surveys:
-        shared = rule.prepare(shared, total([surveyed(one, shared) for one in todo]))
+        arrays = {leaf.number: leaf.grad if leaf.param is None else leaf.param for leaf in todo}
+        noise = _noise_of(rule, shared, count, arrays)
+        todo = [leaf._replace(given=leaf.given | noise[leaf.number]) for leaf in todo]
+    if rule.two_pass:
+        shared = rule.prepare_shared(shared, summed([first_pass(leaf, shared) for leaf in todo]))
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
-    for one in todo:
-        rows, change, new = update_one(one, shared)
-        results[one.number] = finish(one.grad, one.param, rows, change)
+    for leaf in todo:
+        rows, change, new = update_leaf(leaf, shared)
+        results[leaf.number] = finish(leaf.grad, leaf.param, rows, change)
         for key in new_slots.keys() & new.keys():
-            new_slots[key][one.number] = new.pop(key)
+            new_slots[key][leaf.number] = new.pop(key)
         sums.append(new)
     new_trees = {key: jax.tree.unflatten(treedef, leaves) for key, leaves in new_slots.items()}
     counted = state.counts is not None or any(x is not None for x in new_own)
     counts = jax.tree.unflatten(treedef, new_own) if counted else None
-    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, rule.end(shared, total(sums)), counts)
+    shared = rule.update_shared(shared, summed(sums))
+    return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared, counts)
 
 
-def _drawn(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:
-    """What each array's rule is given of noise."""
+def _noise_of(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:
+    """Return the keyword ``noise`` of each array's update, or no keyword where its rule takes none."""
     likes = {number: as_computed(x) for number, x in arrays.items()}
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values()):
-        noise = jax.eval_shape(lambda: rule.draw(shared, step, likes))
+        noise = jax.eval_shape(lambda: rule.draw_noise(shared, step, likes))
     else:
-        noise = rule.draw(shared, step, likes)
+        noise = rule.draw_noise(shared, step, likes)
     drawn = {number: {"noise": view_as_complex(x) if is_complex(arrays[number]) else x} for number, x in noise.items()}
     return {number: drawn.get(number, {}) for number in arrays}

@@ -14,7 +14,7 @@ from jaxoptim.core.numerics import is_complex, owned
 
 
 def is_leaf(x: Any) -> bool:
-    """What a tree of parameters or gradients is not taken apart beyond."""
+    """Whether ``x`` is a leaf of a tree of parameters or gradients: None and sparse arrays are."""
     return x is None or isinstance(x, BCOO)
 
 

@@ -15,6 +15,7 @@ from jaxoptim.core import Rule, as_jax, init
 from jaxoptim.core.numerics import placed_like
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
+from jaxoptim.engine.numbers import Form, common_forms
 from jaxoptim.engine.records import NOT_STARTED, Group, Record, complete, other_slots, placed
 from jaxoptim.engine.slots import abstract_slots, scalar_slots
 
@@ -48,6 +49,7 @@ class Frozen(NamedTuple):
         groups_of: the group of each parameter.
         groups_in: the groups of each setting that cells follow, those of slabs first.
         num_shared: how many of the settings slabs follow.
+        forms: in which the settings of the groups stand together.
         layout: which rows are whose.
         contents: values, slots and counts.
         others: entries of state that the rules do not keep, by parameter.
@@ -59,6 +61,7 @@ class Frozen(NamedTuple):
     groups_of: list[int]
     groups_in: list[list[int]]
     num_shared: int
+    forms: list[Form]
     layout: Layout
     contents: Contents
     others: dict[Any, dict[str, Any]]
@@ -89,8 +92,9 @@ def frozen(
     params, groups_of = [member.param for member in members], [member.group for member in members]
     rules = [groups[at].apart.setting.rule for at in groups_of]
     number = {param: index for index, param in enumerate(params)}
+    forms = common_forms([group.apart for group in groups])
     structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in params]
-    cells, groups_in, num_shared = _cells(members, rules, _kinds(groups, members, records, alone))
+    cells, groups_in, num_shared = _cells(members, groups, _kinds(groups, forms, members, records, alone))
     layout = Layout(view.treedef, tuple(number[param] for param in view.leaves), tuple(structs), tuple(cells))
     states = [complete(records[param], groups[at], labels[param], param) for param, at, _ in members]
     counts = [count for _, count, _ in states]
@@ -103,8 +107,9 @@ def frozen(
         groups_of,
         groups_in,
         num_shared,
+        forms,
         layout,
-        Contents(jnp.asarray(np.array(counts, np.int32)), arrays),
+        Contents(jax.device_put(np.array(counts, np.int32)), arrays),
         {param: others for param, at, _ in members if (others := other_slots(records[param], groups[at]))},
         {index for index, count in enumerate(counts) if count == NOT_STARTED},
         _is_even(layout, rules, states),
@@ -126,7 +131,11 @@ class _Alone(NamedTuple):
 
 
 def _kinds(
-    groups: Sequence[Group], members: Sequence[_Member], records: Mapping[Any, Record], alone: set[Any]
+    groups: Sequence[Group],
+    forms: Sequence[Form],
+    members: Sequence[_Member],
+    records: Mapping[Any, Record],
+    alone: set[Any],
 ) -> list[Hashable]:
     """For each parameter what it has in common with those of its cell."""
     kinds: list[Hashable] = []
@@ -142,7 +151,7 @@ def _kinds(
         if not (rule.elementwise or apart.is_numeric):
             kinds.append(_Alone(param))
             continue
-        kinds.append((apart.form, jnp.dtype(param.dtype), sharding, shape, own))
+        kinds.append((forms[at].treedef, jnp.dtype(param.dtype), sharding, shape, own))
     sizes: dict[Hashable, Counter[int]] = {}
     for (param, at, _), kind in zip(members, kinds, strict=True):
         sizes.setdefault(kind, Counter())[at] += math.prod(param.shape)
@@ -154,7 +163,7 @@ def _kinds(
 
 
 def _cells(
-    members: Sequence[_Member], rules: Sequence[Rule], kinds: Sequence[Hashable]
+    members: Sequence[_Member], groups: Sequence[Group], kinds: Sequence[Hashable]
 ) -> tuple[list[Cell], list[list[int]], int]:
     """The cells, the groups of each setting that they follow, and how many of these are those of slabs.
 
@@ -171,9 +180,11 @@ def _cells(
     for kind, own in by_kind.items():
         at = {group: place for place, group in enumerate(groups_of[kind])}
         shapes = [tuple(members[index].param.shape) for index in own]
-        row = None if isinstance(kind, _Alone) else row_shape(rules[own[0]], shapes)
-        of_each = tuple(at[members[index].group] for index in own)
-        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], members[own[0]].times))
+        rule, clip = groups[members[own[0]].group].apart.setting
+        row = None if isinstance(kind, _Alone) else row_shape(rule, shapes)
+        of_each, times = tuple(at[members[index].group] for index in own), members[own[0]].times
+        is_flat = rule.elementwise and len(at) == 1 and clip.is_off
+        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], times, is_flat))
     return cells, [list(found) for found in settings], num_shared
 
 
@@ -200,11 +211,12 @@ def _arrays(
         value, _, slots = own[0]
         value = placed(value, sharding)
         return value, slots and _slots_beside(rule, value, slots)
-    value = _joined(layout, cell, [value for value, _, _ in own], sharding)
+    value = _joined(layout, cell, [value for value, _, _ in own], sharding, cell.row)
     if all(slots is None for _, _, slots in own):
         return value, None
     scalars = scalar_slots(rule) if rule.elementwise else set()
     joined: dict[str, Any] = {}
+    of_row = abstract_slots(rule, jax.ShapeDtypeStruct(cell.row or (), value.dtype))
     for name, like in abstract_slots(rule, layout.structs[cell.members[0]].like).items():
         if like is None:
             joined[name] = None
@@ -214,7 +226,8 @@ def _arrays(
             shape = () if name in scalars else layout.structs[member].shape if rule.elementwise else like.shape
             array = np.zeros(shape, like.dtype) if slots is None else np.asarray(slots[name])
             arrays.append(np.repeat(array, rows) if name in scalars else array)
-        joined[name] = _joined(layout, cell, arrays, sharding, padded=rule.elementwise and name not in scalars)
+        padded = rule.elementwise and name not in scalars
+        joined[name] = _joined(layout, cell, arrays, sharding, of_row[name].shape, padded)
     return value, joined
 
 
@@ -233,12 +246,15 @@ def _init(rule: Any, value: jax.Array) -> dict[str, Any]:
     return init(rule, value).slots
 
 
-def _joined(layout: Layout, cell: Cell, arrays: Sequence[Any], sharding: Any, padded: bool = True) -> jax.Array:
-    """Arrays of all parameters of a slab as a flat one."""
+def _joined(
+    layout: Layout, cell: Cell, arrays: Sequence[Any], sharding: Any, row: Any, padded: bool = True
+) -> jax.Array:
+    """Arrays of all parameters of a slab as one, flat or by rows of a shape."""
     parts = []
     for x, rows in zip(arrays, layout.rows[cell.number], strict=True):
         flat = np.asarray(x).reshape(-1)
         parts.append(flat)
         if padded and (padding := rows * cell.width - flat.size):
             parts.append(np.zeros(padding, flat.dtype))
-    return placed(jnp.asarray(np.concatenate(parts)), sharding)
+    whole = np.concatenate(parts).reshape(-1 if cell.is_flat else (-1, *row))
+    return placed(jax.device_put(whole), sharding)  # which compiles nothing

@@ -61,6 +61,8 @@ class Cell(NamedTuple):
         groups: for each of the parameters which of the groups of the cell it belongs to.
         setting: which of the settings they follow; that of a few groups has a vector for each number.
         times: how often one step updates them.
+        is_flat: whether the arrays of a slab are one long row each, which is faster for parameters that make the same
+            steps under the same numbers; else the compiler repeats work for rows that it is to lay end to end.
     """
 
     number: int
@@ -69,6 +71,7 @@ class Cell(NamedTuple):
     groups: tuple[int, ...]
     setting: int
     times: int = 1
+    is_flat: bool = True
 
     @property
     def is_slab(self) -> bool:
@@ -123,7 +126,7 @@ class Layout(Static):
             found[number] = leaf if other is None else other if leaf is None else other + leaf
         return found
 
-    # Slabs. All of their arrays are flat.
+    # Slabs.
 
     @functools.cached_property
     def owners(self) -> list[np.ndarray]:
@@ -150,17 +153,17 @@ class Layout(Static):
             return join(parts, group=8)
         return join(parts)
 
-    def parted(self, cell: Cell, flat: jax.Array, offsets: Sequence[Any] | None) -> list[jax.Array]:
+    def parted(self, cell: Cell, values: jax.Array, offsets: Sequence[Any] | None) -> list[jax.Array]:
         """The arrays of all parameters of a slab.
 
         Args:
             cell: the slab.
-            flat: its values.
+            values: its values.
             offsets: where each begins, as traced numbers (default None: they are fixed in the program). On CPUs every
                 slice at a fixed offset is a kernel that is compiled by itself, which takes longer than all the rest;
                 slices at traced offsets are the same kernel for all arrays of one shape.
         """
-        shapes = [self.structs[member].shape for member in cell.members]
+        flat, shapes = values.reshape(-1), [self.structs[member].shape for member in cell.members]
         if offsets is not None:
             return [
                 jax.lax.dynamic_slice(flat, (offset,), (math.prod(shape),)).reshape(shape)

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core import Rule
+from jaxoptim.core import Rule, enabled
 from jaxoptim.core.clipping import Clip
-from jaxoptim.core.rule import Numeric
+from jaxoptim.core.rule import Numeric, assembled
+from jaxoptim.engine.slots import has_slots_of
 from jaxoptim.engine.static import Static
 
 
@@ -90,13 +91,71 @@ def taken_apart(setting: Setting) -> TakenApart:
     return TakenApart(form, leaves, setting)
 
 
-def together(settings: Sequence[TakenApart]) -> Any:
+class Form(NamedTuple):
+    """The structure in which a setting stands with others.
+
+    Attributes:
+        treedef: the structure.
+        sources: for each of its leaves the leaf of the setting, None for the zero of a term that others have.
+    """
+
+    treedef: Any
+    sources: tuple[int | None, ...]
+
+    def places(self) -> np.ndarray:
+        """Where the leaves of the setting are."""
+        places = {source: place for place, source in enumerate(self.sources) if source is not None}
+        return np.array([places[source] for source in range(len(places))], int)
+
+    def leaves(self, apart: TakenApart) -> list[Any]:
+        """The leaves of a setting, and zeros."""
+        return [0.0 if source is None else apart.leaves[source] for source in self.sources]
+
+
+def common_forms(settings: Sequence[TakenApart]) -> list[Form]:
+    """For each setting a form that has the terms of the others of its rule too: fewer programs, and fewer kernels.
+
+    A term whose coefficient is zero adds nothing. One that comes with a slot of its own stays out.
+    """
+    own = [Form(apart.form, tuple(range(apart.form.num_leaves))) for apart in settings]
+    if not all(apart.is_numeric for apart in settings):
+        return own
+    rules = [apart.setting.rule for apart in settings]
+    present = {(type(rule), name) for rule in rules for name in _terms(rule) if enabled(getattr(rule, name))}
+    return [_with_terms(form, rule, present) for form, rule in zip(own, rules, strict=True)]
+
+
+def _terms(rule: Rule) -> list[str]:
+    """The coefficients that switch a term of the rule on."""
+    return [
+        name
+        for name, spec in rule.specs.items()
+        if isinstance(spec, Numeric) and spec.zero_is_off and not (spec.decay or spec.optional)
+    ]
+
+
+def _with_terms(form: Form, rule: Rule, present: set[tuple[type, str]]) -> Form:
+    off = [name for name in _terms(rule) if not enabled(getattr(rule, name)) and (type(rule), name) in present]
+    missing = [name for name in off if has_slots_of(rule, assembled(type(rule), vars(rule) | {name: 0.0}))]
+    # A rule that takes sparse gradients refuses them together with some terms.
+    if not missing or rule.sparse != "refused":
+        return form
+    sources = jax.tree.unflatten(form.treedef, form.sources)
+    terms = dict.fromkeys(missing, _ZERO)
+    leaves, treedef = jax.tree.flatten(sources._replace(rule=assembled(type(rule), vars(sources.rule) | terms)))
+    return Form(treedef, tuple(None if leaf is _ZERO else leaf for leaf in leaves))
+
+
+_ZERO = object()
+
+
+def together(settings: Sequence[TakenApart], forms: Sequence[Form]) -> Any:
     """The settings of several groups as one whose leaves are vectors over the groups; of a single one, as it is."""
-    first = settings[0]
+    leaves = [form.leaves(apart) for form, apart in zip(forms, settings, strict=True)]
     if len(settings) == 1:
-        return jax.tree.unflatten(first.form, first.leaves)
-    columns = np.array([of.leaves for of in settings], np.float64).reshape(len(settings), -1)
-    return jax.tree.unflatten(first.form, list(columns.T))
+        return jax.tree.unflatten(forms[0].treedef, leaves[0])
+    columns = np.array(leaves, np.float64).reshape(len(settings), -1)
+    return jax.tree.unflatten(forms[0].treedef, list(columns.T))
 
 
 @jax.tree_util.register_pytree_node_class
@@ -105,6 +164,7 @@ class Numbers:
 
     Args:
         trees: pytrees whose leaves are numbers, NumPy arrays of numbers, and other arrays.
+        stay: whether they serve many calls; those of a single one come to the device with it (default True).
 
     Each scalar that crosses into a compiled call costs as much as a small array, so all of them go as one,
     which stays on the device until a number changes.
@@ -114,18 +174,25 @@ class Numbers:
         form: how the trees are made of them.
     """
 
-    def __init__(self, trees: Sequence[Any]) -> None:
+    def __init__(self, trees: Sequence[Any], *, stay: bool = True) -> None:
         leaves, treedef = jax.tree.flatten(list(trees))
         shapes = tuple(_shape_of_numbers(leaf) for leaf in leaves)
         numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
         # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
-        vector = jnp.asarray(np.concatenate([*numbers, []]).astype(jnp.result_type(float)))
+        vector: Any = np.concatenate([*numbers, []]).astype(jnp.result_type(float))
+        vector = jax.device_put(vector) if stay else vector  # which compiles nothing, unlike jnp.asarray
         self.arrays: tuple[Any, ...] = (vector, *(x for x, shape in zip(leaves, shapes, strict=True) if shape is None))
         self.form = Static(treedef, shapes)
 
     def of(self, numbers: np.ndarray) -> Numbers:
         """The same trees with other numbers, a vector in the order of the leaves."""
-        vector = jax.device_put(numbers.astype(jnp.result_type(float)))
+        return self._of(jax.device_put(numbers.astype(jnp.result_type(float))))
+
+    def of_one_step(self, numbers: np.ndarray) -> Numbers:
+        """As :meth:`of`, for numbers that change at every step: they come to the device with the call."""
+        return self._of(numbers.astype(self.arrays[0].dtype))
+
+    def _of(self, vector: Any) -> Numbers:
         return Numbers.tree_unflatten(self.form, (vector, *self.arrays[1:]))
 
     def each(self) -> list[Any]:

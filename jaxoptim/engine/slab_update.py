@@ -115,7 +115,7 @@ class SlabUpdate(Update):
                 new.append(_alone_step(cell, setting, value, slots, count, own[0]))
                 continue
             grad = layout.joined(cell, own)
-            if self.even and len(set(cell.groups)) == 1 and setting.clip.is_off and setting.rule.elementwise:
+            if self.even and cell.is_flat:
                 new.append(_flat_step(setting, value, slots, count, grad))
             else:
                 on = None if mask is None else mask[members]
@@ -187,11 +187,11 @@ def _row_step(
 ) -> tuple[Any, Any]:
     """One step of the rows of a slab, each with the numbers and the count of its parameter."""
     owners = jnp.array(layout.owners[cell.number])
-    counts = jnp.broadcast_to(counts, len(cell.members))[owners]
+    counts, of_count = (counts[owners], 0) if counts.ndim else (counts, None)
     on = None if mask is None else mask[owners]
     of_row, setting, rule = _by_rows(layout, cell, setting)
     values, grads = (x.reshape((-1, *cell.row)) for x in (value, grad))  # type: ignore[misc]
-    square = _squares_by_row(layout, cell, owners, grads) if setting.clip.clip_norm is not None else counts
+    square = _squares_by_row(layout, cell, owners, grads) if setting.clip.clip_norm is not None else owners
 
     def advanced(setting: Setting, grad: Any, square: Any, param: Any, slots: Any, count: Any, on: Any) -> Any:
         if not setting.clip.is_off:
@@ -202,10 +202,15 @@ def _row_step(
         return jax.tree.map(lambda new, old: jnp.where(on, new, old), (new, state.slots), (param, slots))
 
     shaped = _shaped(cell, rule, values.dtype, slots)
-    values, new = jax.vmap(advanced, in_axes=(of_row, 0, 0, 0, 0, 0, None if on is None else 0))(
+    new = jax.vmap(advanced, in_axes=(of_row, 0, 0, 0, 0, of_count, None if on is None else 0))(
         setting, grads, square, values, shaped, counts, on
     )
-    return values.reshape(-1), jax.tree.map(lambda x: x.reshape(-1), new)
+    return _as_kept(cell, new)
+
+
+def _as_kept(cell: Cell, arrays: Any) -> Any:
+    """The arrays of a slab by rows, as they are kept."""
+    return jax.tree.map(lambda x: x.reshape(-1), arrays) if cell.is_flat else arrays
 
 
 def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting, Rule]:
@@ -213,7 +218,10 @@ def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting
     if len(set(cell.groups)) == 1:
         return None, setting, setting.rule
     rows = jnp.array(np.array(cell.groups)[layout.owners[cell.number]])
-    return 0, jax.tree.map(lambda x: x[rows], setting), jax.tree.map(lambda x: x[0], setting.rule)
+    # All numbers at once, because each gather by itself is a kernel to compile.
+    numbers, form = jax.tree.flatten(setting)
+    of_row = jax.tree.unflatten(form, list(jnp.stack(numbers)[:, rows]))
+    return 0, of_row, jax.tree.map(lambda x: x[0], setting.rule)
 
 
 def _squares_by_row(layout: Layout, cell: Cell, owners: jax.Array, grads: jax.Array) -> jax.Array:
@@ -229,11 +237,11 @@ def _first_slots(layout: Layout, cell: Cell, setting: Setting, value: Any) -> An
         setting,
         value.reshape((-1, *cell.row)),  # type: ignore[misc]
     )
-    return jax.tree.map(lambda x: x.reshape(-1), made)
+    return _as_kept(cell, made)
 
 
 def _shaped(cell: Cell, rule: Rule, dtype: Any, slots: Any) -> Any:
-    """The flat slots of a slab row by row."""
+    """The slots of a slab row by row."""
     like = abstract_slots(rule, jax.ShapeDtypeStruct(cell.row or (), dtype))
     return {name: None if x is None else x.reshape((-1, *like[name].shape)) for name, x in slots.items()}
 
@@ -244,8 +252,8 @@ def _by_row(layout: Layout, cell: Cell, of_each: jax.Array) -> jax.Array:
 
 
 def _chosen(rows: jax.Array, new: Any, old: Any) -> Any:
-    """The rows of one flat slot from ``new`` where they are chosen."""
+    """The rows of one slot from ``new`` where they are chosen."""
     if new is None:
         return None
     per_row = new.size // rows.size
-    return jnp.where(jnp.repeat(rows, per_row, total_repeat_length=new.size), new, old)
+    return jnp.where(jnp.repeat(rows, per_row, total_repeat_length=new.size).reshape(new.shape), new, old)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,22 @@ from jaxoptim.engine.static import Static
 
 _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
+_FEW_KERNELS = 4
+"""So many more kernels to compile cost less than an argument for each array at every step."""
+
+
+class Spots(NamedTuple):
+    """Where some numbers are in one of the arrays of the settings.
+
+    Attributes:
+        number: of the array.
+        places: in it.
+        own: which of the numbers are there.
+    """
+
+    number: int
+    places: np.ndarray
+    own: np.ndarray
 
 
 class Slabs(Owner):
@@ -60,6 +78,7 @@ class Slabs(Owner):
         self.layout, self.others = made.layout, made.others
         self.groups = list(groups)
         self._groups_of, self._groups_in, self._num_shared = made.groups_of, made.groups_in, made.num_shared
+        self._forms = made.forms
         self._unstarted, self._even = made.unstarted, made.is_even
         self._read: dict[int, jax.Array] = {}  # since the last step
         self._counts: Any = None  # read since the last step
@@ -78,19 +97,21 @@ class Slabs(Owner):
         settings = [[self.groups[at].apart for at in own] for own in self._groups_in]
         shared, count = range(self._num_shared), len(settings)
         self._bundles = [list(shared)] * bool(shared) + [[at] for at in range(len(shared), count)]
-        self.numbers = [Numbers([together(settings[at]) for at in bundle]) for bundle in self._bundles]
+        forms = [[self._forms[at] for at in own] for own in self._groups_in]
+        self.numbers = [Numbers([together(settings[at], forms[at]) for at in bundle]) for bundle in self._bundles]
         if not self._is_numeric:
             return
         # The same on the host: leaf after leaf of a setting, each for all of its groups.
         self._vectors: list[np.ndarray] = []
-        self._spots: dict[int, list[tuple[int, slice]]] = {at: [] for at in range(len(self.groups))}
+        self._spots: dict[int, list[tuple[int, np.ndarray]]] = {at: [] for at in range(len(self.groups))}
         for number, bundle in enumerate(self._bundles):
             vector: list[float] = []
             for at in bundle:
-                begin, own = len(vector), settings[at]
-                vector += [x for column in zip(*(apart.leaves for apart in own), strict=True) for x in column]
+                begin, own = len(vector), [form.leaves(x) for form, x in zip(forms[at], settings[at], strict=True)]
+                vector += [x for column in zip(*own, strict=True) for x in column]
                 for place, group in enumerate(self._groups_in[at]):
-                    self._spots[group].append((number, slice(begin + place, len(vector), len(own))))
+                    spots = begin + place + len(own) * self._forms[group].places()
+                    self._spots[group].append((number, spots))
             self._vectors.append(np.array(vector))
 
     def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
@@ -111,6 +132,28 @@ class Slabs(Owner):
         for number in {number for number, _, _ in spots}:
             self.numbers[number] = self.numbers[number].of(self._vectors[number])
         return True
+
+    @property
+    def is_started(self) -> bool:
+        """Whether all parameters have state."""
+        return not self._unstarted
+
+    def spots(self, params: Sequence[Any], leaves: Sequence[int]) -> list[Spots] | None:
+        """Where a number in the setting of each of these parameters is; None where settings are not numbers alone."""
+        if not self._is_numeric:
+            return None
+        found: dict[int, list[tuple[int, int]]] = {}
+        for own, (param, leaf) in enumerate(zip(params, leaves, strict=True)):
+            for number, spot in self._spots[self.group_of(param)]:
+                found.setdefault(number, []).append((spot[leaf], own))
+        return [Spots(number, *np.array(pairs).T) for number, pairs in found.items()]
+
+    def write(self, spots: Sequence[Spots], numbers: np.ndarray) -> None:
+        """Take other numbers at these places for the next step; the settings of the groups stay behind."""
+        for of in spots:
+            vector = self._vectors[of.number]
+            vector[of.places] = numbers[of.own]
+            self.numbers[of.number] = self.numbers[of.number].of_one_step(vector)
 
     def group_of(self, param: Any) -> int:
         """The number of the group of a parameter."""
@@ -189,16 +232,16 @@ class Slabs(Owner):
     def _part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
         if not cell.is_slab:
             return array
-        return part(array, self._place(cell, at, array, shape), shape)
+        return part(array, self._place(cell, at, array, shape), shape, is_whole=True)
 
     def _parts(self, cell: Cell, array: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
         if not cell.is_slab:
             return [array]
         places = [(shape, self._place(cell, at, array, shape)) for at, shape in enumerate(shapes)]
         if len(set(shapes)) <= _FEW_SHAPES:
-            return read(array, places)
+            return read(array, places, is_whole=True)
         # A program for each shape would take longer to compile than a copy of all.
-        whole = np.asarray(array)
+        whole = np.asarray(array).reshape(-1)
         return [
             placed(jnp.asarray(whole[place : place + math.prod(shape)].reshape(shape).copy()), array.sharding)
             for shape, place in places
@@ -208,7 +251,7 @@ class Slabs(Owner):
         """Everything, parameter by parameter, read without a compiled program."""
         counts, found = self.counts(), {}
         for cell, (value, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
-            whole = (value, slots) if not cell.is_slab else jax.tree.map(np.asarray, (value, slots))
+            whole = (value, slots) if not cell.is_slab else jax.tree.map(_flat, (value, slots))
             for at, member in enumerate(cell.members):
                 param = self.params[member]
                 like = {} if slots is None or counts[member] == NOT_STARTED else self._slots_like(member)
@@ -251,7 +294,7 @@ class Slabs(Owner):
                 whole = np.array(cells[at][0])
                 for place, value in values.items():
                     begin = self._place(cell, place, whole, value.shape)
-                    whole[begin : begin + value.size] = np.asarray(value).reshape(-1)
+                    whole.reshape(-1)[begin : begin + value.size] = np.asarray(value).reshape(-1)
                 cells[at][0] = placed(jnp.asarray(whole), cells[at][0].sharding)
         for index in sorted(self.outdated):
             self.params[index].enter(self, index)
@@ -296,8 +339,10 @@ class Slabs(Owner):
 
     @functools.cached_property
     def offsets(self) -> list[Any] | None:
-        """Where each small array begins, as numbers on the device; None for so many that fixed places are better."""
-        if not any(cell.is_slab for cell in self.layout.cells) or len(self.params) > _TRACED_OFFSETS:
+        """Where each small array begins, as numbers on the device; None where fixed places are better."""
+        small = [member for cell in self.layout.cells if cell.is_slab for member in cell.members]
+        shapes = {self.layout.structs[member].shape for member in small}
+        if len(small) - len(shapes) <= _FEW_KERNELS or len(self.params) > _TRACED_OFFSETS:
             return None
         found: list[Any] = [None] * len(self.params)
         for cell in self.layout.cells:
@@ -319,7 +364,7 @@ class Slabs(Owner):
 
     def advance_leaves(self, grads: list[Any]) -> None:
         """One step along a list of gradients, one for each parameter in their order."""
-        if self._unstarted or any(grad is None for grad in grads):
+        if self._unstarted or any(map(operator.is_, grads, itertools.repeat(None))):
             self._advance_some(grads, grads)
         else:
             self._advance_all(grads)
@@ -454,3 +499,8 @@ _FEW_SHAPES = 16
 @functools.cache
 def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.zeros(shape, dtype)
+
+
+def _flat(array: jax.Array) -> np.ndarray:
+    """The numbers of an array, one after the other, on the host."""
+    return np.asarray(array).reshape(-1)

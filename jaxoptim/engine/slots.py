@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import Rule
-from jaxoptim.core.leaf import as_computed, init_one
+from jaxoptim.core.leaf import as_computed, init_leaf
 from jaxoptim.core.numerics import is_complex, view_as_complex
 
 _known: dict[Any, dict[str, Any]] = {}
@@ -38,6 +38,11 @@ def scalar_slots(rule: Rule) -> set[str]:
     return {name for name, slot in abstract_slots(rule, _EXAMPLE).items() if slot is not None and slot.shape == ()}
 
 
+def has_slots_of(rule: Rule, other: Rule) -> bool:
+    """Whether a rule keeps what another does."""
+    return abstract_slots(rule, _EXAMPLE) == abstract_slots(other, _EXAMPLE)
+
+
 _EXAMPLE = jax.ShapeDtypeStruct((2, 2), jnp.float32)
 
 
@@ -47,10 +52,10 @@ def _found(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
     def slots_of(param: jax.Array) -> dict[str, Any]:
         noise = [
             view_as_complex(x) if is_complex(param) else x
-            for x in rule.draw(rule.begin(), 0, {0: as_computed(param)}).values()
+            for x in rule.draw_noise(rule.init_shared(), 0, {0: as_computed(param)}).values()
         ]
         drawn = {"noise": noise[0]} if noise else {}
-        slots = init_one(rule.at(0), param, drawn)
+        slots = init_leaf(rule.at(0), param, drawn)
         names.extend(slots)
         return slots
 

@@ -157,18 +157,18 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
 
         def __init__(self, tx: optax.GradientTransformationExtraArgs) -> None:
             self._tx = tx
-            super().__init__(lambda: (self._begin, self._advance, lambda state: state[0]), update_with_value=True)
+            super().__init__(lambda: (self._init_fn, self._update_fn, lambda state: state[0]), update_with_value=True)
 
         def init(self, params: Any) -> Any:
             """The state before the first update."""
             count, state = super().init(params)
             return strong(count), state
 
-        def _begin(self, params: Any) -> tuple[Any, Any]:
+        def _init_fn(self, params: Any) -> tuple[Any, Any]:
             params = jax.tree.map(strong, params)
             return params, jax.tree.map(strong, self._tx.init(params))
 
-        def _advance(self, count: Any, grads: Any, state: tuple[Any, Any], **extra: Any) -> tuple[Any, Any]:
+        def _update_fn(self, count: Any, grads: Any, state: tuple[Any, Any], **extra: Any) -> tuple[Any, Any]:
             """The next state, in the dtypes of this one: numpyro puts it through ``lax.scan``."""
             params, inner = state
             # optax takes the conjugate of what JAX calls the gradient; real numbers are their own.
@@ -186,7 +186,7 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
         def eval_and_stable_update(
             self, fn: Callable[[Any], tuple[Any, Any]], state: Any, forward_mode_differentiation: bool = False
         ) -> tuple[tuple[Any, Any], Any]:
-            """The same, but where the loss or a gradient is not finite the loss is nan and the state as it was."""
+            """Evaluate and update; where the loss or a gradient is not finite the loss is nan, the state as it was."""
             out, aux, update, finite = self._evaluated(fn, state, forward_mode_differentiation)
             out, state = lax.cond(finite, lambda: (out, update()), lambda: (jnp.full_like(out, jnp.nan), state))
             return (out, aux), state
@@ -204,7 +204,7 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
 
             def update() -> tuple[Any, Any]:
                 again = _forward_only(value_fn) if forward else value_fn
-                return count + 1, self._advance(count, grads, inner, value=out, value_fn=again)
+                return count + 1, self._update_fn(count, grads, inner, value=out, value_fn=again)
 
             leaves = jax.tree.leaves((out, grads))
             return out, aux, update, functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in leaves])

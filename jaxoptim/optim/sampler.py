@@ -187,7 +187,7 @@ class SamplerStorage(WholeStorage):
             return None
         group = section.group
         known = {name: x for name, x in group.items() if x is not None and not isinstance(x, bool)}
-        shared = {name: known.get(name, x) for name, x in rule.begin().items()}
+        shared = {name: known.get(name, x) for name, x in rule.init_shared().items()}
         return self._loaded(at, group.get("step", 0), slots, shared)
 
     def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:

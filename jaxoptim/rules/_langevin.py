@@ -68,7 +68,7 @@ def mask_like(rule: _Potential, x: jax.Array) -> jax.Array:
 
 
 def free(rule: _Potential, x: jax.Array) -> Any:
-    """How many numbers of ``x`` move."""
+    """Count the numbers of ``x`` that move."""
     return x.size if rule.optimize_over is None else jnp.sum(jnp.broadcast_to(mask_like(rule, x), x.shape))
 
 

@@ -27,11 +27,11 @@ _MARGIN = 0.1
 """The part of the bracket at either end in which two successive trials may not lie."""
 
 LOW, TRIAL, START = 0, 1, 2
-"""Which of the points at hand has become the lowest: the one that was, the trial, or the start of the line."""
+"""The points of which one has become the lowest: the one that was, the trial, or the start of the line."""
 
 
 class Sample(NamedTuple):
-    """What is known of the line at one step: the step t, phi(t) and phi'(t)."""
+    """A sample of the line: the step t, phi(t) and phi'(t)."""
 
     t: Any
     loss: Any
@@ -63,13 +63,13 @@ class Line(NamedTuple):
     ended: jax.Array
 
 
-def begin(start: Sample, t: jax.Array) -> Line:
+def init_line(start: Sample, t: jax.Array) -> Line:
     """A search from ``start``, where t = 0, that tries the step ``t`` first."""
     no = jnp.zeros((), bool)
     return Line(t, start, start, no, no, no, jnp.zeros((), jnp.int32), no)
 
 
-def advance(line: Line, trial: Sample, start: Sample, reach: Any, exhausted: Any) -> tuple[Line, jax.Array]:
+def update_line(line: Line, trial: Sample, start: Sample, reach: Any, exhausted: Any) -> tuple[Line, jax.Array]:
     """Take in the sample at ``line.t`` and choose the next step.
 
     Args:
@@ -163,9 +163,9 @@ def _propose(line: Line, reach: Any) -> Line:
 
 
 def _cubic_minimum(a: Sample, b: Sample, lower: Any, upper: Any) -> jax.Array:
-    """Where the cubic through two samples and their slopes is lowest (equation 3.59), clipped to the bounds.
+    """Return the minimum of the cubic through two samples and their slopes (equation 3.59), clipped to the bounds.
 
-    The middle of the bounds where that cubic has no minimum.
+    It is the middle of the bounds where that cubic has no minimum.
     """
     left, right = _where(a.t <= b.t, a, b), _where(a.t <= b.t, b, a)
     d1 = left.slope + right.slope - 3 * (left.loss - right.loss) / (left.t - right.t)

@@ -69,7 +69,7 @@ def descent(rule: _WithL2, grad: jax.Array, param: Any) -> jax.Array:
 
 
 def shrinkage(rule: _WithDecay, param: Any) -> Any:
-    """What decoupled weight decay takes from ``param``: lr * weight_decay * param."""
+    """Return the part that decoupled weight decay takes from ``param``: lr * weight_decay * param."""
     return rule.lr * rule.weight_decay * needed(rule, param) if enabled(rule.weight_decay) else 0.0
 
 

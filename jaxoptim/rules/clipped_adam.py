@@ -65,8 +65,8 @@ class ClippedAdam(Rule):
     def init(self, param: jax.Array) -> Slots:
         return zeros(param, "exp_avg", "exp_avg_sq")
 
-    def during(self, step: Any) -> Self:
-        return decayed(self, step)
+    def at_update(self, number: Any) -> Self:
+        return decayed(self, number)
 
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         beta1, beta2 = self.betas

@@ -102,8 +102,8 @@ class DCTAdam(Rule):
             slots["step"] = full_like(self._without_time(param))
         return slots
 
-    def during(self, step: Any) -> Self:
-        return decayed(self, step)
+    def at_update(self, number: Any) -> Self:
+        return decayed(self, number)
 
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         beta1, beta2 = self.betas

@@ -17,8 +17,8 @@ from jaxoptim.rules import _strong_wolfe
 from jaxoptim.rules._strong_wolfe import Line, Sample
 from jaxoptim.rules._terms import given_loss
 
-State = dict[str, jax.Array]
-"""What outlives a step, named as torch names it."""
+LBFGSState = dict[str, jax.Array]
+"""The state that outlives a step, named as torch names it."""
 
 _SMALLEST_CURVATURE = 1e-10
 """A pair with y.s below this is not stored: it would make the inverse Hessian nearly indefinite."""
@@ -39,7 +39,7 @@ class Search(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """What a :class:`Search` holds.
+    """The contents of a :class:`Search`; only ``state`` outlives the step.
 
     Attributes:
         point: where the loss and the gradient are wanted next.
@@ -53,7 +53,7 @@ class _Step(NamedTuple):
         iterations: iterations begun in this step.
         evals: evaluations made in this step.
         line: the line search, or None.
-        state: what outlives the step.
+        state: the state of the rule.
     """
 
     point: Any
@@ -67,7 +67,7 @@ class _Step(NamedTuple):
     iterations: jax.Array
     evals: jax.Array
     line: Line | None
-    state: State
+    state: LBFGSState
 
     def packed(self) -> Search:
         return Search(self.point, self.done, pack(self._replace(point=None, done=None), max_size=1))
@@ -185,7 +185,7 @@ class LBFGS(Hyperparameters):
         """The most evaluations of one step."""
         return self.max_iter * 5 // 4 if self.max_eval is None else self.max_eval
 
-    def init(self, flat: jax.Array) -> State:
+    def init(self, flat: jax.Array) -> LBFGSState:
         """The state before the first step.
 
         Args:
@@ -210,7 +210,7 @@ class LBFGS(Hyperparameters):
             "stored": jnp.zeros((), jnp.int32),
         }
 
-    def start(self, state: State, x: jax.Array) -> Search:
+    def start(self, state: LBFGSState, x: jax.Array) -> Search:
         """Begin a step; the first point wanted is ``x`` itself.
 
         Args:
@@ -235,7 +235,7 @@ class LBFGS(Hyperparameters):
         """
         return self._observed(_Step.unpacked(search), loss, grad).packed()
 
-    def finish(self, search: Search) -> tuple[jax.Array, jax.Array, State]:
+    def finish(self, search: Search) -> tuple[jax.Array, jax.Array, LBFGSState]:
         """End a step.
 
         Args:
@@ -251,9 +251,9 @@ class LBFGS(Hyperparameters):
         self,
         value_and_grad: Callable[[jax.Array], tuple[Any, jax.Array]],
         x: jax.Array,
-        state: State,
+        state: LBFGSState,
         first: tuple[Any, jax.Array] | None = None,
-    ) -> tuple[jax.Array, jax.Array, State]:
+    ) -> tuple[jax.Array, jax.Array, LBFGSState]:
         """One whole step, as one compiled loop.
 
         Args:
@@ -275,7 +275,7 @@ class LBFGS(Hyperparameters):
         )
         return step.first_loss, step.x, step.state
 
-    def history(self, state: State) -> dict[str, list[jax.Array]]:
+    def history(self, state: LBFGSState) -> dict[str, list[jax.Array]]:
         """The history as torch keeps it: ``old_dirs``, ``old_stps`` and ``ro`` as lists, oldest first.
 
         Args:
@@ -288,7 +288,7 @@ class LBFGS(Hyperparameters):
         rows = [k % size for k in range(max(stored - size, 0), stored)]
         return {name: [state[name][row] for row in rows] for name in ("old_dirs", "old_stps", "ro")}
 
-    def with_history(self, state: State, old_dirs: list[Any], old_stps: list[Any], ro: list[Any]) -> State:
+    def with_history(self, state: LBFGSState, old_dirs: list[Any], old_stps: list[Any], ro: list[Any]) -> LBFGSState:
         """The state with another history: the inverse of :meth:`history`.
 
         Args:
@@ -309,10 +309,10 @@ class LBFGS(Hyperparameters):
             new[name] = jnp.asarray(rows)
         return new | {"stored": jnp.asarray(min(len(ro), self.history_size), jnp.int32)}
 
-    def _started(self, state: State, x: jax.Array) -> _Step:
+    def _started(self, state: LBFGSState, x: jax.Array) -> _Step:
         """A step before its first evaluation."""
         zero, count, no = jnp.zeros((), x.dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-        line = None if self.line_search_fn is None else _strong_wolfe.begin(Sample(zero, zero, zero), zero)
+        line = None if self.line_search_fn is None else _strong_wolfe.init_line(Sample(zero, zero, zero), zero)
         return _Step(jnp.copy(x), no, zero, x, zero, full_like(x), zero, zero, count, count, line, state)
 
     def _observed(self, step: _Step, loss: Any, grad: jax.Array) -> _Step:
@@ -331,14 +331,14 @@ class LBFGS(Hyperparameters):
         return rule._move(step._replace(done=arrived & ~downhill), downhill)
 
     def _arrive(self, step: _Step, loss: Any, grad: jax.Array, first: jax.Array) -> tuple[_Step, jax.Array]:
-        """Where the iteration ends: at once with fixed steps, else when the line search has found its step."""
+        """End the iteration: at once with fixed steps, else when the line search has found its step."""
         if step.line is None:
             return step._replace(loss=loss, grad=grad), jnp.ones((), bool)
         state = step.state
         start = Sample(jnp.zeros_like(loss), state["prev_loss"], step.slope)
         trial = Sample(step.line.t, loss, _dot(grad, state["d"]))
         exhausted = step.evals > self.evaluations
-        line, source = _strong_wolfe.advance(step.line, trial, start, step.reach, exhausted)
+        line, source = _strong_wolfe.update_line(step.line, trial, start, step.reach, exhausted)
         lowest = jnp.where(source == _strong_wolfe.START, state["prev_flat_grad"], step.grad)
         ended = ~first & line.ended
         step = step._replace(
@@ -401,12 +401,12 @@ class LBFGS(Hyperparameters):
             # Nobody needs the loss where the last iteration ends.
             return step._replace(x=x, point=x, done=step.done | (step.iterations >= self.max_iter))
         start = Sample(jnp.zeros_like(step.slope), state["prev_loss"], step.slope)
-        fresh = _strong_wolfe.begin(start, state["t"])
+        fresh = _strong_wolfe.init_line(start, state["t"])
         line = jax.tree.map(lambda a, b: jnp.where(downhill, a, b), fresh, step.line)
         return step._replace(point=x + line.t * state["d"], line=line)
 
 
-def _remember(state: State, grad: jax.Array, going_on: jax.Array) -> State:
+def _remember(state: LBFGSState, grad: jax.Array, going_on: jax.Array) -> LBFGSState:
     """The state with the last change of parameters and gradient in its history, if that has curvature."""
     y, s = grad - state["prev_flat_grad"], state["t"] * state["d"]
     ys = _dot(y, s)
@@ -427,7 +427,7 @@ def _remember(state: State, grad: jax.Array, going_on: jax.Array) -> State:
     }
 
 
-def _two_loops(state: State, grad: jax.Array, going_on: jax.Array) -> jax.Array:
+def _two_loops(state: LBFGSState, grad: jax.Array, going_on: jax.Array) -> jax.Array:
     """The direction -H g (algorithm 7.4), from as many pairs as are stored."""
     old_dirs, old_stps, ro, stored = (state[name] for name in ("old_dirs", "old_stps", "ro", "stored"))
     size = len(ro)

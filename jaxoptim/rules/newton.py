@@ -446,7 +446,7 @@ class Newton(Hyperparameters):
                 f"Invalid trust_radii: {given!r}. Newton takes a dict from the dotted path of a parameter to the "
                 'radius of its trust region, such as {"encoder.scale": 0.1}.'
             )
-        radii = {name: _kept(radius, name) for name, radius in given.items() if radius is not None}
+        radii = {name: _validated(radius, name) for name, radius in given.items() if radius is not None}
         object.__setattr__(self, "trust_radii", radii)
         super().__post_init__()
 
@@ -459,8 +459,8 @@ class Newton(Hyperparameters):
             )
 
 
-def _kept(radius: Any, name: str) -> Any:
-    """A radius as a leaf of the rule: one kind for every plain number, so that an int does not retrace."""
+def _validated(radius: Any, name: str) -> Any:
+    """Return a radius as a leaf of the rule: one kind for every plain number, so that an int does not retrace."""
     radius = _checked_radius(radius, name=f"trust_radii[{name!r}]")
     return float(radius) if isinstance(radius, int | float | np.number) else radius
 
@@ -507,7 +507,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
 
 
 def _changes(rule: Newton, grads: Any, params: Any, value_fn: Callable[[Any], Any]) -> Any:
-    """What to add to each parameter, in the dtypes of the gradients; None where there is no gradient."""
+    """Return the change of each parameter, in the dtypes of the gradients; None where there is no gradient."""
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
     given, names = trees.leaves_like(grads, params, "grads"), trees.names(params)
     rule.check_names(trees.array_names(params))

@@ -113,8 +113,8 @@ class SGLD(Sampler):
         names = [name for name in METRICS if getattr(self, name)]
         return [*names, "localization_loss"] if self.save_mala_vars else names
 
-    def start(self) -> dict[str, Any]:
-        return {name: jnp.zeros((), jnp.float32) for name in self.tracked}
+    def init_shared(self) -> dict[str, Any]:
+        return super().init_shared() | {name: jnp.zeros((), jnp.float32) for name in self.tracked}
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         kept = {"noise": self.save_noise, "dws": self.save_mala_vars}
@@ -148,7 +148,7 @@ class SGLD(Sampler):
             sums["distance"] = self.lr * jnp.sqrt(held)
         return {name: (sums | {"localization_loss": held / 2})[name] for name in self.tracked}
 
-    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+    def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
         norms = {name: jnp.sqrt(total) for name, total in sums.items() if name in METRICS}
         return shared | {name: x.astype(jnp.float32) for name, x in (sums | norms).items()}
 

@@ -98,22 +98,24 @@ class SGNHT(Sampler):
         super().check()
         check_terms(self, order=("kick_friction", "ding", "badodab"))
 
-    def start(self) -> dict[str, Any]:
-        return {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
+    def init_shared(self) -> dict[str, Any]:
+        return super().init_shared() | {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         return {"momentum": first_momentum(self, param, noise), "initial_param": jnp.copy(param)}
 
     @property
-    def surveys(self) -> bool:
+    def two_pass(self) -> bool:
         """The thermostat of the splitting moves on between kick and friction."""
         return self.order == "badodab"
 
-    def survey(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, **given: Any) -> dict[str, jax.Array]:
+    def first_pass(
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
+    ) -> dict[str, jax.Array]:
         return self._energy(self._kicked(grad, slots, needed(self, param)), half=True)
 
-    def prepare(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
-        return self.end(shared, sums)
+    def prepare_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        return self.update_shared(shared, sums)
 
     def update(  # type: ignore[override]
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
@@ -131,7 +133,7 @@ class SGNHT(Sampler):
         else:
             momentum = kicked - friction * kicked + shaken
             moved = param + momentum
-        energy = self._energy(momentum, half=self.surveys)
+        energy = self._energy(momentum, half=self.two_pass)
         inside, sign = boxed(self, moved, slots)
         return inside - param, {**slots, "momentum": momentum * sign, **energy}
 
@@ -144,7 +146,7 @@ class SGNHT(Sampler):
         excess = jnp.sum(momentum**2) - count * self.lr
         return {"excess": excess / 2 if half else excess, "count": jnp.asarray(count, momentum.dtype)}
 
-    def end(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+    def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
         rise = jnp.where(sums["count"] > 0, sums["excess"] / jnp.maximum(sums["count"], 1), 0)
         return shared | {"thermostat": (shared["thermostat"] + rise).astype(jnp.float32)}
 

@@ -14,7 +14,7 @@ from jaxoptim.core.noise import fold_in, words
 
 
 def size_of(data: Any) -> int:
-    """How many data there are.
+    """Count the data.
 
     Args:
         data: a pytree of arrays, whose first axes run over the data.
@@ -68,7 +68,7 @@ def batch_at(step: Any, key: jax.Array, data: Any, batch_size: int | None) -> An
 
 
 def shuffled(places: jax.Array, count: int, key: jax.Array) -> jax.Array:
-    """Where these places out of ``count`` are in a random order that follows from a key.
+    """Move these places out of ``count`` to where they are in a random order that follows from a key.
 
     It is a permutation of the next power of two, in rounds that can each be undone (an odd factor, a summand, a shift),
     walked along until it is back among the places there are. So no order has to be sorted, or kept.

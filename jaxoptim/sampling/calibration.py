@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.sampling.llc import arranged_in, initial_loss, options_of, temperature, tempered
-from jaxoptim.sampling.run import Sampler, run
+from jaxoptim.sampling.run import SamplerLike, run
 from jaxoptim.sampling.sample import first_divergence
 
 
@@ -69,7 +69,7 @@ class Calibration:
 def calibrate(
     loss_fn: Callable[..., Any],
     params: Any,
-    sampler: Sampler,
+    sampler: SamplerLike,
     data: Any = None,
     *,
     lr: Sequence[float],

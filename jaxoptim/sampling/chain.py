@@ -21,8 +21,8 @@ from jaxoptim.sampling.observables import Draw, Observable
 _NOISE, _PROBES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
-class Plan(NamedTuple):
-    """What a compiled program is for.
+class ChainSpec(NamedTuple):
+    """The static part of a chain, which names a compiled program.
 
     Attributes:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     room: int
 
 
-class Schedule(NamedTuple):
-    """When a chain's steps are draws; numbers that do not recompile."""
+class Thinning(NamedTuple):
+    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile."""
 
     num_burnin_steps: Any
     num_steps_bw_draws: Any
@@ -56,14 +56,14 @@ class Schedule(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Where a chain stands.
+    """The state of a chain, replaced at every step but for ``key``.
 
     Attributes:
         key: the key of the chain, from which every step's batch and noise follow.
         params: the current parameters.
         state: the state of the sampler.
-        memories: what each observable remembers.
-        traces: what was written down at each draw, by name.
+        memories: the state of each observable.
+        traces: by name the values recorded at each draw; room for all of them is there from the start.
     """
 
     key: jax.Array
@@ -73,73 +73,77 @@ class Chain(NamedTuple):
     traces: dict[str, Any]
 
 
-def begin(plan: Plan, rule: Rule | None, params: Any, data: Any, key: jax.Array) -> Chain:
-    """A chain before its first step."""
+def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, data: Any, key: jax.Array) -> Chain:
+    """Return a chain before its first step."""
     noise_key = fold_in(key, _NOISE)
     if rule is None:
         # The noise of a transformation that keeps typed keys is other noise in each chain, and for each of them.
-        leaves, treedef = jax.tree.flatten(plan.transformation.init(params))
+        leaves, treedef = jax.tree.flatten(spec.transformation.init(params))
         keys = [index for index, leaf in enumerate(leaves) if is_key(leaf)]
         for number, index in enumerate(keys):
             leaves[index] = fold_in(noise_key, _NOISE - np.uint32(number)) if number else noise_key
         state = jax.tree.unflatten(treedef, leaves)
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
-    memories = {name: observable.init(params) for name, observable in plan.observables}
+    memories = {name: observable.init(params) for name, observable in spec.observables}
     chain = Chain(key, params, state, memories, {})
-    values = jax.eval_shape(lambda chain: _step(plan, rule, data, Schedule(0, 1), chain, 0)[1], chain)
-    traces = jax.tree.map(lambda x: jnp.zeros((plan.room, *x.shape), x.dtype), values)
+    values = jax.eval_shape(lambda chain: _chain_step(spec, rule, data, Thinning(0, 1), chain, 0)[1], chain)
+    traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
 
 
-def advance(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, start: Any, stop: Any) -> Chain:
-    """A chain after the steps from ``start`` to ``stop``; how many they are is data."""
+def run_steps(
+    spec: ChainSpec, rule: Rule | None, data: Any, thinning: Thinning, chain: Chain, start: Any, stop: Any
+) -> Chain:
+    """Return a chain after the steps from ``start`` to ``stop``; how many they are is data."""
 
     def body(t: Any, chain: Chain) -> Chain:
-        chain, values = _step(plan, rule, data, schedule, chain, t)
-        draw = schedule.draw_at(t)
+        chain, values = _chain_step(spec, rule, data, thinning, chain, t)
+        draw = thinning.draw_at(t)
         written = jax.tree.map(lambda x, trace: trace.at[draw].set(x), values, chain.traces)
         return chain._replace(traces=written)
 
     return lax.fori_loop(start, stop, body, chain)
 
 
-def results(plan: Plan, num_draws: int, chain: Chain) -> dict[str, Any]:
-    """The results of a chain's observables, and the traces of the sampler's own metrics."""
-    observed, traces = dict(plan.observables), jax.tree.map(lambda x: x[:num_draws], chain.traces)
+def results(spec: ChainSpec, num_draws: int, chain: Chain) -> dict[str, Any]:
+    """Return the results of a chain's observables, and the traces of the sampler's own metrics."""
+    observed, traces = dict(spec.observables), jax.tree.map(lambda x: x[:num_draws], chain.traces)
     own = {name: trace for name, trace in traces.items() if name not in observed}
-    return own | {name: observable.result(chain.memories[name], traces[name]) for name, observable in plan.observables}
+    return own | {name: observable.result(chain.memories[name], traces[name]) for name, observable in spec.observables}
 
 
-def _step(plan: Plan, rule: Rule | None, data: Any, schedule: Schedule, chain: Chain, t: Any) -> tuple[Chain, Any]:
-    """One step, and what it would write down."""
-    batch = batch_at(t, chain.key, data, plan.batch_size)
+def _chain_step(
+    spec: ChainSpec, rule: Rule | None, data: Any, thinning: Thinning, chain: Chain, t: Any
+) -> tuple[Chain, Any]:
+    """Return the chain after one step, and the values that the step would record."""
+    batch = batch_at(t, chain.key, data, spec.batch_size)
 
     def loss_of(params: Any) -> Any:
-        return plan.loss_fn(params) if data is None else plan.loss_fn(params, batch)
+        return spec.loss_fn(params) if data is None else spec.loss_fn(params, batch)
 
     loss, grads = jax.value_and_grad(loss_of)(chain.params)
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
-    sampler = plan.transformation if rule is None else rule.at(chain.state.step)
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, schedule.is_draw(t))
+    sampler = spec.transformation if rule is None else rule.at(chain.state.step)
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, thinning.is_draw(t))
     values: dict[str, Any] = {"loss": loss}
     memories = {}
-    for name, observable in plan.observables:
+    for name, observable in spec.observables:
         memories[name], values[name] = observable.update(chain.memories[name], draw)
     if rule is None:
-        updates, state = plan.transformation.update(grads, chain.state, chain.params)
+        updates, state = spec.transformation.update(grads, chain.state, chain.params)
         params = optax.apply_updates(chain.params, updates)
     else:
         probe = fold_in(fold_in(chain.key, _PROBES), t)
-        given = {"curvature": _curvature(loss_of, chain.params, probe)} if _bends(rule) else {}
+        given = {"curvature": _curvature(loss_of, chain.params, probe)} if _uses_curvature(rule) else {}
         params, state = step(rule, chain.params, grads, chain.state, **given)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
     return Chain(chain.key, params, state, memories, chain.traces), values
 
 
-def _bends(rule: Rule) -> bool:
-    """Whether a rule wants to know the curvature of the loss."""
+def _uses_curvature(rule: Rule) -> bool:
+    """Whether a rule uses the curvature of the loss."""
     return isinstance(rule, PSGLD) and rule.gamma
 
 

@@ -17,13 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
 from jaxoptim.sampling import chain
-from jaxoptim.sampling.chain import Chain, Plan, Schedule
+from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 
 METHODS = ("auto", "vmap", "map")
 _SMALL = 2048
 """Numbers in the parameters up to which ``"auto"`` takes all chains at once on a CPU: beyond, they leave the cache."""
 _MEDIUM = 65536
-"""The same where one device has several cores, which work together on all chains only."""
+"""The same limit where one device has several cores, which work together on all chains only."""
 
 
 def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, Mesh | None]:
@@ -45,14 +45,14 @@ def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, M
     return method, Mesh(np.array(candidates[:count]), ("chains",)) if count > 1 else None
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "mesh"))
-def begin(
-    plan: Plan, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, data: Any
+@functools.partial(jax.jit, static_argnames=("spec", "mesh"))
+def init_chains(
+    spec: ChainSpec, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, data: Any
 ) -> Chain:
-    """Chains before their first step, stacked.
+    """Return chains before their first step, stacked.
 
     Args:
-        plan: what the program is for.
+        spec: the static part of the chains.
         mesh: the devices to spread the chains over.
         rules: the settings of the sampler, stacked; None for a transformation.
         settings: for each chain the number of its setting.
@@ -63,37 +63,37 @@ def begin(
     """
 
     def one(setting: Any, key: Any, rules: Any, params: Any, data: Any) -> Chain:
-        return chain.begin(plan, _setting(rules, setting), params, data, key)
+        return chain.init_chain(spec, _setting(rules, setting), params, data, key)
 
     # At the start there is nothing to compute that would need the cache.
     return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, data))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "method", "mesh"), donate_argnames="chains")
-def advance(
-    plan: Plan,
+@functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")
+def run_steps(
+    spec: ChainSpec,
     method: str,
     mesh: Mesh | None,
     rules: Any,
     settings: Any,
     chains: Chain,
     data: Any,
-    schedule: Schedule,
+    thinning: Thinning,
     start: Any,
     stop: Any,
 ) -> Chain:
-    """Chains after the steps from ``start`` to ``stop``."""
+    """Return chains after the steps from ``start`` to ``stop``."""
 
-    def one(setting: Any, state: Chain, rules: Any, data: Any, schedule: Schedule, start: Any, stop: Any) -> Chain:
-        return chain.advance(plan, _setting(rules, setting), data, schedule, state, start, stop)
+    def one(setting: Any, state: Chain, rules: Any, data: Any, thinning: Thinning, start: Any, stop: Any) -> Chain:
+        return chain.run_steps(spec, _setting(rules, setting), data, thinning, state, start, stop)
 
-    return _over_chains(one, method, mesh, (settings, chains), (rules, data, schedule, start, stop))
+    return _over_chains(one, method, mesh, (settings, chains), (rules, data, thinning, start, stop))
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "num_draws"))
-def results(plan: Plan, num_draws: int, chains: Chain) -> dict[str, Any]:
-    """What the chains have written down, each result with a first axis of chains."""
-    return jax.vmap(functools.partial(chain.results, plan, num_draws))(chains)
+@functools.partial(jax.jit, static_argnames=("spec", "num_draws"))
+def results(spec: ChainSpec, num_draws: int, chains: Chain) -> dict[str, Any]:
+    """Return the results of all chains, each with a first axis of chains."""
+    return jax.vmap(functools.partial(chain.results, spec, num_draws))(chains)
 
 
 def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped: Any, common: Any) -> Any:
@@ -112,7 +112,7 @@ def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped
 
 
 def _setting(rules: Any, setting: Any) -> Rule | None:
-    """One of the stacked settings of a rule."""
+    """Return one of the stacked settings of a rule."""
     return jax.tree.map(lambda x: x[setting], rules)
 
 

@@ -1,4 +1,4 @@
-"""How far draws can be trusted, by numpyro's diagnostics."""
+"""Diagnostics of draws, by numpyro: effective sample size, R-hat, standard error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxoptim.interop.numpyro import required
 
 
 def effective_sample_size(trace: Any) -> np.ndarray:
-    """How many independent draws a trace is worth, by ``numpyro.diagnostics``.
+    """Estimate the number of independent draws that a trace is worth, by ``numpyro.diagnostics``.
 
     Args:
         trace: ``(chains, draws, ...)``, finite, at least two draws.

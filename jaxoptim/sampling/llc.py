@@ -17,8 +17,8 @@ from jaxoptim.core import Rule, trees
 from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.batches import size_of
-from jaxoptim.sampling.options import Options
-from jaxoptim.sampling.run import Sampler, run, stacked
+from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.run import SamplerLike, run, stacked
 from jaxoptim.sampling.sample import first_divergence
 
 
@@ -112,7 +112,7 @@ class LLC:
 
     @property
     def effective_sample_size(self) -> Any:
-        """How many independent draws of the loss there are (needs numpyro)."""
+        """The number of independent draws of the loss (needs numpyro)."""
         return _plain(self._each(diagnostics.effective_sample_size))
 
     def _each(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
@@ -156,7 +156,7 @@ class LLC:
 def estimate_llc(
     loss_fn: Callable[..., Any],
     params: Any,
-    sampler: Sampler,
+    sampler: SamplerLike,
     data: Any = None,
     *,
     nbeta: float | None = None,
@@ -227,15 +227,15 @@ def estimate_llc(
     return made(found, shape, init_loss, nbeta, names)
 
 
-def options_of(caller: str, key: Any, options: dict[str, Any]) -> Options:
+def options_of(caller: str, key: Any, options: dict[str, Any]) -> RunOptions:
     """The keywords of :func:`sample` that were given to another function."""
-    allowed = [field.name for field in dataclasses.fields(Options) if field.name != "key"]
+    allowed = [field.name for field in dataclasses.fields(RunOptions) if field.name != "key"]
     if unknown := [name for name in options if name not in allowed]:
         raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}. It takes {', '.join(allowed)}.")
-    return Options(key=key, **options)
+    return RunOptions(key=key, **options)
 
 
-def temperature(caller: str, nbeta: Any, sampler: Sampler, data: Any) -> float:
+def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
     """The inverse temperature: what was given, here or to the rule, or the default of the number of data."""
     own = getattr(sampler, "nbeta", 1.0)
     if nbeta is None and (callable(own) or np.ndim(own) or own != 1.0):
@@ -280,7 +280,7 @@ def made(
 
 
 def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
-    """What the chains of a run have written down, the chains arranged in ``shape``."""
+    """Return the results of a run with its chains arranged in ``shape``."""
     return {
         name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
         for name, x in found.items()
@@ -288,7 +288,7 @@ def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def tempered(sampler: Sampler, count: int, nbeta: float, **changes: Any) -> Any:
+def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> Any:
     """Settings of a rule at an inverse temperature."""
     if not isinstance(sampler, Rule):
         if changes:

@@ -1,4 +1,4 @@
-"""How often a Metropolis test would accept the steps of SGLD."""
+"""The rate at which a Metropolis test would accept the steps of SGLD."""
 
 from __future__ import annotations
 

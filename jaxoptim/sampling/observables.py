@@ -1,4 +1,4 @@
-"""What is observed at the draws of a chain."""
+"""Observables: quantities that are recorded at the draws of a chain."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Observable:
     """
 
     def init(self, params: Any) -> Any:
-        """What is remembered before the first step, a pytree of arrays."""
+        """Return the memory before the first step, a pytree of arrays."""
         return ()
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        """What is remembered after a step, and a pytree of arrays to write down, None for nothing."""
+        """Return the memory after a step, and a pytree of arrays to record, None for nothing."""
         raise NotImplementedError
 
     def result(self, memory: Any, trace: Any) -> Any:
-        """What a chain is reported with: by default what was written down, ``(draws, ...)``."""
+        """Return the result of a chain: by default the recorded arrays, ``(draws, ...)``."""
         return trace
 
 
@@ -78,7 +78,7 @@ class Function(Observable):
 
 @dataclasses.dataclass(frozen=True)
 class MalaAcceptance(Observable):
-    r"""How often a Metropolis test would accept the steps; see :func:`mala_acceptance`.
+    r"""The rate at which a Metropolis test would accept the steps; see :func:`mala_acceptance`.
 
     The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2` with the loss of each
     step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no

@@ -14,7 +14,7 @@ from jaxoptim.sampling.observables import Function, Observable
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class RunOptions:
     """The keywords of :func:`jaxoptim.sampling.sample`, checked."""
 
     key: Any

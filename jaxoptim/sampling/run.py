@@ -12,27 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxoptim.core import Rule, trees
-from jaxoptim.core import Sampler as SamplerRule
+from jaxoptim.core import Rule, Sampler, trees
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.numerics import as_jax, strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.batches import check_batch_size, size_of
-from jaxoptim.sampling.chain import Plan, Schedule
-from jaxoptim.sampling.options import Options
+from jaxoptim.sampling.chain import ChainSpec, Thinning
+from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 
-Sampler: TypeAlias = Rule | optax.GradientTransformation
-"""What moves a chain."""
+SamplerLike: TypeAlias = Rule | optax.GradientTransformation
+"""A sampler as :func:`jaxoptim.sampling.sample` takes it."""
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _SECONDS_OF_A_PIECE = 0.3
-"""What one call takes at least, so that calls cost nothing; between them there is time for Ctrl-C."""
+"""The least time of one call, so that calls cost nothing; between them there is time for Ctrl-C."""
 
 
-def stacked(sampler: Sampler, num_settings: int, **changes: Any) -> Any:
+def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
     """Settings of a rule as one rule with a first axis of settings; None for a transformation.
 
     Args:
@@ -42,7 +41,7 @@ def stacked(sampler: Sampler, num_settings: int, **changes: Any) -> Any:
     """
     if not isinstance(sampler, Rule):
         return None
-    rule = sampler.replace(key=None) if isinstance(sampler, SamplerRule) else sampler
+    rule = sampler.replace(key=None) if isinstance(sampler, Sampler) else sampler
 
     def repeated(x: Any) -> jax.Array:
         x = strong(x)
@@ -54,11 +53,11 @@ def stacked(sampler: Sampler, num_settings: int, **changes: Any) -> Any:
 def run(
     loss_fn: Callable[..., Any],
     params: Any,
-    sampler: Sampler,
+    sampler: SamplerLike,
     data: Any,
     rules: Any,
     num_settings: int,
-    options: Options,
+    options: RunOptions,
 ) -> dict[str, Any]:
     """Run ``options.num_chains`` chains of each setting; chain c of all settings has one key.
 
@@ -68,16 +67,16 @@ def run(
     """
     params, data = _checked(loss_fn, params, sampler, data, options)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
-    plan = Plan(loss_fn, transformation, options.batch_size, options.watched(), room_for(options.num_draws))
+    spec = ChainSpec(loss_fn, transformation, options.batch_size, options.watched(), room_for(options.num_draws))
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, data)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, data = chains.on_all(mesh, (rules, params, data))
-    state = chains.begin(plan, mesh, rules, settings, options.key, numbers, params, data)
-    schedule, start = Schedule(options.num_burnin_steps, options.num_steps_bw_draws), 0
-    about = None
+    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, data)
+    thinning, start = Thinning(options.num_burnin_steps, options.num_steps_bw_draws), 0
+    about = None  # kept in every save of this run
     if options.checkpoint is not None:
-        about = saved.description(options, plan, num_settings, sampler, rules, params, data)
+        about = saved.description(options, spec, num_settings, sampler, rules, params, data)
     if options.checkpoint is not None and os.path.exists(options.checkpoint):
         start, state = saved.load(options.checkpoint, about, options, state)
 
@@ -87,7 +86,7 @@ def run(
             while start < options.num_steps:
                 stop, before = min(start + piece, options.num_steps), time.monotonic()
                 with Uninterrupted():  # until what has become of the donated chains is kept
-                    state = chains.advance(plan, method, mesh, rules, settings, state, data, schedule, start, stop)
+                    state = chains.run_steps(spec, method, mesh, rules, settings, state, data, thinning, start, stop)
                     jax.block_until_ready(state.traces)
                     start = stop
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:
@@ -102,15 +101,15 @@ def run(
             raise
     if options.checkpoint is not None:
         saved.save(options.checkpoint, about, options, start, state)
-    return {**chains.results(plan, options.num_draws, state), "params": state.params}
+    return {**chains.results(spec, options.num_draws, state), "params": state.params}
 
 
 def room_for(num_draws: int) -> int:
-    """How many draws a program has room for: few sizes, so that few programs are compiled."""
+    """Return the number of draws that a program has room for: few sizes, so that few programs are compiled."""
     return max(64, 1 << (num_draws - 1).bit_length()) if num_draws <= 4096 else -(-num_draws // 4096) * 4096
 
 
-def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: Options) -> tuple[Any, Any]:
+def _checked(loss_fn: Any, params: Any, sampler: Any, data: Any, options: RunOptions) -> tuple[Any, Any]:
     """Parameters and data as arrays; raises for what cannot be run."""
     if not isinstance(sampler, Rule | optax.GradientTransformation):
         hint = " Give an instance: SGLD(lr=1e-4)." if isinstance(sampler, type) else ""

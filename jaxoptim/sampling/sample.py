@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from jaxoptim.sampling.observables import Observable
-from jaxoptim.sampling.options import Options
-from jaxoptim.sampling.run import Sampler, run, stacked
+from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.run import SamplerLike, run, stacked
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What the chains have drawn.
+    """The draws of chains.
 
     Attributes:
         loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it.
@@ -36,7 +36,7 @@ class Samples:
 def sample(
     loss_fn: Callable[..., Any],
     params: Any,
-    sampler: Sampler,
+    sampler: SamplerLike,
     data: Any = None,
     *,
     key: jax.Array,
@@ -113,7 +113,7 @@ def sample(
         >>> samples.loss.shape, samples.params.shape
         ((4, 200), (4, 3))
     """
-    options = Options(
+    options = RunOptions(
         key,
         num_chains,
         num_draws,

@@ -12,48 +12,48 @@ import numpy as np
 
 from jaxoptim import checkpoint
 from jaxoptim.core.noise import is_key
-from jaxoptim.sampling.chain import Chain, Plan
+from jaxoptim.sampling.chain import Chain, ChainSpec
 from jaxoptim.sampling.observables import Function
-from jaxoptim.sampling.options import Options
+from jaxoptim.sampling.options import RunOptions
 
 
 def description(
-    options: Options, plan: Plan, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
+    options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
 ) -> dict[str, Any]:
-    """What two runs have in common that may continue one another.
+    """Return the description of a run; only a run of the same description may continue it.
 
-    Functions cannot be compared, so what they give at the parameters is.
+    Functions cannot be compared, so their values at the parameters are.
     """
     batch = () if data is None else (jax.tree.map(lambda x: x[: options.batch_size], data),)
-    there = {name: of.function(params) for name, of in plan.observables if isinstance(of, Function)}
+    there = {name: of.function(params) for name, of in spec.observables if isinstance(of, Function)}
     first = None
-    if plan.transformation is not None:
-        first = plan.transformation.update(params, plan.transformation.init(params), params)
+    if spec.transformation is not None:
+        first = spec.transformation.update(params, spec.transformation.init(params), params)
     return {
         "key": options.key,
         "num_chains": options.num_chains,
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
         "batch_size": options.batch_size,
-        "observables": [[name, type(of).__name__] for name, of in plan.observables],
+        "observables": [[name, type(of).__name__] for name, of in spec.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
         "params": jax.tree.leaves(params),
         "data": [_digest(x) for x in jax.tree.leaves(data)],
-        "loss function": [plan.loss_fn(params, *batch)],
+        "loss function": [spec.loss_fn(params, *batch)],
         "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
     }
 
 
-def save(path: str | os.PathLike[str], about: Any, options: Options, step: int, chains: Chain) -> None:
+def save(path: str | os.PathLike[str], about: Any, options: RunOptions, step: int, chains: Chain) -> None:
     """Write a run."""
     content = {"run": about, "num_draws": options.num_draws, "step": step, "chains": jax.tree.leaves(chains)}
     checkpoint.save(path, content)
 
 
-def load(path: str | os.PathLike[str], about: Any, options: Options, like: Chain) -> tuple[int, Chain]:
-    """The step that a run has come to, and its chains.
+def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain]:
+    """Return the step that a run has come to, and its chains.
 
     Errors:
         ``ValueError`` for another run, and what :func:`jaxoptim.checkpoint.load` raises.

@@ -84,7 +84,7 @@ def cosine_annealing_warm_restarts(
     lr: of.Rate,
     T_0: Annotated[int, of.first_period],
     T_mult: Annotated[int, of.growth] = 1,
-    eta_min: Annotated[Any, of.minimum] = 0.0,
+    eta_min: Annotated[Any, of.lowest_rate] = 0.0,
 ) -> Any:
     r"""A cosine down to a minimum, over and over: ``CosineAnnealingWarmRestarts``.
 
@@ -168,7 +168,7 @@ def swa_lr(
 
 
 def anneal_fraction(step: Any, anneal_epochs: int) -> Any:
-    """How far on the way to the averaging rate a step is."""
+    """Return the fraction of the way to the averaging rate that a step has gone."""
     if anneal_epochs == 0:
         return 1.0 + 0 * step
     return minimum(1, divide(1.0 * step, anneal_epochs))

@@ -1,4 +1,4 @@
-"""What the arguments of a schedule may be; the annotations of the formulas say which check applies.
+"""Checks of the arguments of schedules; the annotations of the formulas say which one applies.
 
 A check takes the argument's name and value and returns the value to keep, or raises. The classes of
 ``jaxoptim.optim.lr_scheduler`` call those that torch makes too.
@@ -116,8 +116,8 @@ def growth(name: str, value: Any) -> Any:
     return value
 
 
-def minimum(name: str, value: Any) -> Any:
-    """The least rate, of which torch wants to know the type."""
+def lowest_rate(name: str, value: Any) -> Any:
+    """The lowest rate of a schedule, whose type torch checks."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.number | jax.Array):
         raise ValueError(f"Expected float or int {name}, but got {value} of type {type(value)}")
     return value
@@ -131,7 +131,7 @@ def fraction(name: str, value: Any) -> Any:
 
 
 def strategy(name: str, value: Any) -> Any:
-    """How to go from one rate to another."""
+    """The curve from one rate to another."""
     if value not in ("cos", "linear"):
         raise ValueError(f"{name} must be one of 'cos' or 'linear', instead got {value}")
     return value
@@ -148,7 +148,7 @@ def cyclic_mode(name: str, value: Any) -> Any:
 
 
 def scale_mode(name: str, value: Any) -> Any:
-    """What the function for the amplitude takes."""
+    """The argument of the function for the amplitude."""
     if value not in ("cycle", "iterations"):
         raise ValueError(f"{name} must be one of 'cycle' or 'iterations', instead got {value!r}")
     return value

@@ -71,7 +71,7 @@ def one_minus_cos(x: Any, y: Any = 1) -> Any:
 
 
 def turns(step: Any, period: Any) -> tuple[Any, Any, Any]:
-    """In which turn of the period a step is, counted from 1, how far in it, and how far that is from its end."""
+    """Return the turn of the period at a step, counted from 1, the steps made in it, and those left to its end."""
     if is_array(step) and is_single():
         done = step % period
         return 1 + step // period, done / period, (period - done) / period

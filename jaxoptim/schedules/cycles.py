@@ -15,7 +15,7 @@ Phase = tuple[Any, Any, Any]
 
 
 def triangle(step: Any, total_size: Any, step_ratio: Any) -> tuple[Any, Any]:
-    """In which cycle a step is, counted from 1, and how high between the base (0) and the maximum (1)."""
+    """Return the cycle of a step, counted from 1, and its height between the base (0) and the maximum (1)."""
     cycle, x, left = turns(step, total_size)
     down = left / (1 - step_ratio) if step_ratio != 1 else 0.0
     return cycle, where(x <= step_ratio, x / step_ratio, down)
@@ -31,7 +31,7 @@ def amplitude(x: Any, mode: str, gamma: Any) -> Any:
 def _cyclic_height(
     step: Any, step_size_up: int, step_size_down: int | None, mode: str, gamma: Any, scale_fn: Any, scale_mode: str
 ) -> Any:
-    """How far the rate is from the base, in units of the distance to the maximum."""
+    """Return the distance of the rate from the base, in units of that of the maximum."""
     total_size = step_size_up + (step_size_up if step_size_down is None else step_size_down)
     cycle, height = triangle(step, total_size, step_size_up / total_size)
     if scale_fn is None:

@@ -286,7 +286,7 @@ def _settled(product: Any, rest: Any, x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def _rounding_error(x: Any, y: Any, product: Any) -> Any:
-    """What ``product`` lacks to be the exact product of ``x`` and ``y`` (Dekker 1971)."""
+    """Return the exact product of ``x`` and ``y`` less ``product`` (Dekker 1971)."""
     x_high, x_low = _halves(x)
     y_high, y_low = _halves(y)
     return ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low

@@ -43,7 +43,7 @@ class Plateau(NamedTuple):
 
 
 def worst(mode: str) -> float:
-    """What every metric is better than."""
+    """Return the value that every metric is better than."""
     return math.inf if mode == "min" else -math.inf
 
 

@@ -19,7 +19,7 @@ P = ParamSpec("P")
 
 
 class Formula(Protocol[P]):
-    """What :func:`schedule` makes: a function that returns schedules, and the formula behind them."""
+    """A function that returns schedules, and the formula behind them; made by :func:`schedule`."""
 
     formula: Callable[Concatenate[Any, P], Any]
 
@@ -58,6 +58,7 @@ class Schedule:
         arguments: dict[str, Any],
         momentum: Callable[..., Any] | None = None,
     ) -> None:
+        # Nothing here changes after it is made; a schedule of other numbers is another object.
         self.formula, self.arguments, self._momentum = formula, arguments, momentum
         self._traced = tuple(name for name, value in arguments.items() if not _is_switch(value))
 

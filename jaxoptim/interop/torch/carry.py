@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, Any]
 """Tensors by name, such as a module's ``state_dict()`` or ``dict(module.named_parameters())``."""
-Names = Mapping[str, str] | Callable[[str], str]
+TorchNames = Mapping[str, str] | Callable[[str], str]
 """The name in torch of each parameter here, by its dotted path; paths that a mapping lacks are names in torch too."""
 Transforms = Mapping[Selector, Callable[[Any], Any]]
-"""What to do to arrays of torch: ``{r".*kernel": jnp.transpose}``; selectors as in ``Optimizer(groups=...)``."""
+"""Functions of torch's arrays: ``{r".*kernel": jnp.transpose}``; selectors as in ``Optimizer(groups=...)``."""
 
 
 def carry_over(
@@ -28,7 +28,7 @@ def carry_over(
     params: Tensors,
     state_dict: dict[str, Any],
     *,
-    names: Names | None = None,
+    names: TorchNames | None = None,
     transforms: Transforms | None = None,
     order: Iterable[str] | None = None,
 ) -> None:
@@ -115,7 +115,7 @@ def carry_back(
     optimizer: Optimizer,
     params: Tensors,
     *,
-    names: Names | None = None,
+    names: TorchNames | None = None,
     transforms: Transforms | None = None,
     order: Iterable[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -205,7 +205,7 @@ def _places(
     optimizer: Optimizer,
     params: Tensors,
     first: Mapping[str, str],
-    names: Names | None,
+    names: TorchNames | None,
     transforms: Transforms | None,
 ) -> dict[Parameter, tuple[str, str, Rearrangement]]:
     """For each parameter its path here, its first name in torch, and how its numbers go from there to here."""
@@ -252,7 +252,7 @@ def _first_names(params: Tensors) -> dict[str, str]:
 
 
 def _place_of(name: str, tensor: Any) -> Any:
-    """Where a tensor keeps its numbers; the name where that is unknown."""
+    """Return the place of a tensor's numbers in memory; the name where that is unknown."""
     address = tensor.data_ptr() if hasattr(tensor, "data_ptr") else 0
     return (address, tuple(tensor.shape), tensor.stride()) if address else name
 

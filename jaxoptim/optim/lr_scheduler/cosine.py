@@ -100,7 +100,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.T_0 = of.first_period("T_0", T_0)
         self.T_i = T_0
         self.T_mult = of.growth("T_mult", T_mult)
-        self.eta_min = of.minimum("eta_min", eta_min)
+        self.eta_min = of.lowest_rate("eta_min", eta_min)
         self.T_cur: Any = last_epoch
         super().__init__(optimizer, last_epoch)
 

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from jaxoptim.averaging import checked_decay, copied, dtype_of, ema_step, first_copied, floating, start, swa_step
+from jaxoptim.averaging import (
+    checked_decay,
+    copied,
+    dtype_of,
+    ema_step,
+    first_average,
+    first_copied,
+    floating,
+    swa_step,
+)
 from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.core.packing import unpacked
@@ -160,7 +169,7 @@ class AveragedModel:
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)), tree)
         self._averaged = [use_buffers or not is_buffer for is_buffer in _are_buffers(self._like)]
         self._function = as_pytree(multi_avg_fn or Partial(_each, as_pytree(avg_fn or get_swa_avg_fn())))
-        self._fill([start(x) for x in jax.tree.leaves(tree)])
+        self._fill([first_average(x) for x in jax.tree.leaves(tree)])
 
     def _fill(self, leaves: Sequence[jax.Array]) -> None:
         """Go on from these arrays, which are ours, in the dtypes of the average."""
@@ -204,7 +213,8 @@ class AveragedModel:
         """
         key, given = jax.tree_util.DictKey(collection), iter(values)
         paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(self._like)[0]]
-        self._fill([start(next(given)) if path[0] == key else x for path, x in zip(paths, self._leaves(), strict=True)])
+        leaves = zip(paths, self._leaves(), strict=True)
+        self._fill([first_average(next(given)) if path[0] == key else x for path, x in leaves])
 
     def update_parameters(self, model: Any) -> None:
         """Take one more set of parameters into the average; the first is copied.

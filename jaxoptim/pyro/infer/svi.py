@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
 from jaxoptim.pyro.optim.multi import as_multi_optimizer
+from jaxoptim.pyro.optim.multi_optimizer import Compiled
+from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 _MANY = 16
 """So many programs for other static arguments are more than one means to have."""
@@ -197,9 +200,12 @@ class SVI:
         data = (step_key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
             if plan.params:
-                loss, mutable = self._multi.step(
-                    plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
-                )
+                if isinstance(self._multi, Compiled | TorchStyle):  # no user's: without checks of what is right
+                    loss, mutable = self._multi._step(plan.program.loss, plan.params, data, self._skip_nonfinite)
+                else:
+                    loss, mutable = self._multi.step(
+                        plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
+                    )
                 plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
             else:
                 loss, mutable = plan.program.evaluate({}, *data)
@@ -326,6 +332,7 @@ class _Program:
 
         # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
         self.loss_fn = functools.partial(loss_fn)
+        self.loss = Loss(self.loss_fn, True)
         self.evaluate = jax.jit(loss_fn)
 
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import OptState
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.engine.numbers import Setting
 from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.store import Store
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.fading import Fading
 from jaxoptim.pyro.optim.member import Member
 
 
@@ -31,6 +33,8 @@ class Joint:
         self.fades = False
         self.store = Store()
         self._written: list[Member] = []
+        self._fading: Fading | None = None
+        self._has_new = False  # whether parameters have come since the last step
 
     def written(self, member: Member) -> None:
         """Remember that an option of a parameter was written."""
@@ -39,6 +43,7 @@ class Joint:
     def add(self, member: Member) -> None:
         """Take a parameter in."""
         self.members[member.name] = member
+        self._has_new = True
         self.fades = self.fades or member.optimizer.decays is not None
 
     def remove(self, name: str) -> None:
@@ -72,6 +77,10 @@ class Joint:
 
     def fade(self, params: Sequence[Parameter]) -> Callable[[], None] | None:
         """Let the options of these parameters decay; what is returned takes it back."""
+        if not self.fades:
+            return None
+        if (fading := self._steady(params)) is not None:
+            return fading.fade()
         faded = [undo for param in params if (undo := self.members[str(param.name)].fade()) is not None]
 
         def back() -> None:
@@ -80,16 +89,36 @@ class Joint:
 
         return back if faded else None
 
+    def _steady(self, params: Sequence[Parameter]) -> Fading | None:
+        """The options that decay at a step of these parameters, if the step before was alike and none was written."""
+        if self._fading is not None and self._fading.goes_on(params, self.store.units):
+            return self._fading
+        self._fading = None
+        if not self._written and len(self.store.units) == 1:
+            with Uninterrupted():
+                members = [self.members[str(param.name)] for param in params]
+                self._fading = Fading.of(members, self.store.units[0])
+        return self._fading
+
     def advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
         """One step of these parameters; those whose gradient is None stay."""
-        back = self.fade(params) if self.fades else None
-        try:
+
+        def step() -> None:
             self.settle()
             self.store.advance_some(params, grads, self._freeze)
-        except BaseException:
-            if back is not None:
-                back()
-            raise
+
+        if not self.fades:
+            return step()
+        if (fading := self._steady(params)) is not None:
+            return fading.advance(step)
+        with Uninterrupted():
+            back = self.fade(params)
+            try:
+                step()
+            except BaseException:
+                if back is not None:
+                    back()
+                raise
 
     def settle(self, *, together: bool = False) -> None:
         """Bring the store up to date with parameters, options, states and values.
@@ -97,14 +126,17 @@ class Joint:
         Args:
             together: all parameters in one unit, also those that have come just now (default False).
         """
-        written, self._written = list(dict.fromkeys(self._written)), []
-        changed = {member.param: member.apart for member in written if self.members.get(member.name) is member}
-        self.store.renumber_some(changed)
-        new = [member for member in self.members.values() if not self.store.has(member.param)]
+        if self._written:
+            written, self._written = list(dict.fromkeys(self._written)), []
+            changed = {member.param: member.apart for member in written if self.members.get(member.name) is member}
+            self.store.renumber_some(changed)
+        members = self.members.values() if self._has_new else ()
+        new = [member for member in members if not self.store.has(member.param)]
         if new and self.store.units and not together:
             self.store.add([member.as_group for member in new])
         elif new or not self.store.units or (together and len(self.store.units) > 1) or self.store.is_quiet():
             self._freeze()
+        self._has_new = False
         for slabs in self.store.units:
             slabs.update_outdated()
 

@@ -73,7 +73,7 @@ class Member(Storage):
         self.is_written = True
         self._apart: TakenApart | None = None
         self._made_of: list[Any] = []  # the options in the setting
-        self._place: int | None = None  # of the option that decays, among the numbers of the setting
+        self.catch_up: Callable[[], None] = _nothing  # before the setting is read, or an option written
         state = old.state_of(param)
         self.store = store
         self.groups, self.forest, self.is_list = old.groups, old.forest, old.is_list
@@ -93,6 +93,7 @@ class Member(Storage):
             self._write()
 
     def _write(self) -> None:
+        self.catch_up()
         self.is_written = True
         self._tell(self)
 
@@ -103,22 +104,34 @@ class Member(Storage):
 
     def fade(self) -> Callable[[], None] | None:
         """Let options decay, as Pyro does at every step; what is returned takes it back."""
-        if self.optimizer.decays is None:
+        if self.optimizer.decays is None or not self.fades:
             return None
         options, (option, factor) = self.options, self.optimizer.decays
         before = options[option]
-        if callable(before) or options[factor] == 1:  # the rule itself lets a schedule decay
-            return None
-        value = before * options[factor]
-        if type(value) is float and not self.is_written and self._apart is not None and self._place is not None:
-            # Only a number changes, as at every step.
-            dict.__setitem__(options, option, value)
-            self._apart = self._apart.with_leaf(self._place, value)
-            self._made_of[self._fields.index(option)] = value
-            self._tell(self)
-        else:
-            options[option] = value
+        options[option] = before * options[factor]
         return lambda: options.__setitem__(option, before)
+
+    @property
+    def fades(self) -> bool:
+        """Whether options decay at each step."""
+        if self.optimizer.decays is None:
+            return False
+        option, factor = self.optimizer.decays
+        # The rule itself lets a schedule decay.
+        return not callable(self.options[option]) and self.options[factor] != 1
+
+    def leaf_that_fades(self) -> int | None:
+        """Which leaf of the setting decays at each step; None where it is no plain number."""
+        option, factor = self.optimizer.decays or ("", "")
+        is_plain = type(self.options.get(option)) is float and type(self.options.get(factor)) is float
+        return self.apart.place_of(option) if is_plain else None
+
+    def keep(self, option: str, value: float) -> None:
+        """Take an option that has changed, unchecked, into the setting."""
+        self.catch_up = _nothing
+        if self._apart is not None and (place := self._apart.place_of(option)) is not None:
+            self._apart = self._apart.with_leaf(place, value)
+            self._made_of[self._fields.index(option)] = value
 
     def next_setting(self) -> Setting:
         """The setting of the next step, whose options have decayed once more."""
@@ -131,11 +144,11 @@ class Member(Storage):
     @property
     def apart(self) -> TakenApart:
         """The setting of the parameter: its rule with the current options, and the clipping."""
+        self.catch_up()
         if self._apart is None or self.is_written:
             now = [self._option(self.options, name) for name in self._fields]
             self._apart = self._setting_after(self._made_of or None, self._apart, now, self.options)
             self._made_of, self.is_written = now, False
-            self._place = None if self.optimizer.decays is None else self._apart.place_of(self.optimizer.decays[0])
         return self._apart
 
     def _setting(self, group: Group) -> TakenApart:
@@ -184,3 +197,7 @@ class Member(Storage):
             "This optimizer is one of many in a PyroOptim, which makes the steps of all. Call it with a list of "
             "parameters, or its update(params, grads)."
         )
+
+
+def _nothing() -> None:
+    """Have nothing to catch up with."""

@@ -233,7 +233,7 @@ class PyroOptim:
             skip_nonfinite: make no step if a gradient is not finite (default False).
         """
         # A known set of parameters has nothing to undo, and its step by itself stands Ctrl-C.
-        is_known = params == self._met and not self._joint.fades
+        is_known = params == self._met
         with contextlib.nullcontext() if is_known else Uninterrupted():
             joint, undo = self.joined(params)
             try:

@@ -231,13 +231,13 @@ def transformation_part(owned: Owned, optimizer: Any, params: Mapping[str, Param
     tx = transformation(optimizer) if is_rule else optimizer
     owner = owned.owner(params, tx.init)
     update = TransformationUpdate(owner.form, names_of(owner), tuple(params), None if is_rule else tx)
-    return Part(update, Numbers([optimizer]) if is_rule else None, owner)
+    return Part(update, Numbers([optimizer], stay=False) if is_rule else None, owner)
 
 
 def newton_part(owned: Owned, radii: Mapping[str, Any], params: Mapping[str, Parameter]) -> Part:
     """The share of Newton's method."""
     owner = owned.owner(params, lambda values: None)
-    return Part(NewtonUpdate(owner.form, names_of(owner), tuple(params), None), Numbers([radii]), owner)
+    return Part(NewtonUpdate(owner.form, names_of(owner), tuple(params), None), Numbers([radii], stay=False), owner)
 
 
 def names_of(owner: Owner) -> tuple[str, ...]:

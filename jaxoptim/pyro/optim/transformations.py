@@ -53,7 +53,7 @@ def _by_name(optim: PyroOptim, /) -> optax.GradientTransformationExtraArgs:
             param = None if params is None else params[name]
             its = setting(name, grad if params is None else param)
             updates[name], new[name] = update(its.rule, jax.tree.map(its.clip.clipped, grad), state[name], param)
-            if any_given and not jax.tree.leaves(grad) and type(its.rule).during is not Rule.during:
+            if any_given and not jax.tree.leaves(grad) and type(its.rule).at_update is not Rule.at_update:
                 new[name] = _passed_over(state[name])
         return updates, new
 

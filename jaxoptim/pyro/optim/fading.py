@@ -1,0 +1,96 @@
+"""Options that decay at every step, of many parameters at once."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxoptim.engine.slabs import Slabs, Spots
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.member import Member
+
+
+class Fading:
+    """Options that decay, as long as nobody else writes one or asks for a setting.
+
+    The numbers are Python's to the last bit: NumPy multiplies as it does. The settings of the parameters stay behind,
+    and catch up at the end.
+
+    Args:
+        params: the parameters of a step.
+        members: those of them whose options decay.
+        slabs: where all of them are.
+        spots: where the options are among its numbers.
+    """
+
+    def __init__(
+        self, params: Sequence[Parameter], members: Sequence[Member], slabs: Slabs, spots: Sequence[Spots]
+    ) -> None:
+        self._params, self._members, self._slabs, self._spots = list(params), members, slabs, spots
+        decays = [member.optimizer.decays or ("", "") for member in members]
+        self._groups = [member.options for member in members]
+        self._names = [option for option, _ in decays]
+        self._numbers = np.array([group[option] for group, (option, _) in zip(self._groups, decays, strict=True)])
+        self._factors = np.array([group[factor] for group, (_, factor) in zip(self._groups, decays, strict=True)])
+        self._is_over = False
+        for member in members:
+            member.catch_up = self._end
+
+    @classmethod
+    def of(cls, members: Sequence[Member], slabs: Slabs) -> Fading | None:
+        """The options that decay in a step of these parameters; None where one is no plain number, or none does."""
+        params = [member.param for member in members]
+        faded = [member for member in members if member.fades]
+        if not faded or not slabs.is_started or not all(param in slabs.index for param in params):
+            return None
+        leaves = [member.leaf_that_fades() for member in faded]
+        if None in leaves:
+            return None
+        spots = slabs.spots([member.param for member in faded], leaves)  # type: ignore[arg-type]
+        return None if spots is None else cls(params, faded, slabs, spots)
+
+    def goes_on(self, params: Sequence[Parameter], units: Sequence[Slabs]) -> bool:
+        """Whether a step of these parameters is as the one before."""
+        if not self._is_over and len(units) == 1 and units[0] is self._slabs and params == self._params:
+            return True
+        self._end()
+        return False
+
+    def fade(self) -> Callable[[], None]:
+        """Let the options decay; what is returned takes it back."""
+        before = self._numbers
+        self._fade(before)
+        return functools.partial(self._back, before)
+
+    def advance(self, step: Callable[[], None]) -> None:
+        """Let the options decay and make a step; neither, if that fails or is interrupted before it is made."""
+        before, leaves = self._numbers, self._slabs.leaves
+        try:
+            self._fade(before)
+            step()
+        except BaseException:
+            if not leaves[0].is_deleted():  # the counts, which a step is given, and destroys
+                self._back(before)
+            raise
+
+    def _fade(self, numbers: np.ndarray) -> None:
+        self._numbers = numbers * self._factors
+        self._slabs.write(self._spots, self._numbers)
+        # Past the groups' own method, which says that an option was written.
+        deque(map(dict.__setitem__, self._groups, self._names, self._numbers.tolist()), maxlen=0)
+
+    def _back(self, numbers: np.ndarray) -> None:
+        self._end()
+        for group, name, number in zip(self._groups, self._names, numbers.tolist(), strict=True):
+            group[name] = number
+
+    def _end(self) -> None:
+        """Let the settings of the parameters catch up."""
+        if self._is_over:
+            return
+        self._is_over = True
+        for member, name, number in zip(self._members, self._names, self._numbers.tolist(), strict=True):
+            member.keep(name, number)
