@@ -14,19 +14,34 @@ Values = Mapping[str, jax.Array]
 
 
 class Loss(NamedTuple):
-    """A loss function, and whether it returns an auxiliary output too; hashable, so that it names a program."""
+    """A loss function as what names a compiled program; hashable.
+
+    Attributes:
+        function: as given.
+        has_aux: whether it returns an auxiliary output too.
+        keywords: the names of its last arguments, those that it takes by keyword.
+        static: arguments by keyword that are fixed in the program.
+    """
 
     function: Callable[..., Any]
     has_aux: bool
+    keywords: tuple[str, ...] = ()
+    static: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, values: Values, *args: Any) -> Any:
+        """What the function returns."""
+        positional = args[: len(args) - len(self.keywords)]
+        named = dict(zip(self.keywords, args[len(positional) :], strict=True))
+        return self.function(values, *positional, **named, **dict(self.static))
 
     def both(self, values: Values, args: Sequence[Any]) -> tuple[Any, Any]:
         """The loss and the auxiliary output, None if there is none."""
-        result = self.function(values, *args)
+        result = self(values, *args)
         return result if self.has_aux else (result, None)
 
     def of(self, view: Callable[[Any], Any]) -> Loss:
         """The loss as a function of other values, of which the ones that it takes are a view."""
-        return Loss(lambda values, *args: self.function(view(values), *args), self.has_aux)
+        return Loss(lambda values, *args: self(view(values), *args), self.has_aux)
 
     def value(self, values: Values, args: Sequence[Any]) -> Any:
         """The loss alone."""

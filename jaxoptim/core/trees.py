@@ -89,10 +89,14 @@ def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
 
 
 def owned_arrays(tree: Any) -> Any:
-    """A tree with copies of its NumPy arrays, whose owner may change them before a compiled program has read them."""
-    if not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree)):
+    """A tree with copies of its arrays of NumPy and torch, whose owner may change them before a program reads them."""
+    if not any(map(_is_foreign, jax.tree.leaves(tree))):
         return tree
-    return jax.tree.map(lambda leaf: owned(leaf) if isinstance(leaf, np.ndarray) else leaf, tree)
+    return jax.tree.map(lambda leaf: owned(leaf) if _is_foreign(leaf) else leaf, tree)
+
+
+def _is_foreign(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) or (hasattr(leaf, "__dlpack__") and not isinstance(leaf, jax.Array))
 
 
 def check_array(what: str, name: str, x: Any) -> Any:

@@ -37,6 +37,11 @@ class Contents:
         """For each cell its value and its slots."""
         return jax.tree.unflatten(self.form.content[0], self.leaves)[1]
 
+    @property
+    def values(self) -> list[Any]:
+        """The values of the cells."""
+        return [value for value, _ in self.cells]
+
     def tree_flatten(self) -> tuple[Sequence[Any], Static]:
         """The arrays and their structure."""
         return self.leaves, self.form

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxoptim.core.loss import Loss
 from jaxoptim.engine import programs
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
+from jaxoptim.engine.programs import StepNumbers, StepOptions
 from jaxoptim.engine.update import Update
 
 
@@ -121,16 +122,33 @@ class Owner:
         self._history[:] = [result[:2]]
         return result
 
-    def minimize_by(self, update: Update, layout: Layout, data: Any, loss: Loss, args: tuple[Any, ...]) -> Any:
+    def minimize_by(self, update: Update, layout: Layout, data: Any, job: Minimization) -> Any:
         """Make one step along the gradient of a loss, in one compiled call.
 
         Returns:
-            The loss before the step, or ``(loss, aux)``.
+            The loss before the step, what the loss function returns besides, and what was measured.
         """
-        kind = None if loss.has_aux else (update, loss, *map(kind_of, jax.tree.leaves(args)))  # aux: of any classes
-        given: tuple[Any, ...] = ((update,), layout, loss, False, (data,), (self.taken(),), {}, args)
-        _, _, value, aux = self.run(programs.minimize, kind, given)
-        return (value, aux) if loss.has_aux else value
+        loss, args, options, numbers = job
+        kinds = (*map(kind_of, jax.tree.leaves(args)), *(number is None for number in numbers))
+        kind = None if loss.has_aux else (update, loss, options, *kinds)  # an auxiliary output may be of any class
+        given: tuple[Any, ...] = ((update,), layout, loss, options, numbers, (data,), (self.taken(),), {}, args)
+        return self.run(programs.minimize, kind, given)[2:]
+
+
+class Minimization(NamedTuple):
+    """What one call of ``minimize`` is about.
+
+    Attributes:
+        loss: the loss.
+        args: what it takes besides the parameters.
+        options: what the step does besides.
+        numbers: of these options.
+    """
+
+    loss: Loss
+    args: tuple[Any, ...]
+    options: StepOptions = StepOptions()
+    numbers: StepNumbers = StepNumbers()
 
 
 def _references(arrays: Sequence[Any]) -> list[int]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxoptim.core.accumulation import accumulated
+from jaxoptim.core.clipping import Clip, squares
 from jaxoptim.core.loss import Evaluation, Loss, all_finite, evaluated
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
@@ -43,25 +45,73 @@ def advance(update: Update, data: Any, leaves: Arrays, grads: Any) -> tuple[list
     return [_returned(update, new)], [published]
 
 
-@functools.partial(jax.jit, static_argnames=("updates", "layout", "loss", "skip_nonfinite"), donate_argnames="leaves")
+class StepOptions(NamedTuple):
+    """What a step does besides an evaluation and an update; it decides what is compiled.
+
+    Attributes:
+        accumulate: into how many micro-batches the batch is cut, None for a loss that takes it whole.
+        mean: whether the loss is the mean over micro-batches, not their sum.
+        skip_nonfinite: leave everything as it is where the loss or a gradient is not finite.
+        measures: return the norms of gradient and update.
+    """
+
+    accumulate: int | None = None
+    mean: bool = True
+    skip_nonfinite: bool = False
+    measures: bool = False
+
+
+class StepNumbers(NamedTuple):
+    """The numbers of these options, which are data.
+
+    Attributes:
+        clip_norm: a bound on the norm of the whole gradient, None for no bound.
+        clip_value: a bound on each number of it, None for no bound.
+        num_skipped: the steps that were skipped so far.
+    """
+
+    clip_norm: Any = None
+    clip_value: Any = None
+    num_skipped: Any = None
+
+
+class Measured(NamedTuple):
+    """What a step has measured, on the device.
+
+    Attributes:
+        grad_norm: the norm of the whole gradient before clipping.
+        update_norm: the norm of the change of all parameters.
+        skipped: whether the step was left out because the loss or a gradient was not finite.
+        num_skipped: the steps that were left out so far.
+    """
+
+    grad_norm: jax.Array
+    update_norm: jax.Array
+    skipped: jax.Array
+    num_skipped: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
 def minimize(
     updates: tuple[Update, ...],
     layout: Layout | None,
     loss: Loss,
-    skip_nonfinite: bool,
+    options: StepOptions,
+    numbers: StepNumbers,
     data: tuple[Any, ...],
     leaves: tuple[Arrays, ...],
     held: dict[str, jax.Array],
     args: tuple[Any, ...],
     always: jax.Array | None = None,
-) -> tuple[list[Any], list[Any], jax.Array, Any]:
+) -> tuple[list[Any], list[Any], jax.Array, Any, Measured | None]:
     """Make one step of the parameters of one or more owners from one evaluation of a loss at their old values.
 
     Args:
         updates: how the parameters of each owner are updated.
         layout: makes the tree that the loss takes (None: it takes a dict by name).
         loss: the loss.
-        skip_nonfinite: leave everything as it is where the loss or a gradient is not finite.
+        options: what the step does besides.
+        numbers: of the options.
         data: what each update reads.
         leaves: values and state of each owner, which are donated.
         held: values of parameters that nobody updates, by name.
@@ -70,29 +120,47 @@ def minimize(
 
     Returns:
         For each owner the leaves of its new contents and what it publishes; the loss, nan for a step that is skipped;
-        what the loss returns besides.
+        what the loss returns besides; what was measured, if that is asked for.
     """
     values = dict(held)
     own = [update.values(reads, its) for update, reads, its in zip(updates, data, leaves, strict=True)]
     for some in own:
         values.update(some)
     seen = loss if layout is None else loss.of(layout.tree)
-    if always is None or any(update.second_order for update in updates):
+    if options.accumulate is not None:
+        found = accumulated(seen, values, args, options.accumulate, options.mean)
+    elif always is None or any(update.second_order for update in updates):
         found = evaluated(seen, values, args, any(update.second_order for update in updates))
     else:
         found = _evaluated_apart(seen, values, args, always)
-    new, published, value = list[Any](), list[Any](), found.loss
-    if skip_nonfinite:
+    clip = Clip(numbers.clip_norm, numbers.clip_value)
+    is_measured = options.measures or clip.clip_norm is not None
+    square = sum_of_squares(found.grads) if is_measured else jnp.zeros(())
+    taken, value = jnp.array(True), found.loss
+    if options.skip_nonfinite:
         taken = all_finite((found.loss, found.grads))
         value = jnp.where(taken, found.loss, jnp.nan)
+    if not clip.is_off:
+        found = found._replace(grads=jax.tree.map(lambda grad: clip.bounded(grad, square), found.grads))
+    new, published, moved = list[Any](), list[Any](), list[Any]()
     for update, reads, old, names in zip(updates, data, leaves, own, strict=True):
         after, public = update.after(reads, old, found.of(names))
-        if skip_nonfinite:
-            kept = (update.contents(old), update.published(reads))
+        if options.skip_nonfinite:
+            kept = (update.contents(old), update.unchanged(reads, public))
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
         new.append(_returned(update, after))
         published.append(public)
-    return new, published, value, found.aux
+        moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
+    if not options.measures:
+        return new, published, value, found.aux, None
+    num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
+    measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped)
+    return new, published, value, found.aux, measured
+
+
+def sum_of_squares(tree: Any) -> jax.Array:
+    """The sum of the squared absolute values of all numbers of a tree, in float32 at least."""
+    return functools.reduce(jnp.add, map(squares, jax.tree.leaves(tree)), jnp.zeros(()))
 
 
 def _returned(update: Update, new: Contents) -> Any:

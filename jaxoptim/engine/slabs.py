@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.interrupts import Uninterrupted
-from jaxoptim.core.loss import Loss
 from jaxoptim.core.packing import part, read, with_part
 from jaxoptim.engine import programs
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.freeze import View, frozen
 from jaxoptim.engine.layout import Cell
 from jaxoptim.engine.numbers import Numbers, TakenApart, together
-from jaxoptim.engine.owner import Owner
+from jaxoptim.engine.owner import Minimization, Owner
 from jaxoptim.engine.records import NOT_STARTED, Group, Record, placed
 from jaxoptim.engine.slab_update import MissingGradient, SlabUpdate, start
 from jaxoptim.engine.slots import abstract_slots
@@ -484,11 +483,11 @@ class Slabs(Owner):
         self._even = False
         return here, new
 
-    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
+    def minimize(self, job: Minimization) -> Any:
         """Make one step of all parameters along the gradient of a loss; see :meth:`Owner.minimize_by`."""
         with self._started(self._updated) if self._unstarted else contextlib.nullcontext():
             data = (self.settings, self.offsets, None)
-            return self.minimize_by(self.update(self._even), self.layout, data, loss, args)
+            return self.minimize_by(self.update(self._even), self.layout, data, job)
 
 
 _MANY_READS = 8

@@ -50,6 +50,6 @@ class Update(Static):
         """Update after an evaluation of the loss at the values of the parameters that take part."""
         raise NotImplementedError
 
-    def published(self, data: Any) -> Any:
-        """Return what :meth:`after` would publish if it changed nothing."""
-        return None
+    def unchanged(self, data: Any, published: Any) -> Any:
+        """Return what a step that changes nothing publishes, in the place of what :meth:`after` has published."""
+        return published

@@ -103,9 +103,10 @@ class SharedUpdate(Update):
         """Update along the gradient of a loss."""
         return self._stepped(data, leaves, [evaluation.grads[struct.name] for struct in self.layout.structs])
 
-    def published(self, data: Any) -> Any:
+    def unchanged(self, data: Any, published: Any) -> Any:
         """Return the counts and what is shared as they are."""
-        return data[1]
+        pairs = zip(data[1], published, strict=True)
+        return [(count, {name: shared[name] for name in new}) for (count, shared), (_, new) in pairs]
 
     def _rules(self, data: Any) -> list[Any]:
         return Numbers.tree_unflatten(self.rules, data[0]).each()

@@ -26,12 +26,15 @@ class DecayingRate(Optimizer):
             rates = [group["lr"] for group in self.param_groups]
             for group in self.param_groups:
                 group["lr"] = group["lr"] * group["lrd"]
+            before, is_made = self.last, False
             try:
-                return run()
-            except BaseException:
-                for group, rate in zip(self.param_groups, rates, strict=True):
-                    group["lr"] = rate
-                raise
+                result = run()
+                is_made = self.last is before or self.last is None or not bool(self.last.skipped)
+                return result
+            finally:
+                if not is_made:
+                    for group, rate in zip(self.param_groups, rates, strict=True):
+                        group["lr"] = rate
 
     def _pure_rule(self, part: Part) -> Rule:
         lrd = part.group["lrd"]

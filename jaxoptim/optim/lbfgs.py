@@ -19,7 +19,8 @@ from jaxoptim.core.numerics import is_complex
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.numbers import Numbers
-from jaxoptim.engine.owner import kind_of
+from jaxoptim.engine.owner import Minimization, kind_of
+from jaxoptim.engine.programs import StepOptions
 from jaxoptim.engine.static import Static
 from jaxoptim.engine.whole import contents, named
 from jaxoptim.optim import state_checks
@@ -92,15 +93,20 @@ class FlatStorage(WholeStorage):
             "Call step(closure) with a function that sets the gradients and returns the loss, or minimize(loss_fn)."
         )
 
-    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
-        """Make one step with all of its evaluations, in one compiled call."""
+    def minimize(self, job: Minimization) -> Any:
+        """Make one step with all of its evaluations, in one compiled call; see :meth:`Owner.minimize_by`."""
+        loss, args, options, _ = job
+        if options != StepOptions():
+            raise TypeError(
+                "LBFGS evaluates the loss at several points in one step, so its minimize takes no clip_norm, "
+                "clip_value, accumulate, skip_nonfinite or measure. Put them into the loss, or take another optimizer."
+            )
         self.settle()
         with self._started():
             owner = self._owner()
             kind = None if loss.has_aux else (loss, *map(kind_of, jax.tree.leaves(args)))
             given = (self.layout, owner.form, self.numbers, owner.taken(), loss, args)
-            _, _, value, aux = owner.run(_minimize, kind, given)
-        return (value, aux) if loss.has_aux else value
+            return owner.run(_minimize, kind, given)[2:]
 
     def search(self, closure: Callable[[], Any]) -> Any:
         """Make one step with evaluations by a function that sets gradients; as before if it raises."""
@@ -146,7 +152,7 @@ def _stepped(state: OptState, shared: Any, others: Sequence[Any]) -> list[Any]:
 @functools.partial(jax.jit, static_argnames=("layout", "form", "loss"), donate_argnames="leaves")
 def _minimize(
     layout: Layout, form: Static, numbers: Numbers, leaves: Sequence[Any], loss: Loss, args: tuple[Any, ...]
-) -> tuple[list[Any], list[Any], Any, Any]:
+) -> tuple[list[Any], list[Any], Any, Any, None]:
     """One step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
 
     The auxiliary output is that of the first evaluation.
@@ -167,7 +173,7 @@ def _minimize(
         first, aux = (found.loss, found.grads), found.aux
     value, x, shared = rule.minimize(value_and_grad, x, state.shared, first)
     new = contents(_with_vector(layout, values, x), _stepped(state, shared, others))
-    return [new.leaves], [None], value, aux
+    return [new.leaves], [None], value, aux, None
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,13 +11,16 @@ import optax
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
-from jaxoptim.core.loss import Loss, LossFunctions
+from jaxoptim.core.loss import LossFunctions
+from jaxoptim.engine.owner import Minimization
+from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, state_checks, state_dicts, subclass
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
+from jaxoptim.optim.minimization import loss_of, minimization
 from jaxoptim.optim.parameter import zeros_like
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.state import State
@@ -63,6 +66,8 @@ class Optimizer(Hooked):
             :class:`Parameter`. What you write there takes effect at the next step.
         state: the slots of each parameter, ``state[param]["exp_avg"]``: a live view, by torch's names.
         defaults: as given.
+        last: what the last call of :meth:`minimize` that measures has measured, arrays on the device: ``grad_norm``
+            (before clipping), ``update_norm``, ``skipped`` and ``num_skipped`` (so far); None before it.
 
     Errors:
         Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized,
@@ -127,6 +132,7 @@ class Optimizer(Hooked):
         self._storage = self.storage_class(self.rule, self.step_type, self.fixed)
         self._state = State(self._storage)
         self._prepare_hooks()
+        self.last: Measured | None = None
         self._loss_functions = LossFunctions("minimize", "opt.minimize(loss_fn, batch)")
 
     # Parameters and their groups.
@@ -260,23 +266,54 @@ class Optimizer(Hooked):
         return loss, self._storage.own_gradients() if grads is None else trees.owned_arrays(grads)
 
     @hooked
-    def minimize(self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False) -> Any:
-        """Update the parameters once along the gradient of a loss, all in one compiled and donated program.
+    def minimize(
+        self,
+        loss_fn: Callable[..., Any],
+        *args: Any,
+        has_aux: bool = False,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        accumulate: int | None = None,
+        accumulate_mean: bool = True,
+        skip_nonfinite: bool = False,
+        measure: bool = False,
+        static: Collection[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        r"""Update the parameters once along the gradient of a loss, all in one compiled and donated program.
 
         It is compiled once for each ``loss_fn`` and shapes of ``args``; pass one function again and again, and
-        the data as arguments.
+        the data as arguments. The whole gradient is clipped as torch does, first its norm, then each number:
+
+        .. math::
+            g \leftarrow g \min\Bigl(1, \frac{c}{\lVert g \rVert_2 + 10^{-6}}\Bigr), \qquad
+            g \leftarrow \mathrm{clip}(g, -v, v)
 
         Args:
-            loss_fn: ``loss_fn(params, *args)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has the
-                structure of :attr:`params`.
-            args: pytrees of arrays.
+            loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has
+                the structure of :attr:`params`.
+            args: pytrees of arrays of JAX, NumPy or torch.
             has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
+            clip_norm: :math:`c \ge 0`, a bound on the norm of the gradient of all parameters (default None: none).
+            clip_value: :math:`v \ge 0`, a bound on each number of the gradient (default None: none).
+            accumulate: the number of equal micro-batches into which the leading axis of every array among the
+                arguments is cut, with one gradient in memory at a time (default None: the batch is taken whole).
+                Keys get the number of the micro-batch folded in. The loss may then be ``(sum, weight)``, whose mean is
+                that over all weights. An auxiliary output comes back with one entry for each micro-batch.
+            accumulate_mean: whether the loss is the mean over micro-batches (default True), or their sum.
+            skip_nonfinite: leave parameters and state as they are if the loss or a gradient is not finite (default
+                False). The loss of such a step is nan, and it is counted in :attr:`last`.
+            measure: leave the norms of gradient and update in :attr:`last` (default False; the options above do so
+                too).
+            static: the names of keyword arguments that are fixed in the program, such as a flag (default: none).
+            kwargs: keyword arguments of ``loss_fn``.
 
         Returns:
             The loss before the update, or ``(loss, aux)``.
 
         Errors:
-            ``TypeError`` for a function that cannot be hashed; what ``loss_fn`` raises.
+            ``TypeError`` for a function that cannot be hashed, and for text that is not static; ``ValueError`` for a
+            bound below zero, and for a batch that cannot be cut; what ``loss_fn`` raises.
 
         Example:
             >>> import jax.numpy as jnp
@@ -286,10 +323,24 @@ class Optimizer(Hooked):
             ...     return jnp.sum((params["w"] - target) ** 2)
             >>> [round(float(opt.minimize(loss, 3.0)), 3) for _ in range(3)]
             [8.0, 5.12, 3.277]
+            >>> loss_before = opt.minimize(loss, 3.0, clip_norm=1.0)
+            >>> round(float(opt.last.grad_norm), 3), round(float(opt.last.update_norm), 3)
+            (2.896, 0.1)
         """
         self._loss_functions.check(loss_fn)
-        args = trees.owned_arrays(args)
-        return self._update(lambda: self._storage.minimize(Loss(loss_fn, has_aux), args))
+        loss, args = loss_of(loss_fn, has_aux, args, kwargs, static)
+        num_skipped = None if self.last is None else self.last.num_skipped
+        job = minimization(
+            loss, args, clip_norm, clip_value, accumulate, accumulate_mean, skip_nonfinite, measure, num_skipped
+        )
+        value, aux = self._update(lambda: self._minimized(job))
+        return (value, aux) if has_aux else value
+
+    def _minimized(self, job: Minimization) -> tuple[Any, Any]:
+        value, aux, measured = self._storage.minimize(job)
+        if measured is not None:
+            self.last = measured
+        return value, aux
 
     def _update(self, run: Callable[[], Any]) -> Any:
         """Make one update; the place for what a class does to its options at each."""

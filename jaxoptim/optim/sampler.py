@@ -13,12 +13,12 @@ import numpy as np
 import optax
 
 from jaxoptim.core import OptState, Rule, as_jax, init, trees
-from jaxoptim.core.loss import Loss
 from jaxoptim.core.noise import check_key, is_key
 from jaxoptim.core.numerics import placed_like
 from jaxoptim.core.rule import assembled
 from jaxoptim.engine import programs
 from jaxoptim.engine.numbers import Numbers
+from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.whole import SharedUpdate, bare, named
 from jaxoptim.optim.optimizer import Groups, Optimizer
@@ -73,13 +73,13 @@ class SamplerStorage(WholeStorage):
             owner.run(programs.advance, (update, noise is None), args)
         self._publish()
 
-    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
-        """The loss, and one update along its gradient, in one compiled call."""
+    def minimize(self, job: Minimization) -> Any:
+        """Make one update along the gradient of a loss, in one compiled call; see :meth:`Owner.minimize_by`."""
         self.settle()
         with self._started():
             update, common = self._update()
             data = (self.numbers.arrays, common, None)
-            result = self._owner().minimize_by(update, self.layout, data, loss, args)
+            result = self._owner().minimize_by(update, self.layout, data, job)
         self._publish()
         return result
 

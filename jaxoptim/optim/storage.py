@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule, check_param, trees
-from jaxoptim.core.loss import Loss
 from jaxoptim.core.rule import Traced
 from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
+from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.records import Group as Members
 from jaxoptim.engine.slabs import Slabs
@@ -167,9 +167,9 @@ class Storage:
         self.settle()
         self.store.advance(grads, self._freeze)
 
-    def minimize(self, loss: Loss, args: tuple[Any, ...]) -> Any:
-        """The loss, and one update along its gradient, in one compiled call."""
-        return self.slabs().minimize(loss, args)
+    def minimize(self, job: Minimization) -> Any:
+        """Make one update along the gradient of a loss, in one compiled call; see :meth:`Owner.minimize_by`."""
+        return self.slabs().minimize(job)
 
     def start(self) -> None:
         """Make the state of all parameters now instead of at their first update."""

@@ -70,8 +70,9 @@ def make_step(
     try:
         with Uninterrupted():
             taken = tuple(part.owner.taken() for part in parts)
-            new, _, value, aux = programs.minimize(
-                updates, None, loss, skip_nonfinite, data, taken, held, args, programs.true()
+            options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
+            new, _, value, aux, _ = programs.minimize(
+                updates, None, loss, options, programs.StepNumbers(), data, taken, held, args, programs.true()
             )
             for part, leaves in zip(parts, new, strict=True):
                 part.owner.take(leaves)

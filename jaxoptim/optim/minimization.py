@@ -1,0 +1,92 @@
+"""What ``minimize`` is asked to do, checked and in the form of the compiled step."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import trees
+from jaxoptim.core.clipping import Clip
+from jaxoptim.core.loss import Loss
+from jaxoptim.engine.owner import Minimization
+from jaxoptim.engine.programs import StepNumbers, StepOptions
+
+
+def loss_of(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    static: Collection[str],
+) -> tuple[Loss, tuple[Any, ...]]:
+    """Return the loss, and the arguments that are data, those by keyword last.
+
+    Raises:
+        TypeError: for a static name that is no keyword, a static value that cannot be hashed, and text among the data.
+    """
+    if isinstance(static, str):
+        static = (static,)
+    if unknown := sorted(set(static) - kwargs.keys()):
+        raise TypeError(
+            f"static names {unknown[0]!r}, which is no keyword argument of this call. Pass it by keyword: "
+            f"minimize(loss_fn, ..., {unknown[0]}=value, static=[{unknown[0]!r}])."
+        )
+    fixed = tuple((name, kwargs[name]) for name in sorted(static))
+    for name, value in fixed:
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"The static argument {name!r} is a {type(value).__name__}, which cannot be hashed. Static are str, "
+                "bool, int and other values that name a program; arrays are data."
+            ) from None
+    data = {name: value for name, value in kwargs.items() if name not in static}
+    places: dict[str, Any] = {f"number {at}": value for at, value in enumerate(args, 1)}
+    for place, value in (places | {repr(name): value for name, value in data.items()}).items():
+        if isinstance(value, str | bytes):
+            raise TypeError(
+                f"The argument {place} of the loss is the text {value!r:.40}, which is no data. Pass it by keyword "
+                "and mark it: minimize(loss_fn, ..., mode='train', static=['mode'])."
+            )
+    return Loss(loss_fn, has_aux, tuple(data), fixed), trees.owned_arrays((*args, *data.values()))
+
+
+def minimization(
+    loss: Loss,
+    args: tuple[Any, ...],
+    clip_norm: float | None,
+    clip_value: float | None,
+    accumulate: int | None,
+    accumulate_mean: bool,
+    skip_nonfinite: bool,
+    measure: bool,
+    num_skipped: Any,
+) -> Minimization:
+    """Return what one call is about.
+
+    Raises:
+        ValueError: for a bound that is negative, and for fewer than one micro-batch.
+    """
+    if clip_norm is None and clip_value is None and accumulate is None and not skip_nonfinite and not measure:
+        return Minimization(loss, args)
+    if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
+        raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
+    bounds = Clip(clip_norm=clip_norm, clip_value=clip_value)
+    options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), measures=True)
+    numbers = StepNumbers(_on_device(bounds.clip_norm), _on_device(bounds.clip_value), num_skipped)
+    return Minimization(loss, args, options, numbers)
+
+
+def _on_device(bound: Any) -> Any:
+    return _kept(bound, jnp.result_type(float)) if isinstance(bound, float) else bound
+
+
+@functools.lru_cache(64)
+def _kept(number: float, dtype: Any) -> jax.Array:
+    """A number on the device, where a training loop asks for it at every step."""
+    return jnp.asarray(number, dtype)
