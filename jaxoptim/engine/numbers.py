@@ -180,13 +180,13 @@ class Numbers:
         numbers = [np.reshape(x, -1) for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
         # In the dtype of JAX's floats already, which is faster than to have JAX convert it.
         vector: Any = np.concatenate([*numbers, []]).astype(jnp.result_type(float))
-        vector = jax.device_put(vector) if stay else vector  # which compiles nothing, unlike jnp.asarray
+        vector = jnp.asarray(vector) if stay else vector
         self.arrays: tuple[Any, ...] = (vector, *(x for x, shape in zip(leaves, shapes, strict=True) if shape is None))
         self.form = Static(treedef, shapes)
 
     def of(self, numbers: np.ndarray) -> Numbers:
         """The same trees with other numbers, a vector in the order of the leaves."""
-        return self._of(jax.device_put(numbers.astype(jnp.result_type(float))))
+        return self._of(jnp.asarray(numbers.astype(jnp.result_type(float))))  # half the time of jax.device_put
 
     def of_one_step(self, numbers: np.ndarray) -> Numbers:
         """As :meth:`of`, for numbers that change at every step: they come to the device with the call."""

@@ -178,7 +178,9 @@ class Store:
         """Take other settings for the groups of some parameters; where more than numbers differ, all are thawed."""
         for slabs in self.units if settings else ():
             own = {slabs.group_of(param): apart for param, apart in settings.items() if param in slabs.index}
-            if own and not slabs.renumber(own):
+            with jax.ensure_compile_time_eval():
+                is_done = not own or slabs.renumber(own)
+            if not is_done:
                 return self.thaw()
 
     # Steps.

@@ -50,6 +50,8 @@ class Arguments:
         # 1, 1.0 and True are equal, but not the same argument.
         self.form = (self._treedef, tuple((type(x), x) for x in self._leaves))
         self.program = (self.form, tuple(kind for kind in kinds if kind is not None))
+        if None not in kinds:
+            return
         try:
             hash(self.form)
         except TypeError:
