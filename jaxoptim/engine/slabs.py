@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.interrupts import Uninterrupted
-from jaxoptim.core.packing import part, read, with_part
 from jaxoptim.engine import programs
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.freeze import View, frozen
-from jaxoptim.engine.layout import Cell
-from jaxoptim.engine.numbers import Numbers, TakenApart, together
+from jaxoptim.engine.numbers import TakenApart
 from jaxoptim.engine.owner import Minimization, Owner
-from jaxoptim.engine.records import NOT_STARTED, Group, Record, placed
+from jaxoptim.engine.records import NOT_STARTED, Group, Record
+from jaxoptim.engine.settings import Settings
+from jaxoptim.engine.slab_parts import FEW_PARTS, host_part_of, part_of, parts_of, with_values
 from jaxoptim.engine.slab_update import MissingGradient, SlabUpdate, start
 from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.engine.static import Static
@@ -31,20 +30,6 @@ _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
 _FEW_KERNELS = 4
 """So many more kernels to compile cost less than an argument for each array at every step."""
-
-
-class Spots(NamedTuple):
-    """Where some numbers are in one of the arrays of the settings.
-
-    Attributes:
-        number: of the array.
-        places: in it.
-        own: which of the numbers are there.
-    """
-
-    number: int
-    places: np.ndarray
-    own: np.ndarray
 
 
 class Slabs(Owner):
@@ -59,7 +44,7 @@ class Slabs(Owner):
 
     Attributes:
         layout: which rows are whose.
-        numbers: the settings, in arrays on the device.
+        settings: those of the groups.
         others: entries of state that the rules do not keep, by parameter.
 
     Errors:
@@ -77,83 +62,28 @@ class Slabs(Owner):
         made = frozen(groups, labels, view, records, alone)
         self.layout, self.others = made.layout, made.others
         self.groups = list(groups)
-        self._groups_of, self._groups_in, self._num_shared = made.groups_of, made.groups_in, made.num_shared
-        self._forms = made.forms
+        self._groups_of = made.groups_of
         self._unstarted, self._even = made.unstarted, made.is_even
         self._read: dict[int, jax.Array] = {}  # since the last step
         self._counts: Any = None  # read since the last step
         self._has_gaps = False  # whether a gradient was missing in the last step
-        self._is_numeric = all(group.apart.is_numeric for group in groups)
         self._updates: dict[Any, SlabUpdate] = {}
-        self._number()
+        aparts = [group.apart for group in groups]
+        self.settings = Settings(aparts, made.forms, made.groups_in, made.num_shared)
         super().__init__(made.params, made.contents)
-
-    def _number(self) -> None:
-        """Put the settings into arrays: one for all slabs, and one for each setting that only single arrays follow.
-
-        Where each of these has the same places in an array of its own, arrays of one shape run the same kernel.
-        """
-        self._updates.clear()
-        settings = [[self.groups[at].apart for at in own] for own in self._groups_in]
-        shared, count = range(self._num_shared), len(settings)
-        self._bundles = [list(shared)] * bool(shared) + [[at] for at in range(len(shared), count)]
-        forms = [[self._forms[at] for at in own] for own in self._groups_in]
-        self.numbers = [Numbers([together(settings[at], forms[at]) for at in bundle]) for bundle in self._bundles]
-        if not self._is_numeric:
-            return
-        # The same on the host: leaf after leaf of a setting, each for all of its groups.
-        self._vectors: list[np.ndarray] = []
-        self._spots: dict[int, list[tuple[int, np.ndarray]]] = {at: [] for at in range(len(self.groups))}
-        for number, bundle in enumerate(self._bundles):
-            vector: list[float] = []
-            for at in bundle:
-                begin, own = len(vector), [form.leaves(x) for form, x in zip(forms[at], settings[at], strict=True)]
-                vector += [x for column in zip(*own, strict=True) for x in column]
-                for place, group in enumerate(self._groups_in[at]):
-                    spots = begin + place + len(own) * self._forms[group].places()
-                    self._spots[group].append((number, spots))
-            self._vectors.append(np.array(vector))
 
     def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
         """Take other numbers for some groups; False where more than numbers differ, and then nothing is done."""
-        new = {at: apart for at, apart in changed.items() if apart is not self.groups[at].apart}
-        if not all(apart.is_numeric and apart.form == self.groups[at].apart.form for at, apart in new.items()):
+        if not self.settings.renumber(changed):
             return False
-        for at, apart in new.items():
+        for at, apart in changed.items():
             self.groups[at] = self.groups[at]._replace(apart=apart)
-        if not new:
-            return True
-        if not self._is_numeric:
-            self._number()
-            return True
-        spots = [(number, spot, apart) for at, apart in new.items() for number, spot in self._spots[at]]
-        for number, spot, apart in spots:
-            self._vectors[number][spot] = apart.leaves
-        for number in {number for number, _, _ in spots}:
-            self.numbers[number] = self.numbers[number].of(self._vectors[number])
         return True
 
     @property
     def is_started(self) -> bool:
         """Whether all parameters have state."""
         return not self._unstarted
-
-    def spots(self, params: Sequence[Any], leaves: Sequence[int]) -> list[Spots] | None:
-        """Where a number in the setting of each of these parameters is; None where settings are not numbers alone."""
-        if not self._is_numeric:
-            return None
-        found: dict[int, list[tuple[int, int]]] = {}
-        for own, (param, leaf) in enumerate(zip(params, leaves, strict=True)):
-            for number, spot in self._spots[self.group_of(param)]:
-                found.setdefault(number, []).append((spot[leaf], own))
-        return [Spots(number, *np.array(pairs).T) for number, pairs in found.items()]
-
-    def write(self, spots: Sequence[Spots], numbers: np.ndarray) -> None:
-        """Take other numbers at these places for the next step; the settings of the groups stay behind."""
-        for of in spots:
-            vector = self._vectors[of.number]
-            vector[of.places] = numbers[of.own]
-            self.numbers[of.number] = self.numbers[of.number].of_one_step(vector)
 
     def group_of(self, param: Any) -> int:
         """The number of the group of a parameter."""
@@ -170,12 +100,12 @@ class Slabs(Owner):
     def read(self, index: int) -> jax.Array:
         """The value of one parameter, the same array until the next step."""
         if index not in self._read:
-            if len(self._read) >= _MANY_READS:
+            if len(self._read) >= FEW_PARTS:
                 self.read_all()
             else:
                 cell, at = self.layout.places[index]
                 value, _ = self.contents.cells[cell.number]
-                self._read[index] = self._part(cell, at, value, self.layout.structs[index].shape)
+                self._read[index] = part_of(self.layout, cell, at, value, self.layout.structs[index].shape)
         return self._read[index]
 
     def read_all(self) -> None:
@@ -184,7 +114,7 @@ class Slabs(Owner):
             return
         for cell, (value, _) in zip(self.layout.cells, self.contents.cells, strict=True):
             shapes = [self.layout.structs[member].shape for member in cell.members]
-            for member, x in zip(cell.members, self._parts(cell, value, shapes), strict=True):
+            for member, x in zip(cell.members, parts_of(self.layout, cell, value, shapes), strict=True):
                 self._read.setdefault(member, x)
 
     def slots_of(self, index: int) -> dict[str, Any]:
@@ -195,7 +125,7 @@ class Slabs(Owner):
             return {}
         like = self._slots_like(index)
         return {
-            name: self._part(cell, at, slots[name], struct.shape)
+            name: part_of(self.layout, cell, at, slots[name], struct.shape)
             for name, struct in like.items()
             if struct is not None and name in slots
         }
@@ -210,7 +140,7 @@ class Slabs(Owner):
             like = [self._slots_like(member) for member in cell.members]
             for name in like[0]:
                 if like[0][name] is not None and slots.get(name) is not None:
-                    parts = self._parts(cell, slots[name], [of[name].shape for of in like])
+                    parts = parts_of(self.layout, cell, slots[name], [of[name].shape for of in like])
                     for member, x in zip(cell.members, parts, strict=True):
                         if counts[member] != NOT_STARTED:
                             found[member][name] = x
@@ -218,34 +148,6 @@ class Slabs(Owner):
 
     def _slots_like(self, index: int) -> dict[str, Any]:
         return abstract_slots(self.groups[self._groups_of[index]].apart.setting.rule, self.layout.structs[index].like)
-
-    def _place(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> int:
-        """Where a parameter's part of a flat array begins."""
-        first, size = self.layout.first_rows[cell.number][at], math.prod(shape)
-        if array.size == self.layout.sizes[cell.number] and size == self.layout.structs[cell.members[at]].size:
-            return first * cell.width
-        return first * (1 if self._is_elementwise(cell) else size)
-
-    def _is_elementwise(self, cell: Cell) -> bool:
-        return self.groups[self._groups_of[cell.members[0]]].apart.setting.rule.elementwise
-
-    def _part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
-        if not cell.is_slab:
-            return array
-        return part(array, self._place(cell, at, array, shape), shape, is_whole=True)
-
-    def _parts(self, cell: Cell, array: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-        if not cell.is_slab:
-            return [array]
-        places = [(shape, self._place(cell, at, array, shape)) for at, shape in enumerate(shapes)]
-        if len(set(shapes)) <= _FEW_SHAPES:
-            return read(array, places, is_whole=True)
-        # A program for each shape would take longer to compile than a copy of all.
-        whole = np.asarray(array).reshape(-1)
-        return [
-            placed(jnp.asarray(whole[place : place + math.prod(shape)].reshape(shape).copy()), array.sharding)
-            for shape, place in places
-        ]
 
     def records(self) -> dict[Any, Record]:
         """Everything, parameter by parameter, read without a compiled program."""
@@ -256,22 +158,16 @@ class Slabs(Owner):
                 param = self.params[member]
                 like = {} if slots is None or counts[member] == NOT_STARTED else self._slots_like(member)
                 own = {
-                    name: self._host_part(cell, at, whole[1][name], struct.shape)
+                    name: host_part_of(self.layout, cell, at, whole[1][name], struct.shape)
                     for name, struct in like.items()
                     if struct is not None and name in whole[1]
                 }
                 here = None
                 if member not in self.outdated:
-                    here = self._host_part(cell, at, whole[0], self.layout.structs[member].shape)
+                    here = host_part_of(self.layout, cell, at, whole[0], self.layout.structs[member].shape)
                 count = int(counts[member])
                 found[param] = Record(here, count, self.others.get(param, {}) | own, value.sharding, self, member)
         return found
-
-    def _host_part(self, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
-        if not cell.is_slab:
-            return array
-        place = self._place(cell, at, array, shape)
-        return array[place : place + math.prod(shape)].reshape(shape)
 
     # What is changed between steps.
 
@@ -285,17 +181,7 @@ class Slabs(Owner):
             if not own:
                 continue
             values = {place: self.params[cell.members[place]].value for place in own}
-            if not cell.is_slab:
-                cells[at][0] = values[0]
-            elif len(own) < _MANY_READS:
-                for place, value in values.items():
-                    cells[at][0] = with_part(cells[at][0], self._place(cell, place, cells[at][0], value.shape), value)
-            else:
-                whole = np.array(cells[at][0])
-                for place, value in values.items():
-                    begin = self._place(cell, place, whole, value.shape)
-                    whole.reshape(-1)[begin : begin + value.size] = np.asarray(value).reshape(-1)
-                cells[at][0] = placed(jnp.asarray(whole), cells[at][0].sharding)
+            cells[at][0] = with_values(self.layout, cell, cells[at][0], values)
         for index in sorted(self.outdated):
             self.params[index].enter(self, index)
         self.outdated.clear()
@@ -330,12 +216,7 @@ class Slabs(Owner):
         return self._updates[key]
 
     def _update(self, form: Static, even: bool, names: tuple[str, ...] | None) -> SlabUpdate:
-        return SlabUpdate(self.layout, form, tuple(numbers.form for numbers in self.numbers), even, names)
-
-    @property
-    def settings(self) -> list[tuple[Any, ...]]:
-        """The arrays of the settings, as the update reads them."""
-        return [numbers.arrays for numbers in self.numbers]
+        return SlabUpdate(self.layout, form, self.settings.forms, even, names)
 
     @functools.cached_property
     def offsets(self) -> list[Any] | None:
@@ -396,9 +277,9 @@ class Slabs(Owner):
 
         def step(contents: Contents, grads: Any) -> Any:
             if self._unstarted:
-                contents = start(self.layout, self._alone_of(self._all), self.numbers, contents, self._all)
+                contents = start(self.layout, self._alone_of(self._all), self.settings.numbers, contents, self._all)
             update = self._update(contents.form, self._even, None)
-            return update.along((self.settings, None, None), contents.leaves, grads)[0]
+            return update.along((self.settings.arrays, None, None), contents.leaves, grads)[0]
 
         jax.eval_shape(step, self.contents, grads)
 
@@ -440,7 +321,7 @@ class Slabs(Owner):
         mask[new] = True
         with Uninterrupted():
             contents = Contents.tree_unflatten(self.form, self.taken())
-            self.replace(start(self.layout, self._alone_of(mask), self.numbers, contents, mask))
+            self.replace(start(self.layout, self._alone_of(mask), self.settings.numbers, contents, mask))
             self._unstarted -= set(new)
         return new
 
@@ -464,7 +345,7 @@ class Slabs(Owner):
     def _run(self, even: bool, grads: Any, mask: Any) -> None:
         """Run the program of a step, and keep what it returns."""
         update = self.update(even)
-        args = (update, (self.settings, None, mask), self.taken(), grads)
+        args = (update, (self.settings.arrays, None, mask), self.taken(), grads)
         self.run(programs.advance, (update, mask is None), args)
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
@@ -486,14 +367,8 @@ class Slabs(Owner):
     def minimize(self, job: Minimization) -> Any:
         """Make one step of all parameters along the gradient of a loss; see :meth:`Owner.minimize_by`."""
         with self._started(self._updated) if self._unstarted else contextlib.nullcontext():
-            data = (self.settings, self.offsets, None)
+            data = (self.settings.arrays, self.offsets, None)
             return self.minimize_by(self.update(self._even), self.layout, data, job)
-
-
-_MANY_READS = 8
-"""After so many parameters that were read, or written, one by one, all are."""
-_FEW_SHAPES = 16
-"""Up to so many shapes have a program each to read them."""
 
 
 @functools.cache

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxoptim.engine.slabs import Slabs, Spots
+from jaxoptim.engine.settings import Spots
+from jaxoptim.engine.slabs import Slabs
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.member import Member
 
@@ -49,7 +50,7 @@ class Fading:
         leaves = [member.leaf_that_fades() for member in faded]
         if None in leaves:
             return None
-        spots = slabs.spots([member.param for member in faded], leaves)  # type: ignore[arg-type]
+        spots = slabs.settings.spots([slabs.group_of(member.param) for member in faded], leaves)  # type: ignore[arg-type]
         return None if spots is None else cls(params, faded, slabs, spots)
 
     def goes_on(self, params: Sequence[Parameter], units: Sequence[Slabs]) -> bool:
@@ -78,7 +79,7 @@ class Fading:
 
     def _fade(self, numbers: np.ndarray) -> None:
         self._numbers = numbers * self._factors
-        self._slabs.write(self._spots, self._numbers)
+        self._slabs.settings.write(self._spots, self._numbers)
         # Past the groups' own method, which says that an option was written.
         deque(map(dict.__setitem__, self._groups, self._names, self._numbers.tolist()), maxlen=0)
 

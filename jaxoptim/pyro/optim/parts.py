@@ -109,7 +109,7 @@ def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None]) -
         undo_all()
         raise
     update = slabs.update(slabs.is_even and mask is None, names)
-    return Part(update, (slabs.settings, slabs.offsets, mask), slabs, undo_all, back)
+    return Part(update, (slabs.settings.arrays, slabs.offsets, mask), slabs, undo_all, back)
 
 
 class Owned:
