@@ -1,4 +1,5 @@
 # Every target makes its own virtual environment from python3 alone when there is none.
+# Tests that stand together share compiled programs: worksteal leaves them to one worker as far as it can.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
@@ -9,10 +10,10 @@ demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
 
 test: $(VENV)/.test
-	$(PYTHON) -m pytest -n $(WORKERS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.test
-	$(PYTHON) -m pytest -n $(WORKERS) -m slow
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .

@@ -71,7 +71,7 @@ KINDS = {
         Kind(rules.RMSprop, {"lr": 0.1, "centered": True, "momentum": 0.5}, ("alpha", 0.9)),
         Kind(rules.ClippedAdam, {"lr": 0.1, "lrd": 0.9, "weight_decay": 0.1, "clip_norm": 1.0}, ("lrd", 0.8)),
         Kind(rules.Adafactor, {"lr": 0.1, "weight_decay": 0.01}, ("d", 2.0)),
-        Kind(rules.Muon, {"lr": 0.1}, ("momentum", 0.7), matrices=True),
+        Kind(rules.Muon, {"lr": 0.1, "ns_steps": 2}, ("momentum", 0.7), matrices=True),
     )
 }
 

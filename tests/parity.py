@@ -34,6 +34,7 @@ TORCH_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": 
 TORCH_DTYPES |= {"complex128": torch.complex128}
 
 
+@functools.cache
 def problem(shapes: tuple[tuple[int, ...], ...], is_complex: bool = False) -> tuple[Arrays, Arrays]:
     """Parameters, and as many noisy gradients as there are steps, all exact in bfloat16."""
     rng = np.random.default_rng(0)
@@ -140,6 +141,13 @@ def rms_error(values: Arrays, reference: Arrays) -> float:
     return float(np.sqrt(error / sum(float(np.sum(b**2)) for b in reference)))
 
 
+@functools.cache
+def wide_reference(case: Case) -> Arrays:
+    """What the parent makes of the wide shapes in float64, the gradients being noise alone."""
+    return run_parent(case, *problem(case.row.wide_shapes), "float64", 0.0)
+
+
+@functools.cache
 def float64_distance(case: Case, is_complex: bool = False) -> float:
     """How far ours is from the parent in double precision."""
     start, noise = problem(case.row.shapes, is_complex)
@@ -149,10 +157,11 @@ def float64_distance(case: Case, is_complex: bool = False) -> float:
     return distance(ours, run_parent(case, start, noise, dtype, SLOPE))
 
 
+@functools.cache
 def low_precision_errors(case: Case, dtype: str) -> tuple[float, float]:
     """The errors of ours and of the parent in ``dtype``, against the parent in float64, on the same gradients."""
     start, noise = problem(case.row.wide_shapes)
-    reference = run_parent(case, start, noise, "float64", 0.0)
+    reference = wide_reference(case)
     ours = run_ours(case.ours(), start, noise, dtype, 0.0)
     theirs = run_parent(case, start, noise, dtype, 0.0)
     return rms_error(ours, reference), rms_error(theirs, reference)

@@ -67,6 +67,9 @@ class Case:
     row: Row
     options: Options
 
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     def __str__(self) -> str:
         return "-".join([self.row.name, *(f"{k}={v}".replace(" ", "") for k, v in self.options.items())])
 

@@ -200,7 +200,11 @@ def test_every_step_asks_for_torchs_points_and_leaves_torchs_state(search, probl
 
 @pytest.mark.parametrize(
     ("problem", "search", "options"),
-    [(*key, options) for key, names in STABLE.items() for options in names.split()],
+    [
+        pytest.param(*key, options, marks=[] if names.startswith(options) else pytest.mark.slow)
+        for key, names in STABLE.items()
+        for options in names.split()
+    ],
 )
 def test_ten_steps_on_our_own_equal_torchs(problem, search, options, x64):
     parent = Parent(problem, line_search_fn=search, **OPTIONS[options])

@@ -32,6 +32,13 @@ def described(run):
     return "-".join([run[0], *(f"{k}={v}" for k, v in run[1].items())])
 
 
+TAKEN = [
+    pytest.param(run, id=described(run), marks=[] if number in (1, 4, 6) else pytest.mark.slow)
+    for number, run in enumerate(RUNS)
+]
+"""Those with and without a line search, with a short history and with limits are quick."""
+
+
 def loss_of(problem):
     loss = PROBLEMS[problem][0]
     return lambda x: loss(x, jnp.asarray)
@@ -63,7 +70,7 @@ def pieces(problem):
     return [optim.Parameter(start[0]), optim.Parameter(start[1:])]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=described)
+@pytest.mark.parametrize("run", TAKEN)
 def test_closures_are_called_as_by_torch(run, x64):
     problem, options = run
     params, parent = pieces(problem), Parent(problem, **options)
@@ -80,7 +87,7 @@ def test_closures_are_called_as_by_torch(run, x64):
     np.testing.assert_allclose(x, parent.x, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=described)
+@pytest.mark.parametrize("run", TAKEN)
 def test_minimize_agrees_with_torch(run, x64):
     problem, options = run
     opt, parent = optim.LBFGS(jnp.asarray(PROBLEMS[problem][1]), **options), Parent(problem, **options)

@@ -30,7 +30,7 @@ def test_complex_parameters_agree_with_the_parent(case):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(lambda case: case in FIRST and case.row.rule is not rules.Muon, DENSE))
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     ours, theirs = parity.low_precision_errors(case, dtype)
     assert ours <= CHANCE * theirs

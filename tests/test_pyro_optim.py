@@ -15,7 +15,7 @@ from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
 from parity import distance, problem, rms_error, touched_rows
 from pyro_twins import Twins
-from table import CASES, FIRST, slow_unless
+from table import CASES, FIRST, STATES, slow_unless
 
 STEPS = 100
 ARRIVAL = 30
@@ -98,7 +98,7 @@ def test_a_run_agrees_with_pyro(case, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.row.complex and not case.row.sparse], ids=str)
+@pytest.mark.parametrize("case", [case for case in STATES if case.row.complex and not case.row.sparse], ids=str)
 def test_a_complex_run_agrees_with_pyro(case, x64):
     twins = run(case, "complex128")
     assert twins.distance() < 1e-12
@@ -126,7 +126,7 @@ def test_every_wrapper_makes_pyros_steps(case, x64):
 )
 def test_low_precision_is_no_worse_than_pyro(case, dtype):
     start, noise = problem(case.row.wide_shapes)
-    reference = parity.run_parent(case, start, noise, "float64", 0.0)
+    reference = parity.wide_reference(case)
     twins = Twins(getattr(optim, case.row.name)(case.options), parents(case, case.options), dtype)
     for i, value in enumerate(start):
         twins.add(f"p{i}", value)

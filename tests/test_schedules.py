@@ -219,14 +219,10 @@ def test_ten_thousand_values_in_float32(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [*LONG, *LONGER], ids=str)
-def test_a_million_values_in_float64(row):
-    assert_double(long_values(MILLION, True)[row.id], parents(row.id, MILLION), documented(row))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("row", [*LONG, *LONGER], ids=str)
-def test_a_million_values_in_float32(row):
-    assert_single(long_values(MILLION, False)[row.id], parents(row.id, MILLION))
+def test_a_million_values(row):
+    parent = run_parent(row, row.values(MILLION))  # once for both precisions, and not kept
+    assert_double(long_values(MILLION, True)[row.id], parent, documented(row))
+    assert_single(long_values(MILLION, False)[row.id], parent)
 
 
 @pytest.mark.parametrize("steps", [MANY, pytest.param(MILLION, marks=pytest.mark.slow)])

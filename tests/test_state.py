@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxoptim
-from table import STATES
+from table import FIRST, STATES, slow_unless
 
 
 def problem(case, shape=(8, 4)):
@@ -96,7 +96,7 @@ def assert_sharded_like_params(state, params):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, STATES))
 def test_state_is_sharded_like_its_parameter(case, axis_type):
     assert len(jax.devices()) == 8
     rule, params, grads = problem(case)
