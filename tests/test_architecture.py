@@ -15,6 +15,7 @@ LAYERS = [
     ("averaging",),
     ("engine",),
     ("optim",),
+    ("groups",),
     ("checkpoint",),
     ("interop",),
     ("pyro",),

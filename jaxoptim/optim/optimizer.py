@@ -57,8 +57,9 @@ class Optimizer(Hooked):
             list of group dicts, whose ``"params"`` is any of these. Arrays are copied: yours stay yours.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
-            regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), or a
-            predicate of the path. A parameter follows the first that selects it. The groups stand in this
+            regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), a predicate of the
+            path or of ``(path, array)``, or a tree of bools like ``params``, or a prefix of one. A parameter
+            follows the first that selects it. The groups stand in this
             order; one for all other parameters comes last (default None: one group).
 
     Attributes:
