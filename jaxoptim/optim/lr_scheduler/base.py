@@ -58,7 +58,7 @@ def values(optimizer: Optimizer, key: str) -> list[Any]:
 
 def number(x: Any) -> float:
     """A number, or an array of one element, as a float."""
-    return float(x.reshape(()) if isinstance(x, jax.Array) else x)
+    return float(x.reshape(()) if hasattr(x, "reshape") else x)
 
 
 def write(group: dict[str, Any], key: str, value: Any) -> None:
@@ -142,6 +142,7 @@ class LRScheduler:
         self._to_initial_lr()
         self._restart()
         self._repeat(last_epoch + 1)
+        self._begin_count()
 
     def _check_initial_lr(self) -> None:
         """Raise for groups that no scheduler has seen yet."""
@@ -174,6 +175,10 @@ class LRScheduler:
         for _ in range(steps):
             self.step()
         self.optimizer._opt_called = called
+
+    def _begin_count(self) -> None:
+        """Count steps from here, so that a first one before the optimizer's is warned of."""
+        self._step_count = 1
 
     def _begin(self) -> None:
         """Come to epoch 0 in the midst of a sequence, where the rate is what another scheduler has left."""
