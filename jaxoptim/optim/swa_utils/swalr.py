@@ -66,9 +66,6 @@ class SWALR(LRScheduler):
             for group in self.optimizer.param_groups
         ]
 
-    def _begin_count(self) -> None:
-        """Go on: the rate follows the count."""
-
     def _alpha(self, step: int) -> float:
         """The weight of the final rate."""
         return weight(max(0, anneal_fraction(step, self.anneal_epochs)), self._anneal_strategy)
