@@ -19,6 +19,7 @@ LAYERS = [
     ("averaging",),
     ("engine",),
     ("optim",),
+    ("groups",),
     ("checkpoint",),
     ("interop",),
     ("pyro",),

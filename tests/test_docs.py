@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, checkpoint, core, interop, optim, pyro, rules, sampling, schedules, testing
+from jaxoptim import averaging, checkpoint, core, groups, interop, optim, pyro, rules, sampling, schedules, testing
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +18,9 @@ PUBLIC |= {f"rules.{name}": value for name, value in vars(rules).items() if call
 PUBLIC |= {f"schedules.{name}": value for name, value in vars(schedules).items() if callable(value)}
 PUBLIC |= {f"averaging.{name}": value for name, value in vars(averaging).items() if name in ("swa", "ema")}
 PUBLIC |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in ("save", "load")}
+PUBLIC |= {f"groups.{name}": getattr(groups, name) for name in ("no_decay", "layer_decay", "combined")}
+UTILS = "clip_grad_norm_ clip_grad_value_ get_total_norm"
+PUBLIC |= {f"optim.utils.{name}": getattr(optim.utils, name) for name in UTILS.split()}
 INTEROP = ("to_torch", "load_state_dict", "from_torch", "to_torch_state_dict", "carry_over", "carry_back")
 PUBLIC |= {f"interop.torch.{name}": getattr(interop.torch, name) for name in INTEROP}
 PUBLIC |= {"interop.numpyro.to_numpyro": interop.numpyro.to_numpyro}

@@ -13,7 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
-from jaxoptim.core.rule import Rule, Slots, Traced, assembled
+from jaxoptim.core.rule import Off, Rule, Slots, Traced, assembled, is_part, is_tree
 
 
 def check_param(rule: Rule, name: str, param: Any) -> Any:
@@ -107,15 +107,55 @@ def by_leaf(rule: Rule, like: Any, like_what: str) -> list[Any]:
     """The rule of each leaf, with its own part of the fields that hold a tree."""
     leaves = jax.tree.leaves(like, is_leaf=trees.is_leaf)
     own: list[dict[str, Any]] = [{} for _ in leaves]
+    by_parameter = rule.by_parameter
     for field, spec in rule.specs.items():
         value = getattr(rule, field)
+        if field in by_parameter:
+            numbers = numbers_of(spec, value, field, like, like_what)
+            own = [mine | {field: number} for mine, number in zip(own, numbers, strict=True)]
         if value is None or not (isinstance(spec, Traced) and spec.by_leaf):
             continue
         one_for_all = jax.tree_util.all_leaves([value])
         parts = [value] * len(leaves) if one_for_all else trees.leaves_like(value, like, field, like_what)
         for mine, name, leaf, part in zip(own, trees.names(like), leaves, parts, strict=True):
             mine[field] = None if leaf is None or part is None else _broadcasting(field, name, part, leaf)
-    return [assembled(type(rule), vars(rule) | mine) if mine else rule for mine in own]
+    rules = [assembled(type(rule), vars(rule) | mine) if mine else rule for mine in own]
+    if by_parameter:
+        for its, leaf in zip(rules, leaves, strict=True):
+            if leaf is not None:
+                its.check()
+    return rules
+
+
+def of_any_leaf(rule: Rule) -> Any:
+    """A rule for a tree without arrays: of each tree of numbers one, of a term that is on if there is one."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(one, value))
+        parts = [part for part in jax.tree.leaves(value, is_leaf=is_part) if part is not None]
+        return next((part for part in parts if not isinstance(part, Off)), parts[0]) if is_tree(value) else value
+
+    return assembled(type(rule), vars(rule) | {name: one(getattr(rule, name)) for name in rule.by_parameter})
+
+
+def numbers_of(spec: Any, value: Any, field: str, like: Any, like_what: str) -> list[Any]:
+    """A hyperparameter of each leaf of a tree, from what may be a tree of numbers."""
+    if isinstance(spec, tuple):
+        columns = [
+            numbers_of(s, v, f"{field}[{at}]", like, like_what)
+            for at, (s, v) in enumerate(zip(spec, value, strict=True))
+        ]
+        return list(zip(*columns, strict=True))
+    if not is_tree(value):
+        return [value] * len(jax.tree.leaves(like, is_leaf=trees.is_leaf))
+    numbers = trees.spread(value, like, field, like_what, is_part)
+    for name, leaf, number in zip(
+        trees.names(like), jax.tree.leaves(like, is_leaf=trees.is_leaf), numbers, strict=True
+    ):
+        if number is None and leaf is not None and not spec.optional:
+            raise ValueError(f"{field} has None for {name!r}. Give a number for every parameter.")
+    return numbers
 
 
 def _broadcasting(field: str, name: str, part: Any, like: Any) -> Any:
@@ -182,10 +222,14 @@ def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Arra
     if not leaf.rule.rowwise:
         return None, *_update_dense(*leaf._replace(grad=sparse.to_dense(leaf.grad))[1:], shared)
     rows, values = sparse.distinct_rows(leaf.grad)
-    touched = {key: sparse.take(slot, rows) for key, slot in leaf.slots.items()}
+    touched = {key: slot if slot is None else sparse.take(slot, rows) for key, slot in leaf.slots.items()}
     here = None if leaf.param is None else sparse.take(leaf.param, rows)
     change, new = _update_dense(*leaf._replace(grad=values, slots=touched, param=here)[1:], shared)
-    return rows, change, {key: sparse.put(leaf.slots[key], rows, values) for key, values in new.items()}
+    return (
+        rows,
+        change,
+        {key: None if values is None else sparse.put(leaf.slots[key], rows, values) for key, values in new.items()},
+    )
 
 
 @jax.jit

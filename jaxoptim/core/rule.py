@@ -133,6 +133,16 @@ def is_known(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
+def is_part(value: Any) -> bool:
+    """Whether a value in a tree of numbers is the number of one parameter: a number, a schedule, a decay, or None."""
+    return value is None or isinstance(value, Off | Decay) or callable(value)
+
+
+def is_tree(value: Any) -> bool:
+    """Whether a field holds a tree of numbers, one for each parameter, instead of one number for all."""
+    return not (isinstance(value, float) or is_part(value) or jax.tree_util.all_leaves([value]))
+
+
 class Hyperparameters:
     """The base of what :func:`rule` decorates: checked hyperparameters, and the pytree they make.
 
@@ -168,6 +178,8 @@ class Hyperparameters:
         def value_of(spec: Any, value: Any) -> Any:
             if isinstance(spec, tuple):
                 return tuple(value_of(s, v) for s, v in zip(spec, value, strict=True))
+            if isinstance(spec, Numeric) and is_tree(value):
+                return jax.tree.map(lambda part: value_of(spec, part), value, is_leaf=is_part)
             if not (isinstance(spec, Numeric) and callable(value)):
                 return value
             return Decay.of(value(step)) if spec.decay else value(step)
@@ -197,7 +209,28 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for name, spec in self.specs.items():
             object.__setattr__(self, name, _validated(spec, getattr(self, name), name, type(self).__name__))
-        self.check()
+        by_parameter = self.by_parameter
+        if refused := [name for name in by_parameter if not self.takes_tree(name)]:
+            raise TypeError(
+                f"Invalid {refused[0]}: {getattr(self, refused[0])!r}. {type(self).__name__} takes a number or a "
+                f"schedule (step -> value) for {refused[0]}, one for all parameters."
+            )
+        if not by_parameter:
+            self.check()  # otherwise when the numbers of each parameter are known
+
+    @property
+    def by_parameter(self) -> list[str]:
+        """The hyperparameters that hold a tree of numbers."""
+        return [
+            name
+            for name, spec in self.specs.items()
+            if (isinstance(spec, Numeric) and is_tree(getattr(self, name)))
+            or (isinstance(spec, tuple) and any(map(is_tree, getattr(self, name))))
+        ]
+
+    def takes_tree(self, name: str) -> bool:
+        """Whether a number may be another one for each parameter."""
+        return False
 
 
 class Rule(Hyperparameters, abc.ABC):
@@ -206,6 +239,9 @@ class Rule(Hyperparameters, abc.ABC):
     A subclass is decorated with :func:`rule`, declares its hyperparameters as annotated fields, and writes
     :meth:`init` and :meth:`update`. It never sees a tree, a dtype below float32, a complex number or a
     missing gradient: the functions of ``jaxoptim.core.transform`` take care of those.
+
+    Any number may be a tree like the parameters, or a prefix of one, whose leaves are numbers or schedules: each
+    array is then updated by its own. They are leaves of the rule as all numbers are.
 
     Errors:
         As :class:`Hyperparameters`.
@@ -237,8 +273,14 @@ class Rule(Hyperparameters, abc.ABC):
     """The exception that is raised for them if they are not: torch's type."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
+    of_tree: ClassVar[tuple[str, ...]] = ()
+    """Numbers that are one for all parameters, because state of the whole tree depends on them."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Trees like the parameters that a single ``update`` may be given by these names."""
+
+    def takes_tree(self, name: str) -> bool:
+        """Whether a number may be another one for each parameter."""
+        return name not in self.of_tree
 
     @abc.abstractmethod
     def init(self, param: jax.Array) -> Slots:
@@ -330,6 +372,8 @@ def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
         return value
     if callable(value):
         return as_pytree(value)
+    if is_tree(value):
+        return _validated_tree(spec, value, name, owner)
     number = value.rate if isinstance(value, Decay) else value
     if isinstance(number, bool | np.bool_) or not isinstance(number, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(
@@ -348,6 +392,16 @@ def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
     elif not jnp.issubdtype(number.dtype, jnp.floating):
         number = jnp.asarray(number, float)
     return Decay.of(number) if spec.decay else number
+
+
+def _validated_tree(spec: Numeric, tree: Any, name: str, owner: str) -> Any:
+    """The same of a tree of numbers; None stands where there is no parameter."""
+
+    def validated(path: Any, part: Any) -> Any:
+        place = f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
+        return None if part is None else _validated(spec, part, place, owner)
+
+    return jax.tree_util.tree_map_with_path(validated, tree, is_leaf=is_part)
 
 
 def assembled(cls: type[R], fields: dict[str, Any]) -> R:

@@ -22,6 +22,7 @@ from jaxoptim.core.leaf import (
     first_pass,
     fitting,
     init_leaf,
+    of_any_leaf,
     summed,
     update_leaf,
 )
@@ -94,7 +95,7 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     _check_rule(rule)
     params = _whole(rule, params)
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
-    rules, shared = by_leaf(rule.at(0), params, "params"), rule.init_shared()
+    shared = rule.init_shared()
     arrays = {
         index: check_param(rule, name, leaf)
         for index, (name, leaf) in enumerate(zip(trees.names(params), leaves, strict=True))
@@ -103,10 +104,11 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     # A tree without arrays has the same slots as any other: optax initialises on such placeholders.
     example = {} if arrays else {-1: jax.ShapeDtypeStruct((1, 1), jnp.float32)}
     noise = _noise_of(rule, shared, 0, arrays | example)
-    made = {i: init_leaf(rules[i] if arrays else rule.at(0), x, noise[i]) for i, x in (arrays | example).items()}
-    names = next(iter(made.values()))
-    slots = [made.get(index) for index in range(len(leaves))]
-    trees_of_slots = {key: jax.tree.unflatten(treedef, [s and s[key] for s in slots]) for key in names}
+    rules = by_leaf(rule.at(0), params, "params") if arrays else [of_any_leaf(rule.at(0))]
+    made = {i: init_leaf(rules[i], x, noise[i]) for i, x in (arrays | example).items()}
+    names = dict.fromkeys(key for slots in made.values() for key in slots)
+    slots = [made.get(index, {}) for index in range(len(leaves))]
+    trees_of_slots = {key: jax.tree.unflatten(treedef, [its.get(key) for its in slots]) for key in names}
     own = [jnp.zeros((), jnp.int32) if index in arrays else None for index in range(len(leaves))]
     return OptState(
         jnp.zeros((), jnp.int32), trees_of_slots, shared, jax.tree.unflatten(treedef, own) if counts else None
@@ -249,7 +251,12 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
 
 def _whole(rule: Rule, params: Any) -> Any:
     """The tree that a rule works on: packed buffers only for those that take every number by itself."""
-    return params.unpack() if isinstance(params, Packed) and not rule.elementwise else params
+    return params.unpack() if isinstance(params, Packed) and not _is_packable(rule) else params
+
+
+def _is_packable(rule: Rule) -> bool:
+    """Whether a rule may update packed buffers: every number by itself, and all alike."""
+    return rule.elementwise and not rule.by_parameter
 
 
 def _check_rule(rule: Any) -> None:
@@ -275,7 +282,7 @@ def _updated(
         takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
         raise TypeError(f"{type(rule).__name__} has no use for {', '.join(unknown)}: it {takes}.")
     if isinstance(params, Packed):
-        if not rule.elementwise:
+        if not _is_packable(rule):
             given = {name: unpacked(tree) for name, tree in given.items()}
             result, state = _updated(rule, unpacked(grads), state, params.unpack(), given, finish, skipped)
             return params.pack(result), state
@@ -291,7 +298,7 @@ def _updated(
         own = trees.leaves_like(state.counts, like, "state.counts")
     leaves_given = {name: trees.leaves_like(tree, like, name) for name, tree in given.items()}
     count = optax.safe_increment(state.step)
-    rules = by_leaf(rule.at(state.step).at_update(count), like, "grads" if params is None else "params")
+    rules = _rules_at(rule, state.step, count, like, "grads" if params is None else "params")
     todo: list[LeafUpdate] = []
     results: list[Any] = []
     new_own: list[Any] = []
@@ -331,6 +338,15 @@ def _updated(
     counts = jax.tree.unflatten(treedef, new_own) if counted else None
     shared = rule.update_shared(shared, summed(sums))
     return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared, counts)
+
+
+def _rules_at(rule: Rule, step: Any, count: Any, like: Any, like_what: str) -> list[Any]:
+    """The rule of each leaf at update ``count``."""
+    if not rule.by_parameter:
+        return by_leaf(rule.at(step).at_update(count), like, like_what)
+    leaves = jax.tree.leaves(like, is_leaf=trees.is_leaf)
+    pairs = zip(by_leaf(rule.at(step), like, like_what), leaves, strict=True)
+    return [its if leaf is None else its.at_update(count) for its, leaf in pairs]
 
 
 def _noise_of(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:

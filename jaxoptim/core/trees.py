@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,52 @@ def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> l
         f"{what} and {like_what} are different trees: {problem}. Give {what} the structure of {like_what}, "
         "with None where there is nothing."
     )
+
+
+def spread(
+    prefix: Any, tree: Any, what: str, like_what: str = "params", is_part: Callable[[Any], bool] = lambda x: x is None
+) -> list[Any]:
+    """The leaves of a prefix of a tree, each for all leaves of the tree below it, None included.
+
+    Args:
+        prefix: a tree like ``tree``, or one that has a leaf in the place of some of its subtrees.
+        tree: the whole.
+        what: the name of ``prefix`` in messages.
+        like_what: the name of ``tree`` there.
+        is_part: what else is a leaf of the prefix (default: None).
+
+    Errors:
+        ``ValueError`` that names the first leaf at which the two part.
+    """
+    parts = jax.tree.leaves(prefix, is_leaf=is_part)
+    treedef: Any = jax.tree.structure(prefix, is_leaf=is_part)
+    try:
+        subtrees = treedef.flatten_up_to(tree)
+    except ValueError:
+        raise ValueError(
+            f"{what} is no prefix of {like_what}: {_parting(prefix, tree, what, like_what, is_part)}. Give a tree "
+            f"like {like_what}, or one with a leaf in the place of some of its subtrees."
+        ) from None
+    counts = [len(jax.tree.leaves(subtree, is_leaf=is_leaf)) for subtree in subtrees]
+    return [part for part, count in zip(parts, counts, strict=True) for _ in range(count)]
+
+
+def _parting(prefix: Any, tree: Any, what: str, like_what: str, is_part: Callable[[Any], bool]) -> str:
+    """Where a tree that should be a prefix of another parts from it."""
+    given = [path for path, _ in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_part)[0]]
+    wanted = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+
+    def unmatched(paths: list[Any], others: list[Any], is_below: bool) -> str | None:
+        for path in paths:
+            if not any(a == b[: len(a)] for other in others for a, b in [(other, path) if is_below else (path, other)]):
+                return repr(jax.tree_util.keystr(path, simple=True, separator="."))
+        return None
+
+    if name := unmatched(given, wanted, False):
+        return f"{what} has {name}, which {like_what} lacks"
+    if name := unmatched(wanted, given, True):
+        return f"{what} has nothing for {name}"
+    return f"the containers differ, {type(prefix).__name__} at the top of {what}, {type(tree).__name__} of {like_what}"
 
 
 def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from jaxoptim.optim import lr_scheduler as lr_scheduler
 from jaxoptim.optim import swa_utils as swa_utils
+from jaxoptim.optim import utils as utils
 from jaxoptim.optim.classes import ASGD as ASGD
 from jaxoptim.optim.classes import PSGLD as PSGLD
 from jaxoptim.optim.classes import SGD as SGD

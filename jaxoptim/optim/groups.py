@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.optim.parameter import Parameter
 
-Selector = str | re.Pattern[str] | Callable[[str], bool]
-"""Which parameters of a pytree: a regular expression that matches a whole dotted path, or a predicate of it."""
+Selector = Any
+"""Which parameters of a pytree: a regular expression that matches a whole dotted path, a predicate of it or of
+``(path, array)``, or a tree of bools like the parameters, or a prefix of one."""
 Groups = Sequence[tuple[Selector, dict[str, Any]]]
 """Options for some parameters of one pytree: a list of ``(selector, options)``."""
 
@@ -111,29 +114,74 @@ def selected(
     for entry in groups:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
             raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
-        matches = predicate(entry[0])
-        mine = {index: name for index, name in left.items() if matches(name)}
+        selects = selection(entry[0], tree, paths)
+        mine = [index for index in left if selects[index]]
         if not mine:
             raise ValueError(
-                f"groups: no parameter is left that {entry[0]!r} selects. A regular expression must match the whole "
-                f"path. The paths are {', '.join(paths)}."
+                f"groups: no parameter is left that {_shown(entry[0])} selects. A regular expression must match the "
+                f"whole path. The paths are {', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}."
             )
         chosen.append({**group(mine), **entry[1]})
-        left = {index: name for index, name in left.items() if index not in mine}
+        left = {index: name for index, name in left.items() if index not in set(mine)}
     return [*chosen, group(left)] if left else chosen
+
+
+def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]:
+    """Which parameters a selector selects.
+
+    Args:
+        selector: see :data:`Selector`. A predicate that requires two positional arguments gets the array too.
+        tree: the parameters, arrays or :class:`Parameter`.
+        paths: their names, in the order of the tree's leaves.
+
+    Errors:
+        ``TypeError`` for what is no selector; ``ValueError`` for a regular expression that does not compile, and for
+        a mask of another structure.
+    """
+    if is_mask(selector):  # before what can be called: a module of bools can
+        parts = zip(trees.spread(selector, tree, "the mask of groups"), _with_none(tree), strict=True)
+        return [bool(part) for part, leaf in parts if leaf is not None]
+    if not (callable(selector) and _takes_two(selector)):
+        matches = predicate(selector)
+        return [bool(matches(path)) for path in paths]
+    values = [leaf.value if isinstance(leaf, Parameter) else leaf for leaf in jax.tree.leaves(tree)]
+    return [bool(selector(path, value)) for path, value in zip(paths, values, strict=True)]
 
 
 def predicate(selector: Selector) -> Callable[[str], Any]:
     """Whether a selector selects a path.
 
     Errors:
-        ``TypeError`` for what is no selector.
+        ``TypeError`` for what is no selector of paths; ``ValueError`` for a regular expression that does not compile.
     """
     if isinstance(selector, str | re.Pattern):
-        return re.compile(selector).fullmatch
+        try:
+            return re.compile(selector).fullmatch
+        except re.error as error:
+            raise ValueError(f"{selector!r} is no regular expression: {error}.") from None
     if callable(selector):
         return selector
     raise TypeError(f"A selector is a regular expression or a predicate of the path, but got {selector!r}.")
+
+
+def is_mask(selector: Any) -> bool:
+    """Whether a selector is a tree of bools."""
+    leaves = jax.tree.leaves(selector)
+    return bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
+
+
+def _takes_two(predicate: Any) -> bool:
+    """Whether a predicate requires a path and an array."""
+    try:
+        parameters = inspect.signature(predicate).parameters.values()
+    except ValueError:  # of some functions that are written in C
+        return False
+    either = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(x.kind in either and x.default is inspect.Parameter.empty for x in parameters) == 2
+
+
+def _shown(selector: Any) -> str:
+    return "the mask" if is_mask(selector) else repr(selector)
 
 
 def _with_none(tree: Any) -> list[Any]:

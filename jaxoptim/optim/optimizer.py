@@ -15,6 +15,7 @@ from jaxoptim.core.loss import LossFunctions
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, state_checks, state_dicts, subclass
+from jaxoptim.optim.description import Table, described, has_schedule, options_at
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
@@ -57,8 +58,9 @@ class Optimizer(Hooked):
             list of group dicts, whose ``"params"`` is any of these. Arrays are copied: yours stay yours.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
-            regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), or a
-            predicate of the path. A parameter follows the first that selects it. The groups stand in this
+            regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), a predicate of the
+            path or of ``(path, array)``, or a tree of bools like ``params``, or a prefix of one. A parameter
+            follows the first that selects it. The groups stand in this
             order; one for all other parameters comes last (default None: one group).
 
     Attributes:
@@ -222,6 +224,50 @@ class Optimizer(Hooked):
             if shared := set(other["params"]) & set(group["params"]):
                 raise ValueError(f"some parameters appear in more than one parameter group: {shared.pop()}")
         self.param_groups.append(group)
+
+    def current_options(self) -> list[dict[str, Any]]:
+        """The options of each group as the next step uses them.
+
+        A schedule stands at its value for the parameter of the group that has made the most steps.
+
+        Returns:
+            For each group a dict of its options and the keys of your own, without its parameters.
+
+        Example:
+            >>> from jaxoptim import optim, schedules
+            >>> opt = optim.SGD([1.0], lr=schedules.step_lr(0.5, step_size=1, gamma=0.5))
+            >>> opt.step([0.5])
+            >>> opt.current_options()[0]["lr"]
+            0.25
+        """
+        counts = dict.fromkeys(map(id, self.param_groups), 0)
+        if any(map(has_schedule, self.param_groups)):
+            for part in self._storage.parts():
+                counts[id(part.group)] = max(part.count or 0, counts.get(id(part.group), 0))
+        options = [options_at(group, counts[id(group)]) for group in self.param_groups]
+        if self.decays is not None:
+            rate, factor = self.decays
+            options = [{**of, rate: of[rate] * of[factor]} for of in options]
+        return options
+
+    def describe(self) -> Table:
+        """What the next step does with each parameter.
+
+        Returns:
+            A tuple of rows ``(name, shape, dtype, group, rate, decay, trained)``, one for each leaf of the parameters,
+            None included. Printed, it is a table.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> params = {"b": jnp.zeros(3), "w": jnp.ones((2, 3)), "x": None}
+            >>> print(optim.AdamW(params, groups=[("b", {"weight_decay": 0.0})]).describe())
+            name  shape   dtype    group  rate   decay  trained
+            b     (3,)    float32  0      0.001  0      trained
+            w     (2, 3)  float32  1      0.001  0.01   trained
+            x     -       -        -      -      -      frozen
+        """
+        return described(self._storage, self.current_options())
 
     # Steps.
 
@@ -426,7 +472,7 @@ class Optimizer(Hooked):
             result = result if changed is None else changed
         return result
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, keep: Collection[str] = ()) -> None:
         """Load what :meth:`state_dict` gave, here or in torch. Options come from it too.
 
         Slots keep the dtypes they have here. Where both sides name all parameters (``param_names``, the names of
@@ -437,10 +483,13 @@ class Optimizer(Hooked):
             state_dict: in torch's layout, with arrays of JAX, NumPy or torch. It is not changed.
             strict: check class, parameters, options, slots and shapes (default True); otherwise, as torch does,
                 take what there is.
+            keep: options that stay as they are here, such as ``["lr"]`` (default: none). With ``lr`` goes its
+                ``initial_lr``, from which schedulers start.
 
         Errors:
             ``ValueError`` for a state dict of another class, of other parameters or groups, for an option that
-            is unknown or out of range, and for a slot of another name or shape, with the name of the parameter;
+            is unknown or out of range, or is to be kept and not there, and for a slot of another name or shape,
+            with the name of the parameter;
             ``KeyError`` for a missing option. Nothing is changed then.
 
         Example:
@@ -452,7 +501,7 @@ class Optimizer(Hooked):
             >>> new.param_groups[0]["lr"]
             0.1
         """
-        self._load(state_dict, strict)
+        self._load(state_dict, strict, keep=keep)
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
         """Load what may have other names and axes; see :func:`state_dicts.to_load`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +100,7 @@ def to_load(
     strict: bool,
     names: Sequence[Sequence[str]] | None = None,
     moves: Mapping[Parameter, Rearrangement] | None = None,
+    keep: Collection[str] = (),
 ) -> dict[str, Any]:
     """The state and the groups that a state dict describes, with the optimizer's own parameters; checked.
 
@@ -110,10 +111,13 @@ def to_load(
         names: for each group of the state dict what its parameters are called in the optimizer's labels (default
             None: names are compared if both sides have some).
         moves: where the numbers of some parameters go.
+        keep: see ``Optimizer.load_state_dict``.
 
     Errors:
         ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
     """
+    if isinstance(keep, str):
+        raise TypeError(f"keep takes a list of options, but got {keep!r}. Give [{keep!r}].")
     state_checks.check_layout(state_dict)
     if strict:
         state_checks.check_class(optimizer, state_dict)
@@ -140,6 +144,7 @@ def to_load(
         if "param_names" in mine:
             group.setdefault("param_names", mine["param_names"])
         _complete(optimizer, group, mine)
+        _keep(group, mine, keep)
     if strict:
         state_checks.check_strays(state_dict["state"], params)
     state: Mapping[Any, Any] = {params.get(key, key): _copied(value) for key, value in state_dict["state"].items()}
@@ -190,6 +195,16 @@ def _complete(optimizer: Loadable, group: dict[str, Any], mine: dict[str, Any]) 
     for name in optimizer.defaults:
         if not (off := (fields | TORCH_FLAGS).get(name, dataclasses.MISSING)):
             group.setdefault(name, off)
+
+
+def _keep(group: dict[str, Any], mine: dict[str, Any], keep: Collection[str]) -> None:
+    """Take some options from the optimizer's own group."""
+    if unknown := [name for name in keep if name not in mine or name in ("params", "param_names")]:
+        known = ", ".join(name for name in mine if name != "params")
+        raise ValueError(f"keep: a parameter group has no option {unknown[0]!r}. It has {known}.")
+    group |= {name: mine[name] for name in keep}
+    if "lr" in keep and "initial_lr" in group:
+        group["initial_lr"] = mine.get("initial_lr", mine["lr"])
 
 
 def _copied(value: Any) -> Any:

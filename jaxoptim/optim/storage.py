@@ -107,6 +107,12 @@ class Storage:
             for name, option in given.items()
         }
         rule = self.rule(**options | dict(self.fixed))
+        if by_parameter := rule.by_parameter:
+            name = by_parameter[0]
+            raise TypeError(
+                f"Invalid {name}: {given[name]!r}. A class takes one number for all parameters of a group. Give "
+                f"groups=[(selector, {{{name!r}: number}}), ...], or use the pure face, which takes trees."
+            )
         for name, option in given.items():
             if isinstance(self.rule.specs.get(name), Traced):
                 continue

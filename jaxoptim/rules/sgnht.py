@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,8 @@ class SGNHT(Sampler):
     optimize_over: ArraysByLeaf = None
     box: str = "clamp"
     order: str = "kick_friction"
+
+    of_tree: ClassVar[tuple[str, ...]] = ("diffusion_factor",)
 
     def check(self) -> None:
         super().check()

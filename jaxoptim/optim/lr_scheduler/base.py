@@ -58,7 +58,7 @@ def values(optimizer: Optimizer, key: str) -> list[Any]:
 
 def number(x: Any) -> float:
     """A number, or an array of one element, as a float."""
-    return float(x.reshape(()) if isinstance(x, jax.Array) else x)
+    return float(x.reshape(()) if hasattr(x, "reshape") else x)
 
 
 def write(group: dict[str, Any], key: str, value: Any) -> None:
@@ -115,6 +115,8 @@ class LRScheduler:
 
     _get_lr_called_within_step: bool = False
     _is_initial: bool = False
+    _is_resumed: bool = False
+    """Whether it was made with ``last_epoch`` and not stepped since."""
     _continues: ClassVar[bool] = True
     """Whether ``get_lr`` goes on from the current rate, and not from the base rate alone."""
 
@@ -142,6 +144,7 @@ class LRScheduler:
         self._to_initial_lr()
         self._restart()
         self._repeat(last_epoch + 1)
+        self._is_resumed = True
 
     def _check_initial_lr(self) -> None:
         """Raise for groups that no scheduler has seen yet."""
@@ -195,7 +198,7 @@ class LRScheduler:
         Returns:
             A dict, to be saved together with the optimizer's.
         """
-        return {key: value for key, value in vars(self).items() if key != "optimizer"}
+        return {key: value for key, value in vars(self).items() if key not in ("optimizer", "_is_resumed")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, here or in torch. The rates come with the optimizer's state.
@@ -260,7 +263,7 @@ class LRScheduler:
             epoch: deprecated, as in torch: go to this epoch, by the closed form if there is one.
         """
         self._refuse_tracing()
-        if self._step_count == 1:
+        if self._step_count == 1 or self._is_resumed:
             if self._is_overridden():
                 warn(
                     "Seems like `optimizer.step()` has been overridden after learning rate scheduler initialization. "
@@ -272,6 +275,7 @@ class LRScheduler:
                     "order: `optimizer.step()` before `lr_scheduler.step()`. Otherwise the first value of the "
                     "learning rate schedule is skipped."
                 )
+        self._is_resumed = False
         if epoch is not None:
             warn(EPOCH_DEPRECATION_WARNING)
         with self._all_or_nothing():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from jaxoptim.optim.lr_scheduler.base import LRScheduler, check_optimizer, per_group, write
@@ -277,6 +277,14 @@ class OneCycleLR(_WithMomentum):
         if self.cycle_momentum:
             self._write_momenta([self._through(group, "momentum") for group in self.optimizer.param_groups])
         return [self._through(group, "lr") for group in self.optimizer.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict; see :meth:`LRScheduler.load_state_dict`. Those of torch 2.0 and before will do."""
+        if isinstance(state_dict, Mapping) and "anneal_func" in state_dict:  # the function, now its name
+            others = {key: value for key, value in state_dict.items() if key != "anneal_func"}
+            named = "cos" if "cos" in state_dict["anneal_func"].__name__ else "linear"
+            state_dict = {"_anneal_func_type": named} | others
+        super().load_state_dict(state_dict)
 
     def _through(self, group: dict[str, Any], what: str) -> Any:
         """The rate or momentum of a group."""

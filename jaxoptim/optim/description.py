@@ -1,0 +1,98 @@
+"""What an optimizer does with each parameter, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxoptim.core import trees
+from jaxoptim.optim.storage import Storage, labelled
+
+
+class Row(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        name: its name, or its path.
+        shape: of its array.
+        dtype: of its array; None where there is no array.
+        group: the number of its group in ``param_groups``; None if it is in none.
+        rate: its learning rate at the next step.
+        decay: its weight decay at the next step; None if the optimizer has none.
+        trained: whether steps update it.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    dtype: Any
+    group: int | None
+    rate: Any
+    decay: Any
+    trained: bool
+
+
+class Table(tuple[Row, ...]):
+    """The rows of a description; printed as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """The rows as aligned text."""
+        lines = [Row._fields, *(tuple(map(_shown, row)) for row in self)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    __repr__ = __str__
+
+
+def described(storage: Storage, options: Sequence[dict[str, Any]]) -> Table:
+    """The parameters of an optimizer, those that are None included, in the order of its tree.
+
+    Args:
+        storage: its groups.
+        options: those of each group at the next step.
+    """
+    tree = storage.tree()
+    group_of = {param: at for at, group in reversed([*enumerate(storage.groups)]) for param in group["params"]}
+    labels = labelled(tree)
+    rows = []
+    for name, param in zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True):
+        if param is None:
+            rows.append(Row(name, None, None, None, None, None, False))
+            continue
+        at = group_of.get(param)
+        its = {} if at is None else options[at]
+        rate = its.get("lr", its.get("eta"))
+        rows.append(Row(labels[param], param.shape, param.dtype, at, rate, its.get("weight_decay"), at is not None))
+    return Table(rows)
+
+
+def options_at(group: dict[str, Any], step: int) -> dict[str, Any]:
+    """The options of a group, every schedule replaced by its value at a step."""
+
+    def now(option: Any) -> Any:
+        if isinstance(option, tuple):
+            return tuple(map(now, option))
+        return float(option(step)) if callable(option) else option
+
+    return {name: now(option) for name, option in group.items() if name not in ("params", "param_names")}
+
+
+def has_schedule(group: dict[str, Any]) -> bool:
+    """Whether an option of a group depends on the step."""
+    return any(map(callable, jax.tree.leaves([x for name, x in group.items() if name != "params"], is_leaf=callable)))
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "trained" if value else "frozen"
+    if isinstance(value, float) or (hasattr(value, "__array__") and np.size(value) == 1):
+        return f"{np.asarray(value).item():.4g}"
+    return str(value)
