@@ -93,6 +93,9 @@ def by_side(name: str = "side") -> Any:
 def optimizer(side: Any, name: str = "SGD", rates: Any = RATES, **options: Any) -> Any:
     """An optimizer with a group for each rate."""
     groups = [{"params": [side.param()], "lr": rate} for rate in rates]
+    for group in groups:  # one gradient that came and went: ours warns of steps before there was any
+        group["params"][0].grad = side.array(0.0)
+        group["params"][0].grad = None
     return getattr(side.optim, name)(groups, **(OPTIONS.get(name, {}) | options))
 
 

@@ -196,7 +196,9 @@ def test_state_dict_hooks_may_change_or_replace_the_dict():
 
 def test_hooks_are_not_pickled_or_copied():
     def program(side: Any) -> list[int]:
-        opt = side.optim.SGD([side.param([1.0])])
+        param = side.param([1.0])
+        param.grad = side.array([1.0])
+        opt = side.optim.SGD([param])
         calls: list[int] = []
         opt.register_step_pre_hook(lambda *args: calls.append(0))
         opt.register_state_dict_post_hook(lambda *args: calls.append(1))

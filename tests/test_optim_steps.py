@@ -1,5 +1,6 @@
 """Steps, the parameters that they move, and the options that a user writes in between."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -303,7 +304,8 @@ def test_no_gradient_at_all_is_no_step(row):
     def program(side: Any) -> Any:
         params = params_of(side, row)
         opt = made(side, row, params)
-        opt.step()
+        with pytest.warns(UserWarning, match="did nothing") if side is Ours else contextlib.nullcontext():
+            opt.step()
         assert row.name != "Adagrad" or len(opt.state) == 2
         return opt, params
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
+from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.optim.parameter import Parameter
 
 Selector = Any
@@ -33,6 +34,7 @@ def is_group(x: Any) -> bool:
 
 def listed(params: Any) -> Any:
     """What was given, iterators read out; raises for what no optimizer can take."""
+    check_not_trained_by_torch("params", params)
     if isinstance(params, Parameter):
         raise TypeError(
             "params argument given to the optimizer should be an iterable of Parameters or dicts, or a pytree of "
@@ -93,11 +95,15 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
 
 
 def selected(
-    tree: Any, names: Sequence[str] | None, groups: Sequence[tuple[Selector, dict[str, Any]]]
+    tree: Any,
+    names: Sequence[str] | None,
+    groups: Sequence[tuple[Selector, dict[str, Any]]],
+    check: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """The groups that selectors make of a tree of parameters: the first that matches, or a last one for the rest.
 
-    Selectors see the names of the parameters if they were given, else their paths.
+    Selectors see the names of the parameters if they were given, else their paths. ``check`` raises for options that
+    are not allowed.
 
     Errors:
         ``ValueError`` for a selector that matches nothing; ``TypeError`` for what is not ``(selector, options)``.
@@ -114,6 +120,7 @@ def selected(
     for entry in groups:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
             raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
+        check(entry[1])
         selects = selection(entry[0], tree, paths)
         mine = [index for index in left if selects[index]]
         if not mine:
@@ -198,6 +205,7 @@ def _named(value: Any, name: str) -> Parameter:
 
 def _made(value: Any, name: str) -> Parameter:
     """An array as a parameter."""
+    check_not_trained_by_torch(f"One of the params, {name!r},", value)
     if isinstance(value, int | float | complex) or hasattr(value, "__array__"):
         return Parameter(value, name)
     raise TypeError(

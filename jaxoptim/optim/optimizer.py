@@ -14,7 +14,7 @@ from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
-from jaxoptim.optim import functional, state_checks, state_dicts, subclass
+from jaxoptim.optim import functional, option_names, state_checks, state_dicts, subclass
 from jaxoptim.optim.description import Table, described, has_schedule, options_at
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import is_group, listed, parameters_in, selected
@@ -72,7 +72,8 @@ class Optimizer(Hooked):
             (before clipping), ``update_norm``, ``skipped`` and ``num_skipped`` (so far); None before it.
 
     Errors:
-        Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized,
+        Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
+        parameter of torch, and for an option that does not exist,
         ``ValueError`` for an empty list, an option out of range, a parameter in two groups.
         A call that raises leaves parameters, state and counts as they were.
 
@@ -125,8 +126,12 @@ class Optimizer(Hooked):
         if not jax.tree.leaves(tree):
             raise ValueError("optimizer got an empty parameter list")
         self._storage.forest = [tree]
-        for group in selected(tree, names, groups or []):
+        for group in selected(tree, names, groups or [], self._check_selected):
             self._add(group)
+
+    def _check_selected(self, options: dict[str, Any]) -> None:
+        """Raise for what is no option of this class; only torch's group dicts have keys of the user's own."""
+        option_names.check_all(type(self).__name__, options, self.defaults)
 
     def _prepare(self) -> None:
         if not hasattr(self, "rule"):
@@ -134,6 +139,8 @@ class Optimizer(Hooked):
         self._storage = self.storage_class(self.rule, self.step_type, self.fixed)
         self._state = State(self._storage)
         self._prepare_hooks()
+        self._awaits_gradients = True
+        """Whether each ``grad`` may be None because nobody knows that it is to be set."""
         self.last: Measured | None = None
         self._loss_functions = LossFunctions("minimize", "opt.minimize(loss_fn, batch)")
 
@@ -176,7 +183,8 @@ class Optimizer(Hooked):
                 torch it is completed in place: ``"params"`` becomes a list, missing options are filled in.
 
         Errors:
-            ``TypeError`` for what is not a dict, or holds what cannot be optimized; ``ValueError`` for a missing
+            ``TypeError`` for what is not a dict, holds what cannot be optimized, or has an option misspelt (keys less
+            like an option are the user's own, as in torch); ``ValueError`` for a missing
             required option, an option out of range, names for some parameters only, or a parameter that is in
             another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice.
 
@@ -201,6 +209,8 @@ class Optimizer(Hooked):
 
     def _add(self, group: dict[str, Any]) -> None:
         """Append a group of parameters that are in the forest, or will be."""
+        self._storage.allowed = self.defaults.keys()
+        option_names.check_own(type(self).__name__, group, self.defaults)
         for name, default in self.defaults.items():
             if default is required and name not in group:
                 raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
@@ -286,7 +296,8 @@ class Optimizer(Hooked):
 
         Errors:
             ``ValueError`` for a tree or shape that does not fit, ``RuntimeError`` for sparse or dense gradients
-            where the other is needed, ``TypeError`` for both arguments at once.
+            where the other is needed, ``TypeError`` for both arguments at once, and for a key of a group that is an
+            option misspelt. A warning, once, for a step where no gradient was ever set.
 
         Example:
             >>> import jax.numpy as jnp
@@ -309,7 +320,21 @@ class Optimizer(Hooked):
         if closure is not None and grads is not None:
             raise TypeError("step takes gradients or a closure that sets them, but got both.")
         loss = None if closure is None else closure()
-        return loss, self._storage.own_gradients() if grads is None else trees.owned_arrays(grads)
+        if grads is not None:
+            return loss, trees.owned_arrays(grads)
+        if self._awaits_gradients:
+            self._look_for_gradients()
+        return loss, self._storage.own_gradients()
+
+    def _look_for_gradients(self) -> None:
+        """Warn, once, of a step by gradients that nobody has ever set."""
+        if self._storage.groups and not any(param.had_grad for param in self._storage.parameters()):
+            warnings.warn(
+                f"{type(self).__name__}.step() did nothing, because no parameter has ever had a grad. Give the "
+                "gradients, step(grads) with grads = jax.grad(loss_fn)(opt.params), or call minimize(loss_fn).",
+                stacklevel=5,
+            )
+        self._awaits_gradients = False
 
     @hooked
     def minimize(
@@ -545,6 +570,7 @@ class Optimizer(Hooked):
             self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
         if "defaults" in state:
             self.defaults = state["defaults"]
+            self._storage.allowed = self.defaults.keys()
         if "param_groups" in state:
             self.param_groups = state["param_groups"]
         if "state" in state:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import owned
+from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.core.numerics import strong
 from jaxoptim.engine.records import Keeper
 
@@ -27,13 +28,14 @@ class Parameter:
         name: as given; the dotted path if the optimizer was given a pytree.
         shape: of the value.
         dtype: of the value.
+        had_grad: whether a gradient was ever assigned.
         dct_dim: the axis, negative, along which a Pyro-style ``DCTAdam`` transforms the gradient (default None).
         subsample: what the next gradient is about, to a Pyro-style ``DCTAdam`` that is aware of subsamples: a
             dict of negative axis to indices along it (default None: everything).
 
     Errors:
-        ``TypeError`` for a value that is not floating or complex; ``ValueError`` for a value or gradient
-        of another shape.
+        ``TypeError`` for a value that is not floating or complex, or that torch trains; ``ValueError`` for a value
+        or gradient of another shape.
 
     Example:
         >>> from jaxoptim import optim
@@ -52,6 +54,7 @@ class Parameter:
         "_value",
         "dct_dim",
         "dtype",
+        "had_grad",
         "name",
         "shape",
         "subsample",
@@ -61,6 +64,7 @@ class Parameter:
         self.name = name
         self._value: jax.Array | None = _copied(value, name)
         self._grad: Any = None
+        self.had_grad = False
         self._keeper: Keeper | None = None
         self._index = 0
         self.shape: tuple[int, ...] = self._value.shape
@@ -101,6 +105,8 @@ class Parameter:
                 f"{self.shape}. They must be equal."
             )
         self._grad = grad
+        if grad is not None:
+            self.had_grad = True
 
     @property
     def struct(self) -> jax.ShapeDtypeStruct:
@@ -132,6 +138,7 @@ class Parameter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["value"], state["name"])  # type: ignore[misc]
         self._grad, self.dct_dim, self.subsample = state["grad"], state["dct_dim"], state["subsample"]
+        self.had_grad = self._grad is not None
 
 
 def zeros_like(grad: Any) -> Any:
@@ -146,6 +153,7 @@ def _copied(value: Any, name: str | None) -> jax.Array:
     if isinstance(value, jax.Array):
         array = strong(jax.device_put(value, may_alias=False))
     else:
+        check_not_trained_by_torch("The value" if name is None else f"The value of {name!r}", value)
         array = owned(value)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(

@@ -15,13 +15,12 @@ import numpy as np
 from jaxoptim.core import Rule, enabled
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.engine.slots import abstract_slots, slot_names
+from jaxoptim.optim.option_names import OF_SCHEDULERS
 from jaxoptim.optim.storage import Storage
 from jaxoptim.optim.subclass import TORCH_FLAGS
 
 _ADDED = TORCH_FLAGS.keys() | {"maximize", "decoupled_weight_decay"}
 """The options that checkpoints may lack, because torch added them to its classes later."""
-_OF_SCHEDULERS = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
-"""The options that schedulers add to a group."""
 _COUNT = jax.ShapeDtypeStruct((), jnp.float32)
 """How the count of steps is kept."""
 
@@ -107,7 +106,7 @@ def check_size(index: int, group: Mapping[str, Any], mine: Mapping[str, Any], na
 
 def check_options(optimizer: Loadable, index: int, group: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raise for options of another class, and for typing errors."""
-    known = optimizer.defaults.keys() | mine.keys() | _OF_SCHEDULERS | {"params", "param_names"}
+    known = optimizer.defaults.keys() | mine.keys() | OF_SCHEDULERS | {"params", "param_names"}
     members = labels(mine)
     some = ", ".join(members[:3]) + (", ..." if len(members) > 3 else "")
     if unknown := [name for name in group if name not in known]:

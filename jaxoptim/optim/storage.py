@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.records import Group as Members
 from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.store import State, Store
+from jaxoptim.optim import option_names
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.part import Part
 
@@ -43,6 +44,7 @@ class Storage:
         forest: the trees of parameters as they were given.
         is_list: whether the user sees a list with one tree per group, or the one tree that was given.
         labels: a unique name for each parameter.
+        allowed: the names of the options of a group.
         other_state: what the user filed under other keys than parameters.
     """
 
@@ -53,6 +55,8 @@ class Storage:
         self.is_list = False
         self.other_state: dict[Any, Any] = {}
         self.labels: dict[Parameter, str] = {}
+        self.allowed: Collection[str] = ()
+        self._num_keys = 0  # of all groups, when their names were last checked
         self.store = Store()
         self._fields = [field.name for field in dataclasses.fields(rule) if field.init]  # type: ignore[arg-type]
         self._options: list[list[Any]] = []  # what the settings were made of
@@ -226,6 +230,14 @@ class Storage:
         """Raise if there is nothing to update."""
         if not self.groups:
             raise ValueError("The optimizer has no parameter groups left. Add one with add_param_group.")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise if a new key of a group is an option misspelt."""
+        if (number := sum(map(len, self.groups))) != self._num_keys:
+            for group in self.groups:
+                option_names.check_own(self.rule.__name__, group, self.allowed)
+            self._num_keys = number
 
     def _groups_changed(self) -> bool:
         """Whether the slabs were made of other groups or other parameters."""

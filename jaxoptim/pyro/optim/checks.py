@@ -10,6 +10,7 @@ import jax
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
+from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.core.numerics import strong
 from jaxoptim.optim.parameter import Parameter
 
@@ -23,6 +24,7 @@ def listed(params: Iterable[Parameter]) -> list[Parameter]:
 
 def check_name(param: Any) -> None:
     """Raise for what is no parameter with a name."""
+    check_not_trained_by_torch("One of the parameters", param)
     if not isinstance(param, Parameter):
         raise TypeError(
             f"Parameters are expected, jaxoptim.optim.Parameter(value, name), but one is {type(param).__name__}. For "

@@ -68,6 +68,7 @@ class Member(Storage):
         self._groups: list[Group] = []
         self._tell = written
         super().__init__(old.rule, old.step_type, old.fixed)
+        self.allowed = old.allowed
         self.param, self.optimizer, self.clip = param, optimizer, clip
         self.subsample: Any = None
         self.is_written = True
@@ -146,6 +147,7 @@ class Member(Storage):
         """The setting of the parameter: its rule with the current options, and the clipping."""
         self.catch_up()
         if self._apart is None or self.is_written:
+            self._check_names()
             now = [self._option(self.options, name) for name in self._fields]
             self._apart = self._setting_after(self._made_of or None, self._apart, now, self.options)
             self._made_of, self.is_written = now, False

@@ -1,0 +1,195 @@
+"""What would train nothing, or something else than was meant, says so."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxoptim import optim
+from jaxoptim import pyro as ours_pyro
+
+WAY_OUT = r"loss is a JAX function.*detach\(\)\.numpy\(\).*jaxoptim\.interop\.torch"
+
+
+class TestParametersOfTorch:
+    @pytest.mark.parametrize(
+        "given",
+        [
+            lambda module: module,
+            lambda module: module.parameters(),
+            lambda module: list(module.parameters()),
+            lambda module: module.named_parameters(),
+            lambda module: dict(module.named_parameters()),
+            lambda module: [{"params": module.parameters()}],
+            lambda module: [{"params": list(module.parameters()), "lr": 0.1}],
+            lambda module: {"w": torch.zeros(2, requires_grad=True)},
+            lambda module: torch.nn.Sequential(module),
+        ],
+    )
+    @pytest.mark.parametrize("kind", [optim.AdamW, optim.LBFGS, optim.SparseAdam], ids=lambda kind: kind.__name__)
+    def test_are_refused_with_the_way_out(self, kind, given):
+        with pytest.raises(TypeError, match=WAY_OUT) as error:
+            kind(given(torch.nn.Linear(2, 1)), lr=0.1)
+        assert len(str(error.value)) <= 300
+
+    def test_frozen_ones_too(self):
+        frozen = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+        with pytest.raises(TypeError, match=f"'w'.*{WAY_OUT}"):
+            optim.SGD({"w": frozen})
+
+    def test_wherever_they_arrive(self):
+        weight = torch.nn.Parameter(torch.ones(2))
+        with pytest.raises(TypeError, match=f"'w'.*{WAY_OUT}"):
+            optim.Parameter(weight, "w")
+        param = optim.Parameter(np.ones(2))
+        with pytest.raises(TypeError, match=WAY_OUT):
+            param.value = weight
+        with pytest.raises(TypeError, match=WAY_OUT):
+            optim.SGD([param]).add_param_group({"params": [weight]})
+        with pytest.raises(TypeError, match=WAY_OUT):
+            ours_pyro.optim.Adam({"lr": 0.1})([weight])
+        with pytest.raises(TypeError, match=WAY_OUT):
+            ours_pyro.optim.Adam({"lr": 0.1}).update({"w": weight}, {"w": jnp.ones(2)})
+
+    def test_the_way_out_is_one(self):
+        module = torch.nn.Linear(2, 1)
+        opt = optim.SGD({name: p.detach().numpy() for name, p in module.named_parameters()}, lr=0.1)
+        opt.step(jax.tree.map(jnp.ones_like, opt.params))
+        np.testing.assert_allclose(opt.params["weight"], module.weight.detach().numpy() - 0.1, rtol=1e-6)
+
+    def test_tensors_that_are_data_stay_welcome(self):
+        assert optim.SGD({"w": torch.ones(2)}).params["w"].tolist() == [1.0, 1.0]
+        opt = optim.SGD({"w": np.ones(2)}, lr=0.5)
+        opt.minimize(lambda params, x: jnp.sum(params["w"] * x), torch.tensor([1.0, 2.0]))
+        assert opt.params["w"].tolist() == [0.5, 0.0]
+
+
+WORDS = r"step\(grads\).*minimize\(loss_fn\)"
+
+
+class TestStepsWithoutGradients:
+    def test_warn_once(self):
+        opt = optim.AdamW({"w": np.ones(2)})
+        with pytest.warns(UserWarning, match=rf"AdamW\.step\(\) did nothing.*{WORDS}") as caught:
+            opt.step()
+        assert [warning.filename for warning in caught] == [__file__]
+        opt.step()
+        with pytest.warns(UserWarning, match=WORDS):
+            optim.AdamW({"w": np.ones(2)}).step(closure=lambda: 0.0)
+
+    def test_loops_of_torch_are_quiet(self):
+        one, other = optim.Parameter(np.ones(2)), optim.Parameter(np.ones(2))
+        opt = optim.SGD([one, other])
+        one.grad = np.ones(2)
+        opt.zero_grad()
+        opt.step()  # there was a gradient
+        other.grad = np.ones(2)
+        opt.step()
+        opt.step(closure=lambda: setattr(other, "grad", np.ones(2)))
+
+    def test_a_closure_that_sets_them_is_quiet(self):
+        param = optim.Parameter(np.ones(2))
+        optim.SGD([param]).step(lambda: setattr(param, "grad", np.ones(2)))
+
+    def test_steps_along_given_gradients_are_quiet(self):
+        opt = optim.SGD({"w": np.ones(2)})
+        opt.step({"w": None})
+        opt.step({"w": np.ones(2)})
+
+    def test_samplers_too(self):
+        opt = optim.SGNHT({"w": np.ones(2)}, nbeta=2.0)
+        with pytest.warns(UserWarning, match=WORDS):
+            opt.step()
+
+
+SLIPS = {
+    "weight_decy": "weight_decay",
+    "lrr": "lr",
+    "learning_rate": "lr",
+    "beta": "betas",
+    "b1": "betas",
+    "epsilon": "eps",
+    "amsgard": "amsgrad",
+    "maximise": "maximize",
+    "weightdecay": "weight_decay",
+}
+OWN = (
+    "lr_scale",
+    "name",
+    "initial_lr",
+    "fix_lr",
+    "layer_id",
+    "weight_decay_mult",
+    "is_last_layer",
+    "steps",
+    "momentum",
+    3,
+)
+"""What torch's users keep in groups."""
+
+
+class TestMisspeltOptions:
+    @pytest.mark.parametrize("slip", [*SLIPS, "momentum", "lr_scale", "name"])
+    def test_selected_groups_take_options_only(self, slip):
+        meant = f"and '{SLIPS[slip]}' is probably meant" if slip in SLIPS else f"'{slip}' is no option of AdamW"
+        with pytest.raises(TypeError, match=rf"{meant}.*It takes lr, betas, eps, weight_decay, "):
+            optim.AdamW({"w": np.ones(2), "b": np.ones(2)}, groups=[("b", {slip: 0.5})])
+
+    @pytest.mark.parametrize("slip", SLIPS)
+    def test_group_dicts_refuse_slips(self, slip):
+        match = rf"'{slip}', which is no option of AdamW.*'{SLIPS[slip]}' is probably meant"
+        with pytest.raises(TypeError, match=match):
+            optim.AdamW([{"params": [np.ones(2)], slip: 0.5}])
+        opt = optim.AdamW([np.ones(2)])
+        with pytest.raises(TypeError, match=match):
+            opt.add_param_group({"params": [np.ones(2)], slip: 0.5})
+        assert len(opt.param_groups) == 1
+        opt.step([np.ones(2)])
+        before = np.asarray(opt.params[0])
+        opt.param_groups[0][slip] = 0.5
+        for _ in range(2):
+            with pytest.raises(TypeError, match=match):
+                opt.step([np.ones(2)])
+        with pytest.raises(TypeError, match=match):
+            opt.minimize(lambda params: jnp.sum(params[0] ** 2))
+        np.testing.assert_array_equal(opt.params[0], before)
+        del opt.param_groups[0][slip]
+        opt.step([np.ones(2)])
+
+    @pytest.mark.parametrize("kind", [optim.AdamW, optim.SGD, optim.Rprop, optim.Adafactor], ids=lambda x: x.__name__)
+    def test_keys_of_the_users_own_stay_as_in_torch(self, kind):
+        own = dict.fromkeys([key for key in OWN if key not in kind([1.0]).defaults], 7.0)
+        parent = getattr(torch.optim, kind.__name__)([{"params": [torch.zeros(2)], **own}])
+        opt = kind([{"params": {"w": np.ones(2)}, **own}])
+        opt.param_groups[0]["note"] = "mine"
+        opt.step([{"w": np.ones(2)}])
+        assert (
+            {key: opt.param_groups[0][key] for key in own} == {key: parent.param_groups[0][key] for key in own} == own
+        )
+
+    def test_every_option_is_its_own(self):
+        """No class refuses an option of its own, nor one that a scheduler adds."""
+        for name in ("SGD", "AdamW", "Rprop", "ASGD", "Adadelta", "NAdam", "RMSprop", "ClippedAdam", "DCTAdam"):
+            first = getattr(optim, name)({"w": np.ones((2, 2))})
+            options = {key: value for key, value in first.param_groups[0].items() if key != "params"}
+            opt = getattr(optim, name)({"w": np.ones((2, 2))}, groups=[("w", options | {"initial_lr": 0.1})])
+            opt.step({"w": np.ones((2, 2))})
+
+    def test_a_copy_checks_too(self):
+        opt = copy.deepcopy(optim.SGD([np.ones(2)]))
+        opt.param_groups[0]["lrr"] = 1.0
+        with pytest.raises(TypeError, match="'lr' is probably meant"):
+            opt.step([np.ones(2)])
+
+    def test_options_of_pyro_style_optimizers(self):
+        loc = {"loc": jnp.ones(2)}
+        with pytest.raises(TypeError, match=r"'loc'.*learning_rate.*it takes lr, betas"):
+            ours_pyro.optim.Adam({"learning_rate": 0.1}).update(loc, loc)
+        optimizer = ours_pyro.optim.Adam({"lr": 0.1})
+        params = optimizer.update(loc, loc)
+        optimizer.optim_objs["loc"].param_groups[0]["weight_decy"] = 0.1
+        with pytest.raises(TypeError, match="'weight_decay' is probably meant"):
+            optimizer.update(params, loc)
