@@ -224,8 +224,9 @@ def _check_vmap(rule: Rule, params: Params) -> None:
         return
     rules = _neighbours(rule)
     stack = jax.tree.map(lambda *numbers: _stacked(numbers), *rules)
-    swept = jax.vmap(lambda rule: _trained(step, rule, params)[0])(stack)
-    looped = [_trained(step, rule, params)[0] for rule in rules]
+    swept = jax.jit(jax.vmap(lambda rule: _trained(step, rule, params)[0]))(stack)
+    jitted = jax.jit(step)
+    looped = [_trained(jitted, rule, params)[0] for rule in rules]
     _assert_close(swept, jax.tree.map(lambda *arrays: jnp.stack(arrays), *looped))
 
 
@@ -262,7 +263,7 @@ def _check_grad(rule: Rule, params: Params) -> None:
         after, _ = _trained(step, jax.tree.unflatten(treedef, own), params)
         return sum(jnp.sum(x * x) for x in after.values())
 
-    chex.assert_tree_all_finite(jax.grad(final)([leaves[at] for at in numbers]))
+    chex.assert_tree_all_finite(jax.jit(jax.grad(final))([leaves[at] for at in numbers]))
 
 
 def _check_packing(rule: Rule, params: Params) -> None:
@@ -285,15 +286,15 @@ def _check_missing(rule: Rule, params: Params) -> None:
         return  # the noise of an array depends on the others
     late = next(iter(params))
     alone = {late: params[late]}
-    state, own, now = init(rule, params, counts=True), init(rule, alone), params
+    state, own, now, jitted = init(rule, params, counts=True), init(rule, alone), params, jax.jit(step)
     for t, is_missing in enumerate((True, False, True, False)):
         grads = _gradients(rule, params, t)
         before = now[late], {slot: of[late] for slot, of in state.slots.items()}
-        now, state = step(rule, now, grads | {late: None} if is_missing else grads, state)
+        now, state = jitted(rule, now, grads | {late: None} if is_missing else grads, state)
         if is_missing:
             chex.assert_trees_all_equal((now[late], {slot: of[late] for slot, of in state.slots.items()}), before)
         else:
-            alone, own = step(rule, alone, {late: grads[late]}, own)
+            alone, own = jitted(rule, alone, {late: grads[late]}, own)
     _assert_close(now[late], alone[late])
 
 
