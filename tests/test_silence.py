@@ -1,6 +1,7 @@
 """What would train nothing, or something else than was meant, says so."""
 
 import copy
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import jaxoptim
 from jaxoptim import optim
 from jaxoptim import pyro as ours_pyro
 
@@ -193,3 +195,85 @@ class TestMisspeltOptions:
         optimizer.optim_objs["loc"].param_groups[0]["weight_decy"] = 0.1
         with pytest.raises(TypeError, match="'weight_decay' is probably meant"):
             optimizer.update(params, loc)
+
+
+def barrier(x):
+    """Least at 1, NaN below zero, where its slope is finite all the same."""
+    return jnp.sum(x - jnp.log(x))
+
+
+def by_closure(opt, param):
+    def closure():
+        value, param.grad = jax.value_and_grad(barrier)(param.value)
+        return value
+
+    return opt.step(closure)
+
+
+def barrier_of_first(params):
+    return barrier(params[0])
+
+
+def by_minimize(opt, param):
+    return opt.minimize(barrier_of_first)
+
+
+class TestLBFGSWhereTheLossTurnsNaN:
+    @pytest.mark.parametrize("step", [by_closure, by_minimize])
+    @pytest.mark.parametrize("max_iter", [1, 2, 20])
+    def test_goes_on_from_the_last_finite_point(self, x64, step, max_iter):
+        param = optim.Parameter(jnp.array([0.01, 5.0]))
+        opt = optim.LBFGS([param], max_iter=max_iter)
+        caught = []
+        for _ in range(60):
+            with warnings.catch_warnings(record=True) as new:
+                warnings.simplefilter("always")
+                step(opt, param)
+            caught += new
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(opt.state_dict()["state"]) if x is not None)
+            if max_iter > 2:
+                assert jnp.isfinite(barrier(param.value))
+        (warning,) = caught
+        assert "last point where it was finite" in str(warning.message)
+        assert warning.filename == __file__
+        np.testing.assert_allclose(param.value, 1.0, atol=1e-4)
+
+    def test_ends_where_the_loss_was_finite(self, x64):
+        param = optim.Parameter(jnp.array([0.01, 5.0]))
+        opt = optim.LBFGS([param])
+        with pytest.warns(UserWarning, match="strong_wolfe"):
+            opt.minimize(lambda xs: barrier(xs[0]))
+        # As torch's step does that has no time for the evaluation that spoils it.
+        tensor = torch.nn.Parameter(torch.tensor([0.01, 5.0], dtype=torch.float64))
+        parent = torch.optim.LBFGS([tensor], max_iter=2, max_eval=10)
+
+        def closure():
+            parent.zero_grad()
+            value = torch.sum(tensor - torch.log(tensor))
+            value.backward()
+            return value
+
+        parent.step(closure)
+        np.testing.assert_allclose(param.value, tensor.detach().numpy(), rtol=1e-12)
+        assert float(opt.state[param]["prev_loss"]) == pytest.approx(float(barrier(param.value)))
+
+    def test_of_the_pure_face_too(self):
+        tx, x = jaxoptim.lbfgs(), jnp.array([0.01, 5.0])
+
+        @jax.jit
+        def step(x, state):
+            updates, state = tx.update(jax.grad(barrier)(x), state, x, value_fn=barrier)
+            return x + updates, state
+
+        state = tx.init(x)
+        for _ in range(60):
+            x, state = step(x, state)
+            assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((x, state)))
+        np.testing.assert_allclose(x, 1.0, atol=1e-3)
+
+    def test_a_loss_that_is_nan_from_the_start_stays_where_it_is(self):
+        for search in (None, "strong_wolfe"):
+            rule, x = jaxoptim.rules.LBFGS(line_search_fn=search), jnp.ones(3)
+            _, after, state = rule.minimize(lambda x: (jnp.nan, 2 * x), x, rule.init(x))
+            np.testing.assert_array_equal(after, x)
+            assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

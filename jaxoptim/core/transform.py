@@ -28,7 +28,8 @@ from jaxoptim.core.leaf import (
 )
 from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
-from jaxoptim.core.rule import Hyperparameters, Rule
+from jaxoptim.core.restoring import restored
+from jaxoptim.core.rule import Hyperparameters, Rule, Traced
 from jaxoptim.core.signatures import bound
 
 P = ParamSpec("P")
@@ -133,7 +134,8 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
     Errors:
         ``ValueError`` for another tree or shape than the parameters', and for missing ``params``;
         ``RuntimeError`` for sparse gradients where they are not supported; ``TypeError`` for gradients
-        that are not floating, and for names that the rule does not take. The message names the parameter.
+        that are not floating, for names that the rule does not take, and for what is no rule or no state;
+        ``ValueError`` for the state of another rule. The message names the parameter or the slot.
 
     Example:
         >>> import jax.numpy as jnp, jaxoptim
@@ -230,7 +232,8 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
         A function that takes the hyperparameters of ``rule``.
 
     Errors:
-        The function raises ``TypeError`` for a hyperparameter that the rule does not have.
+        The function raises ``TypeError`` for a hyperparameter that the rule does not have, and ``ValueError`` for one
+        that float16 or bfloat16 has spoilt.
 
     Example:
         >>> import jaxoptim
@@ -242,11 +245,33 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
 
     @functools.wraps(rule, assigned=("__module__", "__doc__"), updated=())
     def make(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
-        return transformation(rule(**bound(name, signature, args, kwargs)))  # type: ignore[call-arg]
+        return transformation(rule(**restored(rule, bound(name, signature, args, kwargs))))  # type: ignore[call-arg]
 
     make.__name__ = make.__qualname__ = name
     make.__signature__ = signature  # type: ignore[attr-defined]
     return make
+
+
+_known: dict[Any, list[str]] = {}
+
+
+def _slot_names(rule: Rule) -> list[str] | None:
+    """The names of a rule's slots; None where a field holds a tree, or a switch cannot be hashed."""
+    by_leaf_fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
+    if not all(jax.tree_util.all_leaves([getattr(rule, name)]) for name in by_leaf_fields):
+        return None
+    key = jax.tree.structure(rule)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    if key not in _known:
+        if len(_known) > 4096:
+            _known.clear()
+        example = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        noise = _noise_of(rule, rule.init_shared(), 0, {0: example})
+        _known[key] = list(init_leaf(rule.at(0), example, noise[0]))
+    return _known[key]
 
 
 def _whole(rule: Rule, params: Any) -> Any:
@@ -260,10 +285,40 @@ def _is_packable(rule: Rule) -> bool:
 
 
 def _check_rule(rule: Any) -> None:
+    if isinstance(rule, type):
+        raise TypeError(
+            f"A rule is expected, but got the class {rule.__name__}. Give an instance: {rule.__name__}(...)."
+        )
+    if isinstance(rule, optax.GradientTransformation):
+        raise TypeError(
+            "A rule is expected, such as jaxoptim.rules.Adam(lr=1e-3), but got a transformation. Call its own init and "
+            "update."
+        )
     if not isinstance(rule, Rule):
         raise TypeError(
             f"{type(rule).__name__} does not work array by array. "
             "Use the init and update of jaxoptim.transformation(rule), where rule is an instance."
+        )
+
+
+def _check_state(rule: Rule, state: Any) -> None:
+    """Raise for what is no state of the rule."""
+    kind = type(rule).__name__
+    if not isinstance(state, OptState):
+        got = f"a {type(state).__name__}" if state is not None else "None"
+        raise TypeError(
+            f"The state of {kind} must be the OptState that init(params) gave, but got {got}. If a checkpoint made "
+            "another container of it, rebuild it: OptState(**fields) or OptState(*fields)."
+        )
+    wanted = _slot_names(rule)
+    if wanted is None:
+        return
+    missing, extra = [x for x in wanted if x not in state.slots], [x for x in state.slots if x not in wanted]
+    if missing or extra:
+        problem = f"lacks the slot {missing[0]!r}" if missing else f"has the slot {extra[0]!r}, which this one has not"
+        raise ValueError(
+            f"The state is of another rule than this {kind}, or of one with other options: it {problem}. Go on with "
+            "the options of the run that made it, or begin anew with init(params)."
         )
 
 
@@ -281,6 +336,7 @@ def _updated(
     if unknown := sorted(given.keys() - set(rule.takes)):
         takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
         raise TypeError(f"{type(rule).__name__} has no use for {', '.join(unknown)}: it {takes}.")
+    _check_state(rule, state)
     if isinstance(params, Packed):
         if not _is_packable(rule):
             given = {name: unpacked(tree) for name, tree in given.items()}

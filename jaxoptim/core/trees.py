@@ -49,12 +49,15 @@ def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> l
     if treedef == expected:
         return leaves
     given, wanted = names(tree), names(like)
-    if missing := [name for name in wanted if name not in given]:
+    other_root = None if given == wanted else _other_root(tree, like, what, like_what)
+    if other_root is not None:
+        problem = other_root
+    elif missing := [name for name in wanted if name not in given]:
         problem = f"{what} has nothing for {missing[0]!r}"
     elif extra := [name for name in given if name not in wanted]:
         problem = f"{what} has {extra[0]!r}, which {like_what} lacks"
     else:
-        problem = f"{what} has the containers {treedef}, {like_what} has {expected}"
+        problem = f"{what} has the containers wrong: {first_difference(tree, like, like_what)}"
     raise ValueError(
         f"{what} and {like_what} are different trees: {problem}. Give {what} the structure of {like_what}, "
         "with None where there is nothing."
@@ -105,6 +108,54 @@ def _parting(prefix: Any, tree: Any, what: str, like_what: str, is_part: Callabl
     if name := unmatched(wanted, given, True):
         return f"{what} has nothing for {name}"
     return f"the containers differ, {type(prefix).__name__} at the top of {what}, {type(tree).__name__} of {like_what}"
+
+
+def _other_root(tree: Any, like: Any, what: str, like_what: str) -> str | None:
+    """What is wrong with a list, a tuple or an array in the place of another container; None if that is not it."""
+    is_array = jax.tree_util.all_leaves([tree], is_leaf=is_leaf)
+    if not (is_array or type(tree) in (list, tuple)) or type(tree) is type(like):
+        return None
+    if jax.tree_util.all_leaves([like], is_leaf=is_leaf):
+        return f"{what} is {_kind(tree)}, {like_what} is one array"
+    hint = ""
+    if type(tree) is tuple and len(tree) == 2 and any(jax.tree_util.all_leaves([x]) and not np.shape(x) for x in tree):
+        hint = "; jax.value_and_grad gives (loss, grads), of which the second is meant"
+    return f"{what} is {_kind(tree)}, {like_what} is {_kind(like)}{hint}"
+
+
+def _kind(tree: Any) -> str:
+    """A container or an array in a few words."""
+    if tree is None:
+        return "None"
+    if jax.tree_util.all_leaves([tree], is_leaf=is_leaf):
+        return f"an array of shape {np.shape(tree)}" if np.shape(tree) else "a scalar"
+    size = f" of {len(tree)}" if isinstance(tree, list | tuple | dict) else ""
+    return f"a {type(tree).__name__}{size}"
+
+
+def first_difference(tree: Any, like: Any, like_what: str) -> str:
+    """The first place at which two trees with the same names have other containers."""
+    path, given, wanted = "", tree, like
+    while type(given) is type(wanted) and not jax.tree_util.all_leaves([given], is_leaf=is_leaf):
+        pairs = [_children(given), _children(wanted)]
+        found = next(
+            ((name, a, b) for (name, a), (_, b) in zip(*pairs, strict=False) if _shape(a) != _shape(b)),
+            None,
+        )
+        if found is None:
+            break
+        path, given, wanted = f"{path}.{found[0]}".lstrip("."), found[1], found[2]
+    return f"{_kind(given)} at {repr(path) if path else 'its root'}, where {like_what} has {_kind(wanted)}"
+
+
+def _children(tree: Any) -> list[tuple[str, Any]]:
+    """The parts of a container, with their names."""
+    parts = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), part) for path, part in parts]
+
+
+def _shape(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=is_leaf)
 
 
 def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:

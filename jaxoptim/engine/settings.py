@@ -38,6 +38,7 @@ class Settings:
 
     Attributes:
         numbers: the settings on the device.
+        arrays: their arrays, as the update reads them.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Settings:
             return together([self._aparts[group] for group in own], [self._forms[group] for group in own])
 
         self.numbers = [Numbers([common(at) for at in bundle]) for bundle in self._bundles]
+        self.arrays = [numbers.arrays for numbers in self.numbers]
 
     def _find_spots(self) -> None:
         """Keep the numbers on the host too: leaf after leaf of a setting, each for all of its groups."""
@@ -79,10 +81,8 @@ class Settings:
                     self._spots[group].append((number, spots))
             self._vectors.append(np.array(vector))
 
-    @property
-    def arrays(self) -> list[tuple[Any, ...]]:
-        """The arrays, as the update reads them."""
-        return [numbers.arrays for numbers in self.numbers]
+    def _take(self, number: int, numbers: Numbers) -> None:
+        self.numbers[number], self.arrays[number] = numbers, numbers.arrays
 
     @property
     def forms(self) -> tuple[Static, ...]:
@@ -103,7 +103,7 @@ class Settings:
             for number, spot, apart in spots:
                 self._vectors[number][spot] = apart.leaves
             for number in {number for number, _, _ in spots}:
-                self.numbers[number] = self.numbers[number].of(self._vectors[number])
+                self._take(number, self.numbers[number].of(self._vectors[number]))
         return True
 
     def spots(self, groups: Sequence[int], leaves: Sequence[int]) -> list[Spots] | None:
@@ -121,4 +121,4 @@ class Settings:
         for of in spots:
             vector = self._vectors[of.number]
             vector[of.places] = numbers[of.own]
-            self.numbers[of.number] = self.numbers[of.number].of_one_step(vector)
+            self._take(of.number, self.numbers[of.number].of_one_step(vector))

@@ -53,7 +53,7 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
     if given != wanted:  # type: ignore[operator]
         raise ValueError(
             "from_functional takes a state of the transformation that to_functional gave, but got one of another "
-            f"structure: {given} instead of {wanted}."
+            f"structure: it has {trees.first_difference(_without_counts(state), expected, 'that one')}."
         )
     counts = [
         _counts_of(tree, part, _state_of(parts, state, index).counts) if part.times else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -106,7 +107,27 @@ class FlatStorage(WholeStorage):
             owner = self._owner()
             kind = None if loss.has_aux else (loss, *map(kind_of, jax.tree.leaves(args)))
             given = (self.layout, owner.form, self.numbers, owner.taken(), loss, args)
-            return owner.run(_minimize, kind, given)[2:]
+            value, aux, spoilt = owner.run(_minimize, kind, given)[2:]
+        # A search for the step stays where the loss is finite, and need not be waited for.
+        if not self._has_warned and not self._searches and bool(spoilt):
+            self._warn(8)
+        return value, aux, None
+
+    _has_warned = False
+
+    @property
+    def _searches(self) -> bool:
+        rule: Any = self.rule_at(0)
+        return rule.line_search_fn is not None
+
+    def _warn(self, level: int) -> None:
+        """Warn, once, of a step that ended early; the user's line is ``level`` calls away."""
+        self._has_warned = True
+        warnings.warn(
+            "The loss became NaN or infinite in a step of LBFGS, which ended at the last point where it was finite. "
+            "Give line_search_fn='strong_wolfe', or a smaller lr.",
+            stacklevel=level,
+        )
 
     def search(self, closure: Callable[[], Any]) -> Any:
         """Make one step with evaluations by a function that sets gradients; as before if it raises."""
@@ -128,6 +149,8 @@ class FlatStorage(WholeStorage):
             if is_new:
                 self.replace_state(0, None)
             raise
+        if not self._has_warned and not self._searches and not np.isfinite(float(losses[-1])):
+            self._warn(5)
         return losses[0]
 
 
@@ -152,10 +175,11 @@ def _stepped(state: OptState, shared: Any, others: Sequence[Any]) -> list[Any]:
 @functools.partial(jax.jit, static_argnames=("layout", "form", "loss"), donate_argnames="leaves")
 def _minimize(
     layout: Layout, form: Static, numbers: Numbers, leaves: Sequence[Any], loss: Loss, args: tuple[Any, ...]
-) -> tuple[list[Any], list[Any], Any, Any, None]:
+) -> tuple[list[Any], list[Any], Any, Any, jax.Array]:
     """One step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
 
-    The auxiliary output is that of the first evaluation.
+    The auxiliary output is that of the first evaluation. What comes last says whether the step ended at a loss that is
+    not finite.
     """
     rule, (values, (state, *others)) = numbers.each()[0], Contents.tree_unflatten(form, leaves).cells[0]
     names = [struct.name for struct in layout.structs]
@@ -171,9 +195,9 @@ def _minimize(
     if loss.has_aux:
         found = evaluated(loss.of(layout.tree).of(by_name), x, args)
         first, aux = (found.loss, found.grads), found.aux
-    value, x, shared = rule.minimize(value_and_grad, x, state.shared, first)
+    value, x, shared, spoilt = rule.minimized(value_and_grad, x, state.shared, first)
     new = contents(_with_vector(layout, values, x), _stepped(state, shared, others))
-    return [new.leaves], [None], value, aux, None
+    return [new.leaves], [None], value, aux, spoilt
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -214,6 +238,8 @@ class LBFGS(Optimizer):
 
     ``step(closure)`` evaluates the closure exactly as often and at the same points as torch, each put into the
     parameters' ``value`` first. ``minimize(loss_fn)`` does the same in one compiled program. There is one group.
+    A step without line search that meets a loss that is not finite warns, once; for that ``minimize`` waits for its
+    step, which it does not with a line search.
 
     Example:
         >>> import jax.numpy as jnp

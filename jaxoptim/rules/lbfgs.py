@@ -52,6 +52,7 @@ class _Step(NamedTuple):
         reach: the largest component of the direction, by absolute value.
         iterations: iterations begun in this step.
         evals: evaluations made in this step.
+        spoilt: whether the step ended at a loss that is not finite.
         line: the line search, or None.
         state: the state of the rule.
     """
@@ -66,6 +67,7 @@ class _Step(NamedTuple):
     reach: jax.Array
     iterations: jax.Array
     evals: jax.Array
+    spoilt: jax.Array
     line: Line | None
     state: LBFGSState
 
@@ -130,7 +132,9 @@ class LBFGS(Hyperparameters):
         which ``stored`` were ever written. :meth:`history` gives torch's lists.
 
     Where torch goes on with NaN, this does not: a step ends, and leaves its state finite, at a gradient that is
-    not finite; a line search goes back from a trial that is not finite.
+    not finite; a line search goes back from a trial that is not finite. With fixed steps a loss that is not finite
+    ends the step at the last point whose loss was finite; the history is dropped, and the next step begins there with
+    a move no longer than a first one, and half as long each time that this was too far.
 
     Errors:
         ``ValueError`` for a number out of range, ``TypeError`` for a count that is not an int, and
@@ -265,6 +269,16 @@ class LBFGS(Hyperparameters):
         Returns:
             The loss at ``x``, the new parameters, and the new state.
         """
+        return self.minimized(value_and_grad, x, state, first)[:3]
+
+    def minimized(
+        self,
+        value_and_grad: Callable[[jax.Array], tuple[Any, jax.Array]],
+        x: jax.Array,
+        state: LBFGSState,
+        first: tuple[Any, jax.Array] | None = None,
+    ) -> tuple[jax.Array, jax.Array, LBFGSState, jax.Array]:
+        """One whole step as :meth:`minimize` makes it, and whether it ended at a loss that is not finite."""
         step = self._started(state, x)
         if first is not None:
             step = self._observed(step, *first)
@@ -273,7 +287,7 @@ class LBFGS(Hyperparameters):
             lambda step: self._observed(step, *value_and_grad(step.point)),
             step,
         )
-        return step.first_loss, step.x, step.state
+        return step.first_loss, step.x, step.state, step.spoilt
 
     def history(self, state: LBFGSState) -> dict[str, list[jax.Array]]:
         """The history as torch keeps it: ``old_dirs``, ``old_stps`` and ``ro`` as lists, oldest first.
@@ -313,7 +327,7 @@ class LBFGS(Hyperparameters):
         """A step before its first evaluation."""
         zero, count, no = jnp.zeros((), x.dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
         line = None if self.line_search_fn is None else _strong_wolfe.init_line(Sample(zero, zero, zero), zero)
-        return _Step(jnp.copy(x), no, zero, x, zero, full_like(x), zero, zero, count, count, line, state)
+        return _Step(jnp.copy(x), no, zero, x, zero, full_like(x), zero, zero, count, count, no, line, state)
 
     def _observed(self, step: _Step, loss: Any, grad: jax.Array) -> _Step:
         """The step after an evaluation: at most, an iteration ends and another begins."""
@@ -325,15 +339,17 @@ class LBFGS(Hyperparameters):
             first_loss=jnp.where(first, loss, step.first_loss),
             state=step.state | {"func_evals": step.state["func_evals"] + 1},
         )
-        step, arrived = rule._arrive(step, loss, grad, first)
-        going_on = arrived & rule._is_worthwhile(step.grad) & (first | ~rule._has_converged(step))
+        # With a line search a loss can only be spoilt where the step begins, and infinity is no hindrance there.
+        spoilt = ~jnp.isfinite(loss) if step.line is None else first & jnp.isnan(loss)
+        step, arrived = rule._arrive(step._replace(spoilt=spoilt), loss, grad, first)
+        going_on = arrived & ~spoilt & rule._is_worthwhile(step.grad) & (first | ~rule._has_converged(step))
         step, downhill = rule._turn(step, going_on)
-        return rule._move(step._replace(done=arrived & ~downhill), downhill)
+        return rule._move(step._replace(done=spoilt | (arrived & ~downhill)), downhill)
 
     def _arrive(self, step: _Step, loss: Any, grad: jax.Array, first: jax.Array) -> tuple[_Step, jax.Array]:
         """End the iteration: at once with fixed steps, else when the line search has found its step."""
         if step.line is None:
-            return step._replace(loss=loss, grad=grad), jnp.ones((), bool)
+            return self._here_or_back(step, first)._replace(loss=loss, grad=grad), jnp.ones((), bool)
         state = step.state
         start = Sample(jnp.zeros_like(loss), state["prev_loss"], step.slope)
         trial = Sample(step.line.t, loss, _dot(grad, state["d"]))
@@ -349,6 +365,22 @@ class LBFGS(Hyperparameters):
             state=state | {"t": jnp.where(ended, line.t, state["t"])},
         )
         return step, first | ended
+
+    def _here_or_back(self, step: _Step, first: jax.Array) -> _Step:
+        """Take the point of a fixed step, or the one before it if the loss is spoilt there, and the history with it."""
+        state, spoilt = step.state, step.spoilt
+        # The last iteration of a step ends where nobody has evaluated the loss, and so the next one goes back over it.
+        before = jnp.where(first, step.x - state["t"] * state["d"], step.x)
+        moved = spoilt & (state["n_iter"] > 0) & (state["t"] > 0)
+        first_scale = jnp.minimum(1, 1 / jnp.sum(jnp.abs(state["prev_flat_grad"]))).astype(state["H_diag"].dtype)
+        shorter = state["H_diag"] * jnp.where(state["n_iter"] == 1, first_scale, 1) / 2
+        scale = jnp.where(state["stored"] > 0, first_scale, shorter)
+        state = state | {
+            "t": jnp.where(spoilt, 0, state["t"]),  # no pair comes of a move that was taken back
+            "H_diag": jnp.where(moved, scale, state["H_diag"]),
+            "stored": jnp.where(moved, 0, state["stored"]),
+        }
+        return step._replace(x=jnp.where(moved, before, jnp.where(spoilt, step.x, step.point)), state=state)
 
     def _is_worthwhile(self, grad: jax.Array) -> jax.Array:
         """Whether a gradient is neither flat nor spoilt."""
@@ -397,9 +429,10 @@ class LBFGS(Hyperparameters):
         """Go to the next point: the end of a fixed step, or the next trial of the line search."""
         x, state = step.x, step.state
         if step.line is None:
-            x = jnp.where(downhill, x + state["t"] * state["d"], x)
+            point = jnp.where(downhill, x + state["t"] * state["d"], x)
             # Nobody needs the loss where the last iteration ends.
-            return step._replace(x=x, point=x, done=step.done | (step.iterations >= self.max_iter))
+            is_last = step.iterations >= self.max_iter
+            return step._replace(x=jnp.where(is_last, point, x), point=point, done=step.done | is_last)
         start = Sample(jnp.zeros_like(step.slope), state["prev_loss"], step.slope)
         fresh = _strong_wolfe.init_line(start, state["t"])
         line = jax.tree.map(lambda a, b: jnp.where(downhill, a, b), fresh, step.line)
