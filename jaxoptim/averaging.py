@@ -133,13 +133,13 @@ def swa() -> Averaging:
         An :class:`Averaging`: ``init(params) -> state``, ``update(state, params) -> state``; ``state.average`` is
         the mean, ``state.n_averaged`` the count. Averages are kept in at least float32; integers are copied.
 
-    Errors:
+    Raises:
         ``update`` raises ``ValueError`` for another tree or shape than the average's.
 
-    Reference:
+    References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import averaging
         >>> average = averaging.swa()
@@ -170,14 +170,14 @@ def ema(decay: Any = 0.999, debias: bool = False) -> Averaging:
         An :class:`Averaging`: ``init(params) -> state``, ``update(state, params) -> state``; ``state.average`` is
         the average, ``state.n_averaged`` the count. Averages are kept in at least float32; integers are copied.
 
-    Errors:
+    Raises:
         ``ValueError`` for a decay out of range; ``update`` raises ``ValueError`` for another tree or shape than
         the average's.
 
-    Reference:
+    References:
         Polyak, Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import averaging
         >>> average = averaging.ema(decay=0.5)

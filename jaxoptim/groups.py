@@ -32,10 +32,10 @@ def no_decay(params: Any, *names: Selector, max_ndim: int = 1, option: str = "we
     Returns:
         A list with one ``(selector, options)``, or none if all are to decay.
 
-    Errors:
+    Raises:
         ``ValueError`` for a selector that selects nothing.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2), "table": jnp.ones((3, 2))}
         >>> jaxoptim.groups.no_decay(params, "table")
@@ -88,13 +88,13 @@ def layer_decay(
     Returns:
         A list of ``(selector, {"lr": rate})``, one for each layer that has parameters, the head too.
 
-    Errors:
+    Raises:
         ``ValueError`` if no name matches ``layers``, if it has no group of digits, and for a number out of range.
 
-    Reference:
+    References:
         Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022; the formula is timm's.
 
-    Example:
+    Examples:
         >>> import jaxoptim
         >>> params = {"embed": 1.0, "blocks": [{"w": 1.0}, {"w": 1.0}], "head": 1.0}
         >>> for selector, options in jaxoptim.groups.layer_decay(params, r"blocks\.(\d+)\.", 0.5, lr=0.8):
@@ -129,10 +129,10 @@ def combined(params: Any, *lists: Groups) -> List:
     Returns:
         A list with one entry for each set of options that occurs, in the order of ``params``.
 
-    Errors:
+    Raises:
         ``ValueError`` for an option that two lists give one parameter.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import groups
         >>> params = {"blocks": [{"w": jnp.ones((2, 2)), "b": jnp.ones(2)}], "head": jnp.ones((2, 2))}

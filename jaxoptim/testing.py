@@ -48,11 +48,11 @@ def check_rule(rule: Rule, params: Any = None) -> None:
         params: a dict of float arrays to try it on (default None: a scalar, a vector, matrices, a tensor and an empty
             array, those of them that the rule takes).
 
-    Errors:
+    Raises:
         ``AssertionError`` that names the check, says what was expected and has chex's comparison; ``TypeError`` for
         what is no rule; ``ValueError`` if there are no arrays that the rule takes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.core import Rule, rule
         >>> from jaxoptim.rules import SGD

@@ -40,8 +40,8 @@ def test_public_names_are_documented(name):
     assert re.match(r"\S.*\.$", text.splitlines()[0]), "the first line is a sentence"
     is_class = isinstance(PUBLIC[name], type) and not issubclass(PUBLIC[name], core.Hyperparameters)
     is_record = hasattr(PUBLIC[name], "_fields") and name.startswith("schedules.")  # shown where it is made
-    sections = [] if is_record else ["Example:"]
-    sections += [] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Errors:", "Errors:"]
+    sections = [] if is_record else ["Examples:"]
+    sections += [] if is_class else ["Args:" if name != "jaxoptim.Rule" else "Raises:", "Raises:"]
     for section in sections:
         assert re.search(rf"^ *{section}", text, re.MULTILINE), f"{name} has no section {section}"
 
@@ -55,11 +55,11 @@ TORCH_STYLE |= {f"swa_utils.{name}": getattr(swa_utils, name) for name in SWA_UT
 @pytest.mark.parametrize("name", TORCH_STYLE)
 def test_the_torch_style_face_is_documented(name):
     value = TORCH_STYLE[name]
-    sections = ["Example:"] + (["Args:"] if inspect.signature(value).parameters else [])
+    sections = ["Examples:"] + (["Args:"] if inspect.signature(value).parameters else [])
     if isinstance(value, type) and issubclass(value, optim.Optimizer):
-        sections += [".. math::", "Errors:"] + (["Reference:"] if value is not optim.Optimizer else [])
+        sections += [".. math::", "Raises:"] + (["References:"] if value is not optim.Optimizer else [])
     if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler):
-        sections += [".. math::", "Errors:"]
+        sections += [".. math::", "Raises:"]
     for section in sections:
         assert section in value.__doc__
 
@@ -67,7 +67,7 @@ def test_the_torch_style_face_is_documented(name):
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith("rules.")])
 def test_rules_state_their_mathematics_and_source(name):
     rule = PUBLIC[name]
-    for section in (".. math::", "Reference:", "Slots:" if issubclass(rule, core.Rule) else "State:"):
+    for section in (".. math::", "References:", "Slots:" if issubclass(rule, core.Rule) else "State:"):
         assert section in rule.__doc__
     arguments = rule.__doc__.split("Args:")[1].split("\n\n")[0]
     documented = re.findall(r"^        (\w+):", arguments, re.MULTILINE)

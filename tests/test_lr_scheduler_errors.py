@@ -265,7 +265,7 @@ def test_the_documentation_has_every_argument_and_an_example(name):
     cls = getattr(lr_scheduler, name)
     doc = inspect.getdoc(cls)
     assert cls.__doc__
-    assert doc.count("\nArgs:\n") == doc.count("\nExample:\n") == doc.count("\nErrors:\n") == 1
+    assert doc.count("\nArgs:\n") == doc.count("\nExamples:\n") == doc.count("\nRaises:\n") == 1
     assert doc.count(".. math::") == 1
     arguments = re.findall(r"^    (\w+): ", doc.split("\nArgs:\n")[1].split("\n\n")[0], re.MULTILINE)
     assert arguments == list(inspect.signature(cls).parameters)
@@ -273,7 +273,7 @@ def test_the_documentation_has_every_argument_and_an_example(name):
         if parameter.default is not inspect.Parameter.empty:
             text = re.search(rf"^    {parameter.name}: (.*(?:\n        .*)*)", doc, re.MULTILINE)[1]
             assert "default" in text or "-1 for a new scheduler" in text
-    assert ">>> " in doc.split("\nExample:\n")[1]
+    assert ">>> " in doc.split("\nExamples:\n")[1]
 
 
 KINDS = list({row.name: row for row in [*SIMPLE, sequential(STEP, LINEAR, at=[5]), chained(STEP, LINEAR)]}.values())

@@ -125,7 +125,7 @@ def test_repr_of_an_optimizer_without_groups_is_torchs():
 @by_row()
 def test_the_documentation_is_the_rules(row):
     cls = getattr(optim, row.name)
-    rule_doc, _, _ = inspect.getdoc(row.rule).partition("\n\nExample:\n")
+    rule_doc, _, _ = inspect.getdoc(row.rule).partition("\n\nExamples:\n")
     mathematics = re.findall(r"\.\. math::\n(?:    .*\n)+", rule_doc)
     assert mathematics
     doc = inspect.getdoc(cls)
@@ -136,7 +136,7 @@ def test_the_documentation_is_the_rules(row):
     flags = {"foreach", "fused", "capturable", "differentiable"} & set(inspect.signature(cls).parameters)
     assert {*documented, *flags, "groups"} == set(inspect.signature(cls).parameters)
     assert all(f"``{flag}``" in doc for flag in flags)
-    assert doc.count("Example:\n") == 1
+    assert doc.count("Examples:\n") == 1
     assert len(example_of(cls).examples) >= 3  # which the doctests of the package run
 
 

@@ -277,7 +277,7 @@ class Mine(optim.Optimizer):
 class Documented(optim.Optimizer):
     """Mine, with a text.
 
-    Example:
+    Examples:
         >>> opt = Documented([1.0], 0.5)
         >>> opt.step([1.0])
         >>> opt.params[0].tolist()

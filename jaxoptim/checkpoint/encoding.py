@@ -86,7 +86,7 @@ def encoded(x: Any, path: Path, arrays: NamedArrays, nodes: bool = True) -> Any:
         arrays: to be filled.
         nodes: whether other nodes than dicts, lists and tuples are allowed, which only ``like`` can restore.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no data, ``ValueError`` for an array that is not all here; with the path.
     """
     if isinstance(x, int) and x.bit_length() > _HEXADECIMAL:
@@ -166,7 +166,7 @@ def _encoded_array(x: Any, path: Path, arrays: NamedArrays) -> dict[str, Any]:
 def parsed(x: Any, arrays: NamedArrays) -> Any:
     """The tree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
 
-    Errors:
+    Raises:
         :class:`Malformed`, and any other for JSON that is not of this kind.
     """
     if x is None or isinstance(x, bool | int | float | str):
@@ -249,7 +249,7 @@ def _dtype_name(name: str) -> str:
 def decoded(x: Any, path: Path = ()) -> Any:
     """The tree that was saved.
 
-    Errors:
+    Raises:
         ``ValueError`` for a node that only ``like`` can make, and for a dtype that JAX does not hold now.
     """
     if isinstance(x, Stored):
@@ -283,7 +283,7 @@ def _decoded_array(x: Stored, path: Path) -> Any:
 def decoded_like(x: Any, like: Any) -> Any:
     """The tree in the structure, dtypes and shardings of another.
 
-    Errors:
+    Raises:
         As :func:`decoded`; ``ValueError`` for what does not fit, with its path.
     """
     found: dict[Path, Any] = {}

@@ -38,12 +38,12 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
         keep: how many checkpoints to keep, an int >= 1 (default 1). Those before the last are
             ``<path>.1`` (the newest), ``<path>.2``, ... A smaller number than before removes none of them.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no data, such as a function, with its path; ``ValueError`` for an array of which
         this process has only a part (use orbax), for hundreds of dicts in each other, and for ``keep`` below 1;
         ``OSError`` of the disk. What was at ``path`` is still there then.
 
-    Example:
+    Examples:
         >>> import tempfile, jax, jax.numpy as jnp
         >>> from jaxoptim import checkpoint, optim
         >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
@@ -89,12 +89,12 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     Returns:
         What was saved. JAX's arrays come as such, those of NumPy too.
 
-    Errors:
+    Raises:
         ``FileNotFoundError``; ``ValueError`` for a file that is damaged, of another program, or of a newer
         version of this library, for 64-bit arrays while ``jax_enable_x64`` is off, and for what does not fit
         ``like``, with its path.
 
-    Example:
+    Examples:
         See :func:`save`. A state of the pure face, where no structure is needed, and any other pytree, where it is:
 
         >>> import tempfile, jax, jaxoptim, jax.numpy as jnp

@@ -25,11 +25,11 @@ class Clip(Hyperparameters):
         clip_norm: :math:`c \ge 0`, a bound on the norm of this gradient alone (default None: no bound).
         clip_value: :math:`v \ge 0`, a bound on each number (default None: no bound).
 
-    Errors:
+    Raises:
         ``ValueError`` for a bound that is negative or no number; ``TypeError`` when the numbers of a complex gradient
         are to be bounded.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.core.clipping import Clip
         >>> clipped = Clip(clip_norm=1.0, clip_value=0.7).clipped(jnp.array([3.0, 4.0]))

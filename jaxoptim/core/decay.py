@@ -32,7 +32,7 @@ class Decay:
     The two fields are separate leaves of the pytree. The derivative of a loss with respect to
     :math:`\beta` is therefore the derivative by ``rate`` less the derivative by ``complement``.
 
-    Example:
+    Examples:
         >>> from jaxoptim import Decay
         >>> beta = Decay.of(0.999)
         >>> f"{beta.complement:.4f}"

@@ -25,10 +25,10 @@ def flatten(tree: Any) -> jax.Array:
     Returns:
         A vector in the dtype that all leaves promote to, float32 at least.
 
-    Errors:
+    Raises:
         ``TypeError`` that names the parameter which is not floating or complex.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> flatten({"w": jnp.array([1 + 2j]), "x": None, "y": jnp.zeros(2)}).tolist()
         [1.0, 2.0, 0.0, 0.0]
@@ -48,11 +48,11 @@ def flatten_like(tree: Any, like: Any, what: str = "grads") -> jax.Array:
     Returns:
         A vector as long as ``flatten(like)``.
 
-    Errors:
+    Raises:
         ``ValueError`` for another structure or shape than that of ``like``, ``TypeError`` for an array that
         is not floating, or complex where the parameter is real (or the reverse). Each names the parameter.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> params = {"w": jnp.ones(2), "x": jnp.ones(1)}
         >>> flatten_like({"w": jnp.array([3.0, 4.0]), "x": None}, params).tolist()
@@ -81,10 +81,10 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
     Returns:
         A tree of the structure, shapes and dtypes of ``like``.
 
-    Errors:
+    Raises:
         ``ValueError`` if the number of elements differs.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> unflatten(jnp.array([1.0, 2.0, 3.0]), (jnp.zeros(1, complex), None, jnp.zeros(1)))
         (Array([1.+2.j], dtype=complex64), None, Array([3.], dtype=float32))

@@ -27,10 +27,10 @@ def check_param(rule: Rule, name: str, param: Any) -> Any:
     Returns:
         The array.
 
-    Errors:
+    Raises:
         ``TypeError`` if it is not floating or complex, and what :meth:`Rule.check_param` raises.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.core import check_param
         >>> from jaxoptim.rules import Muon
@@ -60,10 +60,10 @@ def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
     Returns:
         The gradient.
 
-    Errors:
+    Raises:
         As :func:`update`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.core import check_gradient
         >>> from jaxoptim.rules import Adam

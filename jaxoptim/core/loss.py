@@ -104,7 +104,7 @@ def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = Fa
     Returns:
         The evaluation.
 
-    Errors:
+    Raises:
         ``ValueError`` for a loss that is not a scalar, ``TypeError`` for one that is not real.
     """
 

@@ -48,15 +48,15 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
     Returns:
         An array of ``shape`` and ``dtype``; as everywhere in JAX, float64 is float32 unless x64 is enabled.
 
-    Errors:
+    Raises:
         ``ValueError`` for another ``impl`` and for an array of keys, ``TypeError`` for a key that is not typed and for
         another dtype.
 
-    Reference:
+    References:
         Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (SC 2011), for threefry.
         Wellons: Prospecting for hash functions (2018), https://nullprogram.com/blog/2018/07/31/, for lowbias32.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from jaxoptim.core.noise import normal
         >>> key = jax.random.key(0)
@@ -81,7 +81,7 @@ def fold_in(key: jax.Array, data: Any) -> jax.Array:
     Returns:
         A key, or as many as there are numbers.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from jaxoptim.core.noise import fold_in
         >>> key = jax.random.key(0)
@@ -107,7 +107,7 @@ def words(key: jax.Array, count: int) -> jax.Array:
     Returns:
         ``(count,)``, uint32.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from jaxoptim.core.noise import words
         >>> words(jax.random.key(0), 3).tolist() == jax.random.bits(jax.random.key(0), (3,)).tolist()

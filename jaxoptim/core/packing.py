@@ -82,7 +82,7 @@ class Packed:
     function of this library takes it in the place of ``params`` (elementwise rules run on the buffers,
     the others on the unpacked tree), and so do ``jax.grad``, ``jit`` and checkpointers.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim
         >>> params = jaxoptim.pack({"w": jnp.ones((2, 3)), "b": jnp.zeros(3)})
         >>> [leaf.shape for leaf in jax.tree.leaves(params)]
@@ -118,7 +118,7 @@ class Packed:
         Returns:
             A ``Packed`` whose dtypes are those of ``tree``.
 
-        Errors:
+        Raises:
             ``ValueError`` that names the parameter whose gradient is missing or has another shape.
         """
         like = jax.tree.unflatten(self._layout.treedef, self._layout.places)
@@ -226,10 +226,10 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
     Returns:
         A :class:`Packed`; ``.unpack()`` gives the tree back.
 
-    Errors:
+    Raises:
         ``TypeError`` if ``tree`` is packed already.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> jaxoptim.pack([jnp.ones(3), jnp.ones((2, 2)), jnp.ones((200, 200))])
         Packed(3 arrays in 2 leaves)

@@ -19,7 +19,7 @@ class Rearrangement:
         index: in the new shape, the position of each number in the old array, flattened.
         shape: the old shape.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from jaxoptim.core import Rearrangement
         >>> transpose = Rearrangement.of(np.transpose, (2, 3), "weight")
@@ -36,7 +36,7 @@ class Rearrangement:
     def of(cls, function: Callable[[Any], Any], shape: tuple[int, ...], name: str) -> Rearrangement:
         """Find the move that a function makes of an array of this shape, by what it does to the positions.
 
-        Errors:
+        Raises:
             ``ValueError`` that names the parameter, if the function does anything but move the numbers.
         """
         positions = np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)

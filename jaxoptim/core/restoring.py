@@ -14,7 +14,7 @@ from jaxoptim.core.rule import Numeric, is_known
 def restored(rule: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options with those in float16 or bfloat16 in float32: a rounded default as the default that it was.
 
-    Errors:
+    Raises:
         ``ValueError`` for another number that such a dtype spoils: a decay rate, and what has become zero.
     """
     halves = {name: x for name, x in options.items() if _is_half(x) and isinstance(rule.specs.get(name), Numeric)}

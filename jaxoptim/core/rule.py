@@ -156,11 +156,11 @@ class Hyperparameters:
     such as L-BFGS, derives from this class and registers how it becomes a transformation with
     :func:`jaxoptim.transformation`.
 
-    Errors:
+    Raises:
         Construction raises ``ValueError`` for a number out of range and ``TypeError`` for what is not a
         number. Traced values are not checked.
 
-    Example:
+    Examples:
         >>> import jaxoptim
         >>> jaxoptim.rules.SGD(lr=0.1).replace(lr=0.2).lr
         0.2
@@ -243,10 +243,10 @@ class Rule(Hyperparameters, abc.ABC):
     Any number may be a tree like the parameters, or a prefix of one, whose leaves are numbers or schedules: each
     array is then updated by its own. They are leaves of the rule as all numbers are.
 
-    Errors:
+    Raises:
         As :class:`Hyperparameters`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> from jaxoptim.core import Rule, Scalar, rule
         >>> @rule
@@ -354,7 +354,7 @@ class Rule(Hyperparameters, abc.ABC):
 
         A rule that looks at the shape of an array says here which moves it goes along with.
 
-        Errors:
+        Raises:
             ``ValueError`` for a move after which the rule would make other updates, with the reason.
         """
         if not self.elementwise:
@@ -435,10 +435,10 @@ def rule(cls: type[R]) -> type[R]:
     Returns:
         The same class.
 
-    Errors:
+    Raises:
         ``TypeError`` if ``cls`` is a subclass of neither.
 
-    Example:
+    Examples:
         See :class:`Rule`.
     """
     if not (isinstance(cls, type) and issubclass(cls, Hyperparameters)):

@@ -45,10 +45,10 @@ class Sampler(Rule):
         key: a typed JAX key, ``jax.random.key(seed)`` (default None: that of seed 0).
         noise_impl: what makes noise of a key, one of :data:`jaxoptim.core.noise.IMPLS` (default ``"key"``).
 
-    Errors:
+    Raises:
         As :class:`Rule`; ``TypeError`` for a key that is no typed key.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim
         >>> from jaxoptim.core import Sampler, rule
         >>> @rule

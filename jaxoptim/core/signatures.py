@@ -9,7 +9,7 @@ from typing import Any
 def bound(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name, defaults included.
 
-    Errors:
+    Raises:
         ``TypeError`` that lists what the function takes.
     """
     try:

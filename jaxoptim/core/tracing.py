@@ -14,7 +14,7 @@ def refuse_tracing(call: str, instead: str) -> None:
         call: what was called, such as ``"Adam.step"``.
         instead: what to do.
 
-    Errors:
+    Raises:
         ``TypeError`` inside ``jax.jit``, ``grad``, ``vmap``, ``scan`` and whatever else traces.
     """
     if get_opaque_trace_state() != _OUTSIDE:

@@ -50,7 +50,7 @@ class OptState(NamedTuple):
     The counts come into being at the first update with a missing gradient. The state of a loop inside a compiled
     program cannot change its structure: where gradients are missing in one, start from ``init(..., counts=True)``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> params, rule = {"w": jnp.ones(2), "late": jnp.ones(2)}, jaxoptim.rules.SGD(lr=0.1, momentum=0.9)
         >>> state = jaxoptim.init(rule, params)
@@ -83,11 +83,11 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     Returns:
         An :class:`OptState`, each slot on the devices of its parameter.
 
-    Errors:
+    Raises:
         ``TypeError`` for a parameter that is not floating or complex; what the rule raises for a parameter
         that it cannot update (its name is in the message).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> state = jaxoptim.init(jaxoptim.rules.Adam(), {"w": jnp.ones(2), "frozen": None})
         >>> sorted(state.slots)
@@ -131,13 +131,13 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
     Returns:
         The updates, a tree like ``grads``, and the new state. A sparse gradient gives a sparse update.
 
-    Errors:
+    Raises:
         ``ValueError`` for another tree or shape than the parameters', and for missing ``params``;
         ``RuntimeError`` for sparse gradients where they are not supported; ``TypeError`` for gradients
         that are not floating, for names that the rule does not take, and for what is no rule or no state;
         ``ValueError`` for the state of another rule. The message names the parameter or the slot.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> params, rule = {"w": jnp.ones(2)}, jaxoptim.rules.SGD(lr=0.5)
         >>> updates, state = jaxoptim.update(rule, {"w": jnp.ones(2)}, jaxoptim.init(rule, params), params)
@@ -165,10 +165,10 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
     Returns:
         The new parameters, in their own dtypes, and the new state.
 
-    Errors:
+    Raises:
         As :func:`update`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim
         >>> params, rule = {"w": jnp.ones(2)}, jaxoptim.rules.Adam(lr=0.1)
         >>> step = jax.jit(jaxoptim.step, donate_argnums=(1, 3))
@@ -196,10 +196,10 @@ def transformation(rule: Any, /) -> optax.GradientTransformationExtraArgs:
         ``optax.GradientTransformationExtraArgs``, whose ``update`` takes ``params`` third and ignores
         keywords that the rule has no use for.
 
-    Errors:
+    Raises:
         ``TypeError`` if ``rule`` is not an instance of a rule.
 
-    Example:
+    Examples:
         >>> import jaxoptim, optax
         >>> tx = optax.chain(optax.clip(1.0), jaxoptim.transformation(jaxoptim.rules.SGD(lr=0.1)))
     """
@@ -231,11 +231,11 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
     Returns:
         A function that takes the hyperparameters of ``rule``.
 
-    Errors:
+    Raises:
         The function raises ``TypeError`` for a hyperparameter that the rule does not have, and ``ValueError`` for one
         that float16 or bfloat16 has spoilt.
 
-    Example:
+    Examples:
         >>> import jaxoptim
         >>> jaxoptim.adam(learning_rate=0.1)
         Traceback (most recent call last):

@@ -40,7 +40,7 @@ def array_names(tree: Any) -> list[str]:
 def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> list[Any]:
     """The leaves of ``tree``, None included, one for each leaf of ``like``.
 
-    Errors:
+    Raises:
         ``ValueError`` that names the first parameter at which the two trees part.
     """
     leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
@@ -76,7 +76,7 @@ def spread(
         like_what: the name of ``tree`` there.
         is_part: what else is a leaf of the prefix (default: None).
 
-    Errors:
+    Raises:
         ``ValueError`` that names the first leaf at which the two part.
     """
     parts = jax.tree.leaves(prefix, is_leaf=is_part)
@@ -161,7 +161,7 @@ def _shape(tree: Any) -> Any:
 def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
     """The arrays of ``tree``, one for each array of ``like``, and of its shape; nothing for a None in both.
 
-    Errors:
+    Raises:
         ``ValueError`` that names the first parameter at which the two trees part; ``TypeError`` for a complex
         array in the place of a real one.
     """

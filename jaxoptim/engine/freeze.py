@@ -81,7 +81,7 @@ def frozen(
         records: what is known of each parameter.
         alone: parameters that stand by themselves because their gradients are sparse.
 
-    Errors:
+    Raises:
         ``ValueError`` for a slot of another shape.
     """
     members = [

@@ -53,7 +53,7 @@ class TakenApart:
     def with_number(self, name: str, value: float) -> TakenApart | None:
         """The setting with another number for one hyperparameter; None where more than a number may change.
 
-        Errors:
+        Raises:
             What the rule says of numbers that are wrong together.
         """
         rule, place = self.setting.rule, self.place_of(name)

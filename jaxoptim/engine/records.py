@@ -102,7 +102,7 @@ def count_in(state: Mapping[str, Any]) -> int:
 def complete(record: Record, group: Group, label: str, param: Variable) -> tuple[Any, int, dict[str, Any] | None]:
     """The value of a parameter, its count, and all slots of its rule, None before the first update.
 
-    Errors:
+    Raises:
         ``ValueError`` for a slot of another shape.
     """
     value = record.current(param)

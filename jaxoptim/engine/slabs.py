@@ -47,7 +47,7 @@ class Slabs(Owner):
         settings: those of the groups.
         others: entries of state that the rules do not keep, by parameter.
 
-    Errors:
+    Raises:
         ``ValueError`` for a slot of another shape.
     """
 
@@ -235,7 +235,7 @@ class Slabs(Owner):
     def advance(self, grads: Any) -> None:
         """One step along a tree of gradients.
 
-        Errors:
+        Raises:
             What ``jaxoptim.step`` raises for gradients that do not fit their parameters.
         """
         if not self._unstarted and not self._has_gaps:

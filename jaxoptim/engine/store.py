@@ -73,7 +73,7 @@ class Store:
             labels: their names in messages.
             view: the structure in which gradients come, or the list of the parameters in their order.
 
-        Errors:
+        Raises:
             ``ValueError`` for a slot of another shape than its parameter has; nothing is changed then.
         """
         if not isinstance(view, View):

@@ -27,10 +27,10 @@ def required() -> ModuleType:
     Returns:
         The module.
 
-    Errors:
+    Raises:
         ``ImportError`` that says how to install it.
 
-    Example:
+    Examples:
         >>> from jaxoptim.interop.numpyro import required
         >>> required().__name__
         'numpyro'
@@ -61,10 +61,10 @@ def to_numpyro(optimizer: Any) -> _NumPyroOptim:
         ``stable_update`` leaves the state as it was where the loss or a gradient is not finite; mutable state is the
         model's and goes on.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything else; ``ImportError`` without numpyro.
 
-    Example:
+    Examples:
         >>> import jax, numpyro
         >>> import numpyro.distributions as dist
         >>> from numpyro.infer import SVI, Trace_ELBO, autoguide
@@ -97,10 +97,10 @@ def by_path(tree: Any) -> dict[str, Any]:
     Returns:
         A flat dict in the order of ``jax.tree.leaves``.
 
-    Errors:
+    Raises:
         ``ValueError`` for two arrays of one path.
 
-    Example:
+    Examples:
         >>> from jaxoptim.interop.numpyro import by_path
         >>> by_path({"net$params": {"bias": 1.0}, "scale": 2.0})
         {'net$params.bias': 1.0, 'scale': 2.0}

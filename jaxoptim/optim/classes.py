@@ -84,7 +84,7 @@ class ASGD(Optimizer):
 class Muon(Optimizer):
     """torch's ``Muon``, computed by :class:`jaxoptim.rules.Muon`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> opt = optim.Muon({"w": jnp.eye(2)}, lr=0.1)
@@ -147,7 +147,7 @@ class SGD(Optimizer):
 class SparseAdam(Optimizer):
     """torch's ``SparseAdam``, computed by :class:`jaxoptim.rules.SparseAdam`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jax.experimental.sparse import BCOO
         >>> from jaxoptim import optim
@@ -200,7 +200,7 @@ class SGLD(MeasuredSampler):
     ``temperature`` is an old name of ``nbeta``, which it overrides. ``optimize_over`` of a group is a mask that
     broadcasts to all its parameters, or a tree or list with one for each.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> chain = optim.SGLD({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, noise_norm=True, key=jax.random.key(1))
@@ -222,7 +222,7 @@ class SGNHT(ThermostatSampler):
     The thermostat is an entry of each group, and begins at the group's own ``diffusion_factor`` (in devinterp at that
     of the constructor). devinterp's ``save_noise`` and ``save_mala_vars`` do nothing but warn, as there.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> chain = optim.SGNHT({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, key=jax.random.key(1))
@@ -241,7 +241,7 @@ class SGNHT(ThermostatSampler):
 class PSGLD(Sampler):
     """Preconditioned SGLD, computed by :class:`jaxoptim.rules.PSGLD`; its ``gamma`` needs ``sampling.sample``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> chain = optim.PSGLD({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, key=jax.random.key(1))
@@ -256,7 +256,7 @@ class PSGLD(Sampler):
 class SGHMC(Sampler):
     """Stochastic gradient Hamiltonian Monte Carlo, computed by :class:`jaxoptim.rules.SGHMC`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> chain = optim.SGHMC({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, key=jax.random.key(1))

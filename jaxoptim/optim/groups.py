@@ -66,7 +66,7 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
     Returns:
         The tree, in which each array has become a :class:`Parameter` of its own, and the names or None.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything else, with its path; ``ValueError`` if only some have names.
     """
     params = [params] if isinstance(params, Parameter) else listed(params)
@@ -105,7 +105,7 @@ def selected(
     Selectors see the names of the parameters if they were given, else their paths. ``check`` raises for options that
     are not allowed.
 
-    Errors:
+    Raises:
         ``ValueError`` for a selector that matches nothing; ``TypeError`` for what is not ``(selector, options)``.
     """
     params = jax.tree.leaves(tree)
@@ -141,7 +141,7 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
         tree: the parameters, arrays or :class:`Parameter`.
         paths: their names, in the order of the tree's leaves.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no selector; ``ValueError`` for a regular expression that does not compile, and for
         a mask of another structure.
     """
@@ -158,7 +158,7 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
 def predicate(selector: Selector) -> Callable[[str], Any]:
     """Whether a selector selects a path.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no selector of paths; ``ValueError`` for a regular expression that does not compile.
     """
     if isinstance(selector, str | re.Pattern):

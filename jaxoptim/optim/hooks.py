@@ -37,7 +37,7 @@ class RemovableHandle:
     Attributes:
         id: the key of the hook in its registry.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> opt = optim.SGD([1.0])
         >>> with opt.register_step_post_hook(lambda opt, args, kwargs: print("stepped")):
@@ -76,7 +76,7 @@ def register_optimizer_step_pre_hook(hook: Callable[..., Any]) -> RemovableHandl
     Returns:
         A handle whose ``remove()`` takes the hook out.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> handle = optim.register_optimizer_step_pre_hook(lambda opt, args, kwargs: print(type(opt).__name__))
         >>> optim.SGD([1.0]).step([0.5])
@@ -95,7 +95,7 @@ def register_optimizer_step_post_hook(hook: Callable[..., None]) -> RemovableHan
     Returns:
         A handle whose ``remove()`` takes the hook out.
 
-    Example:
+    Examples:
         See :func:`register_optimizer_step_pre_hook`.
     """
     return _after_every_step.register(hook)

@@ -241,7 +241,7 @@ class LBFGS(Optimizer):
     A step without line search that meets a loss that is not finite warns, once; for that ``minimize`` waits for its
     step, which it does not with a line search.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> opt = optim.LBFGS(jnp.array([-1.0, 1.5]), line_search_fn="strong_wolfe")
@@ -287,7 +287,7 @@ class LBFGS(Optimizer):
         Args:
             param_group: see :meth:`Optimizer.add_param_group`.
 
-        Errors:
+        Raises:
             ``ValueError`` for a second one.
         """
         if self.param_groups:
@@ -346,10 +346,10 @@ class LBFGS(Optimizer):
         Returns:
             The loss of the first evaluation.
 
-        Errors:
+        Raises:
             ``TypeError`` for anything but a function; what the closure raises, and then nothing has changed.
 
-        Example:
+        Examples:
             >>> import jax
             >>> from jaxoptim import optim
             >>> x = optim.Parameter(3.0)

@@ -24,7 +24,7 @@ def by_name(groups: list[dict[str, Any]], there: Names, here: Names, strict: boo
         here: the names of the optimizer's.
         strict: whether names that differ are an error; otherwise they are ignored.
 
-    Errors:
+    Raises:
         ``ValueError`` for names that are on one side only, or in other groups.
     """
     if not (_are_unique(there) and _are_unique(here)):

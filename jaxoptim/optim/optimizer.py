@@ -71,13 +71,13 @@ class Optimizer(Hooked):
         last: what the last call of :meth:`minimize` that measures has measured, arrays on the device: ``grad_norm``
             (before clipping), ``update_norm``, ``skipped`` and ``num_skipped`` (so far); None before it.
 
-    Errors:
+    Raises:
         Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
         parameter of torch, and for an option that does not exist,
         ``ValueError`` for an empty list, an option out of range, a parameter in two groups.
         A call that raises leaves parameters, state and counts as they were.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> params = {"w": jnp.array([1.0, -2.0]), "b": jnp.zeros(2)}
@@ -182,13 +182,13 @@ class Optimizer(Hooked):
             param_group: a dict with ``"params"`` (a pytree, or an iterable of parameters) and options. As in
                 torch it is completed in place: ``"params"`` becomes a list, missing options are filled in.
 
-        Errors:
+        Raises:
             ``TypeError`` for what is not a dict, holds what cannot be optimized, or has an option misspelt (keys less
             like an option are the user's own, as in torch); ``ValueError`` for a missing
             required option, an option out of range, names for some parameters only, or a parameter that is in
             another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice.
 
-        Example:
+        Examples:
             >>> from jaxoptim import optim
             >>> opt = optim.SGD([1.0], lr=0.1)
             >>> opt.add_param_group({"params": [2.0], "lr": 0.5})
@@ -243,7 +243,7 @@ class Optimizer(Hooked):
         Returns:
             For each group a dict of its options and the keys of your own, without its parameters.
 
-        Example:
+        Examples:
             >>> from jaxoptim import optim, schedules
             >>> opt = optim.SGD([1.0], lr=schedules.step_lr(0.5, step_size=1, gamma=0.5))
             >>> opt.step([0.5])
@@ -267,7 +267,7 @@ class Optimizer(Hooked):
             A tuple of rows ``(name, shape, dtype, group, rate, decay, trained)``, one for each leaf of the parameters,
             None included. Printed, it is a table.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim import optim
             >>> params = {"b": jnp.zeros(3), "w": jnp.ones((2, 3)), "x": None}
@@ -294,12 +294,12 @@ class Optimizer(Hooked):
         Returns:
             What the closure returned, else None.
 
-        Errors:
+        Raises:
             ``ValueError`` for a tree or shape that does not fit, ``RuntimeError`` for sparse or dense gradients
             where the other is needed, ``TypeError`` for both arguments at once, and for a key of a group that is an
             option misspelt. A warning, once, for a step where no gradient was ever set.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim import optim
             >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
@@ -382,11 +382,11 @@ class Optimizer(Hooked):
         Returns:
             The loss before the update, or ``(loss, aux)``.
 
-        Errors:
+        Raises:
             ``TypeError`` for a function that cannot be hashed, and for text that is not static; ``ValueError`` for a
             bound below zero, and for a batch that cannot be cut; what ``loss_fn`` raises.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim import optim
             >>> opt = optim.SGD({"w": jnp.ones(2)}, lr=0.1)
@@ -427,7 +427,7 @@ class Optimizer(Hooked):
         Args:
             set_to_none: set them to None (default), which makes ``step()`` skip the parameters, or to zero.
 
-        Example:
+        Examples:
             >>> from jaxoptim import optim
             >>> weight = optim.Parameter(1.0)
             >>> weight.grad = 0.5
@@ -448,7 +448,7 @@ class Optimizer(Hooked):
             ``(transformation, params, state)``, ``params`` as :attr:`params`. Parameters that share options and
             count have one ``jaxoptim.OptState``; where groups differ, it is that of ``optax.partition``.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp, optax
             >>> from jaxoptim import optim
             >>> opt = optim.Adam({"w": jnp.ones(2)}, lr=0.1)
@@ -467,10 +467,10 @@ class Optimizer(Hooked):
             params: a tree like :attr:`params`.
             state: of the transformation that :meth:`to_functional` gave.
 
-        Errors:
+        Raises:
             ``ValueError`` for a tree or a state of another structure; nothing is changed then.
 
-        Example:
+        Examples:
             See :meth:`to_functional`.
         """
         functional.enter(self._storage, self._pure_rule, params, state)
@@ -484,7 +484,7 @@ class Optimizer(Hooked):
             ``{"state": {id: slots}, "param_groups": [options and the ids of "params"]}``, the ids counted over
             all groups. Arrays are JAX arrays.
 
-        Example:
+        Examples:
             >>> from jaxoptim import optim
             >>> optim.SGD([1.0], lr=0.1).state_dict()["param_groups"][0]["params"]
             [0]
@@ -511,13 +511,13 @@ class Optimizer(Hooked):
             keep: options that stay as they are here, such as ``["lr"]`` (default: none). With ``lr`` goes its
                 ``initial_lr``, from which schedulers start.
 
-        Errors:
+        Raises:
             ``ValueError`` for a state dict of another class, of other parameters or groups, for an option that
             is unknown or out of range, or is to be kept and not there, and for a slot of another name or shape,
             with the name of the parameter;
             ``KeyError`` for a missing option. Nothing is changed then.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim import optim
             >>> old, new = optim.Adam({"w": jnp.ones(2)}, lr=0.1), optim.Adam({"w": jnp.ones(2)})

@@ -33,11 +33,11 @@ class Parameter:
         subsample: what the next gradient is about, to a Pyro-style ``DCTAdam`` that is aware of subsamples: a
             dict of negative axis to indices along it (default None: everything).
 
-    Errors:
+    Raises:
         ``TypeError`` for a value that is not floating or complex, or that torch trains; ``ValueError`` for a value
         or gradient of another shape.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> weight = optim.Parameter([1.0, -2.0], name="weight")
         >>> weight.grad = 2 * weight.value

@@ -273,14 +273,14 @@ class Sampler(Optimizer):
         defaults: see :class:`Optimizer`; its ``key`` is a typed JAX key, or None for ``jax.random.key(0)``.
         groups: see :class:`Optimizer`.
 
-    Errors:
+    Raises:
         As :class:`Optimizer`; ``TypeError`` for a key that is not typed.
 
-    Reference:
+    References:
         Of each rule. On keys and counters: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3,
         SC 2011.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> chain = optim.SGHMC({"w": jnp.ones(2)}, lr=1e-3, nbeta=50.0, key=jax.random.key(1))
@@ -329,10 +329,10 @@ class Sampler(Optimizer):
         Returns:
             What the closure returned, else None.
 
-        Errors:
+        Raises:
             As :meth:`Optimizer.step`.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim import optim
             >>> chain = optim.SGLD({"w": jnp.ones(2)}, lr=0.5, nbeta=2.0)

@@ -113,7 +113,7 @@ def to_load(
         moves: where the numbers of some parameters go.
         keep: see ``Optimizer.load_state_dict``.
 
-    Errors:
+    Raises:
         ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
     """
     if isinstance(keep, str):
@@ -223,7 +223,7 @@ def _own(x: Any) -> Any:
 def transferred(optimizer: Loadable, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:
     """State by parameter, with the numbers of some moved.
 
-    Errors:
+    Raises:
         ``ValueError`` that names a parameter with which the rule does not go along.
     """
     new = dict(state)

@@ -28,7 +28,7 @@ _FLAGS = {
     name: inspect.Parameter(name, _KEYWORD, default=default, annotation="bool | None" if default is None else "bool")
     for name, default in TORCH_FLAGS.items()
 }
-_EXAMPLE = """Example:
+_EXAMPLE = """Examples:
     >>> from jaxoptim import optim
     >>> opt = optim.{name}({{"w": 1.0}}, {option}=0.1)
     >>> opt.step({{"w": 1.0}})
@@ -103,15 +103,15 @@ def _document(cls: Any) -> None:
 
     The class's own docstring is its first line and its example.
     """
-    summary, _, example = inspect.cleandoc(vars(cls).get("__doc__") or _summary(cls)).partition("\n\nExample:\n")
+    summary, _, example = inspect.cleandoc(vars(cls).get("__doc__") or _summary(cls)).partition("\n\nExamples:\n")
     rule = inspect.getdoc(cls.rule) or ""
-    body = rule.partition("\n\nExample:\n")[0].replace("Args:\n", "Args:\n    params: see :class:`Optimizer`.\n", 1)
+    body = rule.partition("\n\nExamples:\n")[0].replace("Args:\n", "Args:\n    params: see :class:`Optimizer`.\n", 1)
     parts = [summary, body]
     options = [*inspect.signature(cls.__init__).parameters][2:]
     if flags := [f"``{flag}``" for flag in TORCH_FLAGS if flag in options]:
         parts.append(f"torch's {', '.join(flags)} are accepted and stored in the groups, and have no other effect.")
     if example:
-        parts.append(f"Example:\n{example}")
+        parts.append(f"Examples:\n{example}")
     elif "_example" in vars(cls):
         parts.append(_EXAMPLE.format(name=cls.__name__, option=options[0], result=cls._example))
     cls.__doc__ = "\n\n".join(part for part in parts if part)

@@ -34,11 +34,11 @@ def get_total_norm(
     Returns:
         A scalar, in float32 at least; 0 without arrays.
 
-    Errors:
+    Raises:
         ``RuntimeError`` for a norm that is not finite, if asked for; ``TypeError`` if that is asked for in a compiled
         function.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> float(optim.utils.get_total_norm({"w": jnp.array([3.0, 0.0]), "b": jnp.array(4.0)}))
@@ -71,10 +71,10 @@ def clip_grad_norm_(
     Returns:
         For parameters the norm before clipping, a scalar; for gradients the pair of the clipped tree and that norm.
 
-    Errors:
+    Raises:
         As :func:`get_total_norm`; ``TypeError`` for parameters in a compiled function.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> weight = optim.Parameter([1.0, 2.0])
@@ -110,10 +110,10 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
     Returns:
         None for parameters; for gradients the clipped tree.
 
-    Errors:
+    Raises:
         ``TypeError`` for complex gradients, and for parameters in a compiled function.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> optim.utils.clip_grad_value_({"w": jnp.array([3.0, -0.5])}, 1.0)["w"].tolist()

@@ -31,13 +31,13 @@ class Adadelta(Rule):
     Slots:
         ``square_avg``, ``acc_delta``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Zeiler, ADADELTA: an adaptive learning rate method, 2012 (arXiv:1212.5701).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adadelta(lr=100.0), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

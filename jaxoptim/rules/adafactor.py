@@ -55,14 +55,14 @@ class Adafactor(Rule):
         ``row_var`` of shape (..., rows, 1) and ``col_var`` of shape (..., 1, columns), or ``variance`` of
         the shape of a vector; None for those a parameter lacks.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range; ``RuntimeError`` for complex parameters.
 
-    Reference:
+    References:
         Shazeer, Stern, Adafactor: adaptive learning rates with sublinear memory cost, ICML 2018, with
         torch's use of :math:`\epsilon_1`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adafactor(lr=0.1), jnp.array([[1.0, -2.0]])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

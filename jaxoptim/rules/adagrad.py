@@ -32,14 +32,14 @@ class Adagrad(Rule):
 
     Sparse gradients touch their rows only. They cannot be combined with weight decay, as in torch.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range; ``RuntimeError`` for a sparse gradient with weight decay.
 
-    Reference:
+    References:
         Duchi, Hazan, Singer, Adaptive subgradient methods for online learning and stochastic
         optimization, JMLR 2011.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adagrad(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

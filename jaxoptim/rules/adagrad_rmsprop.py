@@ -27,14 +27,14 @@ class AdagradRMSProp(Rule):
     Slots:
         ``sum``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``RuntimeError`` for complex parameters.
 
-    Reference:
+    References:
         Kucukelbir, Tran, Ranganath, Gelman, Blei, Automatic differentiation variational inference, JMLR
         2017, equations 10 and 11, as Pyro codes them.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adagrad_rmsprop(eta=0.3), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

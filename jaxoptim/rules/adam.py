@@ -36,15 +36,15 @@ class Adam(Rule):
     Slots:
         ``exp_avg``, ``exp_avg_sq`` and, with ``amsgrad``, ``max_exp_avg_sq``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015. Reddi, Kale, Kumar, On the
         convergence of Adam and beyond, ICLR 2018 (AMSGrad; as torch, the maximum is of the uncorrected
         moment, where optax takes it of the corrected one).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adam(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

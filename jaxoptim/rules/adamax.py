@@ -31,13 +31,13 @@ class Adamax(Rule):
     Slots:
         ``exp_avg``, ``exp_inf``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015, section 7.1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adamax(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -29,13 +29,13 @@ class AdamW(Adam):
     Slots:
         Those of :class:`Adam`.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, or for missing ``params`` in an update that decays.
 
-    Reference:
+    References:
         Loshchilov, Hutter, Decoupled weight decay regularization, ICLR 2019.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.adamw(lr=0.1, weight_decay=0.5), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

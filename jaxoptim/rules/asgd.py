@@ -34,14 +34,14 @@ class ASGD(Rule):
         ``eta``, ``mu``: float32 scalars in every precision, as torch keeps them; ``ax``: the average, of
         the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, or for missing ``params`` in an update.
 
-    Reference:
+    References:
         Polyak, Juditsky, Acceleration of stochastic approximation by averaging, SIAM J. Control Optim.,
         1992. Bottou, Stochastic gradient descent tricks, 2012.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.asgd(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -36,15 +36,15 @@ class ClippedAdam(Rule):
     Slots:
         ``exp_avg``, ``exp_avg_sq``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range (Pyro checks none); ``RuntimeError`` for complex parameters.
 
-    Reference:
+    References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015. Rengaraj et al., A two-step
         machine learning method for predicting the formation energy of ternary compounds, 2023, equation 2,
         for the centered variance.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.clipped_adam(lr=0.1, lrd=0.5), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

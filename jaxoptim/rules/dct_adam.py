@@ -46,15 +46,15 @@ class DCTAdam(Rule):
         ``exp_avg``, ``exp_avg_sq``, of the parameter's shape, longer along ``dct_dim``; with
         ``subsample_aware``, ``step``, the count of each number.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, an axis that a parameter lacks, or a subsample that varies
         along ``dct_dim`` (Pyro fails on any subsample with a transform); ``RuntimeError`` for complex
         parameters.
 
-    Reference:
+    References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015; ``pyro.optim.DCTAdam``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.dct_adam(lr=0.1, dct_dim=-1), jnp.ones(4)
         >>> updates, state = tx.update(params, tx.init(params), params)

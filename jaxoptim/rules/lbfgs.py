@@ -136,17 +136,17 @@ class LBFGS(Hyperparameters):
     ends the step at the last point whose loss was finite; the history is dropped, and the next step begins there with
     a move no longer than a first one, and half as long each time that this was too far.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, ``TypeError`` for a count that is not an int, and
         ``RuntimeError`` for another line search. ``update`` raises ``ValueError`` without ``params`` or
         ``value_fn``.
 
-    Reference:
+    References:
         Liu, Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming
         45, 1989. Nocedal, Wright, Numerical Optimization, 2nd ed. 2006, algorithms 7.4 (two-loop recursion),
         3.5 and 3.6 (line search). The decisions are torch's, in torch's order.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim, optax
         >>> loss = lambda x: (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
         >>> tx, x = jaxoptim.lbfgs(line_search_fn="strong_wolfe"), jnp.array([-1.0, 1.5])

@@ -41,17 +41,17 @@ class Muon(Rule):
     Slots:
         ``momentum_buffer``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, an unknown ``adjust_lr_fn``, or a parameter that is not a
         matrix (at ``init``; use ``optax.partition`` to give the others to another optimizer);
         ``RuntimeError`` for complex parameters.
 
-    Reference:
+    References:
         Jordan, Jin, Boza, You, Cesista, Newhouse, Bernstein, Muon: an optimizer for hidden layers in neural
         networks, 2024. Liu et al., Muon is scalable for LLM training, 2025 (arXiv:2502.16982), for
         ``"match_rms_adamw"``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.muon(lr=0.1, weight_decay=0), jnp.eye(2)
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -36,14 +36,14 @@ class NAdam(Rule):
         ``exp_avg``, ``exp_avg_sq`` of the parameter's shape; ``mu_product``, a float32 scalar in every
         precision, as torch keeps it.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Dozat, Incorporating Nesterov momentum into Adam, ICLR workshop 2016. optax's ``nadam`` has no
         momentum schedule and gives other numbers.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.nadam(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -63,16 +63,16 @@ def newton_step(loss_fn: Callable[[jax.Array], Any], x: Any, trust_radius: Any =
     D = 3), this does not. At a zero gradient :math:`\lVert g \rVert / r` counts as some rounding errors of
     :math:`H`, and ``cov`` is finite at a saddle.
 
-    Errors:
+    Raises:
         ``ValueError`` for a loss that is not a scalar, and a radius that is not positive or does not broadcast;
         ``TypeError`` for ``x`` that is not real floating.
 
-    Reference:
+    References:
         Nocedal, Wright, Numerical Optimization, 2nd ed. 2006, chapter 4, for the trust region. Christianson,
         Reverse accumulation and attractive fixed points, Optimization Methods and Software 3, 1994, for the
         derivatives. The numbers are those of ``pyro.ops.newton.newton_step``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.rules.newton import newton_step
         >>> centers = jnp.array([[3.0, 4.0], [0.3, 0.4]])
@@ -102,7 +102,7 @@ def hessian(push_gradient: Callable[[jax.Array], jax.Array], x: Any) -> jax.Arra
         An array of shape (..., D, D). If the problems do depend on each other, its columns are sums over all
         of the batch.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim.rules.newton import hessian
         >>> g, push = jax.linearize(jax.grad(lambda x: jnp.sum(x[:, 0] * x[:, 1])), jnp.ones((3, 2)))
@@ -127,11 +127,11 @@ def solve(g: jax.Array, H: jax.Array, trust_radius: Any = None) -> tuple[jax.Arr
         The step, of the shape of ``g``, and the inverse of the matrix that it was found with, of that of ``H``.
         Their dtype is the one that ``g`` and ``H`` promote to, float32 at least.
 
-    Errors:
+    Raises:
         ``ValueError`` for shapes that do not fit, and a radius that is not positive; ``TypeError`` for a radius
         that is not a number.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.rules.newton import solve
         >>> dx, cov = solve(jnp.array([2.0, 2.0]), jnp.diag(jnp.array([1.0, 2.0])))
@@ -163,7 +163,7 @@ def smallest_eigenvalue(H: jax.Array) -> jax.Array:
     Returns:
         An array of shape (...). Its derivative is that of an eigenvector's Rayleigh quotient.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim.rules.newton import smallest_eigenvalue
         >>> bool(jnp.isfinite(jax.grad(smallest_eigenvalue)(jnp.eye(3))).all())
@@ -417,16 +417,16 @@ class Newton(Hyperparameters):
     State:
         None but the count of updates.
 
-    Errors:
+    Raises:
         Construction raises ``TypeError`` for what is not a dict from names to numbers, and ``ValueError`` for a
         radius that is not positive; ``init`` and ``update`` raise ``ValueError`` for the name of no parameter,
         and ``TypeError`` for a parameter that is not real floating. ``update`` raises ``ValueError`` without
         ``params`` or ``value_fn``.
 
-    Reference:
+    References:
         Nocedal, Wright, Numerical Optimization, 2nd ed. 2006, chapter 4; ``pyro.optim.multi.Newton``.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> from jaxoptim.rules.newton import newton
         >>> loss = lambda p: jnp.sum((p["x"] - 3) ** 2) + jnp.cosh(p["y"])

@@ -62,14 +62,14 @@ class PSGLD(Sampler):
     Slots:
         ``square_avg`` and ``initial_param``, of the parameter's shape.
 
-    Errors:
+    Raises:
         As :class:`SGLD`; ``ValueError`` for an update without ``curvature`` if ``gamma=True``.
 
-    Reference:
+    References:
         Li, Chen, Carlson, Carin, Preconditioned stochastic gradient Langevin dynamics for deep neural networks, AAAI
         2016. The defaults are those of devinterp's ``SGMCMC.rmsprop_sgld``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> tx, params = jaxoptim.psgld(lr=0.5, alpha=0.0, eps=1.0), jnp.array([1.0, -3.0])
         >>> updates, state = tx.update(params, tx.init(params), params, noise=jnp.zeros(2))

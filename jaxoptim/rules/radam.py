@@ -42,14 +42,14 @@ class RAdam(Rule):
     Slots:
         ``exp_avg``, ``exp_avg_sq``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Liu, Jiang, He, Chen, Liu, Gao, Han, On the variance of the adaptive learning rate and beyond,
         ICLR 2020. :math:`\epsilon` stands where torch has it, before the bias correction.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.radam(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

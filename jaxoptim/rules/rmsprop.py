@@ -36,14 +36,14 @@ class RMSprop(Rule):
         ``square_avg``; ``momentum_buffer`` unless ``momentum`` is 0; ``grad_avg`` if ``centered``; all of
         the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range.
 
-    Reference:
+    References:
         Tieleman, Hinton, Lecture 6.5: RMSprop, COURSERA 2012. Graves, Generating sequences with recurrent
         neural networks, 2013 (arXiv:1308.0850), for the centered form.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.rmsprop(lr=0.01), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -35,14 +35,14 @@ class Rprop(Rule):
     Slots:
         ``prev``, ``step_size``, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, or etas out of order.
 
-    Reference:
+    References:
         Riedmiller, Braun, A direct adaptive method for faster backpropagation learning: the RPROP
         algorithm, ICNN 1993, in the variant of torch. optax's ``rprop`` is one step late.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.rprop(lr=0.1), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -36,15 +36,15 @@ class SGD(Rule):
 
     Sparse gradients touch their rows only, unless ``momentum`` or ``weight_decay`` moves all of them.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range (NaN too, which torch lets pass as ``lr``), and for
         ``nesterov`` without momentum or with dampening.
 
-    Reference:
+    References:
         Sutskever, Martens, Dahl, Hinton, On the importance of initialization and momentum in deep
         learning, ICML 2013. The order of terms is torch's, which multiplies the velocity by the rate.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.sgd(lr=0.1, momentum=0.9), jnp.array([1.0, -2.0])
         >>> updates, state = tx.update(2 * params, tx.init(params), params)

@@ -65,14 +65,14 @@ class SGHMC(Sampler):
     Slots:
         ``momentum``, from :math:`N(0, \epsilon)` at the start, and ``initial_param``, of the parameter's shape.
 
-    Errors:
+    Raises:
         As :class:`SGLD`; ``ValueError`` for ``beta`` beyond ``alpha``.
 
-    Reference:
+    References:
         Chen, Fox, Guestrin, Stochastic gradient Hamiltonian Monte Carlo, ICML 2014, equation 15. Leimkuhler, Matthews,
         Rational construction of stochastic numerical methods for molecular sampling, AMRX 2013 (BAOAB).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> tx, params = jaxoptim.sghmc(lr=0.25), jnp.array([1.0, -2.0])
         >>> state = tx.init(params)

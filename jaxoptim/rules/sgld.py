@@ -70,15 +70,15 @@ class SGLD(Sampler):
         A parameter without gradient does not move (there it diffuses). A metric recovers from an overflow (there
         it stays NaN). ``nbeta``, like every number, may be a schedule (there it fails).
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, for an unknown ``box`` or ``metrics``, for a mask that does not
         broadcast, or for missing ``params`` in an update.
 
-    Reference:
+    References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Lau, Furman, Wang,
         Murfet, Wei, The local learning coefficient, 2023.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim, optax
         >>> tx, params = jaxoptim.sgld(lr=0.5, nbeta=2.0), jnp.array([1.0, -2.0])
         >>> state = tx.init(params)

@@ -67,14 +67,14 @@ class SGNHT(Sampler):
         Weight decay, localization and masks are possible. An update without any gradient changes nothing (there it
         divides by zero). The equations follow devinterp's code, which is right; those of its documentation are not.
 
-    Errors:
+    Raises:
         As :class:`SGLD`.
 
-    Reference:
+    References:
         Ding, Fang, Babbush, Chen, Skeel, Neven, Bayesian sampling using stochastic gradient thermostats, NIPS 2014.
         Leimkuhler, Shang, Adaptive thermostats for noisy gradient systems, SIAM J. Sci. Comput., 2016 (BADODAB).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> tx, params = jaxoptim.sgnht(lr=0.25, diffusion_factor=0.5), jnp.array([1.0, -2.0])
         >>> state = tx.init(params)

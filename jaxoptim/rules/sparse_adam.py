@@ -36,13 +36,13 @@ class SparseAdam(Rule):
     Slots:
         ``exp_avg``, ``exp_avg_sq``, dense, of the parameter's shape.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, and for complex parameters; ``RuntimeError`` for a dense gradient.
 
-    Reference:
+    References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015, in torch's lazy form.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, jaxoptim
         >>> from jax.experimental.sparse import BCOO
         >>> rule, table = jaxoptim.rules.SparseAdam(lr=0.1), jnp.ones((4, 2))

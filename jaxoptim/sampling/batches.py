@@ -22,10 +22,10 @@ def size_of(data: Any) -> int:
     Returns:
         The length of the first axes.
 
-    Errors:
+    Raises:
         ``ValueError`` for no arrays, for an array without axes, and for first axes of different lengths.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> size_of((jnp.zeros((7, 3)), jnp.zeros(7)))
         7
@@ -81,10 +81,10 @@ def shuffled(places: jax.Array, count: int, key: jax.Array) -> jax.Array:
     Returns:
         As many places, all different.
 
-    Reference:
+    References:
         Black, Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002 (walking along cycles).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> sorted(shuffled(jnp.arange(7, dtype=jnp.uint32), 7, jax.random.key(0)).tolist())
         [0, 1, 2, 3, 4, 5, 6]

@@ -55,10 +55,10 @@ class Calibration:
         Returns:
             The ``Axes``.
 
-        Errors:
+        Raises:
             ``ImportError`` without matplotlib.
 
-        Example:
+        Examples:
             See :func:`calibrate`.
         """
         from jaxoptim.sampling.plotting import plot_sweep
@@ -98,10 +98,10 @@ def calibrate(
     Returns:
         :class:`Calibration`.
 
-    Errors:
+    Raises:
         As :func:`estimate_llc`, but for divergence.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
         >>> sweep = sampling.calibrate(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(), lr=[1e-4, 1e-3, 1.0],

@@ -18,14 +18,14 @@ def effective_sample_size(trace: Any) -> np.ndarray:
     Returns:
         Of the shape ``(...)``, float64.
 
-    Errors:
+    Raises:
         ``ValueError`` for fewer axes or draws, or for draws that are not finite; ``ImportError`` without numpyro.
 
-    Reference:
+    References:
         Geyer, Practical Markov chain Monte Carlo, Statistical Science 1992. Gelman et al., Bayesian data analysis,
         2013, section 11.5.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from jaxoptim.sampling import effective_sample_size
         >>> trace = np.random.default_rng(0).normal(size=(4, 500))
@@ -46,13 +46,13 @@ def rhat(trace: Any) -> np.ndarray:
     Returns:
         Of the shape ``(...)``, float64.
 
-    Errors:
+    Raises:
         As :func:`effective_sample_size`.
 
-    Reference:
+    References:
         Gelman et al., Bayesian data analysis, 2013, section 11.4.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from jaxoptim.sampling import rhat
         >>> trace = np.random.default_rng(0).normal(size=(4, 500))
@@ -73,10 +73,10 @@ def mcse(trace: Any) -> np.ndarray:
     Returns:
         Of the shape ``(...)``, float64.
 
-    Errors:
+    Raises:
         As :func:`effective_sample_size`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from jaxoptim.sampling import mcse
         >>> trace = np.random.default_rng(0).normal(size=(4, 2500))

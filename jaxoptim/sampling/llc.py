@@ -31,13 +31,13 @@ def default_nbeta(n: float) -> float:
     Returns:
         :math:`n / \log n`.
 
-    Errors:
+    Raises:
         ``ValueError`` for n of at most e, where it does not grow.
 
-    Reference:
+    References:
         Watanabe, A widely applicable Bayesian information criterion, JMLR 2013.
 
-    Example:
+    Examples:
         >>> from jaxoptim.sampling import default_nbeta
         >>> round(default_nbeta(1797), 1)
         239.8
@@ -131,10 +131,10 @@ class LLC:
         Returns:
             The ``Axes``.
 
-        Errors:
+        Raises:
             ``ImportError`` without matplotlib; ``ValueError`` for several selections: index them first.
 
-        Example:
+        Examples:
             See :func:`estimate_llc`.
         """
         from jaxoptim.sampling.plotting import plot_traces
@@ -191,16 +191,16 @@ def estimate_llc(
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
 
-    Errors:
+    Raises:
         As :func:`sample`; ``ValueError`` without ``nbeta`` and data; ``FloatingPointError`` if all chains of a
         selection diverge. Some that do are left out, and a warning says which, and at which draw.
 
-    Reference:
+    References:
         Lau, Furman, Wang, Murfet, Wei, The local learning coefficient: a singularity-aware complexity measure, 2023.
         Wang, Hoogland, van Wingerden, Furman, Murfet, Differentiation and specialization of attention heads via the
         refined local learning coefficient, 2024.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
         >>> llc = sampling.estimate_llc(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(lr=1e-3), nbeta=100.0,

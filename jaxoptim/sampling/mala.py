@@ -34,14 +34,14 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
     Returns:
         :math:`\min(1, \alpha)`, a scalar.
 
-    Errors:
+    Raises:
         ``ValueError`` for trees of another structure or shape than ``x``.
 
-    Reference:
+    References:
         Roberts, Tweedie, Exponential convergence of Langevin distributions and their discrete approximations,
         Bernoulli 1996.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.sampling import mala_acceptance
         >>> U = lambda w: 2 * w**2

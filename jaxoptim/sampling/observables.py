@@ -87,7 +87,7 @@ class MalaAcceptance(Observable):
     The trace holds at each draw the acceptance of the step that led there, NaN at the very first position. It keeps
     the position and the gradient of the last step: twice the memory of the parameters for each chain.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
         >>> samples = sampling.sample(
@@ -137,7 +137,7 @@ class Covariance(Observable):
     Args:
         select: a function of the parameters whose result is observed in their place (default None).
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
         >>> samples = sampling.sample(

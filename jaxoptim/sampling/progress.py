@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 def bar(total: int, start: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A function to call with the number of steps made; it shows them with tqdm, or nothing.
 
-    Errors:
+    Raises:
         ``ImportError`` without tqdm if ``shown``.
     """
     if not shown:

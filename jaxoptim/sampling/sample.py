@@ -92,15 +92,15 @@ def sample(
         two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all chains exist at once, with ``"map"``
         those of one.
 
-    Errors:
+    Raises:
         ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
         for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss that is not a real
         scalar, and for what is no sampler. A chain that diverges raises nothing: see ``Samples.diverged``.
 
-    Reference:
+    References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
         >>> def loss(params, batch):

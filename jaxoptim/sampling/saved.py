@@ -55,7 +55,7 @@ def save(path: str | os.PathLike[str], about: Any, options: RunOptions, step: in
 def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain]:
     """Return the step that a run has come to, and its chains.
 
-    Errors:
+    Raises:
         ``ValueError`` for another run, and what :func:`jaxoptim.checkpoint.load` raises.
     """
     content = checkpoint.load(path)

@@ -58,13 +58,13 @@ def cosine_annealing_lr(step: Any, lr: of.Rate, T_max: of.Size, eta_min: of.Numb
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Reference:
+    References:
         Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.cosine_annealing_lr(0.1, T_max=4)
         >>> [round(float(schedule(n)), 6) for n in range(6)]
@@ -103,13 +103,13 @@ def cosine_annealing_warm_restarts(
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Reference:
+    References:
         Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.cosine_annealing_warm_restarts(0.1, T_0=2, T_mult=2)
         >>> [round(float(schedule(n)), 6) for n in range(7)]
@@ -148,13 +148,13 @@ def swa_lr(
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Reference:
+    References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.swa_lr(0.1, swa_lr=0.05, anneal_epochs=2)
         >>> [round(float(schedule(n)), 6) for n in range(4)]

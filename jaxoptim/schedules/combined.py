@@ -36,10 +36,10 @@ def sequential_lr(step: Any, lr: of.Rate, schedulers: of.Functions, milestones: 
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``ValueError`` for no schedule, a wrong number of milestones, or schedules of another rate.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> warmup = schedules.linear_lr(0.1, start_factor=0.5, total_iters=2)
         >>> decay = schedules.exponential_lr(0.1, gamma=0.5)
@@ -82,13 +82,13 @@ def chained(step: Any, lr: of.Rate, schedulers: of.Functions) -> Any:
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``ValueError`` for no schedule, for schedules of another rate, and for those that are no factor: what
         :func:`swa_lr`, :func:`cosine_annealing_lr` with a minimum other than 0, and the latter after a schedule
         that starts from the base rate, do depends on all steps before. The class,
         ``optim.lr_scheduler.ChainedScheduler``, chains them too.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> parts = [schedules.constant_lr(0.1, factor=0.5, total_iters=1), schedules.exponential_lr(0.1, gamma=0.5)]
         >>> schedule = schedules.chained(0.1, parts)

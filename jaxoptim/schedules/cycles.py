@@ -88,13 +88,13 @@ def cyclic_lr(
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class. Its
         ``momentum`` is the schedule of :math:`\mu`.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range or an unknown mode.
 
-    Reference:
+    References:
         Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.cyclic_lr(0.1, max_lr=0.5, step_size_up=2)
         >>> [round(float(schedule(n)), 6) for n in range(6)]
@@ -210,13 +210,13 @@ def one_cycle_lr(
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class. Its
         ``momentum`` is the schedule of the momentum.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range or a missing length.
 
-    Reference:
+    References:
         Smith, Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2019.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.one_cycle_lr(0.1, total_steps=10)
         >>> [round(float(schedule(n)), 6) for n in (0, 2, 9)]

@@ -27,10 +27,10 @@ def lambda_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number or not a function, ``ValueError`` for a negative rate.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.lambda_lr(0.1, lambda step: 0.5**step)
         >>> [round(float(schedule(n)), 6) for n in range(3)]
@@ -57,10 +57,10 @@ def multiplicative_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number or not a function, ``ValueError`` for a negative rate.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.multiplicative_lr(0.1, lambda step: 0.5)
         >>> [round(float(schedule(n)), 6) for n in range(3)]
@@ -98,10 +98,10 @@ def step_lr(step: Any, lr: of.Rate, step_size: of.Size, gamma: of.Power = 0.1) -
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.step_lr(0.1, step_size=2, gamma=0.5)
         >>> [round(float(schedule(n)), 6) for n in range(5)]
@@ -125,10 +125,10 @@ def multi_step_lr(step: Any, lr: of.Rate, milestones: of.Milestones, gamma: of.P
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.multi_step_lr(0.1, milestones=[1, 3], gamma=0.5)
         >>> [round(float(schedule(n)), 6) for n in range(5)]
@@ -162,10 +162,10 @@ def constant_lr(
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.constant_lr(0.1, factor=0.5, total_iters=2)
         >>> [round(float(schedule(n)), 6) for n in range(4)]
@@ -199,10 +199,10 @@ def linear_lr(
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.linear_lr(0.1, start_factor=0.5, total_iters=2)
         >>> [round(float(schedule(n)), 6) for n in range(4)]
@@ -230,10 +230,10 @@ def exponential_lr(step: Any, lr: of.Rate, gamma: of.Power) -> Any:
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.exponential_lr(0.1, gamma=0.5)
         >>> [round(float(schedule(n)), 6) for n in range(3)]
@@ -257,10 +257,10 @@ def polynomial_lr(step: Any, lr: of.Rate, total_iters: of.Count = 5, power: of.N
     Returns:
         A :class:`Schedule`: ``step -> value``, the rate after that many ``scheduler.step()`` of the class.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not a number, ``ValueError`` for one out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import schedules
         >>> schedule = schedules.polynomial_lr(0.1, total_iters=4, power=2.0)
         >>> [round(float(schedule(n)), 6) for n in range(6)]

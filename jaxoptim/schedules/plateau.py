@@ -119,10 +119,10 @@ def reduce_lr_on_plateau(
         float32 scalar (float64 if JAX computes in it). ``lr`` and ``metric`` may be traced; ``vmap`` over both
         makes many machines.
 
-    Errors:
+    Raises:
         ``ValueError`` for an unknown mode or a factor >= 1, ``TypeError`` for what is not a number.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import schedules
         >>> plateau = schedules.reduce_lr_on_plateau(factor=0.5, patience=1)

@@ -22,10 +22,10 @@ def plot(schedule: Callable[[Any], Any], steps: int, *, ax: Any = None, **style:
     Returns:
         The ``Axes``; ``.figure.savefig(path)`` writes the picture.
 
-    Errors:
+    Raises:
         ``ImportError`` without matplotlib, ``TypeError`` for what is not a function, ``ValueError`` for no steps.
 
-    Example:
+    Examples:
         >>> import matplotlib
         >>> matplotlib.use("agg")
         >>> from jaxoptim import schedules

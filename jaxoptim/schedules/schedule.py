@@ -40,7 +40,7 @@ class Schedule:
         arguments: the arguments by name.
         momentum: another formula of the same arguments, for the momentum that goes with the rate.
 
-    Example:
+    Examples:
         >>> import jax
         >>> from jaxoptim import schedules
         >>> schedule = schedules.step_lr(0.1, step_size=30)

@@ -50,7 +50,7 @@ def carry_over(
     A parameter has one counterpart: one of torch cannot become several. Those of torch that are not here and were
     never updated, such as frozen layers, are left out. Tied weights count by the first of their names.
 
-    Errors:
+    Raises:
         ``ValueError`` for a parameter that one side lacks, for shapes that differ after the transform, for a
         transform that does not only move numbers, or with which the optimizer would go on otherwise (Muon's
         orientation, the last two axes in Adafactor); and those of ``Optimizer.load_state_dict``. They name the
@@ -61,7 +61,7 @@ def carry_over(
 
     Muon of a square matrix that is transposed makes the same steps up to the bfloat16 in which it iterates.
 
-    Example:
+    Examples:
         >>> import torch, jax.numpy as jnp
         >>> from jaxoptim import interop, optim
         >>> layer = torch.nn.Linear(3, 2)
@@ -133,10 +133,10 @@ def carry_back(
         ``(tensors by torch's name, state dict)``, for ``module.load_state_dict(tensors, strict=False)``, which keeps
         buffers and frozen layers, and :func:`load_state_dict`, which matches the names if torch's optimizer has some.
 
-    Errors:
+    Raises:
         As :func:`carry_over`.
 
-    Example:
+    Examples:
         >>> import torch, jax.numpy as jnp
         >>> from jaxoptim import interop, optim
         >>> ours = optim.SGD({"kernel": jnp.ones((3, 2))}, momentum=0.9)
@@ -260,7 +260,7 @@ def _place_of(name: str, tensor: Any) -> Any:
 def _translated(order: Iterable[str], first: Mapping[str, str]) -> list[str]:
     """The first names of the tensors that some names stand for, each once.
 
-    Errors:
+    Raises:
         ``ValueError`` for a name that no tensor has.
     """
     names = list(order)

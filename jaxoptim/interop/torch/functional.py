@@ -30,12 +30,12 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
         updated less often than others. torch's SGD and Muon keep no count of steps; where they have state the count
         is 1.
 
-    Errors:
+    Raises:
         As ``Optimizer.load_state_dict``.
 
     Where names or layouts differ, ``carry_over`` into the torch-style class and its ``to_functional()`` lead here.
 
-    Example:
+    Examples:
         >>> import torch, jax, jax.numpy as jnp, jaxoptim
         >>> weight = torch.ones(2, requires_grad=True)
         >>> theirs = torch.optim.Adam([weight], lr=0.1)
@@ -67,10 +67,10 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
     Returns:
         A state dict of tensors, one group, in the order of ``jax.tree.leaves``, each with its own count of steps.
 
-    Errors:
+    Raises:
         ``ValueError`` for a state of another structure.
 
-    Example:
+    Examples:
         >>> import torch, jax.numpy as jnp, jaxoptim
         >>> rule, params = jaxoptim.rules.Adam(lr=0.1), {"weight": jnp.ones(2)}
         >>> params, state = jaxoptim.step(rule, params, params, jaxoptim.init(rule, params))

@@ -29,12 +29,12 @@ def to_torch(state_dict: Any) -> Any:
         The same in plain dicts, lists and tuples, each array of JAX or NumPy as a CPU tensor of its shape and
         dtype that owns its memory. ``torch.load(weights_only=True)`` reads it back after ``torch.save``.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no state dict, and for an array of a dtype that torch lacks, such as a typed PRNG
         key. What torch's ``load_state_dict`` raises is its own; :func:`load_state_dict` keeps torch from changing
         dtypes.
 
-    Example:
+    Examples:
         >>> import torch, jax.numpy as jnp
         >>> from jaxoptim import interop, optim
         >>> ours = optim.SGD({"w": jnp.ones(2)}, lr=0.1, momentum=0.9)
@@ -92,11 +92,11 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
         optimizer: of torch, the class that ``state_dict`` is of.
         state_dict: of ours.
 
-    Errors:
+    Raises:
         ``ValueError`` for the state of another class, for other names, and for a slot that has not the shape of its
         parameter; what torch's ``load_state_dict`` raises. Nothing is changed then.
 
-    Example:
+    Examples:
         >>> import torch, jax.numpy as jnp
         >>> from jaxoptim import interop, optim
         >>> ours = optim.NAdam({"w": jnp.ones(2)})

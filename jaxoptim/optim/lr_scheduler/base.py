@@ -96,11 +96,11 @@ class LRScheduler:
         base_lrs: the rate of each group at the start, from its ``initial_lr``.
         last_epoch: how often the scheduler was stepped.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not an optimizer, ``KeyError`` for ``last_epoch`` with groups that have no
         ``initial_lr``, ``ValueError`` if groups were added that the scheduler does not know.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> class Halving(optim.lr_scheduler.LRScheduler):
         ...     def get_lr(self):
@@ -206,7 +206,7 @@ class LRScheduler:
         Args:
             state_dict: it is not changed.
 
-        Errors:
+        Raises:
             ``ValueError`` for a state dict of another class of this library, or of another number of groups or
             schedulers; nothing is changed then.
         """

@@ -88,11 +88,11 @@ class SequentialLR(_Composite):
         last_epoch: the last epoch that was seen (default -1: begin). The rates, and the schedulers, are brought
             to the one after it.
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no scheduler; ``ValueError`` for none at all, for a wrong number of milestones,
         for schedulers of another optimizer and for a ``ReduceLROnPlateau``.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> warmup = optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)
@@ -180,11 +180,11 @@ class ChainedScheduler(_Composite):
         schedulers: schedulers of one optimizer.
         optimizer: that optimizer (default None: the first scheduler's).
 
-    Errors:
+    Raises:
         ``TypeError`` for what is no scheduler; ``ValueError`` for none at all, for schedulers of another
         optimizer and for a ``ReduceLROnPlateau``.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> constant = optim.lr_scheduler.ConstantLR(optimizer, factor=0.5)

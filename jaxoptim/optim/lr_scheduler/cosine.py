@@ -26,13 +26,13 @@ class CosineAnnealingLR(LRScheduler):
         eta_min: :math:`\eta_{\min}`, a number (default 0).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ZeroDivisionError`` for ``T_max`` of 0.
 
-    Reference:
+    References:
         Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
@@ -78,13 +78,13 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         eta_min: :math:`\eta_{\min}`, a number (default 0).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for an argument out of range.
 
-    Reference:
+    References:
         Loshchilov, Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=2)

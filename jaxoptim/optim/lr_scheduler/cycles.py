@@ -70,13 +70,13 @@ class CyclicLR(_WithMomentum):
         max_momentum: :math:`\mu_{\max}`, a number or a list (default 0.9).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for an unknown mode, a list of the wrong length, or an optimizer without momentum.
 
-    Reference:
+    References:
         Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.1, momentum=0.9)
         >>> scheduler = optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.25, max_lr=0.5, step_size_up=1)
@@ -195,14 +195,14 @@ class OneCycleLR(_WithMomentum):
         three_phase: come down in two phases (default False).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for an argument out of range, a missing length, a list of the wrong length, an optimizer
         without momentum, and for more than ``total_steps`` steps.
 
-    Reference:
+    References:
         Smith, Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates", 2019.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.Adam([1.0])
         >>> scheduler = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)

@@ -63,10 +63,10 @@ class LambdaLR(_WithLambdas):
         lr_lambda: :math:`\lambda`, a function of the epoch, or a list with one for each group.
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for another number of functions than groups, ``TypeError`` for what is no function.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.1)
         >>> scheduler = optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
@@ -95,10 +95,10 @@ class MultiplicativeLR(_WithLambdas):
         lr_lambda: :math:`\lambda`, a function of the epoch, or a list with one for each group.
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for another number of functions than groups, ``TypeError`` for what is no function.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.1)
         >>> scheduler = optim.lr_scheduler.MultiplicativeLR(optimizer, lambda epoch: 0.5)
@@ -147,10 +147,10 @@ class StepLR(_Recursive):
         gamma: :math:`\gamma`, a number (default 0.1).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ZeroDivisionError`` for a step size of 0.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
@@ -184,10 +184,10 @@ class MultiStepLR(_Recursive):
         gamma: :math:`\gamma`, a number (default 0.1).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         Those of :class:`LRScheduler`.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.MultiStepLR(optimizer, milestones=[1, 5], gamma=0.5)
@@ -226,10 +226,10 @@ class ConstantLR(_Recursive):
         total_iters: :math:`T`, an ``int`` (default 5).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for a factor out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=1)
@@ -276,10 +276,10 @@ class LinearLR(_Recursive):
         total_iters: :math:`T`, an ``int`` (default 5).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``ValueError`` for a factor out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=2)
@@ -325,10 +325,10 @@ class ExponentialLR(_Recursive):
         gamma: :math:`\gamma`, a number.
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         Those of :class:`LRScheduler`.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
@@ -361,10 +361,10 @@ class PolynomialLR(_Recursive):
         power: :math:`p`, a number (default 1).
         last_epoch: see :class:`LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         Those of :class:`LRScheduler`.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.PolynomialLR(optimizer, total_iters=2)

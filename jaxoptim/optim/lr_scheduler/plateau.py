@@ -41,11 +41,11 @@ class ReduceLROnPlateau(LRScheduler):
         min_lr: :math:`\eta_{\min}`, a number, or a list with one for each group (default 0).
         eps: the smallest reduction that is made, a number (default 1e-8).
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not an optimizer; ``ValueError`` for an unknown mode, a factor >= 1 or a list of
         the wrong length; ``RuntimeError`` if groups were added since and ``min_lr`` is a list.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)

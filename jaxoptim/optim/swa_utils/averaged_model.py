@@ -39,7 +39,7 @@ def get_swa_avg_fn() -> AvgFn:
     Returns:
         ``avg_fn(averaged_param, current_param, num_averaged) -> averaged_param``.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import swa_utils
         >>> swa_utils.get_swa_avg_fn()(1.0, 4.0, 2)
         2.0
@@ -59,10 +59,10 @@ def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
     Returns:
         ``avg_fn(averaged_param, current_param, num_averaged) -> averaged_param``.
 
-    Errors:
+    Raises:
         ``ValueError`` for a decay out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import swa_utils
         >>> swa_utils.get_ema_avg_fn(decay=0.5)(1.0, 4.0, 2)
         2.5
@@ -76,7 +76,7 @@ def get_swa_multi_avg_fn() -> MultiAvgFn:
     Returns:
         ``multi_avg_fn(averaged_params, current_params, num_averaged) -> averaged_params``.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import swa_utils
         >>> swa_utils.get_swa_multi_avg_fn()([1.0, 0.0], [4.0, 3.0], 2)
         [2.0, 1.0]
@@ -93,10 +93,10 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
     Returns:
         ``multi_avg_fn(averaged_params, current_params, num_averaged) -> averaged_params``.
 
-    Errors:
+    Raises:
         ``ValueError`` for a decay out of range.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import swa_utils
         >>> swa_utils.get_ema_multi_avg_fn(decay=0.5)([1.0, 0.0], [4.0, 3.0], 2)
         [2.5, 1.5]
@@ -138,13 +138,13 @@ class AveragedModel:
         module: the averaged tree, with the dtypes of ``model``; what was read stays valid.
         n_averaged: the number of updates, an int32 scalar.
 
-    Errors:
+    Raises:
         ``ValueError`` for both functions at once.
 
-    Reference:
+    References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> averaged = optim.swa_utils.AveragedModel({"w": jnp.zeros(2)})
@@ -222,7 +222,7 @@ class AveragedModel:
         Args:
             model: a tree like the one given first, or an ``Optimizer``.
 
-        Errors:
+        Raises:
             ``ValueError`` for another tree or shape; ``TypeError`` if ``multi_avg_fn`` does not return as many
             arrays as it is given. The average is as it was then.
         """
@@ -252,7 +252,7 @@ class AveragedModel:
             state_dict: it is not changed.
             strict: require every name and no other (default True).
 
-        Errors:
+        Raises:
             ``RuntimeError`` that lists missing and unexpected names and arrays of another shape. Nothing is
             changed then.
         """

@@ -40,13 +40,13 @@ def update_bn(
         The new statistics, which are also put into ``averaged.module``, if it has a place for them; None for a
         model without batch statistics.
 
-    Errors:
+    Raises:
         ``ValueError`` for a loader without batches and for layers whose statistics are not such averages.
 
-    Reference:
+    References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim
         >>> def apply_fn(variables, x):

@@ -24,13 +24,13 @@ class SWALR(LRScheduler):
         anneal_strategy: "cos" (default) or "linear".
         last_epoch: see :class:`~jaxoptim.optim.lr_scheduler.LRScheduler` (default -1).
 
-    Errors:
+    Raises:
         ``TypeError`` for what is not an optimizer, ``ValueError`` for an argument out of range.
 
-    Reference:
+    References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> optimizer = optim.SGD([1.0], lr=0.5)
         >>> scheduler = optim.swa_utils.SWALR(optimizer, swa_lr=0.25, anneal_epochs=2, anneal_strategy="linear")

@@ -38,7 +38,7 @@ class Arguments:
         form: what does not change within one program, hashable: containers and static values.
         program: ``form`` and the shapes and dtypes of the data, hashable.
 
-    Errors:
+    Raises:
         ``TypeError`` that names an argument which is neither data nor hashable, or an array of another library.
     """
 

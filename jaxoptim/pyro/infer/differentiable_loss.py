@@ -44,12 +44,12 @@ def differentiable_loss(
         A model with mutable sites (batch normalisation) has ``loss_fn.mutable_state`` and
         ``loss_fn.with_mutable_state(params, mutable, key, *args) -> (loss, mutable)`` in place of the call.
 
-    Errors:
+    Raises:
         ``TypeError`` for a loss that is no ELBO and no function or returns no scalar, and for a parameter that is not
         floating; ``KeyError`` for a dict that lacks a parameter or has another; ``ValueError`` where ``loss_fn`` is
         called without the mutable state; ``ImportError`` without numpyro; what model and guide raise.
 
-    Example:
+    Examples:
         >>> import jax, numpyro, optax
         >>> import numpyro.distributions as dist
         >>> from numpyro.infer import Trace_ELBO

@@ -72,7 +72,7 @@ def as_elbo(loss: Any) -> Any:
     Returns:
         The ELBO, or a :class:`FunctionLoss`.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything else, and for the class of an ELBO.
     """
     if isinstance(loss, type):
@@ -143,7 +143,7 @@ def discover(
     Returns:
         A :class:`Discovery`.
 
-    Errors:
+    Raises:
         ``TypeError`` for a parameter that is not floating; ``ValueError`` for two parameters of one name; what the
         model and the guide raise.
     """

@@ -64,11 +64,11 @@ class SVI:
     combination compiles a program of its own. A count that changes from step to step goes in as a float or an array.
     Whatever else model and guide read, such as a global or an attribute, is fixed when a program is compiled.
 
-    Errors:
+    Raises:
         ``TypeError`` for a loss that is no ELBO and no function, a key that is none, and an optimizer of another kind;
         ``ImportError`` without numpyro. A call that raises leaves parameters, optimizer and key as they were.
 
-    Example:
+    Examples:
         >>> import jax, numpyro
         >>> import numpyro.distributions as dist
         >>> from numpyro.infer import Trace_ELBO
@@ -120,7 +120,7 @@ class SVI:
         Returns:
             The loss before the update.
 
-        Errors:
+        Raises:
             ``TypeError`` for an argument that is neither array nor hashable, and a loss that is no scalar; what model,
             guide and optimizer raise. A ``UserWarning`` when static arguments make many programs.
         """
@@ -136,7 +136,7 @@ class SVI:
         Returns:
             The loss.
 
-        Errors:
+        Raises:
             As :meth:`step`.
         """
         plan = self._plan(args, kwargs)
@@ -157,7 +157,7 @@ class SVI:
         Returns:
             The losses, an array of length ``num_steps``.
 
-        Errors:
+        Raises:
             ``ValueError`` for fewer than one step; as :meth:`step`. The steps before an error are made.
         """
         num_steps = operator.index(num_steps)
@@ -183,7 +183,7 @@ class SVI:
         Returns:
             A dict from the name of each ``param`` statement to its value, an array or a tree of arrays.
 
-        Errors:
+        Raises:
             ``ValueError`` before the first call, when no parameter is known.
         """
         if not self._begun:

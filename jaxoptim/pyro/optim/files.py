@@ -12,7 +12,7 @@ from jaxoptim import checkpoint
 def loaded(filename: str | os.PathLike[str], map_location: Any) -> Any:
     """What is in a file; one of Pyro's is read by ``torch.load(weights_only=True)``, which runs nothing.
 
-    Errors:
+    Raises:
         ``ImportError`` for a file of Pyro's without torch; what the loading raises.
     """
     if not zipfile.is_zipfile(filename):

@@ -41,13 +41,13 @@ class HorovodOptimizer(PyroOptim):
         op: ``"average"`` or ``"sum"`` (default ``"average"``).
         axis_name: the axis for use in compiled functions (default None).
 
-    Errors:
+    Raises:
         ``TypeError`` for anything but a :class:`PyroOptim` without schedule; ``ValueError`` for another ``op``.
 
-    Reference:
+    References:
         Sergeev, Del Balso, Horovod: fast and easy distributed deep learning in TensorFlow, 2018.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.pyro import optim
         >>> optimizer = optim.HorovodOptimizer(optim.SGD({"lr": 0.5}))

@@ -35,11 +35,11 @@ class PyroLRScheduler(PyroOptim):
         kwargs: the options of the scheduler.
         optimizer: the class of the optimizer.
 
-    Errors:
+    Raises:
         ``TypeError`` for options that are no dict, ``KeyError`` for one without ``"optimizer"`` or ``"optim_args"``; at
         the first step of a parameter what the scheduler and the optimizer raise, with its name.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim import optim as torch_style
         >>> from jaxoptim.pyro import optim

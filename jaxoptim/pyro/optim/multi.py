@@ -32,10 +32,10 @@ class PyroMultiOptimizer(Compiled):
     Attributes:
         optim: as given.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything but a :class:`PyroOptim`.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro import optim
         >>> params = {"x": Parameter(3.0, "x")}
@@ -90,7 +90,7 @@ class TorchMultiOptimizer(PyroMultiOptimizer):
         optim_constructor: see :class:`PyroOptim`.
         optim_args: see :class:`PyroOptim`.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim
         >>> from jaxoptim.pyro.optim.multi import TorchMultiOptimizer
         >>> params = {"x": optim.Parameter(3.0, "x")}
@@ -110,10 +110,10 @@ class TransformationMultiOptimizer(Compiled):
         optimizer: an instance of a rule (``rules.Adam()``, ``rules.LBFGS()``, ...), whose numbers are data of the
             compiled program; or a transformation, whose ``update`` gets ``value``, ``grad`` and ``value_fn``.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything else.
 
-    Example:
+    Examples:
         >>> from jaxoptim import optim, rules
         >>> from jaxoptim.pyro.optim.multi import TransformationMultiOptimizer
         >>> params = {"x": optim.Parameter(3.0, "x")}
@@ -152,10 +152,10 @@ class Newton(Compiled):
         trust_radii: the radius of the trust region of each parameter, a dict by name; those that are left out take
             plain Newton steps (default None: all).
 
-    Errors:
+    Raises:
         ``ValueError`` for a radius that is not positive, and, at a step, for one of a parameter that there is not.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro.optim.multi import Newton
@@ -199,11 +199,11 @@ class MixedMultiOptimizer(Compiled):
     Attributes:
         parts: a list of ``(names, multi-optimizer)``.
 
-    Errors:
+    Raises:
         ``ValueError`` for a name in two parts; at a step, for a parameter in no part; ``KeyError`` for a name that
         there is no parameter of.
 
-    Example:
+    Examples:
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro import optim
         >>> params = {"x": Parameter(3.0, "x"), "y": Parameter(2.0, "y")}
@@ -268,10 +268,10 @@ def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:
         optimizer: a :class:`MultiOptimizer` (as it is), a :class:`PyroOptim`, an instance of a rule, a
             transformation, a torch-style optimizer, or a function that makes one of a dict of parameters.
 
-    Errors:
+    Raises:
         ``TypeError`` for anything else.
 
-    Example:
+    Examples:
         >>> from jaxoptim import rules
         >>> from jaxoptim.pyro.optim.multi import as_multi_optimizer
         >>> type(as_multi_optimizer(rules.Adam())).__name__

@@ -31,7 +31,7 @@ class MultiOptimizer:
     The loss is a function of a dict of named values, where Pyro takes the graph of one tensor. A subclass of your own
     defines :meth:`get_step`.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro.optim.multi import MultiOptimizer
@@ -59,7 +59,7 @@ class MultiOptimizer:
         Returns:
             A dict of the new values.
 
-        Errors:
+        Raises:
             ``NotImplementedError`` in a subclass that does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no get_step. Define it to return a dict of new values.")
@@ -89,7 +89,7 @@ class MultiOptimizer:
         Returns:
             The loss before the step, nan if it was skipped, or ``(loss, aux)``.
 
-        Errors:
+        Raises:
             ``TypeError`` for what is no parameter and for a loss that is not real; ``ValueError`` for one that is not
             a scalar, and for a parameter whose name is not its key; what ``loss_fn`` raises. Nothing is changed then.
         """

@@ -49,10 +49,10 @@ def is_scheduler(optimizer: Any) -> bool:
         True for a :class:`PyroLRScheduler` (where Pyro's function says False) and for a scheduler of
         ``jaxoptim.optim.lr_scheduler``.
 
-    Errors:
+    Raises:
         None.
 
-    Example:
+    Examples:
         >>> from jaxoptim.pyro import optim
         >>> optim.is_scheduler(optim.Adam({}))
         False
@@ -88,12 +88,12 @@ class PyroOptim:
         pt_optim_args: as given.
         pt_clip_args: as given.
 
-    Errors:
+    Raises:
         ``TypeError`` for arguments of another kind; at the first step of a parameter, with its name, ``TypeError``
         for an option or clipping that does not exist and ``ValueError`` for one out of range. A call that raises
         leaves everything as it was.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro import optim
@@ -151,11 +151,11 @@ class PyroOptim:
             params: parameters with names. One whose ``grad`` is None is left as it is. A new parameter under a known
                 name begins afresh, as in Pyro: another fit.
 
-        Errors:
+        Raises:
             ``TypeError`` for what is no parameter; ``ValueError`` for a parameter without a name, for two of one
             name, and for one of another shape than the parameter of that name so far.
 
-        Example:
+        Examples:
             See :class:`PyroOptim`.
         """
         _refuse_tracing(self)
@@ -178,11 +178,11 @@ class PyroOptim:
         Returns:
             A dict of the new values. What was given is left as it is.
 
-        Errors:
+        Raises:
             ``ValueError`` for gradients of other names or shapes; ``TypeError`` inside a compiled function, where
             there is ``jaxoptim.transformation(optimizer)``.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim.pyro import optim
             >>> optimizer = optim.SGD({"lr": 0.5})
@@ -364,7 +364,7 @@ class PyroOptim:
             A dict of name to the state dict of its optimizer, in torch's layout; also those that wait for their
             parameter (which Pyro leaves out).
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim.pyro import optim
             >>> optimizer = optim.Adam({"lr": 0.5})
@@ -381,12 +381,12 @@ class PyroOptim:
             state_dict: a dict of name to state. The state of a name that is not known yet waits for its parameter; that
                 of a known one takes effect at once (Pyro ignores it).
 
-        Errors:
+        Raises:
             ``TypeError`` for what is no dict of dicts; ``ValueError`` and ``KeyError`` for a state that does not fit
             the parameter of that name. Nothing is changed then. The state that waits is checked when its parameter
             comes.
 
-        Example:
+        Examples:
             >>> import jax.numpy as jnp
             >>> from jaxoptim.pyro import optim
             >>> old, new = optim.Adam({"lr": 0.5}), optim.Adam({})
@@ -414,7 +414,7 @@ class PyroOptim:
         Args:
             filename: the file.
 
-        Errors:
+        Raises:
             See ``jaxoptim.checkpoint.save``.
         """
         checkpoint.save(filename, self.get_state())
@@ -426,7 +426,7 @@ class PyroOptim:
             filename: the file. One of Pyro's is read by ``torch.load(weights_only=True)``, which needs torch.
             map_location: passed on to ``torch.load``; without effect on files of this library (default None).
 
-        Errors:
+        Raises:
             See :meth:`set_state` and ``jaxoptim.checkpoint.load``; ``ImportError`` for a file of Pyro's without torch.
         """
         self.set_state(loaded(filename, map_location))

@@ -24,7 +24,7 @@ class TorchStyle(MultiOptimizer):
         optimizer: an instance, whose parameters have the names of those that are optimized, and take their places in
             the dict that :meth:`step` is given; or a function that makes one of a dict of parameters.
 
-    Errors:
+    Raises:
         ``TypeError`` for a function that makes something else; ``ValueError`` for other names.
     """
 

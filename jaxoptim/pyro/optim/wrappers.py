@@ -43,10 +43,10 @@ Args:
 Returns:
     A :class:`{made.__name__}`.
 
-Errors:
+Raises:
     Those of :class:`{made.__name__}`.
 
-Example:
+Examples:
     {example}
 """
     return wrapper
