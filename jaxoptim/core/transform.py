@@ -29,7 +29,7 @@ from jaxoptim.core.leaf import (
 from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.restoring import restored
-from jaxoptim.core.rule import Hyperparameters, Rule, Traced
+from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled
 from jaxoptim.core.signatures import bound
 
 P = ParamSpec("P")
@@ -313,7 +313,10 @@ def _check_state(rule: Rule, state: Any) -> None:
     wanted = _slot_names(rule)
     if wanted is None:
         return
-    missing, extra = [x for x in wanted if x not in state.slots], [x for x in state.slots if x not in wanted]
+    # A number that is zero for now, as optax injects it, has left its slot behind.
+    on = {name: 1.0 if isinstance(x, Off) else x for name, x in vars(rule).items()}
+    allowed = _slot_names(assembled(type(rule), on)) or wanted
+    missing, extra = [x for x in wanted if x not in state.slots], [x for x in state.slots if x not in allowed]
     if missing or extra:
         problem = f"lacks the slot {missing[0]!r}" if missing else f"has the slot {extra[0]!r}, which this one has not"
         raise ValueError(
