@@ -252,13 +252,13 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
     return make
 
 
-_known: dict[Any, list[str]] = {}
+_known: dict[Any, list[str] | None] = {}
 
 
 def _slot_names(rule: Rule) -> list[str] | None:
-    """The names of a rule's slots; None where a field holds a tree, or a switch cannot be hashed."""
+    """The names of a rule's slots; None where they depend on the parameter, or a switch cannot be hashed."""
     by_leaf_fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
-    if not all(jax.tree_util.all_leaves([getattr(rule, name)]) for name in by_leaf_fields):
+    if rule.by_parameter or any(getattr(rule, name) is not None for name in by_leaf_fields):
         return None
     key = jax.tree.structure(rule)
     try:
@@ -270,7 +270,10 @@ def _slot_names(rule: Rule) -> list[str] | None:
             _known.clear()
         example = jax.ShapeDtypeStruct((2, 2), jnp.float32)
         noise = _noise_of(rule, rule.init_shared(), 0, {0: example})
-        _known[key] = list(init_leaf(rule.at(0), example, noise[0]))
+        try:
+            _known[key] = list(init_leaf(rule.at(0), example, noise[0]))
+        except (TypeError, ValueError):  # a rule for arrays of other shapes
+            _known[key] = None
     return _known[key]
 
 
