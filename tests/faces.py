@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import warnings
 from typing import Any
 
 import jax
@@ -224,7 +225,9 @@ class Stepped(Face):
 
     def advance(self, grads: Grads) -> None:
         self.set_grads(grads)
-        self.opt.step()
+        with warnings.catch_warnings():  # a script may begin without any gradient
+            warnings.filterwarnings("ignore", ".* did nothing, because no parameter has ever had a grad")
+            self.opt.step()
 
     def tree_of(self, grads: Grads) -> Any:
         """Gradients in the structure of the parameters."""
