@@ -314,7 +314,7 @@ def _check_state(rule: Rule, state: Any) -> None:
             "another container of it, rebuild it: OptState(**fields) or OptState(*fields)."
         )
     wanted = _slot_names(rule)
-    if wanted is None:
+    if wanted is None or state.slots.keys() == set(wanted):
         return
     # A number that is zero for now, as optax injects it, has left its slot behind.
     on = {name: 1.0 if isinstance(x, Off) else x for name, x in vars(rule).items()}

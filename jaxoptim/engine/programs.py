@@ -150,7 +150,8 @@ def minimize(
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
         new.append(_returned(update, after))
         published.append(public)
-        moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
+        if options.measures:
+            moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
     if not options.measures:
         return new, published, value, found.aux, None
     num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)

@@ -81,7 +81,7 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
                 "only its gradient may be a BCOO, of dense rows."
             )
     leaves, treedef = jax.tree.flatten(params)
-    names = [name for name, leaf in zip(trees.names(params), _with_none(params), strict=True) if leaf is not None]
+    names = trees.array_names(params)
     given = [isinstance(leaf, Parameter) for leaf in leaves]
     if any(given):
         if not all(given):
@@ -109,7 +109,7 @@ def selected(
         ``ValueError`` for a selector that matches nothing; ``TypeError`` for what is not ``(selector, options)``.
     """
     params = jax.tree.leaves(tree)
-    paths = names or [name for name, leaf in zip(trees.names(tree), _with_none(tree), strict=True) if leaf is not None]
+    paths = names or trees.array_names(tree)
 
     def group(indices: Iterable[int]) -> dict[str, Any]:
         members: dict[str, Any] = {"params": [params[index] for index in indices]}
@@ -129,7 +129,7 @@ def selected(
                 f"whole path. The paths are {', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}."
             )
         chosen.append({**group(mine), **entry[1]})
-        left = {index: name for index, name in left.items() if index not in set(mine)}
+        left = {index: name for index, name in left.items() if not selects[index]}
     return [*chosen, group(left)] if left else chosen
 
 
