@@ -28,6 +28,7 @@ bench: $(VENV)/.test
 	$(PYTHON) benchmarks/newton.py
 	$(PYTHON) benchmarks/pyro_optim.py
 	$(PYTHON) benchmarks/groups.py
+	$(PYTHON) benchmarks/variational.py
 	$(PYTHON) benchmarks/sampling.py
 
 # The table in docs/parity.md, from a run of the measurements that the tests make.

@@ -93,7 +93,7 @@ def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str,
         return jaxoptim.step(jax.tree.unflatten(treedef, list(numbers)), params, grads, state)
 
     def train(params: jaxoptim.Packed, state: Any, numbers: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(lambda params: _loss(params.unpack()))(params)
+        loss, grads = jax.value_and_grad(lambda params: loss_of_squares(params.unpack()))(params)
         return *jaxoptim.step(jax.tree.unflatten(treedef, list(numbers)), params, grads, state), loss
 
     def optax_step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
@@ -125,7 +125,7 @@ def on_tree(optimizer: Optimizer, params: dict[str, jax.Array], grads: dict[str,
         "jaxoptim, packed": builder(step, packed, init, grads),
         "jaxoptim, packed, with loss and gradient": builder(train, packed, init, numbers),
         "jaxoptim.optim, step": _optim_builder(optimizer, params, lambda opt: opt.step(grads)),
-        "jaxoptim.optim, minimize": _optim_builder(optimizer, params, lambda opt: opt.minimize(_loss)),
+        "jaxoptim.optim, minimize": _optim_builder(optimizer, params, lambda opt: opt.minimize(loss_of_squares)),
         "optax": builder(optax_step, plain, tx.init, grads),
     }
     if torch_runs_here():
@@ -167,7 +167,7 @@ def on_table() -> Builders:
     return builders | ({"torch": torch_sparse} if torch_runs_here() else {})
 
 
-def _loss(tree: dict[str, jax.Array]) -> jax.Array:
+def loss_of_squares(tree: dict[str, jax.Array]) -> jax.Array:
     """The cheapest of losses, so that what is timed is the way through ``unpack``."""
     return sum(jnp.sum((x - 1) ** 2) for x in tree.values())
 

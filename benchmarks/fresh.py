@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 
@@ -31,12 +33,14 @@ class NoAnswer(RuntimeError):
 class Fresh:
     """A contender in a process of its own, which is called like a :data:`timing.Run`."""
 
-    def __init__(self, module: str, case: str, contender: str) -> None:
+    def __init__(self, module: str, case: str, contender: str, library: Path | None = None) -> None:
+        """Start it; ``library`` is where it imports jaxoptim from if not from where it is installed."""
         self._process = subprocess.Popen(
             [sys.executable, __file__, module, case, contender],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=os.environ | ({} if library is None else {"PYTHONPATH": str(library)}),
         )
         self._wait()  # its imports are done and its data are made
 
@@ -68,16 +72,14 @@ class Fresh:
         self._cpu_seconds = float(answer)
 
 
-def first_steps(
-    module: str, case: str, names: Sequence[str], effort: Effort
-) -> tuple[dict[str, Fresh], dict[str, float]]:
+def first_steps(starts: Mapping[str, Callable[[], Fresh]], effort: Effort) -> tuple[dict[str, Fresh], dict[str, float]]:
     """Contenders after their first step, and the seconds it took: the median of as many as are affordable.
 
     In each round every contender has a new process; the last one stays alive. A contender that fails is left out.
     """
     alive: dict[str, Fresh] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    shuffle, order = random.Random(0).shuffle, list(names)
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
+    shuffle, order = random.Random(0).shuffle, list(starts)
     for _ in range(effort.first_steps):
         shuffle(order)
         for name in list(order):
@@ -86,7 +88,7 @@ def first_steps(
             if name in alive:
                 alive.pop(name).close()
             try:
-                alive[name] = Fresh(module, case, name)
+                alive[name] = starts[name]()
                 seconds[name].append(elapsed(alive[name], 1))
             except (NoAnswer, BrokenPipeError) as error:
                 print(error, file=sys.stderr, flush=True)

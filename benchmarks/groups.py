@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from contenders import Builders, jax_run, torch, torch_run, torch_runs_here
-from fresh import NoAnswer, first_steps
+from fresh import Fresh, NoAnswer, first_steps
 from jaxoptim import optim
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim as pyro_face
@@ -342,8 +342,8 @@ TARGETS = [
 def measured(name: str, effort: Effort) -> dict[str, Times]:
     """The times of the contenders of a case; infinite for one that failed or took too long."""
     case = CASES[name]
-    names = list(case.builders())
-    runs, first = first_steps("groups", name, names, effort)
+    starts = {contender: functools.partial(Fresh, "groups", name, contender) for contender in case.builders()}
+    runs, first = first_steps(starts, effort)
     steps: dict[str, tuple[float, float]] = {}
     try:
         steps = interleaved(dict(runs), effort) if case.repeats else {}
@@ -353,7 +353,7 @@ def measured(name: str, effort: Effort) -> dict[str, Times]:
         for run in runs.values():
             run.close()
     failed = (math.inf, math.nan)
-    return {n: Times(*steps.get(n, failed), first.get(n, math.inf)) for n in names}
+    return {n: Times(*steps.get(n, failed), first.get(n, math.inf)) for n in starts}
 
 
 def table(name: str, times: dict[str, Times]) -> str:

@@ -113,7 +113,7 @@ def table(line_search: str | None, effort: Effort) -> str:
     options = {"line_search_fn": line_search}
     makers = {"jaxoptim.optim, minimize": with_minimize, "jaxoptim.optim, step(closure)": with_closure}
     makers |= {"torch, step(closure)": in_torch} if torch_runs_here() else {}
-    builders: Builders = {name: functools.partial(_build, make, options, *data) for name, make in makers.items()}
+    builders: Builders = {name: functools.partial(built, make, options, *data) for name, make in makers.items()}
     times = measure(builders, effort)
     reference = times.get("torch, step(closure)")
     header = f"{heading('fit', 'torch')}{'evaluations':>13}{'loss':>17}"
@@ -121,7 +121,8 @@ def table(line_search: str | None, effort: Effort) -> str:
     return "\n".join([f"L-BFGS on breast cancer, line_search_fn={line_search!r}, float64", header, *rows])
 
 
-def _build(make: Callable[..., Callable[[], Fit]], options: dict[str, Any], x: jax.Array, y: jax.Array) -> Run:
+def built(make: Callable[..., Callable[[], Fit]], options: dict[str, Any], x: jax.Array, y: jax.Array) -> Run:
+    """A contender that repeats a whole fit."""
     fit = make(options, x, y)
 
     def run(fits: int) -> None:

@@ -167,34 +167,64 @@ def test_a_rate_of_any_type_goes_on_bit_for_bit(lr, tmp_path):
     assert float(resumed.opt.param_groups[0]["lr"]) == float(run.opt.param_groups[0]["lr"])
 
 
-def started(*command, **environment):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes)
+@pytest.fixture
+def started():
+    """Start Python on a script; what is left of it at the end of the test is killed."""
+    processes = []
+
+    def start(*command, **environment):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
+def partial_files(folder):
+    return [path for path in folder.iterdir() if path.name.endswith(".partial")]
+
+
+def stop_within_a_save(process, folder):
+    """Stop a process at a moment at which a file is there in part."""
+    while True:
+        while not partial_files(folder):
+            time.sleep(0.0005)
+        process.send_signal(signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        if partial_files(folder):
+            return
+        process.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_ends_as_an_undisturbed_one(tmp_path):
+def test_a_run_that_is_killed_twenty_times_ends_as_an_undisturbed_one(started, tmp_path):
     script, kills, steps, rng = Path(__file__).parent / "killed_run.py", 20, 1000, random.Random(0)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     (tmp_path / "killed").mkdir()
     undisturbed = started(script, tmp_path / NAME, steps, **cache)
-    path, done, saving = tmp_path / "killed" / NAME, 0, 0
-    for _ in range(kills):
+    path, done = tmp_path / "killed" / NAME, 0
+    for number in range(kills):
         process = started(script, path, steps, **cache)
         lines = [process.stdout.readline() for _ in range(2)]
         assert lines[1] == "saved\n", process.communicate()
         resumed = int(lines[0].removeprefix("from "))
         assert resumed >= done
-        time.sleep(rng.uniform(0, 0.5))
-        assert process.poll() is None
+        if number % 2:
+            time.sleep(rng.uniform(0, 0.5))
+            assert process.poll() is None
+        else:
+            stop_within_a_save(process, path.parent)
         process.send_signal(signal.SIGKILL)
         rest, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert "digest" not in rest, errors
         done = resumed + 1
-        saving += any(left.name.endswith(".partial") for left in path.parent.iterdir())
+        assert number % 2 or partial_files(path.parent)
         assert checkpoint.load(path)["done"] >= done
-    assert saving >= kills // 4
     outputs = [process.communicate() for process in (started(script, path, steps, **cache), undisturbed)]
     digests = [output.splitlines()[-1:] for output, _ in outputs]
     assert digests[0] == digests[1], outputs
@@ -233,7 +263,7 @@ def test_a_sharded_state_comes_back_from_orbax_and_from_us(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_save_with_orbax_and_ours_points_there(tmp_path):
+def test_two_processes_save_with_orbax_and_ours_points_there(started, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

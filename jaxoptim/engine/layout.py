@@ -143,6 +143,14 @@ class Layout(Static):
         """For each slab the first row of each parameter."""
         return [[0, *np.cumsum(rows[:-1]).tolist()] for rows in self.rows]
 
+    @functools.cached_property
+    def value_places(self) -> list[list[tuple[tuple[int, ...], int]]]:
+        """For each slab the shape of each parameter, and where it begins among the values."""
+        return [
+            [(self.structs[member].shape, row * cell.width) for member, row in zip(cell.members, first, strict=False)]
+            for cell, first in zip(self.cells, self.first_rows, strict=True)
+        ]
+
     def joined(self, cell: Cell, arrays: Sequence[jax.Array]) -> jax.Array:
         """Arrays of all parameters of a slab as one flat array."""
         parts = []

@@ -31,12 +31,20 @@ def part_of(layout: Layout, cell: Cell, at: int, array: Any, shape: tuple[int, .
     return part(array, place_of(layout, cell, at, array, shape), shape, is_whole=True) if cell.is_slab else array
 
 
+def values_of(layout: Layout, cell: Cell, array: Any) -> list[Any]:
+    """The values of all parameters of a cell."""
+    return _all_parts(array, layout.value_places[cell.number]) if cell.is_slab else [array]
+
+
 def parts_of(layout: Layout, cell: Cell, array: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
     """The parts of all parameters of a cell."""
     if not cell.is_slab:
         return [array]
-    places = [(shape, place_of(layout, cell, at, array, shape)) for at, shape in enumerate(shapes)]
-    if len(set(shapes)) <= _FEW_SHAPES:
+    return _all_parts(array, [(shape, place_of(layout, cell, at, array, shape)) for at, shape in enumerate(shapes)])
+
+
+def _all_parts(array: Any, places: list[tuple[tuple[int, ...], int]]) -> list[Any]:
+    if len({shape for shape, _ in places}) <= _FEW_SHAPES:
         return read(array, places, is_whole=True)
     # A program for each shape would take longer to compile than a copy of all.
     whole = np.asarray(array).reshape(-1)

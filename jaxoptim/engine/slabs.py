@@ -21,7 +21,7 @@ from jaxoptim.engine.numbers import TakenApart
 from jaxoptim.engine.owner import Minimization, Owner
 from jaxoptim.engine.records import NOT_STARTED, Group, Record
 from jaxoptim.engine.settings import Settings
-from jaxoptim.engine.slab_parts import FEW_PARTS, host_part_of, part_of, parts_of, with_values
+from jaxoptim.engine.slab_parts import FEW_PARTS, host_part_of, part_of, parts_of, values_of, with_values
 from jaxoptim.engine.slab_update import MissingGradient, SlabUpdate, start
 from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.engine.static import Static
@@ -113,8 +113,7 @@ class Slabs(Owner):
         if len(self._read) == len(self.params):
             return
         for cell, (value, _) in zip(self.layout.cells, self.contents.cells, strict=True):
-            shapes = [self.layout.structs[member].shape for member in cell.members]
-            for member, x in zip(cell.members, parts_of(self.layout, cell, value, shapes), strict=True):
+            for member, x in zip(cell.members, values_of(self.layout, cell, value), strict=True):
                 self._read.setdefault(member, x)
 
     def slots_of(self, index: int) -> dict[str, Any]:

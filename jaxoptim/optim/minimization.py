@@ -36,6 +36,11 @@ def loss_of(
             f"static names {unknown[0]!r}, which is no keyword argument of this call. Pass it by keyword: "
             f"minimize(loss_fn, ..., {unknown[0]}=value, static=[{unknown[0]!r}])."
         )
+    for at, value in enumerate(args, 1):
+        if isinstance(value, str | bytes):
+            raise _text(f"number {at}", value)
+    if not kwargs:
+        return Loss(loss_fn, has_aux), trees.owned_arrays(args)
     fixed = tuple((name, kwargs[name]) for name in sorted(static))
     for name, value in fixed:
         try:
@@ -46,14 +51,17 @@ def loss_of(
                 "bool, int and other values that name a program; arrays are data."
             ) from None
     data = {name: value for name, value in kwargs.items() if name not in static}
-    places: dict[str, Any] = {f"number {at}": value for at, value in enumerate(args, 1)}
-    for place, value in (places | {repr(name): value for name, value in data.items()}).items():
+    for name, value in data.items():
         if isinstance(value, str | bytes):
-            raise TypeError(
-                f"The argument {place} of the loss is the text {value!r:.40}, which is no data. Pass it by keyword "
-                "and mark it: minimize(loss_fn, ..., mode='train', static=['mode'])."
-            )
+            raise _text(repr(name), value)
     return Loss(loss_fn, has_aux, tuple(data), fixed), trees.owned_arrays((*args, *data.values()))
+
+
+def _text(place: str, value: str | bytes) -> TypeError:
+    return TypeError(
+        f"The argument {place} of the loss is the text {value!r:.40}, which is no data. Pass it by keyword and mark "
+        "it: minimize(loss_fn, ..., mode='train', static=['mode'])."
+    )
 
 
 def minimization(

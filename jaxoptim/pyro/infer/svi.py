@@ -26,8 +26,6 @@ from jaxoptim.pyro.optim.torch_style import TorchStyle
 _MANY = 16
 """So many programs for other static arguments are more than one means to have."""
 
-_split = jax.jit(lambda key: tuple(jax.random.split(key)))
-
 
 class SVI:
     r"""Stochastic variational inference: Pyro's ``SVI``, on models and guides of numpyro.
@@ -141,7 +139,7 @@ class SVI:
         """
         plan = self._plan(args, kwargs)
         values = {name: param.value for name, param in plan.params.items()}
-        loss, _ = plan.program.evaluate(values, _split(plan.key)[1], plan.mutable, plan.traced)
+        loss, _ = plan.program.evaluate(values, plan.key, plan.mutable, plan.traced)
         self._commit(plan)
         return float(loss)
 
@@ -196,19 +194,19 @@ class SVI:
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
         """One step, whose loss nobody waits for."""
         plan = self._plan(args, kwargs)
-        key, step_key = _split(plan.key)
-        data = (step_key, plan.mutable, plan.traced)
+        data = (plan.key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
             if plan.params:
                 if isinstance(self._multi, Compiled | TorchStyle):  # no user's: without checks of what is right
-                    loss, mutable = self._multi._step(plan.program.loss, plan.params, data, self._skip_nonfinite)
+                    loss, aux = self._multi._step(plan.program.loss, plan.params, data, self._skip_nonfinite)
                 else:
-                    loss, mutable = self._multi.step(
+                    loss, aux = self._multi.step(
                         plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
                     )
                 plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
             else:
-                loss, mutable = plan.program.evaluate({}, *data)
+                loss, aux = plan.program.evaluate({}, *data)
+            mutable, key = aux
             if self._skip_nonfinite and mutable:
                 mutable = _kept_if_finite(loss, mutable, plan.mutable)
             self._commit(plan)
@@ -328,7 +326,9 @@ class _Program:
 
         def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
             args, kwargs = arguments.rebuilt(traced)
-            return objective.with_mutable_state(params, mutable, key, *args, **kwargs)
+            key, step_key = jax.random.split(key)
+            loss, mutable = objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
+            return loss, (mutable, key)
 
         # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
         self.loss_fn = functools.partial(loss_fn)

@@ -59,14 +59,14 @@ def checked_update(params: Any, grads: Any) -> Mapping[str, Any]:
     for what, given in (("params", params), ("grads", grads)):
         if not isinstance(given, Mapping):
             raise TypeError(f"update takes dicts by the names of parameters, but {what} is {type(given).__name__}.")
-        for name, value in given.items():
+        for name in given:
             if not isinstance(name, str):
                 raise TypeError(f"update takes dicts by the names of parameters, but {what} has the key {name!r}.")
-            if isinstance(value, jax.core.Tracer):
-                raise TypeError(
-                    f"update keeps state, so it cannot be compiled, but {what}[{name!r}] is traced. In a compiled "
-                    "function, use jaxoptim.transformation(optimizer), whose state you carry."
-                )
+        if traced := [name for name, value in given.items() if isinstance(value, jax.core.Tracer)]:
+            raise TypeError(
+                f"update keeps state, so it cannot be compiled, but {what}[{traced[0]!r}] is traced. In a compiled "
+                "function, use jaxoptim.transformation(optimizer), whose state you carry."
+            )
     if missing := sorted(params.keys() - grads.keys()):
         raise ValueError(f"grads has nothing for {missing[0]!r}. Give None where a value is to stay.")
     if extra := sorted(grads.keys() - params.keys()):
