@@ -178,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision", help="of the library, as git names it")
     parser.add_argument("cases", nargs="*", default=list(CASES), help="regular expressions; without any, all")
+    parser.add_argument("--contenders", default="", help="a regular expression")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contender")
     parser.add_argument("--first-steps", type=int, default=1, help="processes that make a first step")
     options = parser.parse_args()
@@ -189,7 +190,7 @@ def main() -> None:
         try:
             libraries = {OTHER: Path(folder), THIS: HERE}
             for case in [name for name in CASES if any(re.search(pattern, name) for pattern in options.cases)]:
-                for contender in CASES[case].builders():
+                for contender in filter(re.compile(options.contenders).search, CASES[case].builders()):
                     print(line(case, contender, measured(case, contender, libraries, effort)), flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", folder], check=True)
