@@ -19,7 +19,7 @@ from typing import Any
 
 def stub() -> str:
     """The text of the stub."""
-    names = {"Groups": "jaxoptim.optim.optimizer", "Number": "jaxoptim.optim.optimizer"}
+    names = dict.fromkeys(("Groups", "Number", "Selectors"), "jaxoptim.optim.optimizer")
     names |= {base.__name__: base.__module__ for cls in CLASSES for base in cls.__bases__}
     imports = [
         f"from {module} import {', '.join(sorted(name for name in names if names[name] == module))}\n"

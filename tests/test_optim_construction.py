@@ -40,6 +40,8 @@ from optim_sides import (
 pytestmark = pytest.mark.usefixtures("x64")
 OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
 """Options that the parent does not have."""
+OURS = ("groups", "frozen")
+"""Arguments that every class has besides the parent's."""
 
 
 def same_error(program: Any, message: str, theirs: str | None = None) -> None:
@@ -60,8 +62,8 @@ def test_the_signature_is_the_parents(row):
     ours = {p.name: (p.kind, p.default, type(p.default)) for p in inspect.signature(cls).parameters.values()}
     theirs = {p.name: (p.kind, p.default, type(p.default)) for p in inspect.signature(row.parent).parameters.values()}
     own = OWN_OPTIONS.get(row.name, [])
-    assert [*theirs, *own, "groups"] == list(ours)
-    for name in (*own, "groups"):
+    assert [*theirs, *own, *OURS] == list(ours)
+    for name in (*own, *OURS):
         assert ours.pop(name) == (inspect.Parameter.KEYWORD_ONLY, None, type(None))
     assert ours == theirs
 
@@ -82,12 +84,12 @@ def test_positional_arguments_are_the_parents(row):
 @by_row()
 def test_a_misspelt_option_is_a_type_error_that_names_those_there_are(row):
     cls = getattr(optim, row.name)
-    options = [name for name in inspect.signature(cls).parameters if name not in ("params", "groups")]
+    options = [name for name in inspect.signature(cls).parameters if name not in ("params", *OURS)]
     with pytest.raises(TypeError, match=rf"^{row.name}\(\) .*'lrr'\. After params it takes {', '.join(options)}\.$"):
         cls([1.0], lrr=0.1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'lrr'"):
         row.parent(params_of(Theirs, row), lrr=0.1)
-    assert {*typing.get_type_hints(cls.__init__)} == {"params", *options, "groups", "return"}
+    assert {*typing.get_type_hints(cls.__init__)} == {"params", *options, *OURS, "return"}
 
 
 @by_row()
@@ -134,7 +136,7 @@ def test_the_documentation_is_the_rules(row):
     assert "\n    params: see :class:`Optimizer`.\n" in doc
     documented = re.findall(r"^    (\w+): ", doc.split("Args:\n")[1].split("\n\n")[0], re.MULTILINE)
     flags = {"foreach", "fused", "capturable", "differentiable"} & set(inspect.signature(cls).parameters)
-    assert {*documented, *flags, "groups"} == set(inspect.signature(cls).parameters)
+    assert {*documented, *flags, *OURS} == set(inspect.signature(cls).parameters)
     assert all(f"``{flag}``" in doc for flag in flags)
     assert doc.count("Examples:\n") == 1
     assert len(example_of(cls).examples) >= 3  # which the doctests of the package run

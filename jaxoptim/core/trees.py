@@ -188,9 +188,12 @@ def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
 
 def owned_arrays(tree: Any) -> Any:
     """A tree with copies of its arrays of NumPy and torch, whose owner may change them before a program reads them."""
-    if not any(map(_is_foreign, jax.tree.leaves(tree))):
+    leaves = jax.tree.leaves(tree)
+    # A tree has many leaves and few types: one leaf of each is looked at.
+    foreign = {kind for kind, leaf in dict(zip(map(type, leaves), leaves, strict=True)).items() if _is_foreign(leaf)}
+    if not foreign:
         return tree
-    return jax.tree.map(lambda leaf: owned(leaf) if _is_foreign(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: owned(leaf) if type(leaf) in foreign else leaf, tree)
 
 
 def _is_foreign(leaf: Any) -> bool:

@@ -33,6 +33,7 @@ class Owner:
         index: the number of each parameter.
         form: the structure of the arrays.
         outdated: the parameters whose current value is no longer here.
+        held: the parameters that steps leave as they are.
     """
 
     def __init__(self, params: Sequence[Any], contents: Contents) -> None:
@@ -42,6 +43,7 @@ class Owner:
         self._history: list[Any] = [([list(contents.leaves)],)]
         self.form = contents.form
         self.outdated: set[int] = set()
+        self.held: set[int] = set()
         self._ran: set[Hashable] = set()  # the kinds of steps whose program is compiled
         for index, param in enumerate(self.params):
             param.enter(self, index)

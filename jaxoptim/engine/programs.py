@@ -122,11 +122,14 @@ def minimize(
         For each owner the leaves of its new contents and what it publishes; the loss, nan for a step that is skipped;
         what the loss returns besides; what was measured, if that is asked for.
     """
-    values = dict(held)
-    own = [update.values(reads, its) for update, reads, its in zip(updates, data, leaves, strict=True)]
-    for some in own:
-        values.update(some)
-    seen = loss if layout is None else loss.of(layout.tree)
+    values, still, own = dict[str, jax.Array](), dict(held), list[list[str]]()
+    for update, reads, its in zip(updates, data, leaves, strict=True):
+        found_there = update.values(reads, its)
+        own.append([name for name in found_there if name not in update.held])
+        values |= {name: found_there[name] for name in own[-1]}
+        still |= {name: found_there[name] for name in found_there.keys() & update.held}
+    # The loss is differentiated by what is updated alone.
+    seen = loss.of(lambda values: _as_seen(layout, {**still, **values}))
     if options.accumulate is not None:
         found = accumulated(seen, values, args, options.accumulate, options.mean)
     elif always is None or any(update.second_order for update in updates):
@@ -157,6 +160,11 @@ def minimize(
     num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped)
     return new, published, value, found.aux, measured
+
+
+def _as_seen(layout: Layout | None, values: dict[str, jax.Array]) -> Any:
+    """All values in the structure that the loss takes."""
+    return values if layout is None else layout.tree(values)
 
 
 def sum_of_squares(tree: Any) -> jax.Array:

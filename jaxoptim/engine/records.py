@@ -24,6 +24,7 @@ class Keeper(Protocol):
     """What keeps the values of parameters."""
 
     outdated: set[int]
+    held: set[int]
 
     def read(self, index: int) -> Any:
         """The value of one parameter."""

@@ -44,12 +44,20 @@ class SlabUpdate(Update):
         settings: the structure of the settings.
         even: whether all parameters have made the same steps so far, and have a gradient now.
         names: the parameters that take part, all if it is None.
+        held: those of them that stay as they are.
     """
 
     def __init__(
-        self, layout: Layout, form: Static, settings: tuple[Static, ...], even: bool, names: tuple[str, ...] | None
+        self,
+        layout: Layout,
+        form: Static,
+        settings: tuple[Static, ...],
+        even: bool,
+        names: tuple[str, ...] | None,
+        held: frozenset[str],
     ) -> None:
         self.layout, self.form, self.settings, self.even, self.names = layout, form, settings, even, names
+        self.held = held
 
     def _numbers(self, data: Any) -> list[Numbers]:
         return [Numbers.tree_unflatten(form, arrays) for form, arrays in zip(self.settings, data[0], strict=True)]

@@ -207,15 +207,19 @@ class Slabs(Owner):
         """Whether all parameters have made the same steps."""
         return self._even and not self._unstarted
 
-    def update(self, even: bool, names: tuple[str, ...] | None = None) -> SlabUpdate:
-        """The update of these parameters, or of some of them by name."""
-        key = (self.form, even, names)
+    def update(
+        self, even: bool, names: tuple[str, ...] | None = None, held: frozenset[str] = frozenset()
+    ) -> SlabUpdate:
+        """The update of these parameters, or of some of them by name, where some may be held."""
+        key = (self.form, even, names, held)
         if key not in self._updates:
             self._updates[key] = self._update(*key)
         return self._updates[key]
 
-    def _update(self, form: Static, even: bool, names: tuple[str, ...] | None) -> SlabUpdate:
-        return SlabUpdate(self.layout, form, self.settings.forms, even, names)
+    def _update(
+        self, form: Static, even: bool, names: tuple[str, ...] | None, held: frozenset[str] = frozenset()
+    ) -> SlabUpdate:
+        return SlabUpdate(self.layout, form, self.settings.forms, even, names, held)
 
     @functools.cached_property
     def offsets(self) -> list[Any] | None:
@@ -237,17 +241,21 @@ class Slabs(Owner):
         Raises:
             What ``jaxoptim.step`` raises for gradients that do not fit their parameters.
         """
-        if not self._unstarted and not self._has_gaps:
+        if not self._unstarted and not self._has_gaps and not self.held:
             with contextlib.suppress(MissingGradient):
                 return self._advance_all(grads)
-        self._advance_some(self.layout.leaves(grads), grads)
+        self._advance_some(self._without_held(self.layout.leaves(grads)), grads)
 
     def advance_leaves(self, grads: list[Any]) -> None:
         """One step along a list of gradients, one for each parameter in their order."""
-        if self._unstarted or any(map(operator.is_, grads, itertools.repeat(None))):
-            self._advance_some(grads, grads)
+        if self._unstarted or self.held or any(map(operator.is_, grads, itertools.repeat(None))):
+            self._advance_some(self._without_held(grads), grads)
         else:
             self._advance_all(grads)
+
+    def _without_held(self, leaves: list[Any]) -> list[Any]:
+        """Gradients, None for parameters that stay as they are."""
+        return [None if index in self.held else leaf for index, leaf in enumerate(leaves)] if self.held else leaves
 
     def _advance_all(self, grads: Any) -> None:
         """One step of all parameters, which have state."""
@@ -365,9 +373,15 @@ class Slabs(Owner):
 
     def minimize(self, job: Minimization) -> Any:
         """Make one step of all parameters along the gradient of a loss; see :meth:`Owner.minimize_by`."""
-        with self._started(self._updated) if self._unstarted else contextlib.nullcontext():
-            data = (self.settings.arrays, self.offsets, None)
-            return self.minimize_by(self.update(self._even), self.layout, data, job)
+        here, held = None, frozenset[str]()
+        if self.held:
+            here = self._updated.copy()
+            here[list(self.held)] = False
+            held = frozenset(self.layout.structs[index].name for index in self.held)
+        with self._started(self._updated if here is None else here) if self._unstarted else contextlib.nullcontext():
+            self._even = self._even and here is None  # before the step, which Ctrl-C may be the end of
+            data = (self.settings.arrays, self.offsets, here)
+            return self.minimize_by(self.update(self._even, held=held), self.layout, data, job)
 
 
 @functools.cache

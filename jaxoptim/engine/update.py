@@ -22,6 +22,9 @@ class Update(Static):
     form: Static
     """The structure of the owner's arrays."""
 
+    held: frozenset[str] = frozenset()
+    """The parameters that take part in the loss, and stay as they are."""
+
     second_order = False
     """Whether the update needs second derivatives of the loss."""
 

@@ -77,12 +77,18 @@ class SharedUpdate(Update):
         form: the structure of values and states.
         rules: the structure of the rules.
         keys: for each group the names and the implementations of the keys among what its rule shares.
+        held: the parameters that stay as they are.
     """
 
     def __init__(
-        self, layout: Layout, form: Static, rules: Static, keys: tuple[tuple[tuple[str, Any], ...], ...]
+        self,
+        layout: Layout,
+        form: Static,
+        rules: Static,
+        keys: tuple[tuple[tuple[str, Any], ...], ...],
+        held: frozenset[str] = frozenset(),
     ) -> None:
-        self.layout, self.form, self.rules, self.keys = layout, form, rules, keys
+        self.layout, self.form, self.rules, self.keys, self.held = layout, form, rules, keys, held
 
     def values(self, data: Any, leaves: Sequence[Any]) -> dict[str, jax.Array]:
         """Return the values of all parameters by name."""
@@ -91,17 +97,18 @@ class SharedUpdate(Update):
 
     def along(self, data: Any, leaves: Sequence[Any], grads: Any) -> tuple[Contents, Any]:
         """Update along gradients; a parameter without one stays."""
-        given = self.layout.leaves(grads)
+        structs = self.layout.structs
+        pairs = zip(self.layout.leaves(grads), structs, strict=True)
+        given = [None if struct.name in self.held else leaf for leaf, struct in pairs]
         for cell, rule in zip(self.layout.cells, self._rules(data), strict=True):
             for member in cell.members:
                 if given[member] is not None:
-                    struct = self.layout.structs[member]
-                    given[member] = check_gradient(rule, struct.name, given[member], struct.like)
+                    given[member] = check_gradient(rule, structs[member].name, given[member], structs[member].like)
         return self._stepped(data, leaves, given)
 
     def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
         """Update along the gradient of a loss."""
-        return self._stepped(data, leaves, [evaluation.grads[struct.name] for struct in self.layout.structs])
+        return self._stepped(data, leaves, [evaluation.grads.get(struct.name) for struct in self.layout.structs])
 
     def unchanged(self, data: Any, published: Any) -> Any:
         """Return the counts and what is shared as they are."""

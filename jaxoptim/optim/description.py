@@ -67,8 +67,8 @@ def described(storage: Storage, options: Sequence[dict[str, Any]]) -> Table:
             continue
         at = group_of.get(param)
         its = {} if at is None else options[at]
-        rate = its.get("lr", its.get("eta"))
-        rows.append(Row(labels[param], param.shape, param.dtype, at, rate, its.get("weight_decay"), at is not None))
+        rate, is_trained = its.get("lr", its.get("eta")), at is not None and param.requires_grad
+        rows.append(Row(labels[param], param.shape, param.dtype, at, rate, its.get("weight_decay"), is_trained))
     return Table(rows)
 
 

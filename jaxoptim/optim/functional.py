@@ -27,7 +27,7 @@ def leave(storage: Storage, rule_of: RuleOf) -> tuple[optax.GradientTransformati
     tx = _transformation(parts, tree, rule_of)
     state = tx.init(params)
     for index, part in enumerate(parts):
-        if part.count is not None:
+        if part.count is not None and part.times:
             states = [part.slots[i] for i in _in_tree_order(tree, part)]
             slots = {
                 name: jax.tree.unflatten(jax.tree.structure(of), [s[name] for s in states if name in s])
@@ -76,7 +76,9 @@ def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.
     """The rule of the only part, or a partition of the tree into all of them."""
     if any(part.times > 1 for part in parts):
         raise ValueError("A parameter stands twice in its group, which the pure face has no form for.")
-    if len(parts) == 1:
+    if any(part.times and not all(param.requires_grad for param in part.params) for part in parts):
+        raise ValueError("A frozen parameter stands in a group that shares its state. Put it into a group of its own.")
+    if len(parts) == 1 and parts[0].times:
         return transformation(rule_of(parts[0]))
     kinds = {
         str(index): transformation(rule_of(part)) if part.times else optax.set_to_zero()

@@ -21,6 +21,9 @@ Selector = Any
 Groups = Sequence[tuple[Selector, dict[str, Any]]]
 """Options for some parameters of one pytree: a list of ``(selector, options)``."""
 
+Selectors = Selector | Sequence[Selector]
+"""One selector or several, each of which may also be the path of a subtree."""
+
 
 def is_named_pair(x: Any) -> bool:
     """Whether ``x`` is ``(name, parameter)``."""
@@ -124,10 +127,7 @@ def selected(
         selects = selection(entry[0], tree, paths)
         mine = [index for index in left if selects[index]]
         if not mine:
-            raise ValueError(
-                f"groups: no parameter is left that {_shown(entry[0])} selects. A regular expression must match the "
-                f"whole path. The paths are {', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}."
-            )
+            raise _nothing_selected("groups: no parameter is left", entry[0], paths)
         chosen.append({**group(mine), **entry[1]})
         left = {index: name for index, name in left.items() if not selects[index]}
     return [*chosen, group(left)] if left else chosen
@@ -153,6 +153,37 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
         return [bool(matches(path)) for path in paths]
     values = [leaf.value if isinstance(leaf, Parameter) else leaf for leaf in jax.tree.leaves(tree)]
     return [bool(selector(path, value)) for path, value in zip(paths, values, strict=True)]
+
+
+def chosen(selectors: Selectors, tree: Any, paths: Sequence[str], what: str) -> list[bool]:
+    """Which parameters are selected by one of some selectors.
+
+    Args:
+        selectors: one or several; a regular expression selects what lies below a path too.
+        tree: the parameters.
+        paths: their names, in the order of the tree's leaves.
+        what: who asks, for messages.
+
+    Raises:
+        What :func:`selection` raises; ``ValueError`` for a selector that selects nothing.
+    """
+    several = isinstance(selectors, list | tuple) and not is_mask(selectors)
+    found = [False] * len(paths)
+    for selector in selectors if several else [selectors]:
+        if isinstance(selector, str):
+            predicate(selector)  # an error names it as it was given
+        selects = selection(rf"(?:{selector})(?:\..*)?" if isinstance(selector, str) else selector, tree, paths)
+        if not any(selects):
+            raise _nothing_selected(f"{what}: there is no parameter", selector, paths)
+        found = [was or now for was, now in zip(found, selects, strict=True)]
+    return found
+
+
+def _nothing_selected(what: str, selector: Selector, paths: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{what} that {_shown(selector)} selects. A regular expression must match the whole path. The paths are "
+        f"{', '.join(paths[:20])}{', ...' if len(paths) > 20 else ''}."
+    )
 
 
 def predicate(selector: Selector) -> Callable[[str], Any]:

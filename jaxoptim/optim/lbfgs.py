@@ -102,7 +102,7 @@ class FlatStorage(WholeStorage):
                 "LBFGS evaluates the loss at several points in one step, so its minimize takes no clip_norm, "
                 "clip_value, accumulate, skip_nonfinite or measure. Put them into the loss, or take another optimizer."
             )
-        self.settle()
+        self._settle_trained()
         with self._started():
             owner = self._owner()
             kind = None if loss.has_aux else (loss, *map(kind_of, jax.tree.leaves(args)))
@@ -112,6 +112,15 @@ class FlatStorage(WholeStorage):
         if not self._has_warned and not self._searches and bool(spoilt):
             self._warn(8)
         return value, aux, None
+
+    def _settle_trained(self) -> None:
+        """Bring everything up to date; raises if a parameter is frozen."""
+        self.settle()
+        if held := self._owner().held:
+            raise ValueError(
+                f"{self.layout.structs[min(held)].name!r} is frozen, but LBFGS updates all of its parameters as one "
+                "vector. Give it those to train alone, and the others to the loss."
+            )
 
     _has_warned = False
 
@@ -131,7 +140,7 @@ class FlatStorage(WholeStorage):
 
     def search(self, closure: Callable[[], Any]) -> Any:
         """Make one step with evaluations by a function that sets gradients; as before if it raises."""
-        self.settle()
+        self._settle_trained()
         owner, losses = self._owner(), list[Any]()
         is_new = self.state_at(0) is None
         self.start()

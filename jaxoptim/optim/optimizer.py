@@ -17,7 +17,8 @@ from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, option_names, state_checks, state_dicts, subclass
 from jaxoptim.optim.description import Table, described, has_schedule, options_at
 from jaxoptim.optim.groups import Groups as Groups
-from jaxoptim.optim.groups import is_group, listed, parameters_in, selected
+from jaxoptim.optim.groups import Selectors as Selectors
+from jaxoptim.optim.groups import chosen, is_group, listed, parameters_in, selected
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
@@ -25,7 +26,7 @@ from jaxoptim.optim.minimization import loss_of, minimization
 from jaxoptim.optim.parameter import zeros_like
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.state import State
-from jaxoptim.optim.storage import Storage
+from jaxoptim.optim.storage import Storage, labelled
 from jaxoptim.optim.subclass import Number as Number
 
 
@@ -62,6 +63,7 @@ class Optimizer(Hooked):
             path or of ``(path, array)``, or a tree of bools like ``params``, or a prefix of one. A parameter
             follows the first that selects it. The groups stand in this
             order; one for all other parameters comes last (default None: one group).
+        frozen: a selector, or a list of them, of parameters that :meth:`freeze` freezes at once (default None: none).
 
     Attributes:
         param_groups: a list of dicts, the options of each group and its ``"params"``, a list of
@@ -111,9 +113,17 @@ class Optimizer(Hooked):
                 raise TypeError(f"{cls.rule.__name__} is a sampler. Write `class {cls.__name__}(optim.Sampler):`.")
             subclass.complete(cls)
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+    ) -> None:
         self._prepare()
         self.defaults = defaults
+        self._add_all(params, groups)
+        if frozen is not None:
+            self.freeze(frozen)
+
+    def _add_all(self, params: Any, groups: Groups | None) -> None:
+        """Add the parameters in their groups."""
         params = listed(params)
         if isinstance(params, list | tuple) and params and is_group(params[0]):
             if groups is not None:
@@ -234,6 +244,61 @@ class Optimizer(Hooked):
             if shared := set(other["params"]) & set(group["params"]):
                 raise ValueError(f"some parameters appear in more than one parameter group: {shared.pop()}")
         self.param_groups.append(group)
+
+    def freeze(self, selectors: Selectors) -> None:
+        r"""Freeze parameters: steps leave them, their state and their counts as they are.
+
+        Their ``requires_grad`` is False then, which you may also set yourself. ``minimize`` does not differentiate by
+        them, and so compiles once for each choice of frozen parameters; for ``step`` frozen parameters are data, unless
+        they are large.
+
+        Args:
+            selectors: a selector (see :class:`Optimizer`) or a list of them. A regular expression selects what lies
+                below a path too: ``"encoder"``, ``r"blocks\.[0-5]"``.
+
+        Raises:
+            ``ValueError`` for a selector that selects nothing, ``TypeError`` for what is no selector. Nothing is
+            changed then.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> params = {"encoder": {"w": jnp.ones(2)}, "head": jnp.ones(2)}
+            >>> opt = optim.SGD(params, lr=0.5, frozen=["encoder"])
+            >>> def loss(params):
+            ...     return jnp.sum(params["encoder"]["w"] * params["head"])
+            >>> value = opt.minimize(loss)
+            >>> opt.params["encoder"]["w"].tolist(), opt.params["head"].tolist()
+            ([1.0, 1.0], [0.5, 0.5])
+            >>> opt.unfreeze("encoder")
+            >>> value = opt.minimize(loss)
+            >>> opt.params["encoder"]["w"].tolist(), opt.params["head"].tolist()
+            ([0.75, 0.75], [0.0, 0.0])
+        """
+        self._train(selectors, False, "freeze")
+
+    def unfreeze(self, selectors: Selectors = ".*") -> None:
+        """Let steps update parameters again that :meth:`freeze` has frozen, with the state that they had.
+
+        Args:
+            selectors: see :meth:`freeze` (default: all parameters).
+
+        Raises:
+            As :meth:`freeze`.
+
+        Examples:
+            See :meth:`freeze`.
+        """
+        self._train(selectors, True, "unfreeze")
+
+    def _train(self, selectors: Selectors, is_trained: bool, what: str) -> None:
+        tree = self._storage.tree()
+        params = list(jax.tree.leaves(tree))
+        labels = labelled(tree)
+        picked = chosen(selectors, tree, [labels[param] for param in params], what)
+        for param, is_picked in zip(params, picked, strict=True):
+            if is_picked:
+                param.requires_grad = is_trained
 
     def current_options(self) -> list[dict[str, Any]]:
         """The options of each group as the next step uses them.

@@ -26,6 +26,8 @@ class Parameter:
             an array of the same shape to change it.
         grad: the gradient that ``step()`` uses, an array or a ``BCOO`` of rows; None skips the parameter.
         name: as given; the dotted path if the optimizer was given a pytree.
+        requires_grad: whether steps update it (default True); otherwise they leave it, its state and its count as they
+            are, whatever its gradient. (torch leaves it alone only where there is no ``grad``.)
         shape: of the value.
         dtype: of the value.
         had_grad: whether a gradient was ever assigned.
@@ -51,6 +53,7 @@ class Parameter:
         "_grad",
         "_index",
         "_keeper",
+        "_requires_grad",
         "_value",
         "dct_dim",
         "dtype",
@@ -67,6 +70,7 @@ class Parameter:
         self.had_grad = False
         self._keeper: Keeper | None = None
         self._index = 0
+        self._requires_grad = True
         self.shape: tuple[int, ...] = self._value.shape
         self.dtype = self._value.dtype
         self.dct_dim: int | None = None
@@ -109,6 +113,20 @@ class Parameter:
             self.had_grad = True
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether steps update it."""
+        return self._requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, is_trained: bool) -> None:
+        if not isinstance(is_trained, bool):
+            raise TypeError(f"requires_grad of {self._described()} is True or False, but got {is_trained!r}.")
+        self._requires_grad = is_trained
+        if self._keeper is not None:
+            change = self._keeper.held.discard if is_trained else self._keeper.held.add
+            change(self._index)
+
+    @property
     def struct(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype, for abstract evaluation."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -117,11 +135,14 @@ class Parameter:
         """Let an optimizer keep the value from now on."""
         self.leave()
         self._keeper, self._index, self._value = keeper, index, None
+        if not self._requires_grad:
+            keeper.held.add(index)
 
     def leave(self) -> None:
         """Tell whoever keeps the value that they no longer do; the caller puts it elsewhere."""
         if self._keeper is not None:
             self._keeper.outdated.add(self._index)
+            self._keeper.held.discard(self._index)
             self._keeper = None
 
     def _described(self) -> str:
@@ -132,13 +153,14 @@ class Parameter:
         return f"Parameter(shape={self.shape}, dtype={self.dtype}{name})"
 
     def __getstate__(self) -> dict[str, Any]:
-        about = {"dct_dim": self.dct_dim, "subsample": self.subsample}
+        about = {"dct_dim": self.dct_dim, "subsample": self.subsample, "requires_grad": self._requires_grad}
         return {"value": self.value, "grad": self._grad, "name": self.name, **about}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["value"], state["name"])  # type: ignore[misc]
         self._grad, self.dct_dim, self.subsample = state["grad"], state["dct_dim"], state["subsample"]
         self.had_grad = self._grad is not None
+        self._requires_grad = state.get("requires_grad", True)  # pickles of older versions lack it
 
 
 def zeros_like(grad: Any) -> Any:

@@ -21,7 +21,7 @@ from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.whole import SharedUpdate, bare, named
-from jaxoptim.optim.optimizer import Groups, Optimizer
+from jaxoptim.optim.optimizer import Groups, Optimizer, Selectors
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.storage import Group, Storage
@@ -95,7 +95,9 @@ class SamplerStorage(WholeStorage):
             raw = {name: self._raw_key(at, name, x) for name, x in shared.items() if is_key(x)}
             common.append((count, shared | {name: numbers for name, (numbers, _) in raw.items()}))
             keys.append(tuple((name, impl) for name, (_, impl) in raw.items()))
-        parts = (self.layout, self._owner().form, self.numbers.form, tuple(keys))
+        owner = self._owner()
+        held = frozenset(self.layout.structs[index].name for index in owner.held)
+        parts = (self.layout, owner.form, self.numbers.form, tuple(keys), held)
         if self._made is None or self._made.content != parts:
             self._made = SharedUpdate(*parts)
         return self._made, common
@@ -272,6 +274,7 @@ class Sampler(Optimizer):
         params: see :class:`Optimizer`.
         defaults: see :class:`Optimizer`; its ``key`` is a typed JAX key, or None for ``jax.random.key(0)``.
         groups: see :class:`Optimizer`.
+        frozen: see :class:`Optimizer`.
 
     Raises:
         As :class:`Optimizer`; ``TypeError`` for a key that is not typed.
@@ -294,11 +297,13 @@ class Sampler(Optimizer):
     storage_class: ClassVar[type[Storage]] = SamplerStorage
     may_lack: ClassVar[frozenset[str]] = frozenset(("key", "noise_impl", "step", "box"))
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+    ) -> None:
         if defaults.get("key") is None:
             defaults = defaults | {"key": jax.random.key(0)}
         check_key(defaults["key"])
-        super().__init__(params, defaults, groups=groups)
+        super().__init__(params, defaults, groups=groups, frozen=frozen)
         self._storage.start()
 
     def _add(self, group: dict[str, Any]) -> None:

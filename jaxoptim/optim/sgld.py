@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxoptim.optim.optimizer import Groups
+from jaxoptim.optim.optimizer import Groups, Selectors
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.rules.sgld import METRICS
 
@@ -24,6 +24,7 @@ class MeasuredSampler(Sampler):
         *,
         temperature: float | None = None,
         groups: Groups | None = None,
+        frozen: Selectors | None = None,
     ) -> None:
         if temperature is not None:
             defaults["nbeta"] = temperature
@@ -36,7 +37,7 @@ class MeasuredSampler(Sampler):
             )
         warn_of_nbeta(defaults["nbeta"])
         self.fixed = {name: defaults.pop(name) for name in ("save_noise", "save_mala_vars")}
-        super().__init__(params, defaults, groups=groups)
+        super().__init__(params, defaults, groups=groups, frozen=frozen)
 
     def _add(self, group: dict[str, Any]) -> None:
         super()._add(group)

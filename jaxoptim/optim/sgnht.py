@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
-from jaxoptim.optim.optimizer import Groups
+from jaxoptim.optim.optimizer import Groups, Selectors
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.optim.sgld import warn_of_nbeta
 
@@ -23,6 +23,7 @@ class ThermostatSampler(Sampler):
         save_noise: bool = False,
         save_mala_vars: bool = False,
         groups: Groups | None = None,
+        frozen: Selectors | None = None,
     ) -> None:
         if save_noise:
             warnings.warn(
@@ -34,4 +35,4 @@ class ThermostatSampler(Sampler):
                 "Warning: MALA not implemented for SGNHT! If you insist on using MALA, use SGLD instead.", stacklevel=3
             )
         warn_of_nbeta(defaults["nbeta"])
-        super().__init__(params, defaults, groups=groups)
+        super().__init__(params, defaults, groups=groups, frozen=frozen)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxoptim.optim.optimizer import Groups, Optimizer
+from jaxoptim.optim.optimizer import Groups, Optimizer, Selectors
 
 
 class Started(Optimizer):
     """An optimizer that makes the state of its first groups at once, as the parent does."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None) -> None:
-        super().__init__(params, defaults, groups=groups)
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+    ) -> None:
+        super().__init__(params, defaults, groups=groups, frozen=frozen)
         self._storage.start()

@@ -195,7 +195,7 @@ class Storage:
             group = self.groups[self._places[at]] if at < len(self._places) else {}
             kinds: dict[tuple[int, int], list[Parameter]] = {}
             for param, times in zip(members.params, members.times, strict=True):
-                kinds.setdefault((times, states[param][0]), []).append(param)
+                kinds.setdefault((times if param.requires_grad else 0, states[param][0]), []).append(param)
             for (times, count), params in kinds.items():
                 labels, slots = [self.labels[param] for param in params], [states[param][1] for param in params]
                 steps = None if count == NOT_STARTED else count

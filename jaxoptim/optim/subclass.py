@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxoptim.core.rule import Traced
-from jaxoptim.optim.groups import Groups
+from jaxoptim.optim.groups import Groups, Selectors
 
 Number = float | jax.Array
 """A hyperparameter: a number, or an array of one element."""
@@ -53,7 +53,14 @@ def _construct(cls: Any) -> None:
     keys = vars(cls)["_keys"].split() if "_keys" in vars(cls) else kept
     constants = {name: getattr(cls.rule, name) for name in keys if name not in taken}
 
-    def __init__(self: Any, params: Any, *args: Any, groups: Groups | None = None, **options: Any) -> None:
+    def __init__(
+        self: Any,
+        params: Any,
+        *args: Any,
+        groups: Groups | None = None,
+        frozen: Selectors | None = None,
+        **options: Any,
+    ) -> None:
         try:
             bound = signature.bind(*args, **options)
         except TypeError as error:
@@ -61,13 +68,15 @@ def _construct(cls: Any) -> None:
         bound.apply_defaults()
         values = constants | bound.arguments
         keywords = {name: values[name] for name in passed}
-        super(cls, self).__init__(params, {name: values[name] for name in keys}, groups=groups, **keywords)
+        defaults = {name: values[name] for name in keys}
+        super(cls, self).__init__(params, defaults, groups=groups, frozen=frozen, **keywords)
 
     parameters = [
         inspect.Parameter("self", _EITHER),
         inspect.Parameter("params", _EITHER, annotation="Any"),
         *taken.values(),
         inspect.Parameter("groups", _KEYWORD, default=None, annotation="Groups | None"),
+        inspect.Parameter("frozen", _KEYWORD, default=None, annotation="Selectors | None"),
     ]
     __init__.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
     __init__.__annotations__ = {x.name: x.annotation for x in parameters[1:]} | {"return": "None"}

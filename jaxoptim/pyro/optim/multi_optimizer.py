@@ -100,14 +100,16 @@ class MultiOptimizer:
 
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         """The step, after checks of what was given."""
-        shares = _merged(self._shares(params))
         parts, own = [], dict[str, Any]()
-        for optimizer, its in shares:
+        for optimizer, share in _merged(self._shares(params)):
+            its = {name: param for name, param in share.items() if param.requires_grad}
+            if not its:
+                continue
             if isinstance(optimizer, Compiled):
                 parts.append((optimizer, its))
             else:
                 own |= _own_step(optimizer, its, params, loss, args)
-        held = {name: params[name].value for name in own}
+        held = {name: param.value for name, param in params.items() if name in own or not param.requires_grad}
         opened: list[Part] = []
         try:
             for optimizer, its in parts:
