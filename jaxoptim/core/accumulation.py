@@ -22,8 +22,9 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
     Args:
         loss_fn: the loss. It may return ``(sum, weight)`` for the loss :math:`w_i L_i` and its weight :math:`w_i`.
         values: a tree of arrays.
-        args: what else the loss takes. The leading axis of each array is cut into ``count`` parts; numbers go to all
-            parts as they are, and a key to each with the number of the part folded in.
+        args: what else the loss takes. A first argument that comes back goes to the next part. Of the others, the
+            leading axis of each array is cut into ``count`` parts; numbers go to all parts as they are, and a key to
+            each with the number of the part folded in.
         count: the number of parts.
         mean: whether the loss is the mean over the parts (that over all weights), or their sum.
 
@@ -33,8 +34,9 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
     Raises:
         ValueError: for an array whose leading axis is not a multiple of ``count``, by its place.
     """
-    leaves, treedef = jax.tree.flatten(tuple(args))
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tuple(args))[0]]
+    first, batch = (tuple(args[:1]), tuple(args[1:])) if loss_fn.carries else ((), tuple(args))
+    leaves, treedef = jax.tree.flatten(batch)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]]
     is_cut = [_is_cut(leaf, path, count) for leaf, path in zip(leaves, paths, strict=True)]
     parts = [
         leaf.reshape((count, leaf.shape[0] // count, *leaf.shape[1:]))
@@ -47,20 +49,23 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
         own = [next(rest) if is_part else _for_part(leaf, number) for leaf, is_part in zip(leaves, is_cut, strict=True)]
         return jax.tree.unflatten(treedef, own)
 
-    def evaluate(number: Any, cut: Sequence[Any]) -> tuple[Any, Any]:
-        """Sums over the batch so far, and what is returned for each part."""
-        found, weight = weighted(loss_fn, values, args_of(number, cut))
+    def evaluate(first: tuple[Any, ...], number: Any, cut: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Loss, weight and gradient of a part, the first argument of the next one, and what is returned for each."""
+        found, weight = weighted(loss_fn, values, (*first, *args_of(number, cut)))
+        aux, *after = found.aux if loss_fn.carries else (found.aux,)
         sums = (found.loss, weight, found.grads)
-        return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), sums), found.aux
+        return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), sums), tuple(after), aux
 
-    def add(sums: Any, part: Any) -> tuple[Any, Any]:
-        more, aux = evaluate(*part)
-        return jax.tree.map(jnp.add, sums, more), aux
+    def add(so_far: Any, part: Any) -> tuple[Any, Any]:
+        sums, first = so_far
+        more, first, aux = evaluate(first, *part)
+        return (jax.tree.map(jnp.add, sums, more), first), aux
 
     numbers = jnp.arange(count)
-    like, _ = jax.eval_shape(evaluate, numbers[0], [part[0] for part in parts])
+    like, _, _ = jax.eval_shape(evaluate, first, numbers[0], [part[0] for part in parts])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    (loss, weight, grads), aux = jax.lax.scan(add, zeros, (numbers, parts))
+    ((loss, weight, grads), first), aux = jax.lax.scan(add, (zeros, first), (numbers, parts))
+    aux = (aux, *first) if loss_fn.carries else aux
     scale = weight if mean else jnp.ones_like(weight)
     grads = jax.tree.map(lambda grad, value: (grad / scale).astype(value.dtype), grads, values)
     return Evaluation(lambda values: loss_fn.value(values, args), values, loss / scale, aux, grads, None)

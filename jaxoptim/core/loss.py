@@ -21,12 +21,15 @@ class Loss(NamedTuple):
         has_aux: whether it returns an auxiliary output too.
         keywords: the names of its last arguments, those that it takes by keyword.
         static: arguments by keyword that are fixed in the program.
+        carries: whether its first argument comes back, for the next evaluation: its auxiliary output is
+            ``(aux, first argument)``.
     """
 
     function: Callable[..., Any]
     has_aux: bool
     keywords: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
+    carries: bool = False
 
     def __call__(self, values: Values, *args: Any) -> Any:
         """What the function returns."""
@@ -41,7 +44,7 @@ class Loss(NamedTuple):
 
     def of(self, view: Callable[[Any], Any]) -> Loss:
         """The loss as a function of other values, of which the ones that it takes are a view."""
-        return Loss(lambda values, *args: self(view(values), *args), self.has_aux)
+        return Loss(lambda values, *args: self(view(values), *args), self.has_aux, carries=self.carries)
 
     def value(self, values: Values, args: Sequence[Any]) -> Any:
         """The loss alone."""
@@ -109,7 +112,8 @@ def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = Fa
     """
 
     def repeated(values: Any) -> tuple[Any, Any]:
-        loss, aux = loss_fn.both(values, args)
+        # Variables of nnx can be changed only by the trace in which they were made.
+        loss, aux = loss_fn.both(values, jax.tree.map(lambda x: x, args))
         if jnp.shape(loss) != ():
             raise NotAScalar(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):

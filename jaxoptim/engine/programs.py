@@ -155,11 +155,14 @@ def minimize(
         published.append(public)
         if options.measures:
             moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
+    aux = found.aux
+    if options.skip_nonfinite and loss.carries:
+        aux = (aux[0], jax.tree.map(functools.partial(jnp.where, taken), aux[1], args[0]))
     if not options.measures:
-        return new, published, value, found.aux, None
+        return new, published, value, aux, None
     num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped)
-    return new, published, value, found.aux, measured
+    return new, published, value, aux, measured
 
 
 def _as_seen(layout: Layout | None, values: dict[str, jax.Array]) -> Any:

@@ -13,6 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.core.foreign import check_not_trained_by_torch
+from jaxoptim.core.modules import is_nnx
 from jaxoptim.optim.parameter import Parameter
 
 Selector = Any
@@ -72,6 +73,11 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
     Raises:
         ``TypeError`` for anything else, with its path; ``ValueError`` if only some have names.
     """
+    if is_nnx(params):
+        raise TypeError(
+            "A module of nnx stands alone: optim.AdamW(model). Give groups its nnx.state(model, nnx.Param), or select "
+            "within it: groups=[(selector, options)]."
+        )
     params = [params] if isinstance(params, Parameter) else listed(params)
     if isinstance(params, list | tuple) and any(is_named_pair(item) for item in params):
         if not all(is_named_pair(item) for item in params):
@@ -241,5 +247,6 @@ def _made(value: Any, name: str) -> Parameter:
         return Parameter(value, name)
     raise TypeError(
         f"optimizer can only optimize arrays and Parameters, but one of the params, {name!r}, is "
-        f"{type(value).__name__}."
+        f"{type(value).__name__}. Give the arrays alone, with None in other places: "
+        "eqx.filter(model, eqx.is_inexact_array), nnx.state(model, nnx.Param)."
     )

@@ -11,7 +11,8 @@ import optax
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
-from jaxoptim.core.loss import LossFunctions
+from jaxoptim.core.loss import Loss, LossFunctions
+from jaxoptim.core.modules import Module, ModuleLoss, module_of
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, option_names, state_checks, state_dicts, subclass
@@ -55,7 +56,8 @@ class Optimizer(Hooked):
     hyperparameters of the rule after ``params``.
 
     Args:
-        params: a pytree of arrays; an iterable of :class:`Parameter` or of ``(name, Parameter)``; or torch's
+        params: a pytree of arrays; a module of equinox, whose inexact arrays are trained, or of nnx, whose
+            ``nnx.Param`` are; an iterable of :class:`Parameter` or of ``(name, Parameter)``; or torch's
             list of group dicts, whose ``"params"`` is any of these. Arrays are copied: yours stay yours.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
@@ -98,6 +100,7 @@ class Optimizer(Hooked):
     """What keeps the parameters and makes the updates."""
     decays: ClassVar[tuple[str, str] | None] = None
     """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
+    _module: Module | None = None  # the parts of the module that the parameters came in
     fixed: Mapping[str, Any] = {}
     """Hyperparameters of the rule that the class sees to itself, and the values that they have there."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
@@ -118,7 +121,8 @@ class Optimizer(Hooked):
     ) -> None:
         self._prepare()
         self.defaults = defaults
-        self._add_all(params, groups)
+        self._module = module_of(params)
+        self._add_all(params if self._module is None else self._module.trained, groups)
         if frozen is not None:
             self.freeze(frozen)
 
@@ -161,10 +165,17 @@ class Optimizer(Hooked):
         """The current parameters, in the structure that was given; each array is valid as long as you hold it.
 
         A list of group dicts gives a list with one tree for each group, an iterable of parameters the list of
-        their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group.
+        their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group. A module
+        gives a module, with the statistics and counts of its last evaluation by :meth:`minimize`.
         """
         self._storage.read_all()
-        return jax.tree.map(lambda param: param.value, self._storage.tree())
+        tree, module = self._storage.tree(), self._module
+        if module is None:
+            return jax.tree.map(lambda param: param.value, tree)
+        first, *others = tree if self._storage.is_list else [tree]
+        values, *more = jax.tree.map(lambda param: param.value, [first, *others])
+        whole = module.joined(values, module.rest)
+        return [whole, *more] if self._storage.is_list else whole
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -427,7 +438,8 @@ class Optimizer(Hooked):
 
         Args:
             loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has
-                the structure of :attr:`params`.
+                the structure of :attr:`params`. What it changes in an nnx module (batch statistics, random counts) is
+                kept, from one micro-batch to the next too; L-BFGS keeps what the first evaluation of a step leaves.
             args: pytrees of arrays of JAX, NumPy or torch.
             has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
             clip_norm: :math:`c \ge 0`, a bound on the norm of the gradient of all parameters (default None: none).
@@ -465,12 +477,25 @@ class Optimizer(Hooked):
         """
         self._loss_functions.check(loss_fn)
         loss, args = loss_of(loss_fn, has_aux, args, kwargs, static)
+        if self._module is not None:
+            loss, args = self._of_module(loss, args, self._module)
         num_skipped = None if self.last is None else self.last.num_skipped
         job = minimization(
             loss, args, clip_norm, clip_value, accumulate, accumulate_mean, skip_nonfinite, measure, num_skipped
         )
         value, aux = self._update(lambda: self._minimized(job))
+        if loss.carries:
+            aux, self._module.rest = aux  # type: ignore[union-attr]
         return (value, aux) if has_aux else value
+
+    def _of_module(self, loss: Loss, args: tuple[Any, ...], module: Module) -> tuple[Loss, tuple[Any, ...]]:
+        """The loss of a module as one of the parameters, and its arguments, the rest of the module among them."""
+        if self._storage.is_list:
+            raise TypeError("A loss takes one module, but parameters were added to it with add_param_group.")
+        loss = loss._replace(function=ModuleLoss(module, loss.function, loss.has_aux))
+        if module.rest is None:
+            return loss, args
+        return loss._replace(has_aux=True, carries=True), (module.rest, *args)
 
     def _minimized(self, job: Minimization) -> tuple[Any, Any]:
         value, aux, measured = self._storage.minimize(job)
@@ -625,6 +650,7 @@ class Optimizer(Hooked):
             "param_groups": self.param_groups,
             "forest": storage.forest,
             "is_list": storage.is_list,
+            "module": self._module,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -633,6 +659,7 @@ class Optimizer(Hooked):
             self._prepare()
         if "forest" in state:
             self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
+        self._module = state.get("module", self._module)
         if "defaults" in state:
             self.defaults = state["defaults"]
             self._storage.allowed = self.defaults.keys()

@@ -22,6 +22,7 @@ from jaxoptim.averaging import (
     swa_step,
 )
 from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
+from jaxoptim.core.modules import Module, module_of
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.optimizer import Optimizer
@@ -127,7 +128,8 @@ class AveragedModel:
     Args:
         model: a pytree of arrays, which is copied, or an ``Optimizer``, whose parameters are. Its *buffers* are
             the arrays of integers, and in a dict with a key ``"params"``, as flax's variables, everything under
-            other keys (``"batch_stats"``).
+            other keys (``"batch_stats"``). Of a module of equinox the inexact arrays are averaged, of one of nnx its
+            ``nnx.Param``; its other variables are buffers.
         avg_fn: ``avg_fn(averaged_param, current_param, num_averaged)`` returns the new average of one array
             (default None: the mean, :func:`get_swa_avg_fn`). It is compiled.
         multi_avg_fn: the same for lists of all arrays of a dtype (default None). Unlike torch's it returns the
@@ -165,7 +167,7 @@ class AveragedModel:
             raise ValueError("Only one of avg_fn and multi_avg_fn should be provided")
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.n_averaged = jnp.zeros((), jnp.int32)
-        tree = _tree(model)
+        self._whole, tree = _tree(model)
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)), tree)
         self._averaged = [use_buffers or not is_buffer for is_buffer in _are_buffers(self._like)]
         self._function = as_pytree(multi_avg_fn or Partial(_each, as_pytree(avg_fn or get_swa_avg_fn())))
@@ -197,11 +199,9 @@ class AveragedModel:
         """The averaged tree."""
         if self._module is None:
             likes, treedef = jax.tree.flatten(self._like)
-            leaves = [
-                x if x.dtype == like.dtype else x.astype(like.dtype)
-                for x, like in zip(self._copies(), likes, strict=True)
-            ]
-            self._module = jax.tree.unflatten(treedef, leaves)
+            leaves = [_cast(x, like.dtype) for x, like in zip(self._copies(), likes, strict=True)]
+            tree = jax.tree.unflatten(treedef, leaves)
+            self._module = tree if self._whole is None else _joined(self._whole, tree)
         return self._module
 
     def put(self, collection: str, values: Sequence[jax.Array]) -> None:
@@ -226,7 +226,7 @@ class AveragedModel:
             ``ValueError`` for another tree or shape; ``TypeError`` if ``multi_avg_fn`` does not return as many
             arrays as it is given. The average is as it was then.
         """
-        leaves = trees.arrays_like(_tree(model), self._like, "the model", "the average")
+        leaves = trees.arrays_like(_tree(model)[1], self._like, "the model", "the average")
         params, buffers = self._parted([as_jax(x) for x in leaves])
         self._average, self._buffers, self.n_averaged = _update(
             self._average, self._function, self.n_averaged, params, buffers
@@ -274,7 +274,7 @@ class AveragedModel:
         ]
         if problems:
             raise RuntimeError("Error(s) in loading state_dict for AveragedModel:\n" + "\n".join(problems))
-        new = {name: array.astype(current[name].dtype) for name, array in given.items()}
+        new = {name: _cast(array, current[name].dtype) for name, array in given.items()}
         self.n_averaged = new.pop("n_averaged")
         self._fill(list(new.values()))
 
@@ -288,8 +288,23 @@ class AveragedModel:
         self._fill([copied(x) for x in state["leaves"]])
 
 
-def _tree(model: Any) -> Any:
-    return model.params if isinstance(model, Optimizer) else model
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """An array in a dtype, which keys have already."""
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+def _tree(model: Any) -> tuple[Module | None, Any]:
+    """The parts of a module, None for anything else, and the arrays of a model as a tree."""
+    whole = model.params if isinstance(model, Optimizer) else model
+    parts = module_of(whole)
+    if parts is None:
+        return None, whole
+    return parts, parts.trained if parts.rest is None else {"params": parts.trained, "rest": parts.rest}
+
+
+def _joined(parts: Module, tree: Any) -> Any:
+    """The module with the arrays of a tree."""
+    return parts.joined(tree, None) if parts.rest is None else parts.joined(tree["params"], tree["rest"])
 
 
 def _are_buffers(tree: Any) -> list[bool]:

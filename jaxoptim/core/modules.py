@@ -1,0 +1,126 @@
+"""Modules of equinox and flax: the arrays that are trained, and the rest. Neither is imported before a user has."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import trees
+
+
+class Module(abc.ABC):
+    """A module as it was given, taken apart.
+
+    Attributes:
+        trained: the tree of the arrays that are trained, None in the place of anything else.
+        rest: the arrays that the module may change when it is called (statistics, counts), None if there are none.
+    """
+
+    trained: Any
+    rest: Any = None
+
+    @abc.abstractmethod
+    def joined(self, trained: Any, rest: Any) -> Any:
+        """The module with these arrays."""
+
+    def rest_of(self, module: Any) -> Any:
+        """The arrays that a module may have changed."""
+        return None
+
+
+class EquinoxModule(Module):
+    """An equinox module, whose inexact arrays are trained; whatever else it has stays."""
+
+    def __init__(self, module: Any) -> None:
+        self.trained = jax.tree.map(lambda x: x if _is_inexact(x) else None, module)
+        self._others = jax.tree.map(lambda x: None if _is_inexact(x) else x, module)
+
+    def joined(self, trained: Any, rest: Any) -> Any:
+        """The module with these arrays."""
+        return jax.tree.map(_either, trained, self._others, is_leaf=lambda x: x is None)
+
+
+class NnxModule(Module):
+    """An nnx module, whose ``nnx.Param`` are trained; its other variables are what a call may change."""
+
+    def __init__(self, module: Any) -> None:
+        from flax import nnx
+
+        parts: Any = nnx.split(module, nnx.Param, ...)
+        self._structure, self.trained, self._first = parts
+        self.rest = self._first if jax.tree.leaves(self._first) else None
+
+    def joined(self, trained: Any, rest: Any) -> Any:
+        """The module with these arrays."""
+        from flax import nnx
+
+        return nnx.merge(self._structure, trained, self._first if rest is None else rest, copy=True)
+
+    def rest_of(self, module: Any) -> Any:
+        """The arrays that a module may have changed."""
+        from flax import nnx
+
+        parts: Any = nnx.split(module, nnx.Param, ...)
+        given, known = (set(trees.names(rest)) for rest in (parts[-1], self._first))
+        if given != known:
+            raise TypeError(
+                f"The loss has changed which variables the module has, {min(given ^ known)!r} among them. Make all of "
+                "them in the module's constructor, and take out what it sows (nnx.pop)."
+            )
+        return parts[-1]
+
+
+def module_of(params: Any) -> Module | None:
+    """The parts of a module of equinox or nnx; None for anything else."""
+    if _is_of("equinox", params):
+        return EquinoxModule(params)
+    return NnxModule(params) if is_nnx(params) else None
+
+
+def is_nnx(params: Any) -> bool:
+    """Whether something is a module of nnx."""
+    return _is_of("flax.nnx", params)
+
+
+def _is_of(library: str, params: Any) -> bool:
+    loaded = sys.modules.get(library)
+    return loaded is not None and isinstance(params, loaded.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleLoss:
+    """A loss of a module as one of the arrays that are trained, and of the rest if there is some.
+
+    Attributes:
+        module: the parts of the module, the same object at each step.
+        function: as given.
+        has_aux: whether it returns an auxiliary output too.
+    """
+
+    module: Module
+    function: Callable[..., Any]
+    has_aux: bool
+
+    def __call__(self, trained: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; where there is a rest, the loss, and ``(aux, the rest after it)``."""
+        if self.module.rest is None:
+            return self.function(self.module.joined(trained, None), *args, **kwargs)
+        module = self.module.joined(trained, args[0])
+        result = self.function(module, *args[1:], **kwargs)
+        loss, aux = result if self.has_aux else (result, None)
+        return loss, (aux, self.module.rest_of(module))
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray) and bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _either(array: Any, other: Any) -> Any:
+    return other if array is None else array
