@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from jaxoptim import optim
+from jaxoptim.core import trees
 from jaxoptim.core.modules import module_of
 
 X = jax.random.normal(jax.random.key(0), (16, 6))
@@ -248,6 +249,55 @@ def test_pickles_keep_the_module():
 def test_trees_are_no_modules():
     for tree in ({"w": jnp.ones(2)}, [jnp.ones(2)], jnp.ones(2)):
         assert module_of(tree) is None
+
+
+# linen.
+
+
+class LinenNet(linen.Module):
+    """A module with batch statistics."""
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(8, use_bias=False)(x))
+        return linen.Dense(3)(linen.relu(x))
+
+
+def linen_loss(variables, x, y):
+    out, updates = LinenNet().apply(variables, x, train=True, mutable=["batch_stats"])
+    return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), updates
+
+
+@pytest.mark.parametrize("way", ["minimize", "step"])
+def test_linen_variables_are_trained_as_optax_trains_their_params(way):
+    variables = LinenNet().init(jax.random.key(0), X, train=True)
+    opt, tx = optim.AdamW(variables, lr=0.01), optax.adamw(0.01, weight_decay=0.01)
+    params, stats = variables["params"], variables["batch_stats"]
+    state = tx.init(params)
+    gradient = jax.jit(jax.grad(lambda p, s: linen_loss({"params": p, "batch_stats": s}, X, Y), has_aux=True))
+    for _ in range(5):
+        if way == "step":
+            opt.step(jax.grad(linen_loss, has_aux=True)(opt.params, X, Y)[0])
+            assert opt.params["batch_stats"] is not None
+        else:
+            _, updates = opt.minimize(linen_loss, X, Y, has_aux=True)
+            chex.assert_trees_all_equal(dict(updates), {"batch_stats": opt.params["batch_stats"]})
+        grads, updates = gradient(params, stats)
+        change, state = tx.update(grads, state, params)
+        params, stats = optax.apply_updates(params, change), updates["batch_stats"]
+    chex.assert_trees_all_close(opt.params["params"], params, rtol=1e-4, atol=1e-5)
+    if way == "minimize":
+        chex.assert_trees_all_close(opt.params["batch_stats"], stats, rtol=1e-4, atol=1e-5)
+    assert [row.name for row in opt.describe()] == [f"params.{name}" for name in trees.names(params)]
+
+
+def test_linen_collections_go_from_one_micro_batch_to_the_next():
+    variables = LinenNet().init(jax.random.key(0), X, train=True)
+    opt = optim.SGD(variables, lr=0.1)
+    _, updates = opt.minimize(linen_loss, X, Y, has_aux=True, accumulate=2)
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[-1], updates["batch_stats"]), opt.params["batch_stats"])
+    with pytest.raises(ValueError, match="the loss's batch_stats"):
+        opt.minimize(lambda variables, x: (jnp.sum(x), {"batch_stats": {"other": x}}), X, has_aux=True)
 
 
 # Averages.

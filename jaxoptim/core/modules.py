@@ -1,11 +1,14 @@
-"""Modules of equinox and flax: the arrays that are trained, and the rest. Neither is imported before a user has."""
+"""Modules of equinox and flax, and variables of linen: the arrays that are trained, and the rest.
+
+Neither library is imported before a user has.
+"""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +33,13 @@ class Module(abc.ABC):
     def joined(self, trained: Any, rest: Any) -> Any:
         """The module with these arrays."""
 
-    def rest_of(self, module: Any) -> Any:
-        """The arrays that a module may have changed."""
-        return None
+    def rest_of(self, module: Any, aux: Any) -> Any:
+        """The arrays that a call may have changed, from the module and the auxiliary output of the loss."""
+        return self.rest
+
+    def gradients(self, grads: Any) -> Any:
+        """Gradients as a tree like the one that is trained."""
+        return grads
 
 
 class EquinoxModule(Module):
@@ -63,8 +70,8 @@ class NnxModule(Module):
 
         return nnx.merge(self._structure, trained, self._first if rest is None else rest, copy=True)
 
-    def rest_of(self, module: Any) -> Any:
-        """The arrays that a module may have changed."""
+    def rest_of(self, module: Any, aux: Any) -> Any:
+        """The arrays that a call may have changed."""
         from flax import nnx
 
         parts: Any = nnx.split(module, nnx.Param, ...)
@@ -77,11 +84,51 @@ class NnxModule(Module):
         return parts[-1]
 
 
+class LinenVariables(Module):
+    """The variables of a linen module, of which ``"params"`` is trained; its other collections may be changed.
+
+    They come back in the auxiliary output of the loss, if that is a dict of collections, as ``apply(..., mutable=)``
+    gives.
+    """
+
+    def __init__(self, variables: Mapping[str, Any]) -> None:
+        self._kind: Any = type(variables)
+        self._names = list(variables)
+        self.trained = {"params": variables["params"]}
+        self.rest = {name: jax.tree.map(jnp.asarray, x) for name, x in variables.items() if name != "params"}
+
+    def joined(self, trained: Any, rest: Any) -> Any:
+        """The variables with these arrays."""
+        every = {**trained, **rest}
+        return self._kind({name: every[name] for name in self._names})
+
+    def rest_of(self, module: Any, aux: Any) -> Any:
+        """The collections that a call may have changed."""
+        rest = {name: module[name] for name in self.rest}
+        if not isinstance(aux, Mapping) or not aux or not aux.keys() <= rest.keys():
+            return rest
+        for name, new in aux.items():
+            trees.arrays_like(new, rest[name], f"the loss's {name}", f"the variables' {name}")
+        return rest | dict(aux)
+
+    def gradients(self, grads: Any) -> Any:
+        """Gradients of the collection that is trained."""
+        is_whole = isinstance(grads, Mapping) and grads.keys() == {"params", *self.rest}
+        return {"params": grads["params"]} if is_whole else grads
+
+
 def module_of(params: Any) -> Module | None:
     """The parts of a module of equinox or nnx; None for anything else."""
     if _is_of("equinox", params):
         return EquinoxModule(params)
     return NnxModule(params) if is_nnx(params) else None
+
+
+def parts_of(params: Any) -> Module | None:
+    """The parts of a module, or of linen's variables with batch statistics; None for anything else."""
+    if isinstance(params, Mapping) and {"params", "batch_stats"} <= params.keys():
+        return LinenVariables(params)
+    return module_of(params)
 
 
 def is_nnx(params: Any) -> bool:
@@ -115,7 +162,7 @@ class ModuleLoss:
         module = self.module.joined(trained, args[0])
         result = self.function(module, *args[1:], **kwargs)
         loss, aux = result if self.has_aux else (result, None)
-        return loss, (aux, self.module.rest_of(module))
+        return loss, (aux, self.module.rest_of(module, aux))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -12,7 +12,7 @@ import optax
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
-from jaxoptim.core.modules import Module, ModuleLoss, module_of
+from jaxoptim.core.modules import Module, ModuleLoss, parts_of
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, option_names, state_checks, state_dicts, subclass
@@ -57,8 +57,9 @@ class Optimizer(Hooked):
 
     Args:
         params: a pytree of arrays; a module of equinox, whose inexact arrays are trained, or of nnx, whose
-            ``nnx.Param`` are; an iterable of :class:`Parameter` or of ``(name, Parameter)``; or torch's
-            list of group dicts, whose ``"params"`` is any of these. Arrays are copied: yours stay yours.
+            ``nnx.Param`` are; linen's variables, whose ``"params"`` are, if there are ``"batch_stats"``; an iterable of
+            :class:`Parameter` or of ``(name, Parameter)``; or torch's list of group dicts, whose ``"params"`` is a
+            tree or an iterable. Arrays are copied: yours stay yours.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
             regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), a predicate of the
@@ -121,7 +122,7 @@ class Optimizer(Hooked):
     ) -> None:
         self._prepare()
         self.defaults = defaults
-        self._module = module_of(params)
+        self._module = parts_of(params)
         self._add_all(params if self._module is None else self._module.trained, groups)
         if frozen is not None:
             self.freeze(frozen)
@@ -397,6 +398,7 @@ class Optimizer(Hooked):
             raise TypeError("step takes gradients or a closure that sets them, but got both.")
         loss = None if closure is None else closure()
         if grads is not None:
+            grads = grads if self._module is None else self._module.gradients(grads)
             return loss, trees.owned_arrays(grads)
         if self._awaits_gradients:
             self._look_for_gradients()
@@ -439,7 +441,9 @@ class Optimizer(Hooked):
         Args:
             loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has
                 the structure of :attr:`params`. What it changes in an nnx module (batch statistics, random counts) is
-                kept, from one micro-batch to the next too; L-BFGS keeps what the first evaluation of a step leaves.
+                kept, and so are linen's collections if they are its auxiliary output, as ``apply(..., mutable=)``
+                gives them; from one micro-batch to the next too. L-BFGS keeps what the first evaluation of a step
+                leaves.
             args: pytrees of arrays of JAX, NumPy or torch.
             has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
             clip_norm: :math:`c \ge 0`, a bound on the norm of the gradient of all parameters (default None: none).
