@@ -47,6 +47,7 @@ FIRST_STEPS_SECONDS = 10.0
 IN_GROUPS, IN_ONE = "jaxoptim.optim, groups", "jaxoptim.optim, one group"
 CALLED, UPDATED = "jaxoptim.pyro, optim(params)", "jaxoptim.pyro, update(params, grads)"
 MINIMIZED, WRITTEN = "jaxoptim.optim, minimize", "optax, a step written by hand"
+CLIPPED, WRITTEN_CLIPPED = "jaxoptim.optim, minimize, clipped", "optax, by hand, clipped"
 PYRO = "Pyro"
 
 
@@ -188,21 +189,20 @@ def arriving(optimizer: Any, params: list[Any]) -> Run:
     return run
 
 
-def minimizing(values: Any, loss: Callable[..., jax.Array], x: jax.Array) -> Run:
+def minimizing(values: Any, loss: Callable[..., jax.Array], x: jax.Array, **options: float) -> Run:
     """Loss, gradient and update by ``minimize``."""
     optimizer = optim.Adam(values, lr=1e-3)
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            value = optimizer.minimize(loss, x)
+            value = optimizer.minimize(loss, x, **options)
         jax.block_until_ready(value)
 
     return run
 
 
-def written_by_hand(values: Any, loss: Callable[..., jax.Array], x: jax.Array) -> Run:
+def written_by_hand(tx: optax.GradientTransformation, values: Any, loss: Callable[..., jax.Array], x: jax.Array) -> Run:
     """Loss, gradient and update as optax's users write them."""
-    tx = optax.adam(1e-3)
 
     def step(params: Any, state: Any, x: jax.Array) -> tuple[Any, Any, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, x)
@@ -286,7 +286,13 @@ def network(layers: int) -> Builders:
             x = jnp.tanh(x @ params[f"{i:03d}.weight"] + params[f"{i:03d}.bias"])
         return jnp.mean(x**2)
 
-    return {MINIMIZED: lambda: minimizing(values, loss, x), WRITTEN: lambda: written_by_hand(values, loss, x)}
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    return {
+        MINIMIZED: lambda: minimizing(values, loss, x),
+        CLIPPED: lambda: minimizing(values, loss, x, clip_norm=1.0),
+        WRITTEN: lambda: written_by_hand(optax.adam(1e-3), values, loss, x),
+        WRITTEN_CLIPPED: lambda: written_by_hand(clipped, values, loss, x),
+    }
 
 
 def arrays_of_100(number: int) -> Shapes:
@@ -333,6 +339,7 @@ TARGETS = [
     Target(("20-of-100k",), UPDATED, PYRO, 1.0),
     Target(LOSSES, MINIMIZED, WRITTEN, 1.5, "first_step"),
     Target(LOSSES, MINIMIZED, WRITTEN, 1.0),
+    Target(LOSSES, CLIPPED, MINIMIZED, 1.15),
 ]
 
 

@@ -103,6 +103,7 @@ def minimize(
     held: dict[str, jax.Array],
     args: tuple[Any, ...],
     always: jax.Array | None = None,
+    elsewhere: dict[str, jax.Array] | None = None,
 ) -> tuple[list[Any], list[Any], jax.Array, Any, Measured | None]:
     """Make one step of the parameters of one or more owners from one evaluation of a loss at their old values.
 
@@ -114,15 +115,17 @@ def minimize(
         numbers: of the options.
         data: what each update reads.
         leaves: values and state of each owner, which are donated.
-        held: values of parameters that nobody updates, by name.
+        held: values of parameters that stay, by name.
         args: what the loss takes besides.
         always: the value True, where the loss is to be evaluated apart from the update (None: as the compiler likes).
+        elsewhere: values of parameters that somebody else updates, by name; a step is skipped for their gradient too.
 
     Returns:
         For each owner the leaves of its new contents and what it publishes; the loss, nan for a step that is skipped;
         what the loss returns besides; what was measured, if that is asked for.
     """
-    values, still, own = dict[str, jax.Array](), dict(held), list[list[str]]()
+    elsewhere = elsewhere or {}
+    values, still, own = dict(elsewhere), dict(held), list[list[str]]()
     for update, reads, its in zip(updates, data, leaves, strict=True):
         found_there = update.values(reads, its)
         own.append([name for name in found_there if name not in update.held])
@@ -137,17 +140,19 @@ def minimize(
     else:
         found = _evaluated_apart(seen, values, args, always)
     clip = Clip(numbers.clip_norm, numbers.clip_value)
+    seen_by = [found.of(names) for names in own]
+    grads = [update.gathered(evaluation.grads) for update, evaluation in zip(updates, seen_by, strict=True)]
     is_measured = options.measures or clip.clip_norm is not None
-    square = sum_of_squares(found.grads) if is_measured else jnp.zeros(())
+    square = sum_of_squares(grads) if is_measured else jnp.zeros(())
     taken, value = jnp.array(True), found.loss
     if options.skip_nonfinite:
-        taken = all_finite((found.loss, found.grads))
+        taken = all_finite((found.loss, grads, [found.grads[name] for name in elsewhere]))
         value = jnp.where(taken, found.loss, jnp.nan)
     if not clip.is_off:
-        found = found._replace(grads=jax.tree.map(lambda grad: clip.bounded(grad, square), found.grads))
+        grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
     new, published, moved = list[Any](), list[Any](), list[Any]()
-    for update, reads, old, names in zip(updates, data, leaves, own, strict=True):
-        after, public = update.after(reads, old, found.of(names))
+    for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
+        after, public = update.after(reads, old, evaluation._replace(grads=along))
         if options.skip_nonfinite:
             kept = (update.contents(old), update.unchanged(reads, public))
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)

@@ -92,38 +92,51 @@ class SlabUpdate(Update):
                     struct = self.layout.structs[member]
                     rule = settings[cell.setting].rule
                     given[member] = check_gradient(rule, struct.name, given[member], struct.like)
-        return self._stepped(data, leaves, given), None
+        joined = [
+            self.layout.joined(cell, [given[member] for member in cell.members])
+            if cell.is_slab and cell.times
+            else given[cell.members[0]]
+            for cell in self.layout.cells
+        ]
+        return self._stepped(data, leaves, joined), None
+
+    def gathered(self, grads: dict[str, jax.Array]) -> list[Any]:
+        """Return the gradient of each slab, zero for parameters that do not take part, and of each single array."""
+        found: list[Any] = []
+        for cell in self.layout.cells:
+            structs = [self.layout.structs[member] for member in cell.members]
+            own = [grads.get(struct.name) for struct in structs]
+            if cell.is_slab and any(grad is not None for grad in own):
+                pairs = zip(own, structs, strict=True)
+                filled = [jnp.zeros(like.shape, like.dtype) if grad is None else grad for grad, like in pairs]
+                found.append(self.layout.joined(cell, filled))
+            else:
+                found.append(own[0])
+        return found
 
     def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, None]:
         """Update along the gradient of a loss; parameters that do not take part stay, by the mask."""
         settings = _each(self._numbers(data))
-        grads: list[Any] = []
-        for member, struct in enumerate(self.layout.structs):
-            (cell, _), grad = self.layout.places[member], evaluation.grads.get(struct.name)
-            if grad is None and cell.is_slab:
-                grad = jnp.zeros(struct.shape, struct.dtype)
-            if grad is not None and settings[cell.setting].rule.sparse == "required":
-                grad = rows_of(grad)
-            grads.append(grad)
+        grads = [
+            rows_of(grad) if grad is not None and settings[cell.setting].rule.sparse == "required" else grad
+            for cell, grad in zip(self.layout.cells, evaluation.grads, strict=True)
+        ]
         return self._stepped(data, leaves, grads), None
 
     def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> Contents:
-        """Values, slots and counts after one step."""
+        """Values, slots and counts after one step along the gradient of each cell."""
         layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
         counts, settings, new = contents.counts, _each(self._numbers(data)), []
-        for cell, (value, slots) in zip(layout.cells, contents.cells, strict=True):
+        for cell, grad, (value, slots) in zip(layout.cells, grads, contents.cells, strict=True):
             setting = settings[cell.setting]
-            own = [grads[member] for member in cell.members]
-            if slots is None or (not cell.is_slab and own[0] is None) or not cell.times:
+            if slots is None or grad is None or not cell.times:
                 new.append((value, slots))
                 continue
             members = jnp.array(cell.members)
             count = counts[0] if self.even else counts[members] if cell.is_slab else counts[cell.members[0]]
             if not cell.is_slab:
-                new.append(_alone_step(cell, setting, value, slots, count, own[0]))
-                continue
-            grad = layout.joined(cell, own)
-            if self.even and cell.is_flat:
+                new.append(_alone_step(cell, setting, value, slots, count, grad))
+            elif self.even and cell.is_flat:
                 new.append(_flat_step(setting, value, slots, count, grad))
             else:
                 on = None if mask is None else mask[members]
@@ -164,8 +177,11 @@ def _each(numbers: Sequence[Numbers]) -> list[Setting]:
 
 
 def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any) -> jax.Array:
-    """The counts after one step of the parameters that have a gradient and are in the mask."""
-    more = [0 if grads[member] is None else layout.places[member][0].times for member in range(len(grads))]
+    """The counts after one step of the cells that have a gradient, for parameters in the mask."""
+    more = [0] * len(layout.structs)
+    for cell, grad in zip(layout.cells, grads, strict=True):
+        for member in cell.members:
+            more[member] = 0 if grad is None else cell.times
     after = counts + (more[0] if len(set(more)) == 1 else jnp.array(more))
     return after if mask is None else jnp.where(mask, after, counts)
 

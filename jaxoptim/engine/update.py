@@ -49,8 +49,15 @@ class Update(Static):
         """
         raise NotImplementedError
 
+    def gathered(self, grads: dict[str, jax.Array]) -> Any:
+        """Gradients by name in the form in which :meth:`after` takes them, a tree of as few arrays as can be."""
+        return grads
+
     def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
-        """Update after an evaluation of the loss at the values of the parameters that take part."""
+        """Update after an evaluation of the loss at the values of the parameters that take part.
+
+        Its gradients have the form that :meth:`gathered` gives them.
+        """
         raise NotImplementedError
 
     def unchanged(self, data: Any, published: Any) -> Any:

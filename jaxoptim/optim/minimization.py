@@ -7,7 +7,6 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
@@ -84,17 +83,18 @@ def minimization(
         return Minimization(loss, args)
     if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
-    bounds = Clip(clip_norm=clip_norm, clip_value=clip_value)
     options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), measures=True)
-    numbers = StepNumbers(_on_device(bounds.clip_norm), _on_device(bounds.clip_value), num_skipped)
-    return Minimization(loss, args, options, numbers)
+    given = (clip_norm, clip_value, jnp.result_type(float))
+    are_plain = all(bound is None or type(bound) in (int, float) for bound in (clip_norm, clip_value))
+    return Minimization(loss, args, options, StepNumbers(*(_kept if are_plain else _bounds)(*given), num_skipped))
 
 
-def _on_device(bound: Any) -> Any:
-    return _kept(bound, jnp.result_type(float)) if isinstance(bound, float) else bound
+def _bounds(clip_norm: Any, clip_value: Any, dtype: Any) -> tuple[Any, Any]:
+    """The bounds, checked and on the device."""
+    clip = Clip(clip_norm=clip_norm, clip_value=clip_value)
+    pair = [jnp.asarray(x, dtype) if isinstance(x, float) else x for x in (clip.clip_norm, clip.clip_value)]
+    return pair[0], pair[1]
 
 
-@functools.lru_cache(64)
-def _kept(number: float, dtype: Any) -> jax.Array:
-    """A number on the device, where a training loop asks for it at every step."""
-    return jnp.asarray(number, dtype)
+_kept = functools.lru_cache(64)(_bounds)
+"""The bounds, where a training loop asks for the same ones at every step."""

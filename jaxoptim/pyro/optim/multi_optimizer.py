@@ -109,7 +109,8 @@ class MultiOptimizer:
                 parts.append((optimizer, its))
             else:
                 own |= _own_step(optimizer, its, params, loss, args)
-        held = {name: param.value for name, param in params.items() if name in own or not param.requires_grad}
+        held = {name: param.value for name, param in params.items() if not param.requires_grad}
+        elsewhere = {name: params[name].value for name in own}
         opened: list[Part] = []
         try:
             for optimizer, its in parts:
@@ -117,7 +118,7 @@ class MultiOptimizer:
         except BaseException:
             steps.undo(opened)
             raise
-        result = steps.make_step(opened, loss, args, held, skip_nonfinite)
+        result = steps.make_step(opened, loss, args, held, elsewhere, skip_nonfinite)
         if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if loss.has_aux else result))):
             for name, value in own.items():
                 params[name].value = value

@@ -51,7 +51,12 @@ def undo(parts: Sequence[Part]) -> None:
 
 
 def make_step(
-    parts: Sequence[Part], loss: Loss, args: tuple[Any, ...], held: dict[str, jax.Array], skip_nonfinite: bool
+    parts: Sequence[Part],
+    loss: Loss,
+    args: tuple[Any, ...],
+    held: dict[str, jax.Array],
+    elsewhere: dict[str, jax.Array],
+    skip_nonfinite: bool,
 ) -> Any:
     """Make one step of all parts at the old values of all parameters.
 
@@ -59,7 +64,8 @@ def make_step(
         parts: of every optimizer.
         loss: the loss of all values and of ``args``.
         args: passed on to it.
-        held: values of parameters that no part updates.
+        held: values of parameters that stay.
+        elsewhere: values of parameters that no part updates, and somebody else does.
         skip_nonfinite: leave everything as it is where the loss or a gradient is not finite.
 
     Returns:
@@ -72,7 +78,17 @@ def make_step(
             taken = tuple(part.owner.taken() for part in parts)
             options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
             new, _, value, aux, _ = programs.minimize(
-                updates, None, loss, options, programs.StepNumbers(), data, taken, held, args, programs.true()
+                updates,
+                None,
+                loss,
+                options,
+                programs.StepNumbers(),
+                data,
+                taken,
+                held,
+                args,
+                programs.true(),
+                elsewhere,
             )
             for part, leaves in zip(parts, new, strict=True):
                 part.owner.take(leaves)
