@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import random
 import statistics
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from timing import Effort, elapsed
+from timing import Effort, Times, elapsed, interleaved
 
 LIMIT = 600.0
 """Seconds after which an answer is no longer waited for."""
@@ -95,6 +96,24 @@ def first_steps(starts: Mapping[str, Callable[[], Fresh]], effort: Effort) -> tu
                 alive.pop(name, None)
                 order.remove(name)
     return alive, {name: statistics.median(seconds[name]) for name in alive}
+
+
+def all_steps(starts: Mapping[str, Callable[[], Fresh]], effort: Effort, repeats: bool = True) -> dict[str, Times]:
+    """The times of contenders' first steps, and of later ones if there are some, in turns.
+
+    They are infinite for one that failed or took too long.
+    """
+    runs, first = first_steps(starts, effort)
+    steps: dict[str, tuple[float, float]] = {}
+    try:
+        steps = interleaved(dict(runs), effort) if repeats else {}
+    except (NoAnswer, BrokenPipeError) as error:
+        print(error, file=sys.stderr, flush=True)
+    finally:
+        for run in runs.values():
+            run.close()
+    failed = (math.inf, math.nan)
+    return {name: Times(*steps.get(name, failed), first.get(name, math.inf)) for name in starts}
 
 
 def _serve(module: str, case: str, contender: str) -> None:

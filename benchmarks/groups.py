@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +19,13 @@ import numpy as np
 import optax
 
 from contenders import Builders, jax_run, torch, torch_run, torch_runs_here
-from fresh import Fresh, NoAnswer, first_steps
+from fresh import Fresh, all_steps
 from jaxoptim import optim
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim as pyro_face
 from step import Target
 from tables import asked
-from timing import Effort, Run, Times, duration, interleaved
+from timing import Effort, Run, Times, duration
 from trees import Shapes, gpt2, numbers_in, random_tree
 
 try:
@@ -350,17 +348,7 @@ def measured(name: str, effort: Effort) -> dict[str, Times]:
     """The times of the contenders of a case; infinite for one that failed or took too long."""
     case = CASES[name]
     starts = {contender: functools.partial(Fresh, "groups", name, contender) for contender in case.builders()}
-    runs, first = first_steps(starts, effort)
-    steps: dict[str, tuple[float, float]] = {}
-    try:
-        steps = interleaved(dict(runs), effort) if case.repeats else {}
-    except (NoAnswer, BrokenPipeError) as error:
-        print(error, file=sys.stderr, flush=True)
-    finally:
-        for run in runs.values():
-            run.close()
-    failed = (math.inf, math.nan)
-    return {n: Times(*steps.get(n, failed), first.get(n, math.inf)) for n in starts}
+    return all_steps(starts, effort, case.repeats)
 
 
 def table(name: str, times: dict[str, Times]) -> str:

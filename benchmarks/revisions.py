@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +28,9 @@ import lbfgs
 import newton
 import sampling_workers
 from contenders import OPTIMIZERS, Builders
-from fresh import Fresh, NoAnswer, first_steps
+from fresh import Fresh, all_steps
 from jaxoptim import optim
-from timing import Effort, Run, Times, duration, interleaved
+from timing import Effort, Run, Times, duration
 from trees import TREES, random_tree
 
 try:
@@ -152,17 +150,7 @@ if pyro_optim is not None:
 def measured(case: str, contender: str, libraries: dict[str, Path], effort: Effort) -> dict[str, Times]:
     """The times of a contender with both revisions; infinite for one that failed or took too long."""
     start = functools.partial(Fresh, "revisions", case, contender)
-    runs, first = first_steps({name: functools.partial(start, library) for name, library in libraries.items()}, effort)
-    steps: dict[str, tuple[float, float]] = {}
-    try:
-        steps = interleaved(dict(runs), effort)
-    except (NoAnswer, BrokenPipeError) as error:
-        print(error, file=sys.stderr, flush=True)
-    finally:
-        for run in runs.values():
-            run.close()
-    failed = (math.inf, math.nan)
-    return {name: Times(*steps.get(name, failed), first.get(name, math.inf)) for name in libraries}
+    return all_steps({name: functools.partial(start, library) for name, library in libraries.items()}, effort)
 
 
 def line(case: str, contender: str, times: dict[str, Times]) -> str:
