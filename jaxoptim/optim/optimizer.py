@@ -539,8 +539,9 @@ class Optimizer(Hooked):
         """Leave for the pure face: the transformation, the parameters and the state of this moment.
 
         Returns:
-            ``(transformation, params, state)``, ``params`` as :attr:`params`. Parameters that share options and
-            count have one ``jaxoptim.OptState``; where groups differ, it is that of ``optax.partition``.
+            ``(transformation, params, state)``, ``params`` as :attr:`params`, of a module the tree of what is trained.
+            Frozen parameters stay as they are. Parameters that share options and count have one ``jaxoptim.OptState``;
+            where groups differ, it is that of ``optax.partition``.
 
         Examples:
             >>> import jax.numpy as jnp, optax
@@ -558,7 +559,7 @@ class Optimizer(Hooked):
         """Return from the pure face.
 
         Args:
-            params: a tree like :attr:`params`.
+            params: a tree like that of :meth:`to_functional`.
             state: of the transformation that :meth:`to_functional` gave.
 
         Raises:
