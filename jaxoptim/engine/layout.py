@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +113,10 @@ class Layout(Static):
     def tree(self, values: Mapping[str, Any]) -> Any:
         """The tree that the user sees, of the values of all parameters by name."""
         return jax.tree.unflatten(self.treedef, [values[self.structs[number].name] for number in self.order])
+
+    def names_of(self, members: Iterable[int]) -> frozenset[str]:
+        """The names of some parameters."""
+        return frozenset(self.structs[member].name for member in members)
 
     def leaves(self, tree: Any, what: str = "grads") -> list[Any]:
         """What a tree has for each parameter, None included; of one that stands at several places the sum."""

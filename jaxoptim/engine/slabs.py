@@ -377,7 +377,7 @@ class Slabs(Owner):
         if self.held:
             here = self._updated.copy()
             here[list(self.held)] = False
-            held = frozenset(self.layout.structs[index].name for index in self.held)
+            held = self.layout.names_of(self.held)
         with self._started(self._updated if here is None else here) if self._unstarted else contextlib.nullcontext():
             self._even = self._even and here is None  # before the step, which Ctrl-C may be the end of
             data = (self.settings.arrays, self.offsets, here)

@@ -96,5 +96,5 @@ def _bounds(clip_norm: Any, clip_value: Any, dtype: Any) -> tuple[Any, Any]:
     return pair[0], pair[1]
 
 
-_kept = functools.lru_cache(64)(_bounds)
+_kept = functools.lru_cache(64, typed=True)(_bounds)
 """The bounds, where a training loop asks for the same ones at every step."""

@@ -96,7 +96,7 @@ class SamplerStorage(WholeStorage):
             common.append((count, shared | {name: numbers for name, (numbers, _) in raw.items()}))
             keys.append(tuple((name, impl) for name, (_, impl) in raw.items()))
         owner = self._owner()
-        held = frozenset(self.layout.structs[index].name for index in owner.held)
+        held = self.layout.names_of(owner.held) if owner.held else frozenset[str]()
         parts = (self.layout, owner.form, self.numbers.form, tuple(keys), held)
         if self._made is None or self._made.content != parts:
             self._made = SharedUpdate(*parts)
