@@ -151,7 +151,7 @@ def one_cycle(tmp_path, *arguments):
     """Row to the accuracy of one training and the mean of many, in percent."""
     stdout = ran("one_cycle.py", *arguments, "--out", tmp_path / "new" / "folder")
     assert_png(tmp_path / "new" / "folder" / "one_cycle.png")
-    assert difference_of_faces(stdout) < 1e-4
+    assert difference_of_faces(stdout) < 1e-12
     rows = re.findall(r"^(\S.*?) {3,}(\d+\.\d+)%(?: +(\d+\.\d+)% ± \d+\.\d+%)?$", stdout, re.M)
     assert [name for name, *_ in rows] == ["one cycle, torch-style", "one cycle, pure", "constant 0.1"]
     return {name: (float(one), float(mean or "nan")) for name, one, mean in rows}
@@ -175,7 +175,7 @@ def plateau_ema(tmp_path, *arguments):
     """Row to the accuracies of the last weights and the average, in percent, and the epochs of the two faces."""
     stdout = ran("plateau_ema.py", *arguments, "--out", tmp_path)
     assert_png(tmp_path / "plateau_ema.png")
-    assert difference_of_faces(stdout) < 1e-4
+    assert difference_of_faces(stdout) < 1e-12
     row = r"^(\S.*?) {3,}(\d+\.\d+)%(?: ± \S+)? +(\d+\.\d+)%(?: ± \S+|   (.*))$"
     rows = re.findall(row, stdout, re.M)
     assert [name for name, *_ in rows] == ["torch-style", "pure", "mean of 16 trainings"]
