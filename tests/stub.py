@@ -14,6 +14,8 @@ HEAD = '''"""The signatures of the classes in classes.py, written by ``python te
 # fmt: off
 from typing import Any
 
+from optax import GradientTransformation
+
 '''
 
 

@@ -40,7 +40,7 @@ from optim_sides import (
 pytestmark = pytest.mark.usefixtures("x64")
 OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
 """Options that the parent does not have."""
-OURS = ("groups", "frozen")
+OURS = ("groups", "frozen", "gradient_transform")
 """Arguments that every class has besides the parent's."""
 
 

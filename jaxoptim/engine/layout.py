@@ -114,6 +114,15 @@ class Layout(Static):
         """The tree that the user sees, of the values of all parameters by name."""
         return jax.tree.unflatten(self.treedef, [values[self.structs[number].name] for number in self.order])
 
+    def once(self, leaves: Sequence[Any]) -> Any:
+        """The tree that the user sees, of what there is for each parameter; None where one stands a second time."""
+        seen: set[int] = set()
+        tree = []
+        for number in self.order:
+            tree.append(None if number in seen else leaves[number])
+            seen.add(number)
+        return jax.tree.unflatten(self.treedef, tree)
+
     def names_of(self, members: Iterable[int]) -> frozenset[str]:
         """The names of some parameters."""
         return frozenset(self.structs[member].name for member in members)

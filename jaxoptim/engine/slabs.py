@@ -25,6 +25,8 @@ from jaxoptim.engine.slab_parts import FEW_PARTS, host_part_of, part_of, parts_o
 from jaxoptim.engine.slab_update import MissingGradient, SlabUpdate, start
 from jaxoptim.engine.slots import abstract_slots
 from jaxoptim.engine.static import Static
+from jaxoptim.engine.transformed import Transform, TransformedUpdate
+from jaxoptim.engine.update import Update
 
 _TRACED_OFFSETS = 256
 """Up to so many arrays, slices at traced offsets cost less than compiling a kernel for each fixed one."""
@@ -46,6 +48,7 @@ class Slabs(Owner):
         layout: which rows are whose.
         settings: those of the groups.
         others: entries of state that the rules do not keep, by parameter.
+        transform: a transformation of the gradients of its steps.
 
     Raises:
         ``ValueError`` for a slot of another shape.
@@ -68,6 +71,7 @@ class Slabs(Owner):
         self._counts: Any = None  # read since the last step
         self._has_gaps = False  # whether a gradient was missing in the last step
         self._updates: dict[Any, SlabUpdate] = {}
+        self.transform: Transform | None = None
         aparts = [group.apart for group in groups]
         self.settings = Settings(aparts, made.forms, made.groups_in, made.num_shared)
         super().__init__(made.params, made.contents)
@@ -150,6 +154,7 @@ class Slabs(Owner):
 
     def records(self) -> dict[Any, Record]:
         """Everything, parameter by parameter, read without a compiled program."""
+        self.publish()
         counts, found = self.counts(), {}
         for cell, (value, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
             whole = (value, slots) if not cell.is_slab else jax.tree.map(_flat, (value, slots))
@@ -199,6 +204,12 @@ class Slabs(Owner):
     def _forget_read(self) -> None:
         self._read.clear()
         self._counts = None
+        self.publish()
+
+    def publish(self) -> None:
+        """Hand over the state of the transformation that the last step has left."""
+        if self.transform is not None and (published := self.published) is not None:
+            self.transform.state, self.published = published[1], None
 
     # Steps.
 
@@ -275,7 +286,7 @@ class Slabs(Owner):
                 _zeros(struct.shape, struct.dtype) if leaf is None and is_row else leaf
                 for leaf, struct, is_row in zip(leaves, self.layout.structs, self.layout.are_rows, strict=True)
             ]
-            self._run(False, self._tree_of(filled), here)
+            self._run(False, self.layout.once(filled), here)
 
     def check_leaves(self, grads: list[Any]) -> None:
         """Raise what the first step along these gradients would, without a step."""
@@ -289,15 +300,6 @@ class Slabs(Owner):
             return update.along((self.settings.arrays, None, None), contents.leaves, grads)[0]
 
         jax.eval_shape(step, self.contents, grads)
-
-    def _tree_of(self, leaves: Sequence[Any]) -> Any:
-        """The tree that a user sees, None where a parameter stands a second time."""
-        seen: set[int] = set()
-        tree = []
-        for number in self.layout.order:
-            tree.append(None if number in seen else leaves[number])
-            seen.add(number)
-        return jax.tree.unflatten(self.layout.treedef, tree)
 
     @functools.cached_property
     def _updated(self) -> np.ndarray:
@@ -351,9 +353,15 @@ class Slabs(Owner):
 
     def _run(self, even: bool, grads: Any, mask: Any) -> None:
         """Run the program of a step, and keep what it returns."""
-        update = self.update(even)
-        args = (update, (self.settings.arrays, None, mask), self.taken(), grads)
-        self.run(programs.advance, (update, mask is None), args)
+        update, data = self._transformed(self.update(even), (self.settings.arrays, None, mask))
+        self.run(programs.advance, (update, mask is None), (update, data, self.taken(), grads))
+
+    def _transformed(self, update: Update, data: Any) -> tuple[Update, Any]:
+        """The update, and what it reads, with the transformation of the gradients in front."""
+        if self.transform is None:
+            return update, data
+        self.publish()
+        return TransformedUpdate(update, self.layout, self.transform.tx), (data, self.transform.state)
 
     def opened(self, params: Sequence[Any]) -> tuple[np.ndarray | None, list[int]]:
         """Prepare a step of some parameters that is part of another program.
@@ -381,7 +389,8 @@ class Slabs(Owner):
         with self._started(self._updated if here is None else here) if self._unstarted else contextlib.nullcontext():
             self._even = self._even and here is None  # before the step, which Ctrl-C may be the end of
             data = (self.settings.arrays, self.offsets, here)
-            return self.minimize_by(self.update(self._even, held=held), self.layout, data, job)
+            update, data = self._transformed(self.update(self._even, held=held), data)
+            return self.minimize_by(update, self.layout, data, job)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import trees
+from jaxoptim.optim import gradient_transforms
 from jaxoptim.optim.storage import Storage, labelled
 
 
@@ -80,12 +81,14 @@ def options_at(group: dict[str, Any], step: int) -> dict[str, Any]:
             return tuple(map(now, option))
         return float(option(step)) if callable(option) else option
 
-    return {name: now(option) for name, option in group.items() if name not in ("params", "param_names")}
+    aside = ("params", "param_names", gradient_transforms.KEY)
+    return {name: now(option) for name, option in group.items() if name not in aside}
 
 
 def has_schedule(group: dict[str, Any]) -> bool:
     """Whether an option of a group depends on the step."""
-    return any(map(callable, jax.tree.leaves([x for name, x in group.items() if name != "params"], is_leaf=callable)))
+    options = [x for name, x in group.items() if name not in ("params", gradient_transforms.KEY)]
+    return any(map(callable, jax.tree.leaves(options, is_leaf=callable)))
 
 
 def _shown(value: Any) -> str:

@@ -36,6 +36,8 @@ def leave(storage: Storage, rule_of: RuleOf) -> tuple[optax.GradientTransformati
             # Copies: the optimizer donates its own.
             rest = jax.tree.map(jnp.copy, (jnp.asarray(part.count, jnp.int32), part.shared or {}))
             state = _with_state(parts, state, index, OptState(rest[0], slots, rest[1]))
+    if (transform := storage.transform()) is not None:
+        return optax.chain(transform.tx, tx), params, (transform.state, state)
     return tx, params, state
 
 
@@ -48,13 +50,16 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
     pairs = [(cell, value) for cell, value in zip(cells, values, strict=True) if cell is not None]
     for cell, value in pairs:
         trees.check_shape("value", storage.labels[cell], jnp.asarray(value), cell)
-    expected = jax.eval_shape(_transformation(parts, tree, rule_of).init, params)
+    tx, transform = _transformation(parts, tree, rule_of), storage.transform()
+    expected = jax.eval_shape((tx if transform is None else optax.chain(transform.tx, tx)).init, params)
     given, wanted = jax.tree.structure(_without_counts(state)), jax.tree.structure(expected)
     if given != wanted:  # type: ignore[operator]
         raise ValueError(
             "from_functional takes a state of the transformation that to_functional gave, but got one of another "
             f"structure: it has {trees.first_difference(_without_counts(state), expected, 'that one')}."
         )
+    if transform is not None:
+        storage.loaded_transform_state, state = state
     counts = [
         _counts_of(tree, part, _state_of(parts, state, index).counts) if part.times else {}
         for index, part in enumerate(parts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
-import optax
+from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
@@ -15,7 +15,7 @@ from jaxoptim.core.loss import Loss, LossFunctions
 from jaxoptim.core.modules import Module, ModuleLoss, parts_of
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
-from jaxoptim.optim import functional, option_names, state_checks, state_dicts, subclass
+from jaxoptim.optim import functional, gradient_transforms, option_names, state_checks, state_dicts, subclass
 from jaxoptim.optim.description import Table, described, has_schedule, options_at
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import Selectors as Selectors
@@ -67,6 +67,10 @@ class Optimizer(Hooked):
             follows the first that selects it. The groups stand in this
             order; one for all other parameters comes last (default None: one group).
         frozen: a selector, or a list of them, of parameters that :meth:`freeze` freezes at once (default None: none).
+        gradient_transform: a transformation of optax that the gradients of all parameters go through before each step,
+            after the clipping of :meth:`minimize`; one with this key in a group sees those of the group, after that of
+            all. A gradient that is missing is zero for it. Its state is a further entry of :meth:`state_dict`; where
+            parameters come or go it begins afresh (default None: none). Samplers and L-BFGS take none.
 
     Attributes:
         param_groups: a list of dicts, the options of each group and its ``"params"``, a list of
@@ -118,10 +122,18 @@ class Optimizer(Hooked):
             subclass.complete(cls)
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        groups: Groups | None = None,
+        frozen: Selectors | None = None,
+        gradient_transform: GradientTransformation | None = None,
     ) -> None:
         self._prepare()
         self.defaults = defaults
+        gradient_transforms.check(gradient_transform)
+        self._storage.gradient_transform = gradient_transform
         self._module = parts_of(params)
         self._add_all(params if self._module is None else self._module.trained, groups)
         if frozen is not None:
@@ -146,7 +158,8 @@ class Optimizer(Hooked):
 
     def _check_selected(self, options: dict[str, Any]) -> None:
         """Raise for what is no option of this class; only torch's group dicts have keys of the user's own."""
-        option_names.check_all(type(self).__name__, options, self.defaults)
+        known = (*self.defaults, gradient_transforms.KEY) if self._storage.takes_transforms else self.defaults
+        option_names.check_all(type(self).__name__, options, known)
 
     def _prepare(self) -> None:
         if not hasattr(self, "rule"):
@@ -232,7 +245,8 @@ class Optimizer(Hooked):
     def _add(self, group: dict[str, Any]) -> None:
         """Append a group of parameters that are in the forest, or will be."""
         self._storage.allowed = self.defaults.keys()
-        option_names.check_own(type(self).__name__, group, self.defaults)
+        self._storage.check_keys(type(self).__name__, group)
+        gradient_transforms.check(group.get(gradient_transforms.KEY))
         for name, default in self.defaults.items():
             if default is required and name not in group:
                 raise ValueError(f"parameter group didn't specify a value of required optimization parameter {name}")
@@ -535,7 +549,7 @@ class Optimizer(Hooked):
 
     # The pure face.
 
-    def to_functional(self) -> tuple[optax.GradientTransformationExtraArgs, Any, Any]:
+    def to_functional(self) -> tuple[GradientTransformationExtraArgs, Any, Any]:
         """Leave for the pure face: the transformation, the parameters and the state of this moment.
 
         Returns:
@@ -656,6 +670,7 @@ class Optimizer(Hooked):
             "forest": storage.forest,
             "is_list": storage.is_list,
             "module": self._module,
+            gradient_transforms.KEY: (storage.gradient_transform, storage.transform_state()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -672,6 +687,8 @@ class Optimizer(Hooked):
             self.param_groups = state["param_groups"]
         if "state" in state:
             self.state = state["state"]
+        if gradient_transforms.KEY in state:
+            self._storage.gradient_transform, self._storage.loaded_transform_state = state[gradient_transforms.KEY]
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]

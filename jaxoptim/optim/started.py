@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from optax import GradientTransformation
+
 from jaxoptim.optim.optimizer import Groups, Optimizer, Selectors
 
 
@@ -11,7 +13,13 @@ class Started(Optimizer):
     """An optimizer that makes the state of its first groups at once, as the parent does."""
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        groups: Groups | None = None,
+        frozen: Selectors | None = None,
+        gradient_transform: GradientTransformation | None = None,
     ) -> None:
-        super().__init__(params, defaults, groups=groups, frozen=frozen)
+        super().__init__(params, defaults, groups=groups, frozen=frozen, gradient_transform=gradient_transform)
         self._storage.start()

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxoptim.core import Rearrangement, owned
 from jaxoptim.core.numerics import is_numeric
-from jaxoptim.optim import state_checks
+from jaxoptim.optim import gradient_transforms, state_checks
 from jaxoptim.optim.matching import by_name, matched
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.state_checks import Loadable
@@ -39,7 +39,8 @@ class Transfer(NamedTuple):
 class StateDict(dict[Any, Any]):
     """A state dict that says what torch's leaves out: whose it is, and the names of the parameters.
 
-    It has torch's keys and no others. Checkpoints keep what it says; ``load_state_dict`` checks it.
+    It has torch's keys, and ``"gradient_transform"`` where the optimizer has such a state. Checkpoints keep what it
+    says; ``load_state_dict`` checks it.
 
     Attributes:
         made_by: the name of the rule.
@@ -76,19 +77,24 @@ def _state_dict(items: dict[Any, Any], made_by: str, names: list[list[str | None
 def saved(optimizer: Loadable) -> StateDict:
     """The state and the groups of an optimizer, with numbers for parameters."""
     ids: dict[Parameter, int] = {}
-    position = 0
+    position, aside = 0, ("params", gradient_transforms.KEY)
     for group in optimizer.param_groups:
         # As in torch: of a parameter that stands twice in one group the last place, of one in two groups the first.
         ids |= {param: index for index, param in enumerate(group["params"], position) if param not in ids}
         position += len(group["params"])
     groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "params": [ids[p] for p in group["params"]]}
+        {
+            **{key: value for key, value in group.items() if key not in aside},
+            "params": [ids[p] for p in group["params"]],
+        }
         for group in optimizer.param_groups
     ]
     states = optimizer._storage.states()
     state = {ids[param]: states[param] for param in ids if param in states}  # not of those that were taken out
+    of_transform = gradient_transforms.saved(optimizer._storage.transform_state())
     return StateDict(
-        {"state": state | optimizer._storage.other_state, "param_groups": groups},
+        {"state": state | optimizer._storage.other_state, "param_groups": groups}
+        | ({gradient_transforms.KEY: of_transform} if of_transform else {}),
         made_by=optimizer.rule.__name__,
         names=[state_checks.names_of(group) for group in optimizer.param_groups],
     )
@@ -145,6 +151,8 @@ def to_load(
             group.setdefault("param_names", mine["param_names"])
         _complete(optimizer, group, mine)
         _keep(group, mine, keep)
+        if gradient_transforms.KEY in mine:
+            group[gradient_transforms.KEY] = mine[gradient_transforms.KEY]
     if strict:
         state_checks.check_strays(state_dict["state"], params)
     state: Mapping[Any, Any] = {params.get(key, key): _copied(value) for key, value in state_dict["state"].items()}
@@ -153,7 +161,12 @@ def to_load(
     if strict:
         for group in groups:
             optimizer._check_state(group, state)
-    return {"state": state, "param_groups": groups}
+    found = {"state": state, "param_groups": groups}
+    storage = optimizer._storage
+    now, given = storage.transform_state(), state_dict.get(gradient_transforms.KEY, {})
+    if given or (strict and jax.tree.leaves(now)):
+        found[gradient_transforms.KEY] = storage.gradient_transform, gradient_transforms.loaded(given, now, strict)
+    return found
 
 
 def _in_our_order(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,7 +22,8 @@ from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.records import Group as Members
 from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.store import State, Store
-from jaxoptim.optim import option_names
+from jaxoptim.engine.transformed import Transform
+from jaxoptim.optim import gradient_transforms, option_names
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.part import Part
 
@@ -46,7 +48,12 @@ class Storage:
         labels: a unique name for each parameter.
         allowed: the names of the options of a group.
         other_state: what the user filed under other keys than parameters.
+        gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
+        loaded_transform_state: the state of the transformations from the next step on, None for that which they have.
     """
+
+    takes_transforms = True
+    """Whether gradients can go through transformations."""
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         self.rule, self.step_type, self.fixed = rule, step_type, fixed
@@ -54,6 +61,10 @@ class Storage:
         self.forest: list[Any] = []
         self.is_list = False
         self.other_state: dict[Any, Any] = {}
+        self.gradient_transform: Any = None
+        self.loaded_transform_state: Any = None
+        self._transform: Transform | None = None
+        self._transform_key: Any = None  # what it was made of
         self.labels: dict[Parameter, str] = {}
         self.allowed: Collection[str] = ()
         self._num_keys = 0  # of all groups, when their names were last checked
@@ -225,6 +236,50 @@ class Storage:
         if self.store.slabs is None:
             self._freeze()
         self.store.slabs.update_outdated()  # type: ignore[union-attr]
+        self._settle_transform()
+
+    def _settle_transform(self) -> None:
+        """Bring the transformation of gradients up to date."""
+        of_groups = [(tx, group) for group in self.groups if (tx := group.get(gradient_transforms.KEY)) is not None]
+        slabs: Slabs = self.store.slabs  # type: ignore[assignment]
+        if self.gradient_transform is None and not of_groups:
+            slabs.transform = self._transform = self._transform_key = None
+            return
+        txs = (self.gradient_transform, *(tx for tx, _ in of_groups))
+        leaves, treedef = jax.tree.flatten(self.tree())
+        key = (txs, treedef, leaves, [list(group["params"]) for _, group in of_groups])
+        if self._transform is not None and self._transform_key == key and self.loaded_transform_state is None:
+            slabs.transform = self._transform
+            return
+        if self._transform is not None and self._transform_key[0] == txs and self._transform_key != key:
+            slabs.publish()
+            if jax.tree.leaves(self._transform.state):
+                warnings.warn(
+                    "The state of gradient_transform begins afresh, because the parameters are others than before.",
+                    stacklevel=2,
+                )
+        for tx in txs:
+            gradient_transforms.check(tx)
+        pairs = [(tx, frozenset(group["params"])) for tx, group in of_groups]
+        tx, state = gradient_transforms.combined(txs[0], pairs, self.tree()), self.loaded_transform_state
+        if state is None:
+            state = jax.jit(tx.init)(jax.tree.map(lambda param: param.value, self.tree()))
+        slabs.transform = self._transform = Transform(tx, state)
+        self._transform_key, self.loaded_transform_state = key, None
+
+    def transform(self) -> Transform | None:
+        """The transformation of gradients, with its state of now; None if there is none."""
+        keys = (group.get(gradient_transforms.KEY) for group in self.groups)
+        if not self.groups or (self.gradient_transform is None and all(tx is None for tx in keys)):
+            return None
+        slabs = self.slabs()
+        slabs.publish()
+        return slabs.transform
+
+    def transform_state(self) -> Any:
+        """The state of the transformation of gradients, None without one."""
+        transform = self.transform()
+        return None if transform is None else transform.state
 
     def _check_groups(self) -> None:
         """Raise if there is nothing to update."""
@@ -236,8 +291,22 @@ class Storage:
         """Raise if a new key of a group is an option misspelt."""
         if (number := sum(map(len, self.groups))) != self._num_keys:
             for group in self.groups:
-                option_names.check_own(self.rule.__name__, group, self.allowed)
+                self.check_keys(self.rule.__name__, group)
             self._num_keys = number
+
+    def check_keys(self, owner: str, group: Group) -> None:
+        """Raise for a key of a group that is an option misspelt, or that this optimizer has no use for."""
+        option_names.check_own(owner, group, self.allowed)
+        if group.get(gradient_transforms.KEY) is not None:
+            self.check_transforms(owner)
+
+    def check_transforms(self, owner: str) -> None:
+        """Raise if gradients cannot go through transformations."""
+        if not self.takes_transforms:
+            raise TypeError(
+                f"{owner} takes no gradient_transform here: samplers, L-BFGS and the optimizers of a PyroOptim follow "
+                "the gradient of the loss itself. Put what you need into the loss, or take another optimizer."
+            )
 
     def _groups_changed(self) -> bool:
         """Whether the slabs were made of other groups or other parameters."""

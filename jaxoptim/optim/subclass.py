@@ -14,9 +14,11 @@ import inspect
 from typing import Any
 
 import jax
+from optax import GradientTransformation as GradientTransformation
 
 from jaxoptim.core.rule import Traced
-from jaxoptim.optim.groups import Groups, Selectors
+from jaxoptim.optim.groups import Groups as Groups
+from jaxoptim.optim.groups import Selectors as Selectors
 
 Number = float | jax.Array
 """A hyperparameter: a number, or an array of one element."""
@@ -24,6 +26,8 @@ TORCH_FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentia
 """Options of torch that say how to compute, not what, with their defaults."""
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+_COMMON = ("groups", "frozen", "gradient_transform")
+"""What constructors take after the options of the rule, where the base class does."""
 _FLAGS = {
     name: inspect.Parameter(name, _KEYWORD, default=default, annotation="bool | None" if default is None else "bool")
     for name, default in TORCH_FLAGS.items()
@@ -52,31 +56,26 @@ def _construct(cls: Any) -> None:
     passed = [name for name in taken if name not in kept]
     keys = vars(cls)["_keys"].split() if "_keys" in vars(cls) else kept
     constants = {name: getattr(cls.rule, name) for name in keys if name not in taken}
+    base = inspect.signature(super(cls, cls).__init__).parameters
+    common = {name: base[name].replace(kind=_KEYWORD) for name in _COMMON if name in base}
 
-    def __init__(
-        self: Any,
-        params: Any,
-        *args: Any,
-        groups: Groups | None = None,
-        frozen: Selectors | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self: Any, params: Any, *args: Any, **options: Any) -> None:
+        keywords = {name: options.pop(name) for name in common if name in options}
         try:
             bound = signature.bind(*args, **options)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}() {error}. After params it takes {', '.join(taken)}.") from None
         bound.apply_defaults()
         values = constants | bound.arguments
-        keywords = {name: values[name] for name in passed}
+        keywords |= {name: values[name] for name in passed}
         defaults = {name: values[name] for name in keys}
-        super(cls, self).__init__(params, defaults, groups=groups, frozen=frozen, **keywords)
+        super(cls, self).__init__(params, defaults, **keywords)
 
     parameters = [
         inspect.Parameter("self", _EITHER),
         inspect.Parameter("params", _EITHER, annotation="Any"),
         *taken.values(),
-        inspect.Parameter("groups", _KEYWORD, default=None, annotation="Groups | None"),
-        inspect.Parameter("frozen", _KEYWORD, default=None, annotation="Selectors | None"),
+        *common.values(),
     ]
     __init__.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
     __init__.__annotations__ = {x.name: x.annotation for x in parameters[1:]} | {"return": "None"}

@@ -48,6 +48,7 @@ class WholeStorage(Storage, abc.ABC):
     layout: Layout
     numbers: Numbers
     sections: Sequence[Section] = ()
+    takes_transforms = False
 
     def __init__(self, rule: type[Rule], step_type: type | None, fixed: Mapping[str, Any]) -> None:
         super().__init__(rule, step_type, fixed)

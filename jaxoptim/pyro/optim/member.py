@@ -61,10 +61,14 @@ class Member(Storage):
         is_written: whether an option was written since the setting was made.
     """
 
+    takes_transforms = False
+
     def __init__(
         self, store: Store, param: Parameter, optimizer: Optimizer, clip: Clip, written: Callable[[Member], None]
     ) -> None:
         old = optimizer._storage
+        if old.gradient_transform is not None:
+            self.check_transforms(type(optimizer).__name__)
         self._groups: list[Group] = []
         self._tell = written
         super().__init__(old.rule, old.step_type, old.fixed)
