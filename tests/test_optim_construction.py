@@ -40,8 +40,15 @@ from optim_sides import (
 pytestmark = pytest.mark.usefixtures("x64")
 OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
 """Options that the parent does not have."""
-OURS = ("groups", "frozen", "gradient_transform")
-"""Arguments that every class has besides the parent's."""
+OURS = {
+    "groups": None,
+    "frozen": None,
+    "gradient_transform": None,
+    "master_weights": False,
+    "rounding": "nearest",
+    "state_dtype": None,
+}
+"""Arguments that every class has besides the parent's, and their defaults."""
 
 
 def same_error(program: Any, message: str, theirs: str | None = None) -> None:
@@ -63,8 +70,8 @@ def test_the_signature_is_the_parents(row):
     theirs = {p.name: (p.kind, p.default, type(p.default)) for p in inspect.signature(row.parent).parameters.values()}
     own = OWN_OPTIONS.get(row.name, [])
     assert [*theirs, *own, *OURS] == list(ours)
-    for name in (*own, *OURS):
-        assert ours.pop(name) == (inspect.Parameter.KEYWORD_ONLY, None, type(None))
+    for name, default in (dict.fromkeys(own) | OURS).items():
+        assert ours.pop(name) == (inspect.Parameter.KEYWORD_ONLY, default, type(default))
     assert ours == theirs
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import sparse, trees
+from jaxoptim.core import precision, sparse, trees
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
 from jaxoptim.core.rule import Off, Rule, Slots, Traced, assembled, is_part, is_tree
 
@@ -208,28 +208,46 @@ def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
 
     def slots_of(param: jax.Array, drawn: dict[str, Any]) -> Slots:
         real = view_as_real(param.astype(dtype))
-        return _as_stored(param, real, rule.cast(real.dtype).init(real, **jax.tree.map(view_as_real, drawn)))
+        slots = _as_stored(param, real, rule.cast(real.dtype).init(real, **jax.tree.map(view_as_real, drawn)))
+        return slots if rule.precision is precision.DEFAULT else precision.first(rule.precision, param, slots)
 
     if isinstance(param, jax.ShapeDtypeStruct):
         return jax.eval_shape(slots_of, param, drawn)
     return slots_of(param, drawn)
 
 
-def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Array, Slots]:
-    """Return the rows that change (None: all), the change of one parameter in them, and its new slots."""
+def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Array, Any, Slots]:
+    """Return the rows that change (None: all), the change of one parameter in them, and its new slots.
+
+    Before the slots stands the new value of the rows, None where it is the old one and the change, rounded.
+    """
     if not isinstance(leaf.grad, BCOO):
-        return None, *_update_dense(*leaf[1:], shared)
+        return None, *_valued(leaf, *_update_dense(*leaf[1:], shared))
     if not leaf.rule.rowwise:
-        return None, *_update_dense(*leaf._replace(grad=sparse.to_dense(leaf.grad))[1:], shared)
+        leaf = leaf._replace(grad=sparse.to_dense(leaf.grad))
+        return None, *_valued(leaf, *_update_dense(*leaf[1:], shared))
     rows, values = sparse.distinct_rows(leaf.grad)
     touched = {key: slot if slot is None else sparse.take(slot, rows) for key, slot in leaf.slots.items()}
     here = None if leaf.param is None else sparse.take(leaf.param, rows)
-    change, new = _update_dense(*leaf._replace(grad=values, slots=touched, param=here)[1:], shared)
+    of_rows = leaf._replace(grad=values, slots=touched, param=here)
+    change, value, new = _valued(of_rows, *_update_dense(*of_rows[1:], shared))
     return (
         rows,
         change,
+        value,
         {key: None if values is None else sparse.put(leaf.slots[key], rows, values) for key, values in new.items()},
     )
+
+
+def _valued(leaf: LeafUpdate, change: jax.Array, slots: Slots) -> tuple[jax.Array, Any, Slots]:
+    """The change, the new value of a parameter that keeps more than the nearest one, and the slots."""
+    param, how = leaf.param, leaf.rule.precision
+    if param is None or not precision.is_low(param.dtype) or not how.keeps_values:
+        return change, None, slots
+    if (master := leaf.slots.get(precision.MASTER)) is None:
+        return change, precision.kept(param + change, param.dtype, how.rounding, leaf.step), slots
+    new = precision.value_of(param, master) + change
+    return change, new.astype(param.dtype), slots | {precision.MASTER: new}
 
 
 @jax.jit
@@ -247,10 +265,14 @@ def _update_dense(
     Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
     a large tree; the compiler inlines it.
     """
+    rounding = rule.precision.rounding
     rule, real, seen, param, given = _as_real(rule, grad, slots, param, given)
     change, new = rule.update_with(real, seen, param, count.astype(real_dtype(real.dtype)), shared, **given)
     kept = _as_stored(grad, real, {key: slot for key, slot in new.items() if key in slots})
-    kept = {key: slot if slot is None else slot.astype(slots[key].dtype) for key, slot in kept.items()}
+    kept = {
+        key: slot if slot is None else precision.kept(slot, slots[key].dtype, rounding, count)
+        for key, slot in kept.items()
+    }
     change = view_as_complex(change) if real.ndim != grad.ndim else change
     return change, kept | {key: x for key, x in new.items() if key not in slots}
 
@@ -270,13 +292,21 @@ def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[
         return view_as_real(x.astype(dtype))
 
     seen = {
-        key: slot if slot is None or slot.shape != grad.shape else view_as_real(slot) for key, slot in slots.items()
+        key: slot if slot is None or slot.shape != grad.shape else view_as_real(_computed(slot))
+        for key, slot in slots.items()
     }
     if is_complex(grad):
         rule = _with_pairs(rule)
+    if param is not None and (master := seen.pop(precision.MASTER, None)) is not None:
+        param = precision.value_of(param, master)
     param = param if param is None else real(param)
     given = {key: real(x) for key, x in given.items()}
     return rule.cast(real_dtype(dtype)), real(grad), seen, param, given
+
+
+def _computed(slot: jax.Array) -> jax.Array:
+    """A slot in the dtype that rules compute in."""
+    return slot.astype(jnp.float32) if precision.is_low(slot.dtype) else slot
 
 
 def _as_stored(param: jax.Array, real: jax.Array, slots: Slots) -> Slots:

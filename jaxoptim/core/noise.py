@@ -180,13 +180,14 @@ def _offsets(shape: tuple[int, ...]) -> _Words:
     """The row-major offset of each element of an array, counted past 32 bits only where it gets there."""
     if math.prod(shape) > 2**32:
         with jax.enable_x64(True):
-            offset = _offset(shape, jnp.uint64)
+            offset = offset_in(shape, jnp.uint64)
             return (offset >> 32).astype(jnp.uint32), offset.astype(jnp.uint32)
-    offset = _offset(shape, jnp.uint32)
+    offset = offset_in(shape, jnp.uint32)
     return jnp.zeros_like(offset), offset
 
 
-def _offset(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def offset_in(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return the row-major offset of each element of an array."""
     # A sum over the axes can be computed where each part of a sharded array is; a reshaped range would be gathered.
     offset = jnp.zeros(shape, dtype)
     for axis in range(len(shape)):
@@ -216,11 +217,11 @@ def _hash(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.A
     a, b = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane))
     c, _ = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane + 1))
     # Two keys would give the same numbers at shifted offsets, were the step between the counters the same for both.
-    return _mix(_mix(low * (c | 1) + a) ^ _mix(high ^ b))
+    return mixed(mixed(low * (c | 1) + a) ^ mixed(high ^ b))
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    """Lowbias32, a permutation of the words: each bit of ``x`` flips each bit of the result half of the time."""
+def mixed(x: jax.Array) -> jax.Array:
+    """Return Lowbias32, a permutation of the words: each bit of ``x`` flips each bit of the result half of the time."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)

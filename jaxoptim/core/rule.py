@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.decay import Decay
+from jaxoptim.core.precision import DEFAULT, Precision, checked
 from jaxoptim.core.rearrangement import Rearrangement
 
 R = TypeVar("R", bound="Hyperparameters")
@@ -204,7 +205,8 @@ class Hyperparameters:
             raise TypeError(
                 f"{type(self).__name__} has no hyperparameter {', '.join(unknown)}. It has {', '.join(allowed)}."
             )
-        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+        new = dataclasses.replace(self, **fields)  # type: ignore[type-var]
+        return assembled(type(self), vars(new) | {name: x for name, x in vars(self).items() if name == "precision"})
 
     def __post_init__(self) -> None:
         for name, spec in self.specs.items():
@@ -277,6 +279,52 @@ class Rule(Hyperparameters, abc.ABC):
     """Numbers that are one for all parameters, because state of the whole tree depends on them."""
     takes: ClassVar[tuple[str, ...]] = ()
     """Trees like the parameters that a single ``update`` may be given by these names."""
+
+    precision: Precision = DEFAULT
+    """How arrays of few bits are kept; it is no hyperparameter."""
+
+    def with_precision(
+        self, *, master_weights: bool = False, rounding: str = "nearest", state_dtype: Any = None
+    ) -> Self:
+        r"""The rule with another way to keep arrays of few bits.
+
+        A step that is smaller than half the distance between neighbours of float16 or bfloat16 is lost when the new
+        value is rounded to the nearest one. With :math:`\theta^{32}` in float32,
+
+        .. math::
+            \theta^{32}_t = \theta^{32}_{t-1} + u_t, \qquad \theta_t = \mathrm{round}(\theta^{32}_t),
+
+        none is, and the run is that of float32 parameters which are rounded in the loss, to the last bit. Stochastic
+        rounding, :math:`P(b) = (x - a) / (b - a)` for the neighbours :math:`a \le x \le b`, loses none in the mean,
+        and takes no memory.
+
+        Args:
+            master_weights: keep :math:`\theta^{32}` of float16 and bfloat16 parameters in the slot
+                ``master_weights`` (default False). A value that you assign to the parameter counts.
+            rounding: of parameters without it, and of state of few bits: ``"nearest"`` (default) or ``"stochastic"``,
+                whose random numbers are a hash of the number, its place, and the count of steps.
+            state_dtype: of slots that have the shape of the parameter, bfloat16 or float16 (default None: that of the
+                parameter, float32 at least).
+
+        Raises:
+            ``ValueError`` for another rounding or dtype. ``update`` then needs the parameters, and gives updates of
+            float16 and bfloat16 parameters in float32, so that ``optax.apply_updates`` is exact.
+
+        References:
+            Micikevicius et al., Mixed precision training, ICLR 2018. Gupta et al., Deep learning with limited
+            numerical precision, ICML 2015.
+
+        Examples:
+            >>> import jax.numpy as jnp, jaxoptim
+            >>> rule = jaxoptim.rules.SGD(lr=1e-3).with_precision(master_weights=True)
+            >>> params = jnp.ones(2, jnp.bfloat16)
+            >>> state = jaxoptim.init(rule, params)
+            >>> for _ in range(10):
+            ...     params, state = jaxoptim.step(rule, params, jnp.ones(2, jnp.bfloat16), state)
+            >>> params.tolist(), [round(x, 4) for x in state.slots["master_weights"].tolist()]
+            ([0.98828125, 0.98828125], [0.99, 0.99])
+        """
+        return assembled(type(self), vars(self) | {"precision": checked(master_weights, rounding, state_dtype)})
 
     def takes_tree(self, name: str) -> bool:
         """Whether a number may be another one for each parameter."""
@@ -447,7 +495,7 @@ def rule(cls: type[R]) -> type[R]:
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     specs = {name: spec for name in names if (spec := _spec_of(hints[name])) is not None}
-    switches = [name for name in names if name not in specs]
+    switches = [name for name in names if name not in specs] + ["precision"] * issubclass(cls, Rule)
     cls.specs = specs
 
     def flatten_with_keys(self: Any) -> tuple[Any, Any]:

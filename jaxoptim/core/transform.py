@@ -145,8 +145,12 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
         [-0.5, -0.5]
     """
 
-    def finish(grad: Any, param: Any, rows: Any, change: jax.Array) -> Any:
-        change = change.astype(grad.dtype)
+    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+        if value is None:
+            change = change.astype(grad.dtype)
+        else:  # in float32, so that the sum with the parameter is the value to the last bit
+            old = param if rows is None else sparse.take(param, rows)
+            change = value.astype(change.dtype) - old.astype(change.dtype)
         return change if rows is None else sparse.as_update(rows, change, grad.shape)
 
     return _updated(rule, grads, state, params, given, finish, lambda grad, param: grad)
@@ -177,10 +181,10 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
         [0.9, 0.9]
     """
 
-    def finish(grad: Any, param: Any, rows: Any, change: jax.Array) -> Any:
+    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
         if rows is None:
-            return (param + change).astype(param.dtype)
-        return sparse.put(param, rows, sparse.take(param, rows) + change)
+            return (param + change).astype(param.dtype) if value is None else value
+        return sparse.put(param, rows, sparse.take(param, rows) + change if value is None else value)
 
     return _updated(rule, grads, state, params, given, finish, lambda grad, param: param)
 
@@ -260,6 +264,8 @@ def _slot_names(rule: Rule) -> list[str] | None:
     by_leaf_fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
     if rule.by_parameter or any(getattr(rule, name) is not None for name in by_leaf_fields):
         return None
+    if rule.precision.master_weights:
+        return None
     key = jax.tree.structure(rule)
     try:
         hash(key)
@@ -334,7 +340,7 @@ def _updated(
     state: OptState,
     params: Any,
     given: dict[str, Any],
-    finish: Callable[[Any, Any, Any, jax.Array], Any],
+    finish: Callable[[Any, Any, Any, jax.Array, Any], Any],
     skipped: Callable[[Any, Any], Any],
 ) -> tuple[Any, OptState]:
     """One update of every array; ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
@@ -343,6 +349,11 @@ def _updated(
         takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
         raise TypeError(f"{type(rule).__name__} has no use for {', '.join(unknown)}: it {takes}.")
     _check_state(rule, state)
+    if params is None and rule.precision.keeps_values:
+        raise ValueError(
+            f"{type(rule).__name__} needs the parameters to keep their value in more or other bits. Give them: "
+            "update(grads, state, params)."
+        )
     if isinstance(params, Packed):
         if not _is_packable(rule):
             given = {name: unpacked(tree) for name, tree in given.items()}
@@ -390,8 +401,8 @@ def _updated(
         shared = rule.prepare_shared(shared, summed([first_pass(leaf, shared) for leaf in todo]))
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
     for leaf in todo:
-        rows, change, new = update_leaf(leaf, shared)
-        results[leaf.number] = finish(leaf.grad, leaf.param, rows, change)
+        rows, change, value, new = update_leaf(leaf, shared)
+        results[leaf.number] = finish(leaf.grad, leaf.param, rows, change, value)
         for key in new_slots.keys() & new.keys():
             new_slots[key][leaf.number] = new.pop(key)
         sums.append(new)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxoptim.core import as_jax, init, trees
 from jaxoptim.core.numerics import placed_like
+from jaxoptim.core.precision import MASTER
 from jaxoptim.engine.numbers import TakenApart
 from jaxoptim.engine.slots import abstract_slots, slot_names
 
@@ -114,7 +115,7 @@ def complete(record: Record, group: Group, label: str, param: Variable) -> tuple
         return value, NOT_STARTED, None
     given = {name: record.slots[name] for name in like if record.slots.get(name) is not None}
     missing = [name for name, struct in like.items() if struct is not None and name not in given]
-    if missing and not group.is_counted:
+    if missing != [MASTER] * len(missing) and not group.is_counted:
         if not given:
             return value, NOT_STARTED, None
         count = 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxoptim.core import Rule
 from jaxoptim.core.leaf import as_computed, init_leaf
 from jaxoptim.core.numerics import is_complex, view_as_complex
+from jaxoptim.core.precision import MASTER
 
 _known: dict[Any, dict[str, Any]] = {}
 
@@ -30,7 +31,8 @@ def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
 
 def slot_names(rule: Rule) -> list[str]:
     """The names of a rule's slots, in its order."""
-    return list(abstract_slots(rule, _EXAMPLE))
+    names = list(abstract_slots(rule, _EXAMPLE))
+    return [*names, MASTER] if rule.precision.master_weights else names
 
 
 def scalar_slots(rule: Rule) -> set[str]:

@@ -18,106 +18,123 @@ class Adadelta(Optimizer):
     def __init__(self, params: Any, lr: Number = 1.0, rho: Number = 0.9, eps: Number = 1e-06, weight_decay: Number = 0,
         foreach: bool | None = None, *, capturable: bool = False, maximize: bool = False, differentiable: bool = False,
         groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Adafactor(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, beta2_decay: Number = -0.8,
         eps: tuple[Number | None, Number] = (None, 0.001), d: Number = 1.0, weight_decay: Number = 0.0, *,
         foreach: bool | None = None, maximize: bool = False, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Adagrad(Started):
     def __init__(self, params: Any, lr: Number = 0.01, lr_decay: Number = 0, weight_decay: Number = 0,
         initial_accumulator_value: Number = 0, eps: Number = 1e-10, foreach: bool | None = None, *,
         maximize: bool = False, differentiable: bool = False, fused: bool | None = None, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Adam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, amsgrad: bool = False, *, foreach: bool | None = None,
         maximize: bool = False, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         decoupled_weight_decay: bool = False, groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Adamax(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.002, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, foreach: bool | None = None, *, maximize: bool = False,
         differentiable: bool = False, capturable: bool = False, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class AdamW(Decoupled):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0.01, amsgrad: bool = False, *, maximize: bool = False,
         foreach: bool | None = None, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class ASGD(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, lambd: Number = 0.0001, alpha: Number = 0.75,
         t0: Number = 1000000.0, weight_decay: Number = 0, foreach: bool | None = None, maximize: bool = False,
         differentiable: bool = False, capturable: bool = False, *, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Muon(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, weight_decay: Number = 0.1, momentum: Number = 0.95,
         nesterov: bool = True, ns_coefficients: tuple[Number, Number, Number] = (3.4445, -4.775, 2.0315),
         eps: Number = 1e-07, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class NAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.002, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, momentum_decay: Number = 0.004,
         decoupled_weight_decay: bool = False, *, foreach: bool | None = None, maximize: bool = False,
         capturable: bool = False, differentiable: bool = False, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class RAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, decoupled_weight_decay: bool = False, *,
         foreach: bool | None = None, maximize: bool = False, capturable: bool = False, differentiable: bool = False,
         groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class RMSprop(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, alpha: Number = 0.99, eps: Number = 1e-08,
         weight_decay: Number = 0, momentum: Number = 0, centered: bool = False, capturable: bool = False,
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *,
         groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class Rprop(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, etas: tuple[Number, Number] = (0.5, 1.2),
         step_sizes: tuple[Number, Number] = (1e-06, 50), *, capturable: bool = False, foreach: bool | None = None,
         maximize: bool = False, differentiable: bool = False, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class SGD(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, momentum: Number = 0, dampening: Number = 0,
         weight_decay: Number = 0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
         differentiable: bool = False, fused: bool | None = None, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class SparseAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, maximize: bool = False, *, groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class AdagradRMSProp(Started):
     def __init__(self, params: Any, eta: Number = 1.0, delta: Number = 1e-16, t: Number = 0.1, *,
         groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class ClippedAdam(DecayingRate):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, clip_norm: Number = 10.0, lrd: Number = 1.0,
         centered_variance: bool = False, *, groups: Groups | None = None, frozen: Selectors | None = None,
-        gradient_transform: GradientTransformation | None = None) -> None: ...
+        gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class DCTAdam(CountsByNumber):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, clip_norm: Number = 10.0, lrd: Number = 1.0, subsample_aware: bool = False, *,
         dct_dim: int | None = None, subsample: Any = None, groups: Groups | None = None,
-        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None) -> None: ...
+        frozen: Selectors | None = None, gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class SGLD(MeasuredSampler):
     def __init__(self, params: Any, lr: Number = 0.01, noise_level: Number = 1.0, weight_decay: Number = 0.0,

@@ -13,6 +13,7 @@ from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
 from jaxoptim.core.modules import Module, ModuleLoss, parts_of
+from jaxoptim.core.precision import checked
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, gradient_transforms, option_names, state_checks, state_dicts, subclass
@@ -71,6 +72,10 @@ class Optimizer(Hooked):
             after the clipping of :meth:`minimize`; one with this key in a group sees those of the group, after that of
             all. A gradient that is missing is zero for it. Its state is a further entry of :meth:`state_dict`; where
             parameters come or go it begins afresh (default None: none). Samplers and L-BFGS take none.
+        master_weights: keep the values of float16 and bfloat16 parameters in float32 too (default False); this and the
+            next two are those of :meth:`jaxoptim.Rule.with_precision`. Samplers and L-BFGS have none of the three.
+        rounding: of float16 and bfloat16 parameters and state, ``"nearest"`` (default) or ``"stochastic"``.
+        state_dtype: of the state, bfloat16 or float16 (default None: that of the parameter, float32 at least).
 
     Attributes:
         param_groups: a list of dicts, the options of each group and its ``"params"``, a list of
@@ -129,11 +134,15 @@ class Optimizer(Hooked):
         groups: Groups | None = None,
         frozen: Selectors | None = None,
         gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        state_dtype: Any = None,
     ) -> None:
         self._prepare()
         self.defaults = defaults
         gradient_transforms.check(gradient_transform)
         self._storage.gradient_transform = gradient_transform
+        self._storage.precision = checked(master_weights, rounding, state_dtype)
         self._module = parts_of(params)
         self._add_all(params if self._module is None else self._module.trained, groups)
         if frozen is not None:
@@ -670,6 +679,7 @@ class Optimizer(Hooked):
             "forest": storage.forest,
             "is_list": storage.is_list,
             "module": self._module,
+            "precision": storage.precision,
             gradient_transforms.KEY: (storage.gradient_transform, storage.transform_state()),
         }
 
@@ -680,6 +690,7 @@ class Optimizer(Hooked):
         if "forest" in state:
             self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
         self._module = state.get("module", self._module)
+        self._storage.precision = state.get("precision", self._storage.precision)
         if "defaults" in state:
             self.defaults = state["defaults"]
             self._storage.allowed = self.defaults.keys()

@@ -20,6 +20,18 @@ class Started(Optimizer):
         groups: Groups | None = None,
         frozen: Selectors | None = None,
         gradient_transform: GradientTransformation | None = None,
+        master_weights: bool = False,
+        rounding: str = "nearest",
+        state_dtype: Any = None,
     ) -> None:
-        super().__init__(params, defaults, groups=groups, frozen=frozen, gradient_transform=gradient_transform)
+        super().__init__(
+            params,
+            defaults,
+            groups=groups,
+            frozen=frozen,
+            gradient_transform=gradient_transform,
+            master_weights=master_weights,
+            rounding=rounding,
+            state_dtype=state_dtype,
+        )
         self._storage.start()

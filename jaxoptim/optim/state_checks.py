@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxoptim.core import Rule, enabled
 from jaxoptim.core.numerics import is_complex
+from jaxoptim.core.precision import MASTER
 from jaxoptim.engine.slots import abstract_slots, slot_names
 from jaxoptim.optim.option_names import OF_SCHEDULERS
 from jaxoptim.optim.storage import Storage
@@ -145,13 +146,13 @@ def check_slots(optimizer: Loadable, group: dict[str, Any], state: Mapping[Any, 
         slots = slots_of(param.shape, param.dtype)
         wanted = {slot for slot, value in slots.items() if value is not None} | count
         extra = given.keys() - wanted
-        if wanted - given.keys() or (extra and extra - _dormant(rule)):
+        if wanted - given.keys() - {MASTER} or (extra and extra - _dormant(rule)):
             raise ValueError(
                 f"loaded state dict has {_list(given)} for the parameter {label}, but {type(optimizer).__name__} with "
                 f"the options of that group has {_list(wanted)}. Load the state of the same optimizer, or use "
                 "strict=False."
             )
-        for slot in [name for name in (*slots, *count) if name in wanted]:
+        for slot in [name for name in (*slots, *count) if name in wanted & given.keys()]:
             check_array(slot, label, given[slot], slots.get(slot, _COUNT))
         if "step" in given and not np.all(np.asarray(given["step"]) >= 0):
             raise ValueError(f"loaded state dict has a 'step' below zero for the parameter {label}: {given['step']}.")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule, check_param, trees
+from jaxoptim.core.precision import DEFAULT
 from jaxoptim.core.rule import Traced
 from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
@@ -49,6 +50,7 @@ class Storage:
         allowed: the names of the options of a group.
         other_state: what the user filed under other keys than parameters.
         gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
+        precision: how arrays of few bits are kept.
         loaded_transform_state: the state of the transformations from the next step on, None for that which they have.
     """
 
@@ -61,6 +63,7 @@ class Storage:
         self.forest: list[Any] = []
         self.is_list = False
         self.other_state: dict[Any, Any] = {}
+        self.precision = DEFAULT
         self.gradient_transform: Any = None
         self.loaded_transform_state: Any = None
         self._transform: Transform | None = None
@@ -122,6 +125,8 @@ class Storage:
             for name, option in given.items()
         }
         rule = self.rule(**options | dict(self.fixed))
+        if self.precision is not DEFAULT:
+            rule = rule.with_precision(**self.precision._asdict())
         if by_parameter := rule.by_parameter:
             name = by_parameter[0]
             raise TypeError(

@@ -1,0 +1,102 @@
+"""How parameters and state of few bits keep what a small step changes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxoptim.core.noise import mixed, offset_in
+from jaxoptim.core.numerics import computing_dtype
+
+MASTER = "master_weights"
+"""The slot of a float16 or bfloat16 parameter that has its value in float32."""
+
+
+class Precision(NamedTuple):
+    """How arrays of float16 and bfloat16 are kept; see :meth:`Rule.with_precision`."""
+
+    master_weights: bool = False
+    rounding: str = "nearest"
+    state_dtype: Any = None
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the value of a parameter is more than the nearest one."""
+        return self.master_weights or self.rounding == "stochastic"
+
+
+DEFAULT = Precision()
+
+
+def checked(master_weights: bool, rounding: str, state_dtype: Any) -> Precision:
+    """A precision; raises for what it cannot be."""
+    if not isinstance(master_weights, bool):
+        raise TypeError(f"master_weights is True or False, but got {master_weights!r}.")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is 'nearest' or 'stochastic', but got {rounding!r}.")
+    if state_dtype is not None and not is_low(state_dtype := jnp.dtype(state_dtype)):
+        raise ValueError(
+            f"state_dtype is bfloat16, float16 or None, but got {state_dtype}. Without it state has the dtype of its "
+            "parameter, float32 at least."
+        )
+    return Precision(master_weights, rounding, state_dtype)
+
+
+def is_low(dtype: Any) -> bool:
+    """Whether numbers of a dtype are computed in float32."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and computing_dtype(dtype) != dtype
+
+
+def first(precision: Precision, param: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
+    """The slots of a parameter as they are kept, its value in float32 among them."""
+    if precision.state_dtype is not None:
+        slots = {
+            name: x
+            if x is None or x.shape != param.shape or not jnp.issubdtype(x.dtype, jnp.floating)
+            else x.astype(precision.state_dtype)
+            for name, x in slots.items()
+        }
+    if precision.master_weights and is_low(param.dtype):
+        slots = slots | {MASTER: param.astype(computing_dtype(param.dtype))}
+    return slots
+
+
+def value_of(param: jax.Array, master: jax.Array) -> jax.Array:
+    """The value of a parameter in float32; where somebody has assigned another one, that."""
+    return jnp.where(master.astype(param.dtype) == param, master, param.astype(master.dtype))
+
+
+def kept(x: jax.Array, dtype: Any, rounding: str, step: Any) -> jax.Array:
+    r"""An array in another dtype.
+
+    Stochastic rounding gives one of the two neighbours :math:`a \le x \le b` of a number in the dtype,
+
+    .. math::
+        P(b) = \frac{x - a}{b - a},
+
+    so that its mean is :math:`x`. The random numbers are a hash of :math:`x`, its place, and the count of steps.
+
+    Args:
+        x: the array.
+        dtype: the other one.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        step: the count of steps.
+    """
+    near = x.astype(dtype)
+    if rounding == "nearest" or not is_low(dtype) or x.dtype == dtype:
+        return near
+    back = near.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(near, jnp.uint16)
+    other = lax.bitcast_convert_type(
+        jnp.where(jnp.abs(x) > jnp.abs(back), bits + 1, bits - 1).astype(jnp.uint16), dtype
+    )
+    place = mixed(offset_in(x.shape, jnp.uint32) ^ mixed(jnp.asarray(step).astype(jnp.uint32)))
+    word = mixed(lax.bitcast_convert_type(x, jnp.uint32) ^ place)
+    uniform = (word >> 8).astype(jnp.float32) * np.float32(2**-24)
+    chance = jnp.abs(x - back) / jnp.abs(other.astype(jnp.float32) - back)
+    return jnp.where(jnp.isfinite(x) & (x != back) & (uniform < chance), other, near)
