@@ -89,6 +89,19 @@ class TestClipping:
             opt.minimize(loss, X, Y, clip_norm=bound)
         assert programs.minimize._cache_size() <= before + 2  # another dtype of the bound is another program
 
+    @pytest.mark.parametrize(
+        "options", [{"clip_norm": 1.0}, {"accumulate": 2}, {"skip_nonfinite": True}, {"measure": True}], ids=str
+    )
+    def test_the_second_step_runs_the_program_of_the_first(self, options):
+        def own_loss(params, x, y):
+            return loss(params, x, y)
+
+        opt = optim.Adam(start())
+        before = programs.minimize._cache_size()
+        for _ in range(3):
+            opt.minimize(own_loss, X, Y, **options)
+        assert programs.minimize._cache_size() == before + 1
+
     def test_what_is_measured(self):
         opt = optim.SGD(start(), lr=0.1)
         grads = jax.grad(loss)(start(), X, Y)

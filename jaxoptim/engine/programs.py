@@ -182,7 +182,7 @@ def sum_of_squares(tree: Any) -> jax.Array:
 
 def _returned(update: Update, new: Contents) -> Any:
     """The leaves of new contents; the contents themselves where their structure is another one."""
-    return new.leaves if new.form is update.form else new
+    return list(new.leaves) if new.form is update.form else new  # a list always: a tuple would be another program
 
 
 @functools.cache

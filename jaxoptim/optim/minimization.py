@@ -86,6 +86,8 @@ def minimization(
     options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), measures=True)
     given = (clip_norm, clip_value, jnp.result_type(float))
     are_plain = all(bound is None or type(bound) in (int, float) for bound in (clip_norm, clip_value))
+    if num_skipped is None:
+        num_skipped = jnp.zeros((), jnp.int32)  # as after a step: None would be another program
     return Minimization(loss, args, options, StepNumbers(*(_kept if are_plain else _bounds)(*given), num_skipped))
 
 
