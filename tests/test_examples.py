@@ -366,6 +366,101 @@ def test_the_coefficient_of_a_network_over_its_training(tmp_path):
     assert_png(tmp_path / "llc.png")
 
 
+def transformer(tmp_path, *arguments):
+    """Network to the test accuracies of its last weights and of their average, in percent."""
+    folder = tmp_path / "new" / "folder"
+    stdout = ran("transformer.py", *arguments, "--out", folder)
+    assert_png(folder / "transformer.png")
+    difference = re.search(r"^largest difference between the losses without dropout: (\S+), 20 steps", stdout, re.M)[1]
+    assert float(difference) < 1e-13
+    rows = re.findall(r"^(\w+) +(\d+\.\d) s +(\d+) +(\d+\.\d+)% +(\d+\.\d+)%$", stdout, re.M)
+    assert all(float(first_step) < 60 and int(speed) > 0 for _, first_step, speed, *_ in rows)
+    files = {path.name for path in folder.iterdir()} - {"transformer.png"}
+    assert files == {f"transformer_{name}.{'pt' if name == 'torch' else 'safetensors'}" for name, *_ in rows}
+    return {name: (float(last), float(average)) for name, *_, last, average in rows}
+
+
+@pytest.mark.slow
+def test_three_transformers_learn_and_go_on_from_their_files(tmp_path):
+    rows = transformer(tmp_path, "--epochs", 2)
+    assert list(rows) == ["nnx", "equinox", "pytrees"]
+    assert all(last > 45 and average > 45 for last, average in rows.values()), rows
+
+
+@pytest.mark.slow
+def test_the_transformers_learn_the_digits_as_in_torch(tmp_path):
+    rows = transformer(tmp_path, "--torch")
+    assert list(rows) == ["nnx", "equinox", "pytrees", "torch"]
+    assert all(last > 94.5 and average > 94.5 for last, average in rows.values()), rows
+
+
+def transformer_with(tmp_path, code):
+    arguments = ["--epochs", 1, "--out", tmp_path]
+    return python("-c", f"import transformer as e\n{code}", *arguments, PYTHONPATH=str(ROOT / "examples"))
+
+
+OTHER_EPSILON = """
+in_equinox = e.in_equinox
+def other_epsilon(params, dropout):
+    e.EPS = 1e-6
+    return in_equinox(params, dropout)
+e.in_equinox = other_epsilon
+e.main()
+"""
+LOADED_WITHOUT = """
+e.difference_without_dropout = lambda *_: 0.0
+def load(run, path):
+    saved = e.checkpoint.load(path, like=run.state())
+    run.start(saved["model"])
+    for name in {"optimizer", "scheduler", "averaged"} - {without}:
+        getattr(run, name).load_state_dict(saved[name])
+e.JaxTraining.load = load
+e.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param(OTHER_EPSILON, r"The losses without dropout differ by \S+, more than 1e-11\.\n", id="epsilon"),
+        *(
+            pytest.param(
+                "without = {'" + without + "'}" + LOADED_WITHOUT,
+                r"The run in nnx and the one that goes on from its file differ by \S+, more than 0e\+00\.\n",
+                id=without,
+            )
+            for without in ("optimizer", "scheduler", "averaged")
+        ),
+    ],
+)
+def test_the_transformer_fails_if_networks_or_runs_differ(code, said, tmp_path):
+    done = transformer_with(tmp_path, code)
+    assert done.returncode == 1
+    assert re.fullmatch(said, done.stderr), done.stderr
+
+
+def test_the_transformer_says_what_it_needs(tmp_path):
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find_spec(name, *rest)
+sys.modules["equinox"] = None
+try:
+    import transformer
+except SystemExit as error:
+    print(error)
+del sys.modules["equinox"]
+import transformer
+transformer.main()
+"""
+    done = python("-c", code, "--torch", "--out", tmp_path / "out", PYTHONPATH=str(ROOT / "examples"))
+    assert done.stdout == "This example needs equinox and flax: pip install equinox flax.\n"
+    assert done.returncode == 2
+    assert done.stderr == "-c: --torch needs torch, which is not installed: pip install torch\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
     commands = [
         ["beta_vae_digits", "--epochs", "none"],
@@ -373,6 +468,7 @@ def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
         ["one_cycle", "--epochs", "two"],
         ["plateau_ema", "--out", __file__],
         ["plot_schedules", "--steps", "3"],
+        ["transformer", "--epochs", "none"],
     ]
     code = f"""
 import importlib, sys
@@ -384,11 +480,12 @@ for command in {commands}:
         print(error.code)
 """
     done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
-    assert done.stdout.split() == ["2"] * 5, done.stderr
-    no_epochs, none_either, epochs, out, steps = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 6, done.stderr
+    no_epochs, none_either, epochs, out, steps, no_number = done.stderr.splitlines()
     assert no_epochs.startswith("beta_vae_digits: argument --epochs: 'none' is not a number of epochs")
     assert none_either.startswith("llc_digits: argument --epochs: 'none' is not a number of epochs")
     assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
     assert out.startswith("plateau_ema: ")
     assert __file__ in out
     assert steps == "plot_schedules: unrecognized arguments: --steps 3"
+    assert no_number.startswith("transformer: argument --epochs: 'none' is not a number of epochs")
