@@ -123,14 +123,16 @@ def attend(qkv: jax.Array) -> jax.Array:
 
 # In nnx: the module has weights, batch statistics and the random numbers of dropout.
 
+Linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init())  # to be filled
+
 
 class NnxBlock(nnx.Module):
     """Attention and two layers."""
 
     def __init__(self, dropout: float, rngs: nnx.Rngs) -> None:
         self.norm1, self.norm2 = (nnx.LayerNorm(WIDTH, epsilon=EPS, rngs=rngs) for _ in range(2))
-        self.qkv, self.out = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-        self.up, self.down = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs), nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+        self.qkv, self.out = Linear(WIDTH, 3 * WIDTH, rngs=rngs), Linear(WIDTH, WIDTH, rngs=rngs)
+        self.up, self.down = Linear(WIDTH, 2 * WIDTH, rngs=rngs), Linear(2 * WIDTH, WIDTH, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -143,12 +145,12 @@ class NnxTransformer(nnx.Module):
     """The whole network, for a batch."""
 
     def __init__(self, dropout: float, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Linear(PIXELS, WIDTH, use_bias=False, rngs=rngs)
+        self.embed = Linear(PIXELS, WIDTH, use_bias=False, rngs=rngs)
         self.batch_norm = nnx.BatchNorm(WIDTH, momentum=MOMENTUM, epsilon=EPS, rngs=rngs)
         self.position = nnx.Param(jnp.zeros((PATCHES, WIDTH)))
         self.blocks = nnx.List([NnxBlock(dropout, rngs) for _ in range(BLOCKS)])
         self.norm = nnx.LayerNorm(WIDTH, epsilon=EPS, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, 10, rngs=rngs)
+        self.head = Linear(WIDTH, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The logits of a batch."""

@@ -426,7 +426,7 @@ e.main()
         pytest.param(OTHER_EPSILON, r"The losses without dropout differ by \S+, more than 1e-11\.\n", id="epsilon"),
         *(
             pytest.param(
-                "without = {'" + without + "'}" + LOADED_WITHOUT,
+                f"without = {without!r}" + LOADED_WITHOUT,
                 r"The run in nnx and the one that goes on from its file differ by \S+, more than 0e\+00\.\n",
                 id=without,
             )
