@@ -123,7 +123,7 @@ def attend(qkv: jax.Array) -> jax.Array:
 
 # In nnx: the module has weights, batch statistics and the random numbers of dropout.
 
-Linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init())  # to be filled
+Linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.zeros_init())  # ``in_nnx`` fills it
 
 
 class NnxBlock(nnx.Module):
@@ -169,6 +169,7 @@ def in_nnx(params: Any, dropout: float) -> Network:
     def predict(model: NnxTransformer, x: jax.Array) -> jax.Array:
         return nnx.view(model, deterministic=True, use_running_average=True)(x)
 
+    # Its dropout has random numbers of its own, and needs no key.
     return Network(model, lambda model, x, key: (model(x), {}), predict)
 
 
@@ -484,6 +485,13 @@ def difference_without_dropout(ways: dict[str, Any], params: Any, data: Data, ba
     return float(np.max(np.ptp(losses, axis=0)))
 
 
+def check_resumed(name: str, whole: Curves, again: Curves) -> None:
+    """Exit with one line if a run that goes on from a file has other losses or logits than the whole one."""
+    pairs = (whole.losses[-len(again.losses) :], again.losses), (whole.logits, again.logits)
+    largest = np.max([np.max(np.abs(one - other)) for one, other in pairs])
+    check_difference(f"run in {name} and the one that goes on from its file", float(largest), 0.0)
+
+
 def plot(curves: dict[str, Curves], resumed: dict[str, Curves], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -542,13 +550,6 @@ def main() -> None:
     picture = arguments.out / "transformer.png"
     plot(curves, resumed, picture)
     print(f"Each run ends the same if it goes on from its file in {arguments.out}. The curves are in {picture}.")
-
-
-def check_resumed(name: str, whole: Curves, again: Curves) -> None:
-    """Exit with one line if a run that goes on from a file has other losses or logits than the whole one."""
-    pairs = (whole.losses[-len(again.losses) :], again.losses), (whole.logits, again.logits)
-    largest = max(float(np.max(np.abs(one - other))) for one, other in pairs)
-    check_difference(f"run in {name} and the one that goes on from its file", largest, 0.0)
 
 
 if __name__ == "__main__":
