@@ -6,10 +6,12 @@ Neither library is imported before a user has.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import sys
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,74 +19,119 @@ import numpy as np
 
 from jaxoptim.core import trees
 
+ARRAYS_ALONE = (
+    "Give the arrays alone, eqx.partition(model, eqx.is_inexact_array)[0] or nnx.split(model, nnx.Param, ...)[1], and "
+    "join them with the rest in the loss."
+)
+"""What to do with a module among other parameters, for messages."""
 
-class Module(abc.ABC):
-    """A module as it was given, taken apart.
 
-    Attributes:
-        trained: the tree of the arrays that are trained, None in the place of anything else.
-        rest: the arrays that the module may change when it is called (statistics, counts), None if there are none.
+class ModuleDef(abc.ABC):
+    """A module without its arrays, as a treedef is a tree without its leaves.
+
+    It names compiled programs. Modules of one structure have one and the same, so that they share programs.
     """
 
-    trained: Any
-    rest: Any = None
+    @abc.abstractmethod
+    def split(self, module: Any) -> tuple[Any, Any]:
+        """The arrays of a module: the tree of those that are trained, and the rest, None if there is none."""
 
     @abc.abstractmethod
     def joined(self, trained: Any, rest: Any) -> Any:
         """The module with these arrays."""
 
-    def rest_of(self, module: Any, aux: Any) -> Any:
-        """The arrays that a call may have changed, from the module and the auxiliary output of the loss."""
-        return self.rest
+    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
+        """The rest after a call, from the module, the auxiliary output of the loss, and the rest before it."""
+        return before
 
     def gradients(self, grads: Any) -> Any:
         """Gradients as a tree like the one that is trained."""
         return grads
 
 
-class EquinoxModule(Module):
-    """An equinox module, whose inexact arrays are trained; whatever else it has stays."""
+class Parts(NamedTuple):
+    """A module taken apart.
+
+    Attributes:
+        definition: the module without its arrays.
+        trained: the tree of the arrays that are trained, None in the place of anything else.
+        rest: its other arrays, which a call may change (statistics, counts); None if there are none.
+    """
+
+    definition: ModuleDef
+    trained: Any
+    rest: Any
+
+
+class EquinoxDef(ModuleDef):
+    """An equinox module, whose inexact arrays are trained."""
 
     def __init__(self, module: Any) -> None:
-        self.trained = jax.tree.map(lambda x: x if _is_inexact(x) else None, module)
-        self._others = jax.tree.map(lambda x: None if _is_inexact(x) else x, module)
+        self._others = jax.tree.map(lambda x: None if _is_array(x) else x, module)
+
+    def key(self) -> Any:
+        """What equal definitions have in common; not hashable if something in the module is not."""
+        leaves, treedef = jax.tree.flatten(self._others)
+        # Of the numbers 1, 1.0 and True, and of 0.0 and -0.0, each has programs of its own.
+        return treedef, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in leaves)
+
+    def split(self, module: Any) -> tuple[Any, Any]:
+        """The inexact arrays, and the others."""
+        trained = jax.tree.map(lambda x: x if _is_inexact(x) else None, module)
+        rest = jax.tree.map(lambda x: jnp.asarray(x) if _is_array(x) and not _is_inexact(x) else None, module)
+        return trained, rest if jax.tree.leaves(rest) else None
 
     def joined(self, trained: Any, rest: Any) -> Any:
         """The module with these arrays."""
-        return jax.tree.map(_either, trained, self._others, is_leaf=lambda x: x is None)
+        trees = (trained, self._others) if rest is None else (trained, rest, self._others)
+        return jax.tree.map(_first, *trees, is_leaf=lambda x: x is None)
 
 
-class NnxModule(Module):
-    """An nnx module, whose ``nnx.Param`` are trained; its other variables are what a call may change."""
+class NnxDef(ModuleDef):
+    """An nnx module, some of whose variables are trained.
 
-    def __init__(self, module: Any) -> None:
+    Args:
+        module: the module.
+        wrt: the filter of nnx that says which.
+    """
+
+    def __init__(self, module: Any, wrt: Any) -> None:
         from flax import nnx
 
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        self._structure, self.trained, self._first = parts
-        self.rest = self._first if jax.tree.leaves(self._first) else None
+        self._structure: Any = nnx.graphdef(module)
+        self._wrt: Any = wrt
+
+    def key(self) -> Any:
+        """What equal definitions have in common; not hashable if something in the module is not."""
+        return self._structure, self._wrt
+
+    def split(self, module: Any) -> tuple[Any, Any]:
+        """The variables that are trained, and the others."""
+        from flax import nnx
+
+        parts: Any = nnx.split(module, self._wrt, ...)
+        _, trained, rest = parts
+        return trained, rest if jax.tree.leaves(rest) else None
 
     def joined(self, trained: Any, rest: Any) -> Any:
         """The module with these arrays."""
         from flax import nnx
 
-        return nnx.merge(self._structure, trained, self._first if rest is None else rest, copy=True)
+        return nnx.merge(self._structure, trained, *([] if rest is None else [rest]), copy=True)
 
-    def rest_of(self, module: Any, aux: Any) -> Any:
-        """The arrays that a call may have changed."""
-        from flax import nnx
-
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        given, known = (set(trees.names(rest)) for rest in (parts[-1], self._first))
+    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
+        """The variables that a call may have changed."""
+        _, rest = self.split(module)
+        given, known = (set(trees.names(variables)) for variables in (rest, before))
         if given != known:
             raise TypeError(
                 f"The loss has changed which variables the module has, {min(given ^ known)!r} among them. Make all of "
                 "them in the module's constructor, and take out what it sows (nnx.pop)."
             )
-        return parts[-1]
+        return rest
 
 
-class LinenVariables(Module):
+class LinenDef(ModuleDef):
     """The variables of a linen module, of which ``"params"`` is trained; its other collections may be changed.
 
     They come back in the auxiliary output of the loss, if that is a dict of collections, as ``apply(..., mutable=)``
@@ -93,18 +140,25 @@ class LinenVariables(Module):
 
     def __init__(self, variables: Mapping[str, Any]) -> None:
         self._kind: Any = type(variables)
-        self._names = list(variables)
-        self.trained = {"params": variables["params"]}
-        self.rest = {name: jax.tree.map(jnp.asarray, x) for name, x in variables.items() if name != "params"}
+        self._names = tuple(variables)
+
+    def key(self) -> Any:
+        """What equal definitions have in common."""
+        return self._kind, self._names
+
+    def split(self, module: Any) -> tuple[Any, Any]:
+        """The collection that is trained, and the others."""
+        rest = {name: jax.tree.map(jnp.asarray, x) for name, x in module.items() if name != "params"}
+        return {"params": module["params"]}, rest
 
     def joined(self, trained: Any, rest: Any) -> Any:
         """The variables with these arrays."""
         every = {**trained, **rest}
         return self._kind({name: every[name] for name in self._names})
 
-    def rest_of(self, module: Any, aux: Any) -> Any:
+    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
         """The collections that a call may have changed."""
-        rest = {name: module[name] for name in self.rest}
+        rest = {name: module[name] for name in before}
         if not isinstance(aux, Mapping) or not aux or not aux.keys() <= rest.keys():
             return rest
         for name, new in aux.items():
@@ -113,22 +167,45 @@ class LinenVariables(Module):
 
     def gradients(self, grads: Any) -> Any:
         """Gradients of the collection that is trained."""
-        is_whole = isinstance(grads, Mapping) and grads.keys() == {"params", *self.rest}
+        is_whole = isinstance(grads, Mapping) and grads.keys() == set(self._names)
         return {"params": grads["params"]} if is_whole else grads
 
 
-def module_of(params: Any) -> Module | None:
-    """The parts of a module of equinox or nnx; None for anything else."""
-    if _is_of("equinox", params):
-        return EquinoxModule(params)
-    return NnxModule(params) if is_nnx(params) else None
+def module_of(params: Any, wrt: Any = None) -> Parts | None:
+    """The parts of a module of equinox or nnx; None for anything else.
+
+    Args:
+        params: anything.
+        wrt: a filter of nnx, which variables of an nnx module are trained (default None: its ``nnx.Param``).
+
+    Raises:
+        ``TypeError`` for a filter of what is no nnx module, and for what is no filter; ``ValueError`` for one that
+        selects nothing.
+    """
+    if is_nnx(params):
+        return _nnx_parts(params, wrt)
+    if wrt is not None:
+        raise TypeError(
+            f"wrt says which variables of an nnx module are trained, but params is a {type(params).__name__}. Leave "
+            "wrt out, or select by frozen=; of an equinox module give the part that eqx.partition makes."
+        )
+    return _parts(EquinoxDef(params), params) if _is_of("equinox", params) else None
 
 
-def parts_of(params: Any) -> Module | None:
-    """The parts of a module, or of linen's variables with batch statistics; None for anything else."""
-    if isinstance(params, Mapping) and {"params", "batch_stats"} <= params.keys():
-        return LinenVariables(params)
-    return module_of(params)
+def parts_of(params: Any, wrt: Any = None) -> Parts | None:
+    """The parts of a module, or of linen's variables with batch statistics; None for anything else.
+
+    It takes and raises what :func:`module_of` does.
+    """
+    if wrt is None and isinstance(params, Mapping) and {"params", "batch_stats"} <= params.keys():
+        return _parts(LinenDef(params), params)
+    return module_of(params, wrt)
+
+
+def trained_of(params: Any) -> Any:
+    """The tree of the arrays that are trained; anything but a module is one."""
+    parts = parts_of(params)
+    return params if parts is None else parts.trained
 
 
 def is_nnx(params: Any) -> bool:
@@ -141,33 +218,63 @@ def _is_of(library: str, params: Any) -> bool:
     return loaded is not None and isinstance(params, loaded.Module)
 
 
+_DEFINITIONS: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+"""The definitions that there are, by what equal ones have in common."""
+
+
+def _parts(definition: EquinoxDef | NnxDef | LinenDef, module: Any) -> Parts:
+    with contextlib.suppress(TypeError):  # of what cannot be hashed, where nothing is known to be equal
+        definition = _DEFINITIONS.setdefault(definition.key(), definition)
+    return Parts(definition, *definition.split(module))
+
+
+def _nnx_parts(module: Any, wrt: Any) -> Parts:
+    from flax import nnx
+
+    if not (wrt is None or isinstance(wrt, type | str | bool | tuple | list) or wrt is ... or callable(wrt)):
+        raise TypeError(f"wrt is a filter of nnx, such as nnx.Param or nnx.PathContains('head'), but got {wrt!r}.")
+    chosen = nnx.Param if wrt is None else nnx.filterlib.to_predicate(wrt)
+    parts = _parts(NnxDef(module, chosen), module)
+    if wrt is not None and not jax.tree.leaves(parts.trained):
+        kinds = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(nnx.state(module))})
+        raise ValueError(f"wrt={wrt!r} selects no variable of the module, which has {', '.join(kinds) or 'none'}.")
+    return parts
+
+
 @dataclasses.dataclass(frozen=True)
 class ModuleLoss:
     """A loss of a module as one of the arrays that are trained, and of the rest if there is some.
 
     Attributes:
-        module: the parts of the module, the same object at each step.
+        module: the module without its arrays.
         function: as given.
         has_aux: whether it returns an auxiliary output too.
+        has_rest: whether the rest is its second argument, and comes back in the auxiliary output.
     """
 
-    module: Module
+    module: ModuleDef
     function: Callable[..., Any]
     has_aux: bool
+    has_rest: bool
 
     def __call__(self, trained: Any, *args: Any, **kwargs: Any) -> Any:
         """What the function returns; where there is a rest, the loss, and ``(aux, the rest after it)``."""
-        if self.module.rest is None:
+        if not self.has_rest:
             return self.function(self.module.joined(trained, None), *args, **kwargs)
-        module = self.module.joined(trained, args[0])
-        result = self.function(module, *args[1:], **kwargs)
+        before, *others = args
+        module = self.module.joined(trained, before)
+        result = self.function(module, *others, **kwargs)
         loss, aux = result if self.has_aux else (result, None)
-        return loss, (aux, self.module.rest_of(module, aux))
+        return loss, (aux, self.module.rest_after(module, aux, before))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 def _is_inexact(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray) and bool(jnp.issubdtype(x.dtype, jnp.inexact))
+    return _is_array(x) and bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def _either(array: Any, other: Any) -> Any:
-    return other if array is None else array
+def _first(*found: Any) -> Any:
+    return next((x for x in found if x is not None), None)

@@ -13,7 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.core.foreign import check_not_trained_by_torch
-from jaxoptim.core.modules import is_nnx
+from jaxoptim.core.modules import ARRAYS_ALONE, is_nnx
 from jaxoptim.optim.parameter import Parameter
 
 Selector = Any
@@ -247,6 +247,5 @@ def _made(value: Any, name: str) -> Parameter:
         return Parameter(value, name)
     raise TypeError(
         f"optimizer can only optimize arrays and Parameters, but one of the params, {name!r}, is "
-        f"{type(value).__name__}. Give the arrays alone, with None in other places: "
-        "eqx.filter(model, eqx.is_inexact_array), nnx.state(model, nnx.Param)."
+        f"{type(value).__name__}. {ARRAYS_ALONE}"
     )

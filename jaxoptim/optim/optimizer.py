@@ -12,7 +12,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
-from jaxoptim.core.modules import Module, ModuleLoss, parts_of
+from jaxoptim.core.modules import ModuleDef, ModuleLoss, parts_of
 from jaxoptim.core.precision import checked
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
@@ -110,7 +110,8 @@ class Optimizer(Hooked):
     """What keeps the parameters and makes the updates."""
     decays: ClassVar[tuple[str, str] | None] = None
     """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
-    _module: Module | None = None  # the parts of the module that the parameters came in
+    _module: ModuleDef | None = None  # the module that the parameters came in
+    _rest: Any = None  # its other arrays
     fixed: Mapping[str, Any] = {}
     """Hyperparameters of the rule that the class sees to itself, and the values that they have there."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
@@ -143,8 +144,9 @@ class Optimizer(Hooked):
         gradient_transforms.check(gradient_transform)
         self._storage.gradient_transform = gradient_transform
         self._storage.precision = checked(master_weights, rounding, state_dtype)
-        self._module = parts_of(params)
-        self._add_all(params if self._module is None else self._module.trained, groups)
+        if (parts := parts_of(params)) is not None:
+            self._module, params, self._rest = parts
+        self._add_all(params, groups)
         if frozen is not None:
             self.freeze(frozen)
 
@@ -197,7 +199,7 @@ class Optimizer(Hooked):
             return jax.tree.map(lambda param: param.value, tree)
         first, *others = tree if self._storage.is_list else [tree]
         values, *more = jax.tree.map(lambda param: param.value, [first, *others])
-        whole = module.joined(values, module.rest)
+        whole = module.joined(values, self._rest)
         return [whole, *more] if self._storage.is_list else whole
 
     @property
@@ -512,17 +514,16 @@ class Optimizer(Hooked):
         )
         value, aux = self._update(lambda: self._minimized(job))
         if loss.carries:
-            aux, self._module.rest = aux  # type: ignore[union-attr]
+            aux, self._rest = aux
         return (value, aux) if has_aux else value
 
-    def _of_module(self, loss: Loss, args: tuple[Any, ...], module: Module) -> tuple[Loss, tuple[Any, ...]]:
+    def _of_module(self, loss: Loss, args: tuple[Any, ...], module: ModuleDef) -> tuple[Loss, tuple[Any, ...]]:
         """The loss of a module as one of the parameters, and its arguments, the rest of the module among them."""
         if self._storage.is_list:
             raise TypeError("A loss takes one module, but parameters were added to it with add_param_group.")
-        loss = loss._replace(function=ModuleLoss(module, loss.function, loss.has_aux))
-        if module.rest is None:
-            return loss, args
-        return loss._replace(has_aux=True, carries=True), (module.rest, *args)
+        has_rest = self._rest is not None
+        loss = loss._replace(function=ModuleLoss(module, loss.function, loss.has_aux, has_rest))
+        return (loss._replace(has_aux=True, carries=True), (self._rest, *args)) if has_rest else (loss, args)
 
     def _minimized(self, job: Minimization) -> tuple[Any, Any]:
         value, aux, measured = self._storage.minimize(job)
@@ -679,6 +680,7 @@ class Optimizer(Hooked):
             "forest": storage.forest,
             "is_list": storage.is_list,
             "module": self._module,
+            "rest": self._rest,
             "precision": storage.precision,
             gradient_transforms.KEY: (storage.gradient_transform, storage.transform_state()),
         }
@@ -689,7 +691,7 @@ class Optimizer(Hooked):
             self._prepare()
         if "forest" in state:
             self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
-        self._module = state.get("module", self._module)
+        self._module, self._rest = state.get("module", self._module), state.get("rest", self._rest)
         self._storage.precision = state.get("precision", self._storage.precision)
         if "defaults" in state:
             self.defaults = state["defaults"]

@@ -22,7 +22,7 @@ from jaxoptim.averaging import (
     swa_step,
 )
 from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
-from jaxoptim.core.modules import Module, module_of
+from jaxoptim.core.modules import Parts, module_of
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.optimizer import Optimizer
@@ -293,7 +293,7 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else x.astype(dtype)
 
 
-def _tree(model: Any) -> tuple[Module | None, Any]:
+def _tree(model: Any) -> tuple[Parts | None, Any]:
     """The parts of a module, None for anything else, and the arrays of a model as a tree."""
     whole = model.params if isinstance(model, Optimizer) else model
     parts = module_of(whole)
@@ -302,9 +302,9 @@ def _tree(model: Any) -> tuple[Module | None, Any]:
     return parts, parts.trained if parts.rest is None else {"params": parts.trained, "rest": parts.rest}
 
 
-def _joined(parts: Module, tree: Any) -> Any:
+def _joined(parts: Parts, tree: Any) -> Any:
     """The module with the arrays of a tree."""
-    return parts.joined(tree, None) if parts.rest is None else parts.joined(tree["params"], tree["rest"])
+    return parts.definition.joined(*((tree, None) if parts.rest is None else (tree["params"], tree["rest"])))
 
 
 def _are_buffers(tree: Any) -> list[bool]:
