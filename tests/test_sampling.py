@@ -17,6 +17,7 @@ from jaxoptim import rules, sampling
 from jaxoptim.sampling import chains, run
 from jaxoptim.sampling.batches import batch_at, shuffled
 from jaxoptim.sampling.chain import ChainSpec, Thinning
+from jaxoptim.sampling.target import Given, Target
 
 KEY = jax.random.key(3)
 N = 10
@@ -466,11 +467,11 @@ def test_other_numbers_compile_nothing_new():
 
 def test_no_data_are_written_into_the_program():
     data = {"x": jnp.ones((1000, 2)), "y": jnp.ones(1000)}
-    spec = ChainSpec(fit, None, 4, (), 5)
+    spec = ChainSpec(Target(fit), None, 4, (), 5)
     stacked = run.stacked(SGLD, 1)
-    args = (stacked, jnp.zeros(2, int), KEY, jnp.arange(2), START, data)
+    args = (stacked, jnp.zeros(2, int), KEY, jnp.arange(2), START, Given(data, None))
     state = jax.eval_shape(chains.init_chains, spec, None, *args)
-    lowered = chains.run_steps.lower(spec, "vmap", None, *args[:2], state, data, Thinning(0, 1), 0, 5)
+    lowered = chains.run_steps.lower(spec, "vmap", None, *args[:2], state, args[-1], Thinning(0, 1), 0, 5)
     for text in (lowered.as_text(), chains.init_chains.lower(spec, None, *args).as_text()):
         constants = [line for line in text.splitlines() if "stablehlo.constant" in line]
         assert not any("x1000" in line or "<1000" in line for line in constants if 'dense<"' in line)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim.sampling.llc import arranged_in, initial_loss, options_of, temperature, tempered
 from jaxoptim.sampling.run import SamplerLike, run
 from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.target import problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ def calibrate(
     """
     checked = options_of("calibrate", key, options)
     nbeta = temperature("calibrate", nbeta, sampler, data)
-    init_loss = initial_loss(init_loss, loss_fn, params, data, checked.batch_size)
+    given = problem(loss_fn, params, data, checked.batch_size)
+    init_loss = initial_loss(init_loss, given, checked.batch_size)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
         if not len(values) or not (values >= 0).all():
@@ -119,7 +121,7 @@ def calibrate(
     grid = [x.reshape(-1) for x in np.meshgrid(rates, strengths, indexing="ij")]
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
-    found = run(loss_fn, params, sampler, data, rules, count, checked)
+    found = run(given, sampler, rules, count, checked)
     arranged = arranged_in((len(rates), len(strengths), checked.num_chains), found)
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)

@@ -16,6 +16,7 @@ from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD
 from jaxoptim.sampling.batches import batch_at
 from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
 _NOISE, _PROBES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
@@ -25,14 +26,14 @@ class ChainSpec(NamedTuple):
     """The static part of a chain, which names a compiled program.
 
     Attributes:
-        loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
+        target: the loss, and the module that its parameters are in.
         transformation: the sampler, None where it is a rule, which is data.
         batch_size: how many data make a batch; None for all.
         observables: names and observables.
         room: how many draws can be written down.
     """
 
-    loss_fn: Callable[..., Any]
+    target: Target
     transformation: Any
     batch_size: int | None
     observables: tuple[tuple[str, Observable], ...]
@@ -60,7 +61,7 @@ class Chain(NamedTuple):
 
     Attributes:
         key: the key of the chain, from which every step's batch and noise follow.
-        params: the current parameters.
+        params: the current parameters, the tree of the arrays that are sampled.
         state: the state of the sampler.
         memories: the state of each observable.
         traces: by name the values recorded at each draw; room for all of them is there from the start.
@@ -73,7 +74,7 @@ class Chain(NamedTuple):
     traces: dict[str, Any]
 
 
-def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, data: Any, key: jax.Array) -> Chain:
+def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, given: Given, key: jax.Array) -> Chain:
     """Return a chain before its first step."""
     noise_key = fold_in(key, _NOISE)
     if rule is None:
@@ -85,20 +86,20 @@ def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, data: Any, key: 
         state = jax.tree.unflatten(treedef, leaves)
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
-    memories = {name: observable.init(params) for name, observable in spec.observables}
+    memories = {name: observable.init(spec.target.params(params, given.rest)) for name, observable in spec.observables}
     chain = Chain(key, params, state, memories, {})
-    values = jax.eval_shape(lambda chain: _chain_step(spec, rule, data, Thinning(0, 1), chain, 0)[1], chain)
+    values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
 
 
 def run_steps(
-    spec: ChainSpec, rule: Rule | None, data: Any, thinning: Thinning, chain: Chain, start: Any, stop: Any
+    spec: ChainSpec, rule: Rule | None, given: Given, thinning: Thinning, chain: Chain, start: Any, stop: Any
 ) -> Chain:
     """Return a chain after the steps from ``start`` to ``stop``; how many they are is data."""
 
     def body(t: Any, chain: Chain) -> Chain:
-        chain, values = _chain_step(spec, rule, data, thinning, chain, t)
+        chain, values = _chain_step(spec, rule, given, thinning, chain, t)
         draw = thinning.draw_at(t)
         written = jax.tree.map(lambda x, trace: trace.at[draw].set(x), values, chain.traces)
         return chain._replace(traces=written)
@@ -114,18 +115,21 @@ def results(spec: ChainSpec, num_draws: int, chain: Chain) -> dict[str, Any]:
 
 
 def _chain_step(
-    spec: ChainSpec, rule: Rule | None, data: Any, thinning: Thinning, chain: Chain, t: Any
+    spec: ChainSpec, rule: Rule | None, given: Given, thinning: Thinning, chain: Chain, t: Any
 ) -> tuple[Chain, Any]:
     """Return the chain after one step, and the values that the step would record."""
-    batch = batch_at(t, chain.key, data, spec.batch_size)
+    batch = batch_at(t, chain.key, given.data, spec.batch_size)
+
+    def as_given(params: Any) -> Any:
+        return spec.target.params(params, given.rest)
 
     def loss_of(params: Any) -> Any:
-        return spec.loss_fn(params) if data is None else spec.loss_fn(params, batch)
+        return spec.target.loss(params, given.rest, batch)
 
     loss, grads = jax.value_and_grad(loss_of)(chain.params)
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, thinning.is_draw(t))
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, thinning.is_draw(t), as_given)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:
@@ -135,8 +139,8 @@ def _chain_step(
         params = optax.apply_updates(chain.params, updates)
     else:
         probe = fold_in(fold_in(chain.key, _PROBES), t)
-        given = {"curvature": _curvature(loss_of, chain.params, probe)} if _uses_curvature(rule) else {}
-        params, state = step(rule, chain.params, grads, chain.state, **given)
+        extra = {"curvature": _curvature(loss_of, chain.params, probe)} if _uses_curvature(rule) else {}
+        params, state = step(rule, chain.params, grads, chain.state, **extra)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
     return Chain(chain.key, params, state, memories, chain.traces), values

@@ -18,6 +18,7 @@ from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
+from jaxoptim.sampling.target import Given
 
 METHODS = ("auto", "vmap", "map")
 _SMALL = 2048
@@ -26,11 +27,11 @@ _MEDIUM = 65536
 """The same limit where one device has several cores, which work together on all chains only."""
 
 
-def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, Mesh | None]:
+def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str, Mesh | None]:
     """The method of running chains, and the devices to spread them over (None: they stay where their inputs are)."""
     if method not in METHODS:
         raise ValueError(f"Invalid chain_method: {method!r}. It is one of {', '.join(map(repr, METHODS))}.")
-    arrays = [x for x in jax.tree.leaves((params, data)) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves((params, given)) if isinstance(x, jax.Array)]
     devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
     platform = next(iter(devices)).platform if devices else jax.default_backend()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -47,7 +48,7 @@ def layout(method: str, num_chains: int, params: Any, data: Any) -> tuple[str, M
 
 @functools.partial(jax.jit, static_argnames=("spec", "mesh"))
 def init_chains(
-    spec: ChainSpec, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, data: Any
+    spec: ChainSpec, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, given: Given
 ) -> Chain:
     """Return chains before their first step, stacked.
 
@@ -59,14 +60,14 @@ def init_chains(
         key: the key of the run.
         numbers: for each chain the number that is folded into it.
         params: where all begin.
-        data: the data.
+        given: what all are given.
     """
 
-    def one(setting: Any, key: Any, rules: Any, params: Any, data: Any) -> Chain:
-        return chain.init_chain(spec, _setting(rules, setting), params, data, key)
+    def one(setting: Any, key: Any, rules: Any, params: Any, given: Given) -> Chain:
+        return chain.init_chain(spec, _setting(rules, setting), params, given, key)
 
     # At the start there is nothing to compute that would need the cache.
-    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, data))
+    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, given))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")
@@ -77,17 +78,17 @@ def run_steps(
     rules: Any,
     settings: Any,
     chains: Chain,
-    data: Any,
+    given: Given,
     thinning: Thinning,
     start: Any,
     stop: Any,
 ) -> Chain:
     """Return chains after the steps from ``start`` to ``stop``."""
 
-    def one(setting: Any, state: Chain, rules: Any, data: Any, thinning: Thinning, start: Any, stop: Any) -> Chain:
-        return chain.run_steps(spec, _setting(rules, setting), data, thinning, state, start, stop)
+    def one(setting: Any, state: Chain, rules: Any, given: Given, thinning: Thinning, start: Any, stop: Any) -> Chain:
+        return chain.run_steps(spec, _setting(rules, setting), given, thinning, state, start, stop)
 
-    return _over_chains(one, method, mesh, (settings, chains), (rules, data, thinning, start, stop))
+    return _over_chains(one, method, mesh, (settings, chains), (rules, given, thinning, start, stop))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_draws"))

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule, trees
+from jaxoptim.core.modules import module_of
 from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.batches import size_of
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, run, stacked
 from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.target import Given, Problem, Target, problem
 
 
 def default_nbeta(n: float) -> float:
@@ -173,7 +175,7 @@ def estimate_llc(
 
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the mean loss L.
-        params: :math:`w^*`, where every chain begins.
+        params: :math:`w^*`, where every chain begins: arrays or a module, as for :func:`sample`.
         sampler: a rule, whose ``nbeta`` is replaced, such as ``rules.SGLD(lr=1e-4, localization=100.0)``; or a
             transformation, which has its ``nbeta`` already.
         data: a pytree of arrays whose first axes run over the data (default None).
@@ -210,6 +212,7 @@ def estimate_llc(
     """
     checked = options_of("estimate_llc", key, options)
     nbeta = temperature("estimate_llc", nbeta, sampler, data)
+    given = problem(loss_fn, params, data, checked.batch_size)
     masks, count, names = None, 1, None
     if isinstance(selections, str) or callable(selections):
         raise TypeError(f"selections is a list, or a mapping of names, but got {selections!r}. Give [{selections!r}].")
@@ -218,11 +221,11 @@ def estimate_llc(
             raise ValueError("The sampler has a mask, optimize_over, of its own. Give it as one of the selections.")
         if isinstance(selections, Mapping):
             names, selections = tuple(selections), list(selections.values())
-        masks, count = stacked_masks(selections, params), len(selections)
+        masks, count = stacked_masks(selections, given.arrays), len(selections)
     changes = {} if masks is None else {"optimize_over": masks}
     rules = tempered(sampler, count, nbeta, **changes)
-    init_loss = initial_loss(init_loss, loss_fn, params, data, checked.batch_size)
-    found = run(loss_fn, params, sampler, data, rules, count, checked)
+    init_loss = initial_loss(init_loss, given, checked.batch_size)
+    found = run(given, sampler, rules, count, checked)
     shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
     return made(found, shape, init_loss, nbeta, names)
 
@@ -249,9 +252,9 @@ def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> flo
     return float(nbeta)
 
 
-def initial_loss(init_loss: Any, loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> float:
+def initial_loss(init_loss: Any, given: Problem, batch_size: int | None) -> float:
     """The loss to compare with: what was given, or that of all data at the parameters."""
-    value = full_loss(loss_fn, params, data, batch_size) if init_loss is None else float(init_loss)
+    value = float(_full_loss(*given, batch_size) if init_loss is None else init_loss)
     if not math.isfinite(value):
         what = "The loss of all data at params" if init_loss is None else "init_loss"
         raise ValueError(f"{what} is {value}, with which no other loss can be compared.")
@@ -306,7 +309,8 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
     names, leaves = trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf)
     chosen: list[list[Any]] = []
     for selection in selections:
-        if isinstance(selection, str) or hasattr(selection, "fullmatch") or callable(selection):
+        is_module = module_of(selection) is not None  # of bools, which may be callable
+        if isinstance(selection, str) or hasattr(selection, "fullmatch") or (callable(selection) and not is_module):
             matches = predicate(selection)
             flags = [bool(matches(name)) for name in names]
             if not any(flags):
@@ -334,22 +338,19 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
     return jax.tree.map(jnp.asarray, jax.tree.unflatten(treedef, masks))
 
 
-def full_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> float:
+@functools.partial(jax.jit, static_argnames=("target", "batch_size"))
+def _full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
     """The mean loss over all data, batch by batch, each weighted by its size."""
-    return float(_full_loss(loss_fn, params, data, batch_size))
-
-
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def _full_loss(loss_fn: Callable[..., Any], params: Any, data: Any, batch_size: int | None) -> jax.Array:
+    data, rest = given
     if data is None:
-        return loss_fn(params)
+        return target.loss(params, rest, None)
     n = size_of(data)
     size = batch_size or n
     whole = n // size * size
     batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
-    total = jnp.sum(jax.lax.map(lambda batch: loss_fn(params, batch), batches)) * size
+    total = jnp.sum(jax.lax.map(lambda batch: target.loss(params, rest, batch), batches)) * size
     if whole < n:
-        total += loss_fn(params, jax.tree.map(lambda x: x[whole:], data)) * (n - whole)
+        total += target.loss(params, rest, jax.tree.map(lambda x: x[whole:], data)) * (n - whole)
     return total / n
 
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten
 from jaxoptim.core.leaf import by_leaf
+from jaxoptim.core.modules import module_of, trained_of
 from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.rules import SGLD
 from jaxoptim.rules._langevin import force, masked, potential
@@ -23,22 +24,30 @@ class Draw(NamedTuple):
     """One step of a chain, as an observable sees it.
 
     Attributes:
-        params: the parameters :math:`w_t` before the step, where the loss and the gradient are taken.
+        arrays: the arrays :math:`w_t` that are sampled, before the step, where the loss and the gradient are taken; a
+            tree like ``grads``.
         loss: the loss there, of the batch of this step.
         grads: its gradient.
         batch: the data of this step.
         sampler: the rule, its numbers those of this step, or the transformation.
         state: the state of the sampler before the step.
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
+        as_given: puts such arrays into the module that they came in.
     """
 
-    params: Any
+    arrays: Any
     loss: jax.Array
     grads: Any
     batch: Any
     sampler: Any
     state: Any
     is_recorded: jax.Array
+    as_given: Callable[[Any], Any]
+
+    @property
+    def params(self) -> Any:
+        """The parameters before the step as the loss gets them; a module is a new one at each access."""
+        return self.as_given(self.arrays)
 
 
 class Observable:
@@ -49,7 +58,7 @@ class Observable:
     """
 
     def init(self, params: Any) -> Any:
-        """Return the memory before the first step, a pytree of arrays."""
+        """Return the memory before the first step, a pytree of arrays; ``params`` are as the loss gets them."""
         return ()
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
@@ -67,13 +76,17 @@ class Function(Observable):
 
     function: Callable[[Any], Any]
 
+    def value(self, params: Any) -> Any:
+        """What the function returns; of a module the arrays that are sampled."""
+        value = self.function(params)
+        parts = module_of(value)
+        return jax.tree.map(jnp.asarray, value if parts is None else parts.trained)
+
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        like = jax.eval_shape(self.function, draw.params)
+        # The variables of an nnx module may be changed only by the trace in which they were made.
+        like = jax.eval_shape(lambda: self.value(draw.params))
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        value = lax.cond(
-            draw.is_recorded, lambda: jax.tree.map(jnp.asarray, self.function(draw.params)), lambda: nothing
-        )
-        return memory, value
+        return memory, lax.cond(draw.is_recorded, lambda: self.value(draw.params), lambda: nothing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +111,17 @@ class MalaAcceptance(Observable):
     """
 
     def init(self, params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, _wide(params))
+        zeros = jax.tree.map(jnp.zeros_like, _wide(trained_of(params)))
         return zeros, zeros, jnp.full((), jnp.nan)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         rule = draw.sampler
         if not isinstance(rule, SGLD):
             raise TypeError(f"MalaAcceptance is of the rule SGLD, but the sampler is {type(rule).__name__}.")
-        params, treedef = jax.tree.flatten(_wide(draw.params), is_leaf=trees.is_leaf)
+        params, treedef = jax.tree.flatten(_wide(draw.arrays), is_leaf=trees.is_leaf)
         grads = jax.tree.leaves(_wide(draw.grads), is_leaf=trees.is_leaf)
         centers = jax.tree.leaves(draw.state.slots["initial_param"], is_leaf=trees.is_leaf)
-        rules = by_leaf(rule, draw.params, "params")
+        rules = by_leaf(rule, draw.arrays, "params")
         energy, forces = rule.nbeta * draw.loss, list[Any]()
         for one, param, grad, center in zip(rules, params, grads, centers, strict=True):
             if param is None:
@@ -117,7 +130,7 @@ class MalaAcceptance(Observable):
             slots = {"initial_param": center}
             energy = energy + potential(one, 0.0, slots, param)
             forces.append(masked(one, force(one, grad, slots, param)))
-        here = _wide(draw.params), jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
+        here = _wide(draw.arrays), jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
         (x, grad_x, before), (y, grad_y, now) = memory, here
         return here, mala_acceptance(x, grad_x, before, y, grad_y, now, rule.lr)
 
@@ -150,10 +163,10 @@ class Covariance(Observable):
     select: Callable[[Any], Any] | None = None
 
     def _vector(self, params: Any) -> jax.Array:
-        return flatten(params if self.select is None else self.select(params))
+        return flatten(trained_of(params) if self.select is None else self.select(params))
 
     def init(self, params: Any) -> Any:
-        like = jax.eval_shape(self._vector, params)
+        like = self._vector(params)  # of which the compiler keeps the shape alone
         return jnp.zeros((), like.dtype), jnp.zeros(like.shape, like.dtype), jnp.zeros(like.shape * 2, like.dtype)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:

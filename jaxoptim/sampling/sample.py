@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, run, stacked
+from jaxoptim.sampling.target import problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Samples:
         loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it.
         observables: by name what was observed, each with a first axis of chains; traces have a second one of draws.
             The sampler's own metrics (``thermostat``, ``noise_norm``, ...) are among them.
-        params: where the chains have ended, a tree like the parameters with a first axis of chains.
+        params: where the chains have ended, as the parameters were given, with a first axis of chains; of a module all
+            arrays have it, so that ``jax.vmap`` (``eqx.filter_vmap``) takes the chains' modules one by one.
         diverged: for each chain the first draw whose loss is not finite, -1 if there is none.
     """
 
@@ -62,7 +64,11 @@ def sample(
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the *mean* loss, a real
             scalar. Define it once and pass what changes as data.
-        params: where every chain begins, a pytree of arrays.
+        params: where every chain begins: a pytree of arrays; a module of equinox, whose inexact arrays are sampled, or
+            of nnx, whose ``nnx.Param`` are; linen's variables, whose ``"params"`` are, if there are ``"batch_stats"``.
+            Whatever else a module has is fixed: batch statistics and random counts are at every step those given, and
+            what a loss changes in them is dropped. Call ``model.eval()`` of an nnx module before, if its layers are
+            to use their statistics, and no dropout.
         sampler: a rule, such as ``rules.SGLD(lr=1e-4, nbeta=50.0)``, or a transformation. The noise of a rule follows
             the chain's key, and so does that of a transformation if its state holds a typed key.
         data: a pytree of arrays whose first axes run over the data (default None). It stays on the device.
@@ -77,8 +83,9 @@ def sample(
             the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
             of a step; ``jax.config.update("jax_num_cpu_devices", cores)`` before anything else lets each core run
             chains of its own, which is faster.
-        observables: by name what to observe at the draws besides the loss: functions of the parameters, or
-            :class:`Observable` (default None).
+        observables: by name what to observe at the draws besides the loss: functions of the parameters, as the loss
+            gets them, or :class:`Observable` (default None). Of a module that a function returns, the sampled arrays
+            are kept.
         progress: show a bar with tqdm (default False).
         checkpoint: a file that the run is saved to every minute and at its end, and from which the same run
             continues, to the last bit as if never interrupted, also with more draws than before (default None).
@@ -95,7 +102,8 @@ def sample(
     Raises:
         ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
         for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss that is not a real
-        scalar, and for what is no sampler. A chain that diverges raises nothing: see ``Samples.diverged``.
+        scalar, for what is no sampler, and for a module among other parameters. A chain that diverges raises nothing:
+        see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
@@ -125,7 +133,7 @@ def sample(
         progress,
         checkpoint,
     )
-    found = run(loss_fn, params, sampler, data, stacked(sampler, 1), 1, options)
+    found = run(problem(loss_fn, params, data, options.batch_size), sampler, stacked(sampler, 1), 1, options)
     return samples_of(found)
 
 

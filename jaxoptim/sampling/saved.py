@@ -15,17 +15,19 @@ from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.target import Given
 
 
 def description(
-    options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, params: Any, data: Any
+    options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, params: Any, given: Given
 ) -> dict[str, Any]:
     """Return the description of a run; only a run of the same description may continue it.
 
     Functions cannot be compared, so their values at the parameters are.
     """
-    batch = () if data is None else (jax.tree.map(lambda x: x[: options.batch_size], data),)
-    there = {name: of.function(params) for name, of in spec.observables if isinstance(of, Function)}
+    batch = jax.tree.map(lambda x: x[: options.batch_size], given.data)
+    functions = {name: of for name, of in spec.observables if isinstance(of, Function)}
+    there = {name: of.value(spec.target.params(params, given.rest)) for name, of in functions.items()}
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
@@ -39,9 +41,9 @@ def description(
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
-        "params": jax.tree.leaves(params),
-        "data": [_digest(x) for x in jax.tree.leaves(data)],
-        "loss function": [spec.loss_fn(params, *batch)],
+        "params": jax.tree.leaves((params, given.rest)),
+        "data": [_digest(x) for x in jax.tree.leaves(given.data)],
+        "loss function": [spec.target.loss(params, given.rest, batch)],
         "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
     }
 

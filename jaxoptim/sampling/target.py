@@ -1,0 +1,111 @@
+"""What is sampled: the loss of some parameters, which may come in a module, and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxoptim.core import trees
+from jaxoptim.core.loss import LossFunctions
+from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, is_nnx, parts_of
+from jaxoptim.core.numerics import as_jax, strong
+from jaxoptim.sampling.batches import check_batch_size, size_of
+
+
+class Given(NamedTuple):
+    """What is the same for all chains and at every step, on the device.
+
+    Attributes:
+        data: a pytree of arrays, None if there are no data.
+        rest: the arrays of a module that are not sampled, None if there are none.
+    """
+
+    data: Any
+    rest: Any
+
+
+class Target(NamedTuple):
+    """The static part of what is sampled, which names a compiled program.
+
+    Attributes:
+        loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
+        module: the module that the parameters came in, None for a plain tree.
+    """
+
+    loss_fn: Callable[..., Any]
+    module: ModuleDef | None = None
+
+    def params(self, arrays: Any, rest: Any) -> Any:
+        """The parameters as they were given, with these arrays; a module is a new one each time."""
+        return arrays if self.module is None else self.module.joined(arrays, rest)
+
+    def loss(self, arrays: Any, rest: Any, batch: Any) -> Any:
+        """The loss at these arrays; what it changes in a module is dropped."""
+        params = self.params(arrays, rest)
+        return self.loss_fn(params) if batch is None else self.loss_fn(params, batch)
+
+
+class Problem(NamedTuple):
+    """What a run samples, checked.
+
+    Attributes:
+        target: its static part.
+        arrays: the tree of arrays where every chain begins, None in the place of anything else.
+        given: data, and the other arrays of a module.
+    """
+
+    target: Target
+    arrays: Any
+    given: Given
+
+
+def problem(loss_fn: Any, params: Any, data: Any, batch_size: int | None) -> Problem:
+    """Check what a run is given, with its arrays on the device.
+
+    Raises:
+        ``TypeError`` for what is no function, no array, and for a loss that is not a real scalar; ``ValueError`` for
+        no parameters, data of different lengths, and a batch that cannot be taken from them.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn is a function of the parameters, but got {type(loss_fn).__name__}.")
+    LossFunctions("sample", "sample(loss_fn, params, sampler, data, ...)").check(loss_fn)
+    parts = parts_of(params)
+    arrays, module, rest = (params, None, None) if parts is None else (parts.trained, parts.definition, parts.rest)
+    _check_arrays(arrays)
+    arrays = jax.tree.map(lambda x: strong(as_jax(x)), arrays)
+    if not jax.tree.leaves(arrays):
+        raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
+    if data is not None:
+        size_of(data)
+    check_batch_size(batch_size, data)
+    found = Problem(Target(loss_fn, module), arrays, Given(jax.tree.map(as_jax, data), rest))
+    _check_loss(found, batch_size)
+    return found
+
+
+def _check_arrays(arrays: Any) -> None:
+    """Raise for a leaf that cannot be sampled."""
+    leaves = jax.tree.leaves(arrays, is_leaf=lambda x: trees.is_leaf(x) or is_nnx(x))
+    if any(map(is_nnx, leaves)):
+        raise TypeError(f"params is one module or a tree of arrays, but has a module of nnx in it. {ARRAYS_ALONE}")
+    for name, leaf in zip(trees.names(arrays), jax.tree.leaves(arrays, is_leaf=trees.is_leaf), strict=True):
+        if leaf is None:
+            continue
+        if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "__array__"):
+            kind = type(leaf).__name__
+            raise TypeError(f"params is one module or a tree of arrays, but {name!r} is a {kind}. {ARRAYS_ALONE}")
+        trees.check_array("parameter", name, leaf)
+
+
+def _check_loss(found: Problem, batch_size: int | None) -> None:
+    """Raise for a loss that is no real scalar."""
+    size = slice(None, batch_size)
+    batch = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), found.given.data)
+    loss = jax.eval_shape(found.target.loss, found.arrays, found.given.rest, batch)
+    if jnp.shape(loss) != () or not jnp.issubdtype(getattr(loss, "dtype", np.dtype(object)), jnp.floating):
+        given = f"shape {loss.shape} and dtype {loss.dtype}" if hasattr(loss, "shape") else type(loss).__name__
+        raise TypeError(f"The loss is a real scalar, the mean over the batch, but loss_fn returned {given}.")
