@@ -240,6 +240,109 @@ def test_variables_of_nnx_among_the_arguments_may_be_changed():
         chex.assert_trees_all_close(value, whole.minimize(nnx_loss, X, Y), rtol=1e-6)
 
 
+# Some variables of an nnx module.
+
+
+class Adapted(nnx.Module):
+    """A module with a low-rank adaptation, and batch statistics."""
+
+    def __init__(self, rngs):
+        self.first = nnx.LoRA(6, 2, 8, base_module=nnx.Linear(6, 8, rngs=rngs), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.last = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+FILTERS = {
+    "type": (nnx.LoRAParam, ["first.lora_a", "first.lora_b"]),
+    "path": (nnx.All(nnx.Param, nnx.PathContains("last")), ["last.bias", "last.kernel"]),
+    "several": ([nnx.LoRAParam, nnx.PathContains("scale")], ["first.lora_a", "first.lora_b", "norm.scale"]),
+}
+
+
+@pytest.mark.parametrize("way", ["minimize", "step", "step along all"])
+@pytest.mark.parametrize("wrt", FILTERS)
+def test_some_variables_are_trained_as_nnx_trains_them(wrt, way):
+    chosen, names = FILTERS[wrt]
+    chosen = nnx.Any(*chosen) if isinstance(chosen, list) else chosen
+    model = Adapted(nnx.Rngs(0))
+    theirs = nnx.Optimizer(model, optax.adam(0.01), wrt=chosen)
+    opt = optim.Adam(Adapted(nnx.Rngs(0)), lr=0.01, wrt=FILTERS[wrt][0])
+    before = arrays(opt.params)
+    assert [row.name for row in opt.describe()] == names
+    for _ in range(3):
+        theirs.update(model, nnx.grad(nnx_loss, argnums=nnx.DiffState(0, chosen))(model, X, Y))
+        if way == "minimize":
+            opt.minimize(nnx_loss, X, Y)
+        else:
+            of = nnx.DiffState(0, opt.wrt if way == "step" else nnx.Param)
+            opt.step(nnx.grad(nnx_loss, argnums=of)(opt.params, X, Y))
+    after, expected = arrays(opt.params), arrays(model)
+    for path, x in after.items():
+        if path in names:
+            np.testing.assert_allclose(x, expected[path], rtol=1e-3, atol=1e-5, err_msg=path)
+            assert (x != before[path]).any()
+        elif path in ("norm.mean", "norm.var") and way == "minimize":
+            np.testing.assert_allclose(x, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+        else:
+            np.testing.assert_array_equal(x, before[path], err_msg=path)
+
+
+def test_variables_that_are_kept_are_neither_cut_nor_copied():
+    opt = optim.SGD(Adapted(nnx.Rngs(0)), lr=0.1, wrt=nnx.LoRAParam)
+    kept = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(module_of(opt.params, nnx.LoRAParam).rest.kept)]
+    whole = copy.deepcopy(opt)
+    whole.minimize(nnx_loss, X[:8], Y[:8], skip_nonfinite=True)
+    opt.minimize(nnx_loss, jnp.concatenate([X[:8], X[:8]]), jnp.concatenate([Y[:8], Y[:8]]), accumulate=2)
+    after = jax.tree.leaves(module_of(opt.params, nnx.LoRAParam).rest.kept)
+    assert [x.unsafe_buffer_pointer() for x in after] == kept
+    chex.assert_trees_all_close(opt.params.first.lora_a[...], whole.params.first.lora_a[...], rtol=1e-5)
+
+
+def test_wrt_is_of_every_class_and_stays():
+    for make in (optim.LBFGS, optim.Adagrad, optim.ClippedAdam, optim.SGNHT, optim.SGHMC):
+        options = {"nbeta": 2.0} if issubclass(make, optim.Sampler) else {}
+        opt = make(Adapted(nnx.Rngs(0)), wrt=nnx.LoRAParam, **options)
+        assert len(jax.tree.leaves(opt.to_functional()[1])) == 2
+    opt = optim.SGD(Adapted(nnx.Rngs(0)), lr=0.5, wrt=nnx.LoRAParam)
+    average = optim.swa_utils.AveragedModel(opt)
+    other = pickle.loads(pickle.dumps(opt))
+    assert other.wrt == opt.wrt == nnx.filterlib.to_predicate(nnx.LoRAParam)
+    first = opt.params.first.lora_a[...]
+    for _ in range(2):
+        assert float(other.minimize(nnx_loss, X, Y)) == float(opt.minimize(nnx_loss, X, Y))
+        average.update_parameters(opt)
+    assert [name for name in average.state_dict() if "params" in name] == [
+        "module.params.first.lora_a",
+        "module.params.first.lora_b",
+    ]
+    assert average.module.first.lora_b[...].any()
+    chex.assert_trees_all_equal(average.module.last.kernel[...], opt.params.last.kernel[...])
+    chex.assert_trees_all_equal(average.module.norm.mean[...], opt.params.norm.mean[...])
+    again = pickle.loads(pickle.dumps(average))
+    again.update_parameters(opt)
+    assert again.state_dict().keys() == average.state_dict().keys()
+    assert (opt.params.first.lora_a[...] != first).any()
+
+
+@pytest.mark.parametrize(
+    ("params", "wrt", "error", "match"),
+    [
+        ({"w": jnp.ones(2)}, nnx.Param, TypeError, "wrt says which variables of an nnx module are trained, .* a dict"),
+        (equinox_model(), nnx.Param, TypeError, r"params is a Scaled\. .*eqx\.partition"),
+        (Adapted(nnx.Rngs(0)), 3, TypeError, "wrt is a filter of nnx, such as nnx.Param .*, but got 3"),
+        (Adapted(nnx.Rngs(0)), nnx.Cache, ValueError, "selects no variable .* has BatchStat, LoRAParam, Param"),
+    ],
+    ids=["tree", "equinox", "no filter", "nothing"],
+)
+def test_wrt_is_a_filter_of_an_nnx_module(params, wrt, error, match):
+    with pytest.raises(error, match=match) as caught:
+        optim.AdamW(params, wrt=wrt)
+    assert "\n" not in str(caught.value)
+
+
 def test_pickles_keep_the_module():
     opt = optim.Adam(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), lr=0.1)
     other = pickle.loads(pickle.dumps(opt))

@@ -43,6 +43,7 @@ OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
 OURS = {
     "groups": None,
     "frozen": None,
+    "wrt": None,
     "gradient_transform": None,
     "master_weights": False,
     "rounding": "nearest",

@@ -293,7 +293,7 @@ class Derived(Mine):
 
 def test_a_rule_of_ones_own_is_one_line():
     parameters = inspect.signature(Mine).parameters
-    assert list(parameters) == ["params", "lr", "boost", "groups", "frozen"]
+    assert list(parameters) == ["params", "lr", "boost", "groups", "frozen", "wrt"]
     assert parameters["lr"].default is inspect.Parameter.empty
     assert parameters["boost"].default == 1.0
     assert parameters["groups"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -314,7 +314,7 @@ def test_a_rule_of_ones_own_is_one_line():
     with pytest.raises(ValueError, match="Invalid boost: -1"):
         Mine([1.0], 0.1, boost=-1)
     assert Derived([1.0], lr=0.5).rule is SignDescent
-    assert list(inspect.signature(Derived).parameters) == ["params", "lr", "boost", "groups", "frozen"]
+    assert list(inspect.signature(Derived).parameters) == ["params", "lr", "boost", "groups", "frozen", "wrt"]
 
 
 def test_a_rule_of_ones_own_is_documented():

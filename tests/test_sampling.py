@@ -469,7 +469,7 @@ def test_no_data_are_written_into_the_program():
     data = {"x": jnp.ones((1000, 2)), "y": jnp.ones(1000)}
     spec = ChainSpec(Target(fit), None, 4, (), 5)
     stacked = run.stacked(SGLD, 1)
-    args = (stacked, jnp.zeros(2, int), KEY, jnp.arange(2), START, Given(data, None))
+    args = (stacked, jnp.zeros(2, int), KEY, jnp.arange(2), START, Given(data))
     state = jax.eval_shape(chains.init_chains, spec, None, *args)
     lowered = chains.run_steps.lower(spec, "vmap", None, *args[:2], state, args[-1], Thinning(0, 1), 0, 5)
     for text in (lowered.as_text(), chains.init_chains.lower(spec, None, *args).as_text()):

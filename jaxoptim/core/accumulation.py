@@ -22,9 +22,9 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
     Args:
         loss_fn: the loss. It may return ``(sum, weight)`` for the loss :math:`w_i L_i` and its weight :math:`w_i`.
         values: a tree of arrays.
-        args: what else the loss takes. A first argument that comes back goes to the next part. Of the others, the
-            leading axis of each array is cut into ``count`` parts; numbers go to all parts as they are, and a key to
-            each with the number of the part folded in.
+        args: what else the loss takes. A first argument that comes back goes to the next part, and those that are no
+            part of the batch go to all. Of the others, the leading axis of each array is cut into ``count`` parts;
+            numbers go to all parts as they are, and a key to each with the number of the part folded in.
         count: the number of parts.
         mean: whether the loss is the mean over the parts (that over all weights), or their sum.
 
@@ -34,7 +34,8 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
     Raises:
         ValueError: for an array whose leading axis is not a multiple of ``count``, by its place.
     """
-    first, batch = (tuple(args[:1]), tuple(args[1:])) if loss_fn.carries else ((), tuple(args))
+    whole, batch = tuple(args[: loss_fn.num_whole]), tuple(args[loss_fn.num_whole :])
+    first, kept = (whole[:1], whole[1:]) if loss_fn.carries else ((), whole)
     leaves, treedef = jax.tree.flatten(batch)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]]
     is_cut = [_is_cut(leaf, path, count) for leaf, path in zip(leaves, paths, strict=True)]
@@ -51,7 +52,7 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
 
     def evaluate(first: tuple[Any, ...], number: Any, cut: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Loss, weight and gradient of a part, the first argument of the next one, and what is returned for each."""
-        found, weight = weighted(loss_fn, values, (*first, *args_of(number, cut)))
+        found, weight = weighted(loss_fn, values, (*first, *kept, *args_of(number, cut)))
         aux, *after = found.aux if loss_fn.carries else (found.aux,)
         sums = (found.loss, weight, found.grads)
         return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), sums), tuple(after), aux

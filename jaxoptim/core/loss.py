@@ -23,6 +23,7 @@ class Loss(NamedTuple):
         static: arguments by keyword that are fixed in the program.
         carries: whether its first argument comes back, for the next evaluation: its auxiliary output is
             ``(aux, first argument)``.
+        num_whole: how many of its first arguments are no part of the batch: each micro-batch gets them whole.
     """
 
     function: Callable[..., Any]
@@ -30,6 +31,7 @@ class Loss(NamedTuple):
     keywords: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
     carries: bool = False
+    num_whole: int = 0
 
     def __call__(self, values: Values, *args: Any) -> Any:
         """What the function returns."""
@@ -44,7 +46,7 @@ class Loss(NamedTuple):
 
     def of(self, view: Callable[[Any], Any]) -> Loss:
         """The loss as a function of other values, of which the ones that it takes are a view."""
-        return Loss(lambda values, *args: self(view(values), *args), self.has_aux, carries=self.carries)
+        return self._replace(function=lambda values, *args: self(view(values), *args), keywords=(), static=())
 
     def value(self, values: Values, args: Sequence[Any]) -> Any:
         """The loss alone."""

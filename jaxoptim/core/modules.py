@@ -26,6 +26,21 @@ ARRAYS_ALONE = (
 """What to do with a module among other parameters, for messages."""
 
 
+class Rest(NamedTuple):
+    """The arrays of a module that are not trained.
+
+    Attributes:
+        changing: those that a call of the module may change (statistics, counts); None if there are none.
+        kept: the others; None if there are none.
+    """
+
+    changing: Any = None
+    kept: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rest:
+        return self  # arrays stay as they are, and a State of nnx would lose its variables
+
+
 class ModuleDef(abc.ABC):
     """A module without its arrays, as a treedef is a tree without its leaves.
 
@@ -33,15 +48,15 @@ class ModuleDef(abc.ABC):
     """
 
     @abc.abstractmethod
-    def split(self, module: Any) -> tuple[Any, Any]:
-        """The arrays of a module: the tree of those that are trained, and the rest, None if there is none."""
+    def split(self, module: Any) -> tuple[Any, Rest]:
+        """The arrays of a module: the tree of those that are trained, and the rest."""
 
     @abc.abstractmethod
-    def joined(self, trained: Any, rest: Any) -> Any:
+    def joined(self, trained: Any, rest: Rest) -> Any:
         """The module with these arrays."""
 
-    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
-        """The rest after a call, from the module, the auxiliary output of the loss, and the rest before it."""
+    def changed(self, module: Any, aux: Any, before: Any) -> Any:
+        """What a call may change, after one, from the module, the loss's auxiliary output, and as it was before."""
         return before
 
     def gradients(self, grads: Any) -> Any:
@@ -55,12 +70,12 @@ class Parts(NamedTuple):
     Attributes:
         definition: the module without its arrays.
         trained: the tree of the arrays that are trained, None in the place of anything else.
-        rest: its other arrays, which a call may change (statistics, counts); None if there are none.
+        rest: its other arrays.
     """
 
     definition: ModuleDef
     trained: Any
-    rest: Any
+    rest: Rest
 
 
 class EquinoxDef(ModuleDef):
@@ -75,60 +90,67 @@ class EquinoxDef(ModuleDef):
         # Of the numbers 1, 1.0 and True, and of 0.0 and -0.0, each has programs of its own.
         return treedef, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in leaves)
 
-    def split(self, module: Any) -> tuple[Any, Any]:
+    def split(self, module: Any) -> tuple[Any, Rest]:
         """The inexact arrays, and the others."""
         trained = jax.tree.map(lambda x: x if _is_inexact(x) else None, module)
-        rest = jax.tree.map(lambda x: jnp.asarray(x) if _is_array(x) and not _is_inexact(x) else None, module)
-        return trained, rest if jax.tree.leaves(rest) else None
+        others = jax.tree.map(lambda x: jnp.asarray(x) if _is_array(x) and not _is_inexact(x) else None, module)
+        return trained, Rest(kept=_if_any(others))
 
-    def joined(self, trained: Any, rest: Any) -> Any:
+    def joined(self, trained: Any, rest: Rest) -> Any:
         """The module with these arrays."""
-        trees = (trained, self._others) if rest is None else (trained, rest, self._others)
-        return jax.tree.map(_first, *trees, is_leaf=lambda x: x is None)
+        parts = [part for part in (trained, rest.kept, self._others) if part is not None]
+        return jax.tree.map(_first, *parts, is_leaf=lambda x: x is None)
 
 
 class NnxDef(ModuleDef):
-    """An nnx module, some of whose variables are trained.
+    """An nnx module, some of whose variables are trained; a call may change the others, but for ``nnx.Param``.
 
     Args:
         module: the module.
-        wrt: the filter of nnx that says which.
+        wrt: the predicate of nnx that says which.
     """
 
     def __init__(self, module: Any, wrt: Any) -> None:
         from flax import nnx
 
         self._structure: Any = nnx.graphdef(module)
-        self._wrt: Any = wrt
+        self.wrt: Any = wrt
+        self._takes_some = wrt != nnx.filterlib.to_predicate(nnx.Param)
 
     def key(self) -> Any:
         """What equal definitions have in common; not hashable if something in the module is not."""
-        return self._structure, self._wrt
+        return self._structure, self.wrt
 
-    def split(self, module: Any) -> tuple[Any, Any]:
+    def split(self, module: Any) -> tuple[Any, Rest]:
         """The variables that are trained, and the others."""
         from flax import nnx
 
-        parts: Any = nnx.split(module, self._wrt, ...)
-        _, trained, rest = parts
-        return trained, rest if jax.tree.leaves(rest) else None
+        parts: Any = nnx.split(module, self.wrt, nnx.Not(nnx.Param), ...)
+        _, trained, changing, kept = parts
+        return trained, Rest(_if_any(changing), _if_any(kept))
 
-    def joined(self, trained: Any, rest: Any) -> Any:
+    def joined(self, trained: Any, rest: Rest) -> Any:
         """The module with these arrays."""
         from flax import nnx
 
-        return nnx.merge(self._structure, trained, *([] if rest is None else [rest]), copy=True)
+        return nnx.merge(self._structure, trained, *(part for part in rest if part is not None), copy=True)
 
-    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
+    def changed(self, module: Any, aux: Any, before: Any) -> Any:
         """The variables that a call may have changed."""
-        _, rest = self.split(module)
-        given, known = (set(trees.names(variables)) for variables in (rest, before))
+        after = self.split(module)[1].changing
+        given, known = (set(trees.names(variables)) for variables in (after, before))
         if given != known:
             raise TypeError(
                 f"The loss has changed which variables the module has, {min(given ^ known)!r} among them. Make all of "
                 "them in the module's constructor, and take out what it sows (nnx.pop)."
             )
-        return rest
+        return after
+
+    def gradients(self, grads: Any) -> Any:
+        """Gradients of what is trained, where ``nnx.grad`` has taken those of every ``nnx.Param``."""
+        from flax import nnx
+
+        return nnx.filter_state(grads, self.wrt) if self._takes_some and isinstance(grads, nnx.State) else grads
 
 
 class LinenDef(ModuleDef):
@@ -146,24 +168,24 @@ class LinenDef(ModuleDef):
         """What equal definitions have in common."""
         return self._kind, self._names
 
-    def split(self, module: Any) -> tuple[Any, Any]:
+    def split(self, module: Any) -> tuple[Any, Rest]:
         """The collection that is trained, and the others."""
-        rest = {name: jax.tree.map(jnp.asarray, x) for name, x in module.items() if name != "params"}
-        return {"params": module["params"]}, rest
+        others = {name: jax.tree.map(jnp.asarray, x) for name, x in module.items() if name != "params"}
+        return {"params": module["params"]}, Rest(others)
 
-    def joined(self, trained: Any, rest: Any) -> Any:
+    def joined(self, trained: Any, rest: Rest) -> Any:
         """The variables with these arrays."""
-        every = {**trained, **rest}
+        every = {**trained, **rest.changing}
         return self._kind({name: every[name] for name in self._names})
 
-    def rest_after(self, module: Any, aux: Any, before: Any) -> Any:
+    def changed(self, module: Any, aux: Any, before: Any) -> Any:
         """The collections that a call may have changed."""
-        rest = {name: module[name] for name in before}
-        if not isinstance(aux, Mapping) or not aux or not aux.keys() <= rest.keys():
-            return rest
+        others = {name: module[name] for name in before}
+        if not isinstance(aux, Mapping) or not aux or not aux.keys() <= others.keys():
+            return others
         for name, new in aux.items():
-            trees.arrays_like(new, rest[name], f"the loss's {name}", f"the variables' {name}")
-        return rest | dict(aux)
+            trees.arrays_like(new, others[name], f"the loss's {name}", f"the variables' {name}")
+        return others | dict(aux)
 
     def gradients(self, grads: Any) -> Any:
         """Gradients of the collection that is trained."""
@@ -233,7 +255,7 @@ def _nnx_parts(module: Any, wrt: Any) -> Parts:
 
     if not (wrt is None or isinstance(wrt, type | str | bool | tuple | list) or wrt is ... or callable(wrt)):
         raise TypeError(f"wrt is a filter of nnx, such as nnx.Param or nnx.PathContains('head'), but got {wrt!r}.")
-    chosen = nnx.Param if wrt is None else nnx.filterlib.to_predicate(wrt)
+    chosen = nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
     parts = _parts(NnxDef(module, chosen), module)
     if wrt is not None and not jax.tree.leaves(parts.trained):
         kinds = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(nnx.state(module))})
@@ -243,29 +265,26 @@ def _nnx_parts(module: Any, wrt: Any) -> Parts:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleLoss:
-    """A loss of a module as one of the arrays that are trained, and of the rest if there is some.
+    """A loss of a module as one of its arrays.
 
     Attributes:
         module: the module without its arrays.
         function: as given.
         has_aux: whether it returns an auxiliary output too.
-        has_rest: whether the rest is its second argument, and comes back in the auxiliary output.
     """
 
     module: ModuleDef
     function: Callable[..., Any]
     has_aux: bool
-    has_rest: bool
 
-    def __call__(self, trained: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns; where there is a rest, the loss, and ``(aux, the rest after it)``."""
-        if not self.has_rest:
-            return self.function(self.module.joined(trained, None), *args, **kwargs)
-        before, *others = args
-        module = self.module.joined(trained, before)
-        result = self.function(module, *others, **kwargs)
+    def __call__(self, trained: Any, changing: Any, kept: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns; where something may change, the loss, and ``(aux, that after it)``."""
+        module = self.module.joined(trained, Rest(changing, kept))
+        result = self.function(module, *args, **kwargs)
+        if changing is None:
+            return result
         loss, aux = result if self.has_aux else (result, None)
-        return loss, (aux, self.module.rest_after(module, aux, before))
+        return loss, (aux, self.module.changed(module, aux, changing))
 
 
 def _is_array(x: Any) -> bool:
@@ -274,6 +293,11 @@ def _is_array(x: Any) -> bool:
 
 def _is_inexact(x: Any) -> bool:
     return _is_array(x) and bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _if_any(tree: Any) -> Any:
+    """A tree if it has arrays, else None."""
+    return tree if jax.tree.leaves(tree) else None
 
 
 def _first(*found: Any) -> Any:

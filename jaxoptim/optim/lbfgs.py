@@ -276,6 +276,8 @@ class LBFGS(Optimizer):
         tolerance_change: float = rule.tolerance_change,
         history_size: int = rule.history_size,
         line_search_fn: str | None = rule.line_search_fn,
+        *,
+        wrt: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -288,6 +290,7 @@ class LBFGS(Optimizer):
                 "history_size": history_size,
                 "line_search_fn": line_search_fn,
             },
+            wrt=wrt,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
-from jaxoptim.core.modules import ModuleDef, ModuleLoss, parts_of
+from jaxoptim.core.modules import ModuleDef, ModuleLoss, Rest, parts_of
 from jaxoptim.core.precision import checked
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
@@ -68,6 +68,9 @@ class Optimizer(Hooked):
             follows the first that selects it. The groups stand in this
             order; one for all other parameters comes last (default None: one group).
         frozen: a selector, or a list of them, of parameters that :meth:`freeze` freezes at once (default None: none).
+        wrt: a filter of nnx, which variables of an nnx module are trained, such as ``nnx.LoRAParam`` or
+            ``nnx.All(nnx.Param, nnx.PathContains("head"))`` (default None: ``nnx.Param``). The others are kept, and are
+            no parameters; what a loss changes in an ``nnx.Param`` among them is dropped.
         gradient_transform: a transformation of optax that the gradients of all parameters go through before each step,
             after the clipping of :meth:`minimize`; one with this key in a group sees those of the group, after that of
             all. A gradient that is missing is zero for it. Its state is a further entry of :meth:`state_dict`; where
@@ -88,7 +91,8 @@ class Optimizer(Hooked):
     Raises:
         Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
         parameter of torch, and for an option that does not exist,
-        ``ValueError`` for an empty list, an option out of range, a parameter in two groups.
+        ``ValueError`` for an empty list, an option out of range, a parameter in two groups; ``TypeError`` for ``wrt``
+        where ``params`` is no nnx module.
         A call that raises leaves parameters, state and counts as they were.
 
     Examples:
@@ -111,7 +115,7 @@ class Optimizer(Hooked):
     decays: ClassVar[tuple[str, str] | None] = None
     """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
     _module: ModuleDef | None = None  # the module that the parameters came in
-    _rest: Any = None  # its other arrays
+    _rest = Rest()  # its other arrays
     fixed: Mapping[str, Any] = {}
     """Hyperparameters of the rule that the class sees to itself, and the values that they have there."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
@@ -134,6 +138,7 @@ class Optimizer(Hooked):
         *,
         groups: Groups | None = None,
         frozen: Selectors | None = None,
+        wrt: Any = None,
         gradient_transform: GradientTransformation | None = None,
         master_weights: bool = False,
         rounding: str = "nearest",
@@ -144,7 +149,7 @@ class Optimizer(Hooked):
         gradient_transforms.check(gradient_transform)
         self._storage.gradient_transform = gradient_transform
         self._storage.precision = checked(master_weights, rounding, state_dtype)
-        if (parts := parts_of(params)) is not None:
+        if (parts := parts_of(params, wrt)) is not None:
             self._module, params, self._rest = parts
         self._add_all(params, groups)
         if frozen is not None:
@@ -201,6 +206,11 @@ class Optimizer(Hooked):
         values, *more = jax.tree.map(lambda param: param.value, [first, *others])
         whole = module.joined(values, self._rest)
         return [whole, *more] if self._storage.is_list else whole
+
+    @property
+    def wrt(self) -> Any:
+        """The predicate of nnx for what is trained of an nnx module; None where ``params`` is something else."""
+        return getattr(self._module, "wrt", None)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -514,16 +524,18 @@ class Optimizer(Hooked):
         )
         value, aux = self._update(lambda: self._minimized(job))
         if loss.carries:
-            aux, self._rest = aux
+            aux, changing = aux
+            self._rest = self._rest._replace(changing=changing)
         return (value, aux) if has_aux else value
 
     def _of_module(self, loss: Loss, args: tuple[Any, ...], module: ModuleDef) -> tuple[Loss, tuple[Any, ...]]:
         """The loss of a module as one of the parameters, and its arguments, the rest of the module among them."""
         if self._storage.is_list:
             raise TypeError("A loss takes one module, but parameters were added to it with add_param_group.")
-        has_rest = self._rest is not None
-        loss = loss._replace(function=ModuleLoss(module, loss.function, loss.has_aux, has_rest))
-        return (loss._replace(has_aux=True, carries=True), (self._rest, *args)) if has_rest else (loss, args)
+        changes = self._rest.changing is not None
+        function = ModuleLoss(module, loss.function, loss.has_aux)
+        loss = loss._replace(function=function, has_aux=loss.has_aux or changes, carries=changes, num_whole=2)
+        return loss, (*self._rest, *args)
 
     def _minimized(self, job: Minimization) -> tuple[Any, Any]:
         value, aux, measured = self._storage.minimize(job)

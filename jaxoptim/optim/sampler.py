@@ -275,6 +275,7 @@ class Sampler(Optimizer):
         defaults: see :class:`Optimizer`; its ``key`` is a typed JAX key, or None for ``jax.random.key(0)``.
         groups: see :class:`Optimizer`.
         frozen: see :class:`Optimizer`.
+        wrt: see :class:`Optimizer`.
 
     Raises:
         As :class:`Optimizer`; ``TypeError`` for a key that is not typed.
@@ -298,12 +299,18 @@ class Sampler(Optimizer):
     may_lack: ClassVar[frozenset[str]] = frozenset(("key", "noise_impl", "step", "box"))
 
     def __init__(
-        self, params: Any, defaults: dict[str, Any], *, groups: Groups | None = None, frozen: Selectors | None = None
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        groups: Groups | None = None,
+        frozen: Selectors | None = None,
+        wrt: Any = None,
     ) -> None:
         if defaults.get("key") is None:
             defaults = defaults | {"key": jax.random.key(0)}
         check_key(defaults["key"])
-        super().__init__(params, defaults, groups=groups, frozen=frozen)
+        super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
         self._storage.start()
 
     def _add(self, group: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class MeasuredSampler(Sampler):
         temperature: float | None = None,
         groups: Groups | None = None,
         frozen: Selectors | None = None,
+        wrt: Any = None,
     ) -> None:
         if temperature is not None:
             defaults["nbeta"] = temperature
@@ -37,7 +38,7 @@ class MeasuredSampler(Sampler):
             )
         warn_of_nbeta(defaults["nbeta"])
         self.fixed = {name: defaults.pop(name) for name in ("save_noise", "save_mala_vars")}
-        super().__init__(params, defaults, groups=groups, frozen=frozen)
+        super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
 
     def _add(self, group: dict[str, Any]) -> None:
         super()._add(group)

@@ -24,6 +24,7 @@ class ThermostatSampler(Sampler):
         save_mala_vars: bool = False,
         groups: Groups | None = None,
         frozen: Selectors | None = None,
+        wrt: Any = None,
     ) -> None:
         if save_noise:
             warnings.warn(
@@ -35,4 +36,4 @@ class ThermostatSampler(Sampler):
                 "Warning: MALA not implemented for SGNHT! If you insist on using MALA, use SGLD instead.", stacklevel=3
             )
         warn_of_nbeta(defaults["nbeta"])
-        super().__init__(params, defaults, groups=groups, frozen=frozen)
+        super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)

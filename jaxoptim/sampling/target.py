@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxoptim.core import trees
 from jaxoptim.core.loss import LossFunctions
-from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, is_nnx, parts_of
+from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, is_nnx, parts_of
 from jaxoptim.core.numerics import as_jax, strong
 from jaxoptim.sampling.batches import check_batch_size, size_of
 
@@ -21,11 +21,11 @@ class Given(NamedTuple):
 
     Attributes:
         data: a pytree of arrays, None if there are no data.
-        rest: the arrays of a module that are not sampled, None if there are none.
+        rest: the arrays of a module that are not sampled.
     """
 
     data: Any
-    rest: Any
+    rest: Rest = Rest()
 
 
 class Target(NamedTuple):
@@ -39,11 +39,11 @@ class Target(NamedTuple):
     loss_fn: Callable[..., Any]
     module: ModuleDef | None = None
 
-    def params(self, arrays: Any, rest: Any) -> Any:
+    def params(self, arrays: Any, rest: Rest) -> Any:
         """The parameters as they were given, with these arrays; a module is a new one each time."""
         return arrays if self.module is None else self.module.joined(arrays, rest)
 
-    def loss(self, arrays: Any, rest: Any, batch: Any) -> Any:
+    def loss(self, arrays: Any, rest: Rest, batch: Any) -> Any:
         """The loss at these arrays; what it changes in a module is dropped."""
         params = self.params(arrays, rest)
         return self.loss_fn(params) if batch is None else self.loss_fn(params, batch)
@@ -74,7 +74,7 @@ def problem(loss_fn: Any, params: Any, data: Any, batch_size: int | None) -> Pro
         raise TypeError(f"loss_fn is a function of the parameters, but got {type(loss_fn).__name__}.")
     LossFunctions("sample", "sample(loss_fn, params, sampler, data, ...)").check(loss_fn)
     parts = parts_of(params)
-    arrays, module, rest = (params, None, None) if parts is None else (parts.trained, parts.definition, parts.rest)
+    module, arrays, rest = (None, params, Rest()) if parts is None else parts
     _check_arrays(arrays)
     arrays = jax.tree.map(lambda x: strong(as_jax(x)), arrays)
     if not jax.tree.leaves(arrays):

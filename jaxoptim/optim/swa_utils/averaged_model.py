@@ -22,7 +22,7 @@ from jaxoptim.averaging import (
     swa_step,
 )
 from jaxoptim.core import Packed, as_jax, as_pytree, pack, trees
-from jaxoptim.core.modules import Parts, module_of
+from jaxoptim.core.modules import Parts, is_nnx, module_of
 from jaxoptim.core.numerics import is_complex
 from jaxoptim.core.packing import unpacked
 from jaxoptim.optim.optimizer import Optimizer
@@ -129,7 +129,7 @@ class AveragedModel:
         model: a pytree of arrays, which is copied, or an ``Optimizer``, whose parameters are. Its *buffers* are
             the arrays of integers, and in a dict with a key ``"params"``, as flax's variables, everything under
             other keys (``"batch_stats"``). Of a module of equinox the inexact arrays are averaged, of one of nnx its
-            ``nnx.Param``; its other variables are buffers.
+            ``nnx.Param``, or what the optimizer trains (``wrt``); its other variables are buffers.
         avg_fn: ``avg_fn(averaged_param, current_param, num_averaged)`` returns the new average of one array
             (default None: the mean, :func:`get_swa_avg_fn`). It is compiled.
         multi_avg_fn: the same for lists of all arrays of a dtype (default None). Unlike torch's it returns the
@@ -156,6 +156,8 @@ class AveragedModel:
         ([2.0, 2.0], 2)
     """
 
+    _wrt: Any = None  # what is averaged of an nnx module
+
     def __init__(
         self,
         model: Any,
@@ -167,7 +169,9 @@ class AveragedModel:
             raise ValueError("Only one of avg_fn and multi_avg_fn should be provided")
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         self.n_averaged = jnp.zeros((), jnp.int32)
-        self._whole, tree = _tree(model)
+        if isinstance(model, Optimizer):
+            self._wrt = model.wrt
+        self._whole, tree = _tree(model, self._wrt)
         self._like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x)), tree)
         self._averaged = [use_buffers or not is_buffer for is_buffer in _are_buffers(self._like)]
         self._function = as_pytree(multi_avg_fn or Partial(_each, as_pytree(avg_fn or get_swa_avg_fn())))
@@ -226,7 +230,7 @@ class AveragedModel:
             ``ValueError`` for another tree or shape; ``TypeError`` if ``multi_avg_fn`` does not return as many
             arrays as it is given. The average is as it was then.
         """
-        leaves = trees.arrays_like(_tree(model)[1], self._like, "the model", "the average")
+        leaves = trees.arrays_like(_tree(model, self._wrt)[1], self._like, "the model", "the average")
         params, buffers = self._parted([as_jax(x) for x in leaves])
         self._average, self._buffers, self.n_averaged = _update(
             self._average, self._function, self.n_averaged, params, buffers
@@ -280,9 +284,10 @@ class AveragedModel:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("avg_fn", "multi_avg_fn", "use_buffers", "n_averaged")}
-        return state | {"module": self.module, "leaves": self._copies()}
+        return state | {"module": self.module, "leaves": self._copies(), "wrt": self._wrt}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._wrt = state["wrt"]
         self.__init__(state["module"], state["avg_fn"], state["multi_avg_fn"], state["use_buffers"])  # type: ignore[misc]
         self.n_averaged = state["n_averaged"]
         self._fill([copied(x) for x in state["leaves"]])
@@ -293,18 +298,21 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x if x.dtype == dtype else x.astype(dtype)
 
 
-def _tree(model: Any) -> tuple[Parts | None, Any]:
+def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
     """The parts of a module, None for anything else, and the arrays of a model as a tree."""
     whole = model.params if isinstance(model, Optimizer) else model
-    parts = module_of(whole)
+    parts = module_of(whole, wrt if is_nnx(whole) else None)
     if parts is None:
         return None, whole
-    return parts, parts.trained if parts.rest is None else {"params": parts.trained, "rest": parts.rest}
+    changing = parts.rest.changing
+    return parts, parts.trained if changing is None else {"params": parts.trained, "rest": changing}
 
 
 def _joined(parts: Parts, tree: Any) -> Any:
     """The module with the arrays of a tree."""
-    return parts.definition.joined(*((tree, None) if parts.rest is None else (tree["params"], tree["rest"])))
+    if parts.rest.changing is None:
+        return parts.definition.joined(tree, parts.rest)
+    return parts.definition.joined(tree["params"], parts.rest._replace(changing=tree["rest"]))
 
 
 def _are_buffers(tree: Any) -> list[bool]:
