@@ -527,6 +527,8 @@ WRONG_ESTIMATES = {
         "can be set in a rule only",
     ),
     "unknown": ({"batch": 3}, TypeError, "batch"),
+    "batch": ({"batch_size": 4.0}, ValueError, r"Invalid batch_size: 4\.0"),
+    "aux": ({"loss_fn": lambda p, b: (fit(p, b), {})}, TypeError, "loss is a real scalar.*returned tuple"),
 }
 
 

@@ -1,5 +1,6 @@
 """Modules as the parameters of chains: what is sampled, what is fixed, and what comes back."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import chex
@@ -202,9 +203,42 @@ def _same(model):
     return model
 
 
+@dataclasses.dataclass(frozen=True)
+class Changes(sampling.Observable):
+    """Sees a module, and changes it, as a loss in training mode does."""
+
+    def init(self, params):
+        return jnp.zeros(()) + params(X[:2]).sum() * 0
+
+    def update(self, memory, draw):
+        params = draw.params
+        params(X[:2])
+        change = jnp.sum((params.norm.mean[...] - draw.params.norm.mean[...]) ** 2)
+        fall = jax.tree.map(jnp.multiply, draw.grads, draw.arrays)
+        return memory + change, {
+            "fall": nnx.to_pure_dict(fall)["last"]["bias"],
+            "count": params.dropout.rngs.count[...],
+        }
+
+    def result(self, memory, trace):
+        return memory, trace
+
+
 def test_what_a_loss_changes_in_a_module_is_dropped():
-    """Each step has the statistics and the random counts that were given."""
-    found = sampling.sample(nnx_loss, net(), SGLD.replace(lr=0.0), DATA, **FEW | {"batch_size": None})
+    """Each step has the statistics and the random counts that were given, and so has each observable."""
+    observables = {"changes": Changes(), "means": lambda model: (model(X[:2]), model.norm.mean[...])[1]}
+    options = FEW | {"batch_size": None, "observables": observables}
+    found = sampling.sample(nnx_loss, net(), SGLD.replace(lr=0.0), DATA, **options)
+    change, trace = found.observables["changes"]
+    assert (change > 0).all()
+    assert trace["count"].tolist() == [[1, 1, 1]] * 2
+    grads = nnx.grad(nnx_loss)(net(), DATA)
+    fall = (grads.last.bias * net().last.bias)[...]
+    chex.assert_trees_all_close(trace["fall"], jnp.broadcast_to(fall, (2, 3, 1)), rtol=1e-12)
+    one = net()
+    one(X[:2])
+    means = jnp.broadcast_to(one.norm.mean[...], (2, 3, 4))
+    chex.assert_trees_all_close(found.observables["means"], means, rtol=1e-12)
     first = nnx_loss(net(), DATA)
     chex.assert_trees_all_close(found.loss, jnp.broadcast_to(first, (2, 3)), rtol=1e-12)
     chex.assert_trees_all_equal(found.params.norm.mean[...], jnp.full((2, 4), 0.5))

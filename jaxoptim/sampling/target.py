@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxoptim.core import trees
 from jaxoptim.core.loss import LossFunctions
@@ -106,6 +105,7 @@ def _check_loss(found: Problem, batch_size: int | None) -> None:
     size = slice(None, batch_size)
     batch = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), found.given.data)
     loss = jax.eval_shape(found.target.loss, found.arrays, found.given.rest, batch)
-    if jnp.shape(loss) != () or not jnp.issubdtype(getattr(loss, "dtype", np.dtype(object)), jnp.floating):
-        given = f"shape {loss.shape} and dtype {loss.dtype}" if hasattr(loss, "shape") else type(loss).__name__
+    is_array = isinstance(loss, jax.ShapeDtypeStruct)
+    if not is_array or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        given = f"shape {loss.shape} and dtype {loss.dtype}" if is_array else type(loss).__name__
         raise TypeError(f"The loss is a real scalar, the mean over the batch, but loss_fn returned {given}.")
