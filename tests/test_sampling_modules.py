@@ -128,10 +128,9 @@ def leaves(tree):
 KINDS = ["equinox", "nnx", "linen"]
 
 
-def same(kind, ours, theirs):
-    """To the last bit, but where statistics are used, which by hand are constants and folded."""
-    tolerance = 1e-12 if kind == "linen" else 0.0
-    chex.assert_trees_all_close(ours, theirs, rtol=tolerance, atol=tolerance)
+def same(ours, theirs):
+    """To the last bit but for constants: by hand what is fixed is one, which a compiler may fold."""
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,14 +147,14 @@ def test_a_run_of_a_module_is_that_of_its_arrays(kind):
     options = FEW | {"batch_size": None}
     found = sampling.sample(of.loss, of.model, SGLD, DATA, observables=watched | seen, **options)
     plain = sampling.sample(of.loss_of_arrays, of.arrays, SGLD, DATA, observables=watched | by_hand, **options)
-    same(kind, found.loss, plain.loss)
+    same(found.loss, plain.loss)
     assert found.loss.dtype == float
     draws = found.observables.pop("all")
     ours = {name: leaves(x) for name, x in (found.observables | {"all": draws}).items()}
     theirs = {name: leaves(x) for name, x in plain.observables.items()}
     if kind == "linen":  # a dict of arrays comes back as it is
         ours["all"] = leaves(draws["params"])
-    same(kind, ours, theirs)
+    same(ours, theirs)
     # What comes back is a module, all arrays of which have an axis of chains.
     assert type(found.params) is type(of.model)
     sizes = [np.shape(x) for x in leaves(found.params)]
@@ -175,7 +174,7 @@ def test_estimates_of_a_module_are_those_of_its_arrays(kind):
         sampling.estimate_llc(*one, sampler, DATA, selections={"last": of.last, "all": ".*"}, **options)
         for one in ((of.loss, of.model), (of.loss_of_arrays, of.arrays))
     )
-    same(kind, (ours.init_loss, ours.loss), (plain.init_loss, plain.loss))
+    same((ours.init_loss, ours.loss), (plain.init_loss, plain.loss))
     assert (ours["last"].loss[:, 1:] != ours["all"].loss[:, 1:]).all()
     observables = {"predicted": of.predict}
     sweep = sampling.calibrate(
@@ -267,6 +266,19 @@ def test_modules_of_one_structure_share_a_program():
     assert len(some) == 7
 
 
+def test_a_module_without_other_arrays_runs_as_its_arrays_to_the_last_bit():
+    model = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(2))
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss_of_arrays(arrays, batch):
+        return equinox_loss(eqx.combine(arrays, static), batch)
+
+    found = sampling.sample(equinox_loss, model, SGLD, DATA, **FEW)
+    plain = sampling.sample(loss_of_arrays, arrays, SGLD, DATA, **FEW)
+    chex.assert_trees_all_equal((found.loss, leaves(found.params)), (plain.loss, leaves(plain.params)))
+    assert found.params.activation is model.activation
+
+
 def test_a_run_of_a_module_continues_from_a_checkpoint(tmp_path):
     path, model = tmp_path / "run", net(trains=False)
     options = FEW | {"observables": {"all": _same}}
@@ -315,11 +327,10 @@ def test_torch_style_samplers_take_modules(kind, make):
     of = case(kind, trains=False)
     ours, plain = (make(x, lr=1e-3, nbeta=5.0, key=KEY) for x in (of.model, of.arrays))
     for _ in range(3):
-        losses = ours.minimize(of.loss, DATA), plain.minimize(of.loss_of_arrays, DATA)
-        chex.assert_trees_all_close(*losses, rtol=1e-13)
+        same(ours.minimize(of.loss, DATA), plain.minimize(of.loss_of_arrays, DATA))
     assert type(ours.params) is type(of.model)
     names = [row.name for row in ours.describe() if row.shape is not None]
     assert names == trees.array_names(of.arrays)
     trained = nnx.state(ours.params, nnx.Param) if kind == "nnx" else eqx.filter(ours.params, eqx.is_inexact_array)
-    chex.assert_trees_all_close(leaves(trained), leaves(plain.params), rtol=1e-12, atol=1e-14)
+    same(leaves(trained), leaves(plain.params))
     assert (np.asarray(leaves(trained)[-1]) != leaves(of.arrays)[-1]).any()

@@ -129,7 +129,8 @@ class AveragedModel:
         model: a pytree of arrays, which is copied, or an ``Optimizer``, whose parameters are. Its *buffers* are
             the arrays of integers, and in a dict with a key ``"params"``, as flax's variables, everything under
             other keys (``"batch_stats"``). Of a module of equinox the inexact arrays are averaged, of one of nnx its
-            ``nnx.Param``, or what the optimizer trains (``wrt``); its other variables are buffers.
+            ``nnx.Param``, or what the optimizer trains (``wrt``); variables that a call may change are
+            buffers.
         avg_fn: ``avg_fn(averaged_param, current_param, num_averaged)`` returns the new average of one array
             (default None: the mean, :func:`get_swa_avg_fn`). It is compiled.
         multi_avg_fn: the same for lists of all arrays of a dtype (default None). Unlike torch's it returns the
