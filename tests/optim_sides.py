@@ -15,6 +15,16 @@ from jaxoptim import optim
 from table import ROWS
 
 TORCH = [row for row in ROWS if row.parent.__module__.startswith("torch.")]
+OURS = {
+    "groups": None,
+    "frozen": None,
+    "wrt": None,
+    "gradient_transform": None,
+    "master_weights": False,
+    "rounding": "nearest",
+    "state_dtype": None,
+}
+"""Arguments that every class has besides the parent's, and their defaults."""
 
 
 class Ours:

@@ -22,6 +22,7 @@ from jax.experimental.sparse import BCOO
 from comparisons import assert_same
 from jaxoptim import optim
 from optim_sides import (
+    OURS,
     SIDES,
     TORCH,
     Ours,
@@ -40,16 +41,6 @@ from optim_sides import (
 pytestmark = pytest.mark.usefixtures("x64")
 OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
 """Options that the parent does not have."""
-OURS = {
-    "groups": None,
-    "frozen": None,
-    "wrt": None,
-    "gradient_transform": None,
-    "master_weights": False,
-    "rounding": "nearest",
-    "state_dtype": None,
-}
-"""Arguments that every class has besides the parent's, and their defaults."""
 
 
 def same_error(program: Any, message: str, theirs: str | None = None) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from jaxoptim import optim, rules
 from jaxoptim.core import NonNegative, Rule, rule
-from optim_sides import Ours, Theirs, example_of
+from optim_sides import OURS, Ours, Theirs, example_of
 from table import ROWS
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -293,7 +293,7 @@ class Derived(Mine):
 
 def test_a_rule_of_ones_own_is_one_line():
     parameters = inspect.signature(Mine).parameters
-    assert list(parameters) == ["params", "lr", "boost", "groups", "frozen", "wrt"]
+    assert list(parameters) == ["params", "lr", "boost", *OURS]
     assert parameters["lr"].default is inspect.Parameter.empty
     assert parameters["boost"].default == 1.0
     assert parameters["groups"].kind is inspect.Parameter.KEYWORD_ONLY
@@ -314,7 +314,7 @@ def test_a_rule_of_ones_own_is_one_line():
     with pytest.raises(ValueError, match="Invalid boost: -1"):
         Mine([1.0], 0.1, boost=-1)
     assert Derived([1.0], lr=0.5).rule is SignDescent
-    assert list(inspect.signature(Derived).parameters) == ["params", "lr", "boost", "groups", "frozen", "wrt"]
+    assert list(inspect.signature(Derived).parameters) == ["params", "lr", "boost", *OURS]
 
 
 def test_a_rule_of_ones_own_is_documented():

@@ -125,7 +125,7 @@ class Storage:
             for name, option in given.items()
         }
         rule = self.rule(**options | dict(self.fixed))
-        if self.precision is not DEFAULT:
+        if self.precision != DEFAULT:
             rule = rule.with_precision(**self.precision._asdict())
         if by_parameter := rule.by_parameter:
             name = by_parameter[0]
