@@ -246,6 +246,7 @@ def test_what_a_loss_changes_in_a_module_is_dropped():
     assert (one.loss != other.loss).all()  # where they are used, they are those given
 
 
+@pytest.mark.usefixtures("only_new_garbage")  # what is collected takes its programs along
 def test_modules_of_one_structure_share_a_program():
     """Weights, integers, statistics and keys are data; a number of Python is not."""
 
