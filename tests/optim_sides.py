@@ -25,6 +25,8 @@ OURS = {
     "state_dtype": None,
 }
 """Arguments that every class has besides the parent's, and their defaults."""
+OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"], "Muon": ["flatten"]}
+"""Options of groups that the parent does not have."""
 
 
 class Ours:

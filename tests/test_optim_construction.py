@@ -23,6 +23,7 @@ from comparisons import assert_same
 from jaxoptim import optim
 from optim_sides import (
     OURS,
+    OWN_OPTIONS,
     SIDES,
     TORCH,
     Ours,
@@ -39,8 +40,6 @@ from optim_sides import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
-OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"]}
-"""Options that the parent does not have."""
 
 
 def same_error(program: Any, message: str, theirs: str | None = None) -> None:

@@ -9,6 +9,7 @@ from jax.experimental.sparse import BCOO
 
 import parity
 from jaxoptim import optim, rules
+from optim_sides import OWN_OPTIONS
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
 from table import CASES, FIRST, SPARSE, STATES, Case, slow_unless
 
@@ -49,7 +50,7 @@ class Twins:
 
     def __init__(self, case: Case, dtype: str) -> None:
         shapes = (*case.row.shapes, case.row.shapes[0])
-        self.case, self.dtype = case, TORCH_DTYPES[dtype]
+        self.case, self.dtype, self.own = case, TORCH_DTYPES[dtype], OWN_OPTIONS.get(case.row.name, [])
         self.start, self.noise = problem(shapes, dtype.startswith("complex"))
         self.cells = [optim.Parameter(jnp.asarray(x, dtype)) for x in self.start]
         self.tensors = [torch.nn.Parameter(torch.tensor(x, dtype=self.dtype)) for x in self.start]
@@ -85,9 +86,9 @@ class Twins:
         """The two state dicts have the same keys in the same order, types, shapes, dtypes and values."""
         ours, theirs = self.ours.state_dict(), self.theirs.state_dict()
         for mine, parents in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-            own = {"foreach": mine.get("foreach"), **{k: mine[k] for k in ("dct_dim", "subsample") if k in mine}}
+            own = {"foreach": mine.get("foreach"), **{k: mine[k] for k in self.own if k in mine}}
             assert {k: v for k, v in mine.items() if k not in own} == {k: v for k, v in parents.items() if k not in own}
-            assert [k for k in mine if k not in ("dct_dim", "subsample")] == list(parents)
+            assert [k for k in mine if k not in self.own] == list(parents)
         assert ours["state"].keys() == theirs["state"].keys()
         for key, slots in theirs["state"].items():
             slots = {name: slot for name, slot in slots.items() if slot is not None}

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import jaxoptim
 from jaxoptim import Decay, rules
 from jaxoptim.core import Rule, Scalar, enabled, rule
+from optim_sides import OWN_OPTIONS
 from table import CASES, FIRST, ROWS, Case, slow_unless
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3) + 1, "b": jnp.ones((3, 2))}
@@ -186,7 +187,7 @@ def test_signature_follows_the_parent(row):
     ours = inspect.signature(row.rule).parameters
     flags = {"params", "foreach", "fused", "capturable", "differentiable"}
     names = [name for name in parent if name not in flags]
-    assert [name for name in ours if name not in ("dct_dim", "subsample")] == names
+    assert [name for name in ours if name not in OWN_OPTIONS.get(row.name, [])] == names
     for name in names:
         expected = parent[name].default
         assert ours[name].default == expected, name

@@ -95,6 +95,7 @@ class Muon(Optimizer):
 
     rule = rules.Muon
     step_type = None
+    may_lack = frozenset(("flatten",))
 
 
 class NAdam(Optimizer):

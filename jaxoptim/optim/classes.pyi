@@ -68,9 +68,10 @@ class ASGD(Optimizer):
 class Muon(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, weight_decay: Number = 0.1, momentum: Number = 0.95,
         nesterov: bool = True, ns_coefficients: tuple[Number, Number, Number] = (3.4445, -4.775, 2.0315),
-        eps: Number = 1e-07, ns_steps: int = 5, adjust_lr_fn: str | None = None, *, groups: Groups | None = None,
-        frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        eps: Number = 1e-07, ns_steps: int = 5, adjust_lr_fn: str | None = None, *,
+        flatten: tuple[int, ...] | None = None, groups: Groups | None = None, frozen: Selectors | None = None,
+        wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
+        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
 class NAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.002, betas: tuple[Number, Number] = (0.9, 0.999),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
 import jax
@@ -37,13 +38,16 @@ class Muon(Rule):
         ns_steps: number of iterations :math:`K`, an int below 100 (default 5).
         adjust_lr_fn: ``"original"`` or None: :math:`r = \sqrt{\max(1, \text{rows}/\text{columns})}`;
             ``"match_rms_adamw"``: :math:`r = 0.2\sqrt{\max(\text{rows}, \text{columns})}`.
+        flatten: the axes of a kernel that make the rows of its matrix, in this order, the others its columns; ``(-1,)``
+            for the kernels of flax's convolutions, whose last axis is that of the outputs, ``(0,)`` for those of torch
+            and equinox (default None: parameters are matrices).
 
     Slots:
         ``momentum_buffer``, of the parameter's shape.
 
     Raises:
         ``ValueError`` for a number out of range, an unknown ``adjust_lr_fn``, or a parameter that is not a
-        matrix (at ``init``; use ``optax.partition`` to give the others to another optimizer);
+        matrix or has no such axes (at ``init``; use ``optax.partition`` to give the others to another optimizer);
         ``RuntimeError`` for complex parameters.
 
     References:
@@ -67,6 +71,8 @@ class Muon(Rule):
     eps: Scalar = 1e-7
     ns_steps: int = 5
     adjust_lr_fn: str | None = None
+    _: KW_ONLY
+    flatten: tuple[int, ...] | None = None
 
     complex: ClassVar[bool] = False
 
@@ -82,13 +88,27 @@ class Muon(Rule):
             )
         if not 0 <= self.ns_steps < 100:
             raise ValueError(f"Invalid ns_steps: {self.ns_steps}. Muon takes 0 <= ns_steps < 100.")
+        axes = self.flatten
+        if axes is not None and not (isinstance(axes, tuple) and axes and all(type(axis) is int for axis in axes)):
+            raise ValueError(
+                f"Invalid flatten: {axes!r}. Muon takes a tuple of axes, those of the rows, such as (-1,), or None."
+            )
 
     def check_param(self, name: str, param: Any) -> None:
-        if len(param.shape) != 2:
+        shape, axes = tuple(param.shape), self.flatten
+        if axes is None and len(shape) != 2:
             raise ValueError(
-                f"Muon only supports 2D parameters, but {name!r} has shape {tuple(param.shape)}. "
-                "Give it to another optimizer, with optax.partition."
+                f"Muon only supports 2D parameters, but {name!r} has shape {shape}. "
+                "Say which axes of a kernel are rows, flatten=(-1,), or give it to another optimizer, with "
+                "optax.partition."
             )
+        if axes is not None:
+            rows = {axis % max(len(shape), 1) for axis in axes}
+            if any(not -len(shape) <= axis < len(shape) for axis in axes) or not len(axes) == len(rows) < len(shape):
+                raise ValueError(
+                    f"flatten={axes} of Muon names the axes that are rows, but {name!r} has shape {shape}. Name some "
+                    "of its axes, and not all."
+                )
 
     @property
     def elementwise(self) -> bool:
@@ -100,15 +120,31 @@ class Muon(Rule):
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
         buffer = self.momentum.ema(slots["momentum_buffer"], grad)
         direction = grad + self.momentum.rate * (buffer - grad) if self.nesterov else buffer
-        orthogonal = with_replicated(self.orthogonalized, direction).astype(grad.dtype)
-        rows, columns = grad.shape
+        orthogonal = with_replicated(self._orthogonalized_kernel, direction).astype(grad.dtype)
+        rows, columns = self._as_matrix(grad).shape
         if self.adjust_lr_fn == "match_rms_adamw":
             ratio = 0.2 * math.sqrt(max(rows, columns))
         else:
             ratio = math.sqrt(max(1, rows / columns))
         return -self.lr * ratio * orthogonal - shrinkage(self, param), {"momentum_buffer": buffer}
 
+    def _row_axes(self, kernel: jax.Array) -> tuple[int, ...]:
+        return (0,) if self.flatten is None else tuple(axis % kernel.ndim for axis in self.flatten)
+
+    def _as_matrix(self, kernel: jax.Array) -> jax.Array:
+        rows = self._row_axes(kernel)
+        front = jnp.moveaxis(kernel, rows, range(len(rows)))
+        return front.reshape(math.prod(front.shape[: len(rows)]), -1)
+
+    def _orthogonalized_kernel(self, kernel: jax.Array) -> jax.Array:
+        rows = self._row_axes(kernel)
+        front = jnp.moveaxis(kernel, rows, range(len(rows))).shape
+        matrix = self.orthogonalized(self._as_matrix(kernel))
+        return jnp.moveaxis(matrix.reshape(front), range(len(rows)), rows)
+
     def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
+        if self.flatten is not None and not move.is_identity():
+            raise ValueError("Muon with flatten names axes, which this move changes. Keep torch's layout.")
         if not (move.is_identity() or move.is_transposition()):
             raise ValueError("Muon orthogonalizes a matrix, which a transposition keeps, but no other move.")
         rows, columns = move.shape
