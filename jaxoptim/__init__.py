@@ -17,6 +17,7 @@ from jaxoptim import rules as rules
 from jaxoptim import sampling as sampling
 from jaxoptim import schedules as schedules
 from jaxoptim.core import Decay as Decay
+from jaxoptim.core import LossScale as LossScale
 from jaxoptim.core import OptState as OptState
 from jaxoptim.core import Packed as Packed
 from jaxoptim.core import Rule as Rule
@@ -24,6 +25,7 @@ from jaxoptim.core import Sampler as Sampler
 from jaxoptim.core import init as init
 from jaxoptim.core import pack as pack
 from jaxoptim.core import rule as rule
+from jaxoptim.core import scale_loss as scale_loss
 from jaxoptim.core import step as step
 from jaxoptim.core import transformation as transformation
 from jaxoptim.core import update as update

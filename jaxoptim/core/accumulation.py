@@ -13,7 +13,9 @@ from jaxoptim.core.noise import is_key
 from jaxoptim.core.numerics import computing_dtype
 
 
-def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mean: bool) -> Evaluation:
+def accumulated(
+    loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mean: bool, scale: jax.Array | None = None
+) -> Evaluation:
     r"""Evaluate a loss and its gradient on equal parts of a batch, with one gradient in memory at a time.
 
     .. math::
@@ -27,6 +29,7 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
             numbers go to all parts as they are, and a key to each with the number of the part folded in.
         count: the number of parts.
         mean: whether the loss is the mean over the parts (that over all weights), or their sum.
+        scale: a factor of the gradient (default None: 1).
 
     Returns:
         The evaluation, whose ``aux`` has one entry for each part along a new leading axis.
@@ -52,7 +55,7 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
 
     def evaluate(first: tuple[Any, ...], number: Any, cut: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Loss, weight and gradient of a part, the first argument of the next one, and what is returned for each."""
-        found, weight = weighted(loss_fn, values, (*first, *kept, *args_of(number, cut)))
+        found, weight = weighted(loss_fn, values, (*first, *kept, *args_of(number, cut)), scale)
         aux, *after = found.aux if loss_fn.carries else (found.aux,)
         sums = (found.loss, weight, found.grads)
         return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), sums), tuple(after), aux
@@ -67,12 +70,14 @@ def accumulated(loss_fn: Loss, values: Any, args: Sequence[Any], count: int, mea
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     ((loss, weight, grads), first), aux = jax.lax.scan(add, (zeros, first), (numbers, parts))
     aux = (aux, *first) if loss_fn.carries else aux
-    scale = weight if mean else jnp.ones_like(weight)
-    grads = jax.tree.map(lambda grad, value: (grad / scale).astype(value.dtype), grads, values)
-    return Evaluation(lambda values: loss_fn.value(values, args), values, loss / scale, aux, grads, None)
+    divisor = weight if mean else jnp.ones_like(weight)
+    grads = jax.tree.map(lambda grad, value: (grad / divisor).astype(value.dtype), grads, values)
+    return Evaluation(lambda values: loss_fn.value(values, args), values, loss / divisor, aux, grads, None)
 
 
-def weighted(loss_fn: Loss, values: Any, args: Sequence[Any]) -> tuple[Evaluation, jax.Array]:
+def weighted(
+    loss_fn: Loss, values: Any, args: Sequence[Any], scale: jax.Array | None = None
+) -> tuple[Evaluation, jax.Array]:
     """Evaluate a loss that may return ``(sum, weight)``; the sum, and the weight, 1 where there is none."""
 
     def with_weight(values: Any, *args: Any) -> tuple[Any, Any]:
@@ -81,7 +86,7 @@ def weighted(loss_fn: Loss, values: Any, args: Sequence[Any]) -> tuple[Evaluatio
             return loss[0], (jnp.asarray(loss[1], float), aux)
         return loss, (jnp.ones((), float), aux)
 
-    found = evaluated(Loss(with_weight, True), values, args)
+    found = evaluated(Loss(with_weight, True), values, args, scale=scale)
     weight, aux = found.aux
     return found._replace(aux=aux), weight
 

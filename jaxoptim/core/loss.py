@@ -97,7 +97,9 @@ class NotAScalar(ValueError, TypeError):
     """A loss is an array of numbers: a wrong value to some of our parents, a wrong type to JAX."""
 
 
-def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = False) -> Evaluation:
+def evaluated(
+    loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = False, scale: jax.Array | None = None
+) -> Evaluation:
     """Evaluate a loss and its gradient once, and linearize the gradient if second derivatives are asked for.
 
     Args:
@@ -105,6 +107,7 @@ def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = Fa
         values: a tree of arrays; a dict by name, if a part of it is to be asked for.
         args: what else the loss takes.
         second: whether second derivatives are asked for (default False).
+        scale: a factor of the gradient, which the loss has when it is differentiated (default None: 1).
 
     Returns:
         The evaluation.
@@ -120,7 +123,7 @@ def evaluated(loss_fn: Loss, values: Any, args: Sequence[Any], second: bool = Fa
             raise NotAScalar(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise TypeError(f"Expected loss to be a real number, actual dtype {jnp.result_type(loss)}.")
-        return loss, (loss, aux)
+        return loss if scale is None else loss * scale.astype(jnp.result_type(loss)), (loss, aux)
 
     def gradient(values: Any) -> tuple[Any, Any]:
         (_, outputs), grads = jax.value_and_grad(repeated, has_aux=True)(values)

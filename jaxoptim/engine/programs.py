@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxoptim.core.accumulation import accumulated
 from jaxoptim.core.clipping import Clip, squares
 from jaxoptim.core.loss import Evaluation, Loss, all_finite, evaluated
+from jaxoptim.core.loss_scale import LossScale, ScaleState
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.update import Update
@@ -53,12 +54,20 @@ class StepOptions(NamedTuple):
         mean: whether the loss is the mean over micro-batches, not their sum.
         skip_nonfinite: leave everything as it is where the loss or a gradient is not finite.
         measures: return the norms of gradient and update.
+        loss_scale: how a factor on the loss follows the gradients, which leave everything as it is where one is not
+            finite; None for no factor.
     """
 
     accumulate: int | None = None
     mean: bool = True
     skip_nonfinite: bool = False
     measures: bool = False
+    loss_scale: LossScale | None = None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may be left out."""
+        return self.skip_nonfinite or self.loss_scale is not None
 
 
 class StepNumbers(NamedTuple):
@@ -68,11 +77,13 @@ class StepNumbers(NamedTuple):
         clip_norm: a bound on the norm of the whole gradient, None for no bound.
         clip_value: a bound on each number of it, None for no bound.
         num_skipped: the steps that were skipped so far.
+        loss_scale: the factor on the loss.
     """
 
     clip_norm: Any = None
     clip_value: Any = None
     num_skipped: Any = None
+    loss_scale: ScaleState | None = None
 
 
 class Measured(NamedTuple):
@@ -83,12 +94,14 @@ class Measured(NamedTuple):
         update_norm: the norm of the change of all parameters.
         skipped: whether the step was left out because the loss or a gradient was not finite.
         num_skipped: the steps that were left out so far.
+        loss_scale: the factor on the loss at the next step; None without one.
     """
 
     grad_norm: jax.Array
     update_norm: jax.Array
     skipped: jax.Array
     num_skipped: jax.Array
+    loss_scale: ScaleState | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
@@ -133,27 +146,32 @@ def minimize(
         still |= {name: found_there[name] for name in found_there.keys() & update.held}
     # The loss is differentiated by what is updated alone.
     seen = loss.of(lambda values: _as_seen(layout, {**still, **values}))
+    scale = None if numbers.loss_scale is None else numbers.loss_scale.scale
     if options.accumulate is not None:
-        found = accumulated(seen, values, args, options.accumulate, options.mean)
+        found = accumulated(seen, values, args, options.accumulate, options.mean, scale)
     elif always is None or any(update.second_order for update in updates):
-        found = evaluated(seen, values, args, any(update.second_order for update in updates))
+        found = evaluated(seen, values, args, any(update.second_order for update in updates), scale)
     else:
         found = _evaluated_apart(seen, values, args, always)
+    if options.loss_scale is not None and numbers.loss_scale is not None:
+        found = found._replace(grads=options.loss_scale.unscaled(found.grads, numbers.loss_scale))
     clip = Clip(numbers.clip_norm, numbers.clip_value)
     seen_by = [found.of(names) for names in own]
     grads = [update.gathered(evaluation.grads) for update, evaluation in zip(updates, seen_by, strict=True)]
     is_measured = options.measures or clip.clip_norm is not None
     square = sum_of_squares(grads) if is_measured else jnp.zeros(())
     taken, value = jnp.array(True), found.loss
+    if options.may_skip:
+        taken = all_finite((grads, [found.grads[name] for name in elsewhere]))
     if options.skip_nonfinite:
-        taken = all_finite((found.loss, grads, [found.grads[name] for name in elsewhere]))
+        taken &= all_finite(found.loss)
         value = jnp.where(taken, found.loss, jnp.nan)
     if not clip.is_off:
         grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
     new, published, moved = list[Any](), list[Any](), list[Any]()
     for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
         after, public = update.after(reads, old, evaluation._replace(grads=along))
-        if options.skip_nonfinite:
+        if options.may_skip:
             kept = (update.contents(old), update.unchanged(reads, public))
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
         new.append(_returned(update, after))
@@ -161,12 +179,15 @@ def minimize(
         if options.measures:
             moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
     aux = found.aux
-    if options.skip_nonfinite and loss.carries:
+    if options.may_skip and loss.carries:
         aux = (aux[0], jax.tree.map(functools.partial(jnp.where, taken), aux[1], args[0]))
     if not options.measures:
         return new, published, value, aux, None
     num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
-    measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped)
+    scaled = numbers.loss_scale
+    if options.loss_scale is not None and scaled is not None:
+        scaled = options.loss_scale.updated(scaled, taken)
+    measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped, scaled)
     return new, published, value, aux, measured
 
 

@@ -24,6 +24,7 @@ from jaxoptim.optim.classes import RAdam as RAdam
 from jaxoptim.optim.classes import RMSprop as RMSprop
 from jaxoptim.optim.classes import Rprop as Rprop
 from jaxoptim.optim.classes import SparseAdam as SparseAdam
+from jaxoptim.optim.grad_scaler import GradScaler as GradScaler
 from jaxoptim.optim.hooks import RemovableHandle as RemovableHandle
 from jaxoptim.optim.lbfgs import LBFGS as LBFGS
 from jaxoptim.optim.optimizer import Optimizer as Optimizer

@@ -100,7 +100,8 @@ class FlatStorage(WholeStorage):
         if options != StepOptions():
             raise TypeError(
                 "LBFGS evaluates the loss at several points in one step, so its minimize takes no clip_norm, "
-                "clip_value, accumulate, skip_nonfinite or measure. Put them into the loss, or take another optimizer."
+                "clip_value, accumulate, skip_nonfinite, measure or loss_scale. Put them into the loss, or take "
+                "another optimizer."
             )
         self._settle_trained()
         with self._started():

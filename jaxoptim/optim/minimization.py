@@ -14,6 +14,7 @@ from jaxoptim.core.clipping import Clip
 from jaxoptim.core.loss import Loss
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import StepNumbers, StepOptions
+from jaxoptim.optim.grad_scaler import GradScaler
 
 
 def loss_of(
@@ -73,22 +74,32 @@ def minimization(
     skip_nonfinite: bool,
     measure: bool,
     num_skipped: Any,
+    scaler: GradScaler | None,
 ) -> Minimization:
     """Return what one call is about.
 
     Raises:
         ValueError: for a bound that is negative, and for fewer than one micro-batch.
+        TypeError: for what is no scaler.
     """
-    if clip_norm is None and clip_value is None and accumulate is None and not skip_nonfinite and not measure:
+    given = (clip_norm, clip_value, accumulate, scaler)
+    if all(option is None for option in given) and not skip_nonfinite and not measure:
         return Minimization(loss, args)
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(
+            f"loss_scale takes an optim.GradScaler, which keeps the factor between steps, but got {scaler!r:.60}."
+        )
     if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
-    options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), measures=True)
-    given = (clip_norm, clip_value, jnp.result_type(float))
+    scaling = None if scaler is None else scaler.loss_scale
+    options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), True, scaling)
+    own = (clip_norm, clip_value, jnp.result_type(float))
     are_plain = all(bound is None or type(bound) in (int, float) for bound in (clip_norm, clip_value))
     if num_skipped is None:
         num_skipped = jnp.zeros((), jnp.int32)  # as after a step: None would be another program
-    return Minimization(loss, args, options, StepNumbers(*(_kept if are_plain else _bounds)(*given), num_skipped))
+    bounds = (_kept if are_plain else _bounds)(*own)
+    scale = None if scaler is None else scaler.state
+    return Minimization(loss, args, options, StepNumbers(*bounds, num_skipped, scale))
 
 
 def _bounds(clip_norm: Any, clip_value: Any, dtype: Any) -> tuple[Any, Any]:

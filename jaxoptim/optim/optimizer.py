@@ -18,6 +18,7 @@ from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
 from jaxoptim.optim import functional, gradient_transforms, option_names, state_checks, state_dicts, subclass
 from jaxoptim.optim.description import Table, described, has_schedule, options_at
+from jaxoptim.optim.grad_scaler import GradScaler
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import Selectors as Selectors
 from jaxoptim.optim.groups import chosen, is_group, listed, parameters_in, selected
@@ -86,7 +87,7 @@ class Optimizer(Hooked):
         state: the slots of each parameter, ``state[param]["exp_avg"]``: a live view, by torch's names.
         defaults: as given.
         last: what the last call of :meth:`minimize` that measures has measured, arrays on the device: ``grad_norm``
-            (before clipping), ``update_norm``, ``skipped`` and ``num_skipped`` (so far); None before it.
+            (before clipping), ``update_norm``, ``skipped``, ``num_skipped`` (so far) and ``loss_scale``; None before.
 
     Raises:
         Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
@@ -461,6 +462,7 @@ class Optimizer(Hooked):
         accumulate_mean: bool = True,
         skip_nonfinite: bool = False,
         measure: bool = False,
+        loss_scale: GradScaler | None = None,
         static: Collection[str] = (),
         **kwargs: Any,
     ) -> Any:
@@ -492,6 +494,8 @@ class Optimizer(Hooked):
                 False). The loss of such a step is nan, and it is counted in :attr:`last`.
             measure: leave the norms of gradient and update in :attr:`last` (default False; the options above do so
                 too).
+            loss_scale: a :class:`GradScaler`, whose factor the loss has when it is differentiated, for parameters or
+                activations of float16. A step whose gradient is not finite is left out (default None: no factor).
             static: the names of keyword arguments that are fixed in the program, such as a flag (default: none).
             kwargs: keyword arguments of ``loss_fn``.
 
@@ -520,9 +524,20 @@ class Optimizer(Hooked):
             loss, args = self._of_module(loss, args, self._module)
         num_skipped = None if self.last is None else self.last.num_skipped
         job = minimization(
-            loss, args, clip_norm, clip_value, accumulate, accumulate_mean, skip_nonfinite, measure, num_skipped
+            loss,
+            args,
+            clip_norm,
+            clip_value,
+            accumulate,
+            accumulate_mean,
+            skip_nonfinite,
+            measure,
+            num_skipped,
+            loss_scale,
         )
         value, aux = self._update(lambda: self._minimized(job))
+        if loss_scale is not None and self.last is not None and self.last.loss_scale is not None:
+            loss_scale.state = self.last.loss_scale
         if loss.carries:
             aux, changing = aux
             self._rest = self._rest._replace(changing=changing)
