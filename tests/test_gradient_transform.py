@@ -3,6 +3,7 @@
 import copy
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,3 +283,21 @@ def test_a_sparse_gradient_is_refused():
     sparse = BCOO((jnp.ones((1, 2)), jnp.zeros((1, 1), int)), shape=(4, 2))
     with pytest.raises(TypeError, match="gradient_transform takes dense gradients, but that of 'a' is sparse"):
         opt.step({"a": sparse})
+
+
+def test_gradients_of_modules():
+    model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    opt = optim.SGD(model, lr=0.1, gradient_transform=optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.5)))
+
+    def of_model(model):
+        return jnp.sum(model(jnp.ones(3)) ** 2)
+
+    tx = optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.5), optax.sgd(0.1))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    state = tx.init(params)
+    for _ in range(5):
+        opt.minimize(of_model)
+        grads = jax.grad(lambda params: of_model(eqx.combine(params, static)))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(eqx.filter(opt.params, eqx.is_inexact_array), params, rtol=1e-12)

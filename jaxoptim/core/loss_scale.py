@@ -121,6 +121,9 @@ def scale_loss(
     Returns:
         A transformation with state :class:`ScaledState`.
 
+    Raises:
+        What the transformation inside raises.
+
     Examples:
         >>> import jax, jax.numpy as jnp, jaxoptim, optax
         >>> loss_scale = jaxoptim.LossScale(init_scale=1024.0)

@@ -51,12 +51,13 @@ class Table(tuple[Row, ...]):
     __repr__ = __str__
 
 
-def described(storage: Storage, options: Sequence[dict[str, Any]]) -> Table:
-    """The parameters of an optimizer, those that are None included, in the order of its tree.
+def described(storage: Storage, options: Sequence[dict[str, Any]], with_none: bool) -> Table:
+    """The parameters of an optimizer in the order of its tree.
 
     Args:
         storage: its groups.
         options: those of each group at the next step.
+        with_none: whether what is None in the tree is a parameter that is frozen, not a part of a module that is none.
     """
     tree = storage.tree()
     group_of = {param: at for at, group in reversed([*enumerate(storage.groups)]) for param in group["params"]}
@@ -64,7 +65,7 @@ def described(storage: Storage, options: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for name, param in zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True):
         if param is None:
-            rows.append(Row(name, None, None, None, None, None, False))
+            rows += [Row(name, None, None, None, None, None, False)] * with_none
             continue
         at = group_of.get(param)
         its = {} if at is None else options[at]

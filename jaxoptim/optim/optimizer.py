@@ -378,7 +378,7 @@ class Optimizer(Hooked):
 
         Returns:
             A tuple of rows ``(name, shape, dtype, group, rate, decay, trained)``, one for each leaf of the parameters,
-            None included. Printed, it is a table.
+            None included, or for each array of a module that is trained. Printed, it is a table.
 
         Examples:
             >>> import jax.numpy as jnp
@@ -390,7 +390,7 @@ class Optimizer(Hooked):
             w     (2, 3)  float32  1      0.001  0.01   trained
             x     -       -        -      -      -      frozen
         """
-        return described(self._storage, self.current_options())
+        return described(self._storage, self.current_options(), with_none=self._module is None)
 
     # Steps.
 
