@@ -424,3 +424,9 @@ def test_an_average_of_a_module_is_a_module():
     other = optim.swa_utils.AveragedModel(equinox_model())
     other.update_parameters(optim.SGD(equinox_model()))
     chex.assert_trees_all_equal(eqx.filter(other.module, eqx.is_array), eqx.filter(equinox_model(), eqx.is_array))
+
+
+def test_a_module_of_nnx_among_other_parameters_says_what_to_do():
+    for params in ({"net": Net(nnx.Rngs(0))}, [Net(nnx.Rngs(0)), jnp.ones(2)]):
+        with pytest.raises(TypeError, match=r"has a module of nnx in it. Give the arrays alone, .* or nnx.split\("):
+            optim.SGD(params, lr=0.1)

@@ -235,6 +235,12 @@ def is_nnx(params: Any) -> bool:
     return _is_of("flax.nnx", params)
 
 
+def check_not_inside(params: Any) -> None:
+    """Raise for a module of nnx inside of a tree of arrays: as a tree it would have its statistics trained."""
+    if any(map(is_nnx, jax.tree.leaves(params, is_leaf=is_nnx))):
+        raise TypeError(f"params is one module or a tree of arrays, but has a module of nnx in it. {ARRAYS_ALONE}")
+
+
 def _is_of(library: str, params: Any) -> bool:
     loaded = sys.modules.get(library)
     return loaded is not None and isinstance(params, loaded.Module)

@@ -13,7 +13,7 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
 from jaxoptim.core.foreign import check_not_trained_by_torch
-from jaxoptim.core.modules import ARRAYS_ALONE, is_nnx
+from jaxoptim.core.modules import ARRAYS_ALONE, check_not_inside, is_nnx
 from jaxoptim.optim.parameter import Parameter
 
 Selector = Any
@@ -83,6 +83,7 @@ def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
         if not all(is_named_pair(item) for item in params):
             raise ValueError("all optimizer params should be with/without names. Some param names are missing")
         return [_named(value, name) for name, value in params], [name for name, _ in params]
+    check_not_inside(params)
     for name, leaf in zip(trees.names(params), _with_none(params), strict=True):
         if isinstance(leaf, BCOO):
             raise ValueError(

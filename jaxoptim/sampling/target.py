@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxoptim.core import trees
 from jaxoptim.core.loss import LossFunctions
-from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, is_nnx, parts_of
+from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, strong
 from jaxoptim.sampling.batches import check_batch_size, size_of
 
@@ -88,9 +88,7 @@ def problem(loss_fn: Any, params: Any, data: Any, batch_size: int | None) -> Pro
 
 def _check_arrays(arrays: Any) -> None:
     """Raise for a leaf that cannot be sampled."""
-    leaves = jax.tree.leaves(arrays, is_leaf=lambda x: trees.is_leaf(x) or is_nnx(x))
-    if any(map(is_nnx, leaves)):
-        raise TypeError(f"params is one module or a tree of arrays, but has a module of nnx in it. {ARRAYS_ALONE}")
+    check_not_inside(arrays)
     for name, leaf in zip(trees.names(arrays), jax.tree.leaves(arrays, is_leaf=trees.is_leaf), strict=True):
         if leaf is None:
             continue
