@@ -226,3 +226,40 @@ def test_rules_without_trees_are_compiled_as_before():
     ]
     assert programs[0] == programs[1]
     assert is_known(plain.lr)
+
+
+# A mask, as optax has it.
+
+
+def vectors_stay(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "mask",
+    [{"inner": {"b": False, "w": True}, "v": False}, {"inner": True, "v": False}, vectors_stay],
+    ids=["tree", "prefix", "function"],
+)
+def test_a_mask_is_optaxs(mask):
+    params = {"inner": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}, "v": jnp.ones(2)}
+    ours, theirs = jaxoptim.adamw(lr=0.1, weight_decay=0.3, mask=mask), optax.adamw(0.1, weight_decay=0.3, mask=mask)
+    mine, state = params, ours.init(params)
+    parents, their_state = params, theirs.init(params)
+    for _ in range(20):
+        updates, state = ours.update(jax.tree.map(jnp.cos, mine), state, mine)
+        mine = optax.apply_updates(mine, updates)
+        updates, their_state = theirs.update(jax.tree.map(jnp.cos, parents), their_state, parents)
+        parents = optax.apply_updates(parents, updates)
+    chex.assert_trees_all_close(mine, parents, rtol=1e-12)
+
+
+def test_what_a_mask_is_not_for():
+    with pytest.raises(TypeError, match="mask= is for one weight_decay of all parameters"):
+        jaxoptim.adamw(weight_decay={"w": 0.1}, mask={"w": True})
+    with pytest.raises(TypeError, match=r"rprop\(\) got an unexpected keyword argument 'mask'"):
+        jaxoptim.rprop(mask=True)
+    with pytest.raises(ValueError, match="A mask that is a function is called with the parameters"):
+        jaxoptim.adamw(mask=vectors_stay).update(jnp.ones(2), jaxoptim.adamw().init(jnp.ones(2)))
+    assert "mask: which parameters decay" in jaxoptim.adamw.__doc__
+    assert "mask" not in jaxoptim.rprop.__doc__

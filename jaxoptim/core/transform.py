@@ -29,7 +29,7 @@ from jaxoptim.core.leaf import (
 from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.restoring import restored
-from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled
+from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled, is_tree
 from jaxoptim.core.signatures import bound
 
 P = ParamSpec("P")
@@ -246,14 +246,49 @@ def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.
         TypeError: adam() got an unexpected keyword argument 'learning_rate'. It takes lr, betas, eps, ...
     """
     signature = inspect.signature(rule).replace(return_annotation=optax.GradientTransformationExtraArgs)
+    if has_mask := _DECAY in getattr(rule, "specs", {}):
+        mask = inspect.Parameter("mask", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Any")
+        signature = signature.replace(parameters=[*signature.parameters.values(), mask])
 
     @functools.wraps(rule, assigned=("__module__", "__doc__"), updated=())
     def make(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
-        return transformation(rule(**restored(rule, bound(name, signature, args, kwargs))))  # type: ignore[call-arg]
+        options = bound(name, signature, args, kwargs)
+        mask = options.pop("mask") if has_mask else None
+        made = rule(**restored(rule, options))  # type: ignore[call-arg]
+        return transformation(made) if mask is None else _with_mask(made, mask)
 
+    if has_mask and make.__doc__:
+        make.__doc__ = make.__doc__.replace("\n\n    Slots:", f"{_MASK}\n\n    Slots:", 1)
     make.__name__ = make.__qualname__ = name
     make.__signature__ = signature  # type: ignore[attr-defined]
     return make
+
+
+_DECAY = "weight_decay"
+_MASK = """
+        mask: which parameters decay: a tree of bools like params, or a prefix of one, or a function that makes one of
+            params (default None: all)."""
+
+
+def _with_mask(rule: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation of a rule that decays the weights in a mask."""
+    decay = getattr(rule, _DECAY)
+    if is_tree(decay):
+        raise TypeError(f"mask= is for one {_DECAY} of all parameters, but got a tree of them. Leave mask out.")
+
+    def masked(params: Any) -> optax.GradientTransformationExtraArgs:
+        if params is None:
+            raise ValueError("A mask that is a function is called with the parameters. Give them: update(..., params).")
+        chosen = mask(params) if callable(mask) else mask
+        return transformation(rule.replace(**{_DECAY: jax.tree.map(lambda is_in: decay if is_in else 0.0, chosen)}))
+
+    if not callable(mask):
+        return masked(mask)
+
+    def update_fn(grads: Any, state: OptState, params: Any = None, **extra: Any) -> tuple[Any, OptState]:
+        return masked(params).update(grads, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: masked(params).init(params), update_fn)
 
 
 _known: dict[Any, list[str] | None] = {}
