@@ -14,7 +14,6 @@ from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.optim.sgld import MeasuredSampler
 from jaxoptim.optim.sgnht import ThermostatSampler
-from jaxoptim.optim.started import Started
 
 # torch's.
 
@@ -36,10 +35,11 @@ class Adafactor(Optimizer):
     _example = 0.9
 
 
-class Adagrad(Started):
+class Adagrad(Optimizer):
     """torch's ``Adagrad``, computed by :class:`jaxoptim.rules.Adagrad`."""
 
     rule = rules.Adagrad
+    starts_at_once = True
     _arguments = "lr lr_decay weight_decay initial_accumulator_value eps foreach * maximize differentiable fused"
     _keys = "lr lr_decay eps weight_decay initial_accumulator_value foreach maximize differentiable fused"
     _example = 0.9
@@ -165,10 +165,11 @@ class SparseAdam(Optimizer):
 # Pyro's.
 
 
-class AdagradRMSProp(Started):
+class AdagradRMSProp(Optimizer):
     """Pyro's ``AdagradRMSProp``, computed by :class:`jaxoptim.rules.AdagradRMSProp`."""
 
     rule = rules.AdagradRMSProp
+    starts_at_once = True
     step_type = int
     _example = 0.95
 

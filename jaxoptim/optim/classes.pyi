@@ -12,7 +12,6 @@ from jaxoptim.optim.optimizer import Groups, Number, Optimizer, Selectors
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.optim.sgld import MeasuredSampler
 from jaxoptim.optim.sgnht import ThermostatSampler
-from jaxoptim.optim.started import Started
 
 class Adadelta(Optimizer):
     def __init__(self, params: Any, lr: Number = 1.0, rho: Number = 0.9, eps: Number = 1e-06, weight_decay: Number = 0,
@@ -28,7 +27,7 @@ class Adafactor(Optimizer):
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
         master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
-class Adagrad(Started):
+class Adagrad(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, lr_decay: Number = 0, weight_decay: Number = 0,
         initial_accumulator_value: Number = 0, eps: Number = 1e-10, foreach: bool | None = None, *,
         maximize: bool = False, differentiable: bool = False, fused: bool | None = None, groups: Groups | None = None,
@@ -117,7 +116,7 @@ class SparseAdam(Optimizer):
         wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
         rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
 
-class AdagradRMSProp(Started):
+class AdagradRMSProp(Optimizer):
     def __init__(self, params: Any, eta: Number = 1.0, delta: Number = 1e-16, t: Number = 0.1, *,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,

@@ -111,6 +111,9 @@ class Optimizer(Hooked):
     step_type: ClassVar[type | None] = jax.Array
     """How ``state`` shows the count of steps: a float32 array, an ``int``, or None for not at all."""
 
+    starts_at_once: ClassVar[bool] = False
+    """Whether the state of the first groups is there from the construction on, as the parent's."""
+
     storage_class: ClassVar[type[Storage]] = Storage
     """What keeps the parameters and makes the updates."""
     decays: ClassVar[tuple[str, str] | None] = None
@@ -155,6 +158,8 @@ class Optimizer(Hooked):
         self._add_all(params, groups)
         if frozen is not None:
             self.freeze(frozen)
+        if self.starts_at_once:
+            self._storage.start()
 
     def _add_all(self, params: Any, groups: Groups | None) -> None:
         """Add the parameters in their groups."""

@@ -295,6 +295,7 @@ class Sampler(Optimizer):
     """
 
     step_type: ClassVar[type | None] = None
+    starts_at_once: ClassVar[bool] = True
     storage_class: ClassVar[type[Storage]] = SamplerStorage
     may_lack: ClassVar[frozenset[str]] = frozenset(("key", "noise_impl", "step", "box"))
 
@@ -311,7 +312,6 @@ class Sampler(Optimizer):
             defaults = defaults | {"key": jax.random.key(0)}
         check_key(defaults["key"])
         super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
-        self._storage.start()
 
     def _add(self, group: dict[str, Any]) -> None:
         number = len(self.param_groups)
