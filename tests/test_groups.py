@@ -180,3 +180,8 @@ def test_the_plateau_keeps_the_factors():
     for _ in range(3):
         scheduler.step(1.0)
     np.testing.assert_allclose([group["lr"] for group in opt.param_groups], [1.25e-4, 2.5e-4, 5e-4, 1e-3], rtol=1e-12)
+
+
+def test_a_predicate_of_the_array_alone_says_what_it_takes():
+    with pytest.raises(TypeError, match=r"selects by the path, a str, and failed: .*'ndim'. A predicate that looks at"):
+        optim.SGD({"w": jnp.ones((2, 2))}, groups=[(lambda x: x.ndim > 1, {"lr": 0.1})])

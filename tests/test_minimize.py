@@ -287,3 +287,10 @@ class TestArguments:
     def test_wrong_ones(self, args, kwargs, message):
         with pytest.raises(TypeError, match=message):
             optim.SGD(start(), lr=0.1).minimize(not_finite, *args, **kwargs)
+
+
+def test_an_auxiliary_output_that_nobody_expects_says_what_to_do():
+    opt = optim.SGD(jnp.ones(2), lr=0.1)
+    with pytest.raises(TypeError, match=r"the function returns a tuple of 2. Return the loss alone, or \(loss, aux\)"):
+        opt.minimize(lambda x: (jnp.sum(x), x))
+    chex.assert_trees_all_equal(opt.params, jnp.ones(2))

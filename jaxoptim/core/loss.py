@@ -119,6 +119,11 @@ def evaluated(
     def repeated(values: Any) -> tuple[Any, Any]:
         # Variables of nnx can be changed only by the trace in which they were made.
         loss, aux = loss_fn.both(values, jax.tree.map(lambda x: x, args))
+        if isinstance(loss, tuple | list | dict):
+            raise TypeError(
+                f"Expected loss to be a scalar, but the function returns a {type(loss).__name__} of {len(loss)}. "
+                "Return the loss alone, or (loss, aux) and say has_aux=True."
+            )
         if jnp.shape(loss) != ():
             raise NotAScalar(f"Expected loss to be a scalar, actual shape {jnp.shape(loss)}. Sum it over the batch.")
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):

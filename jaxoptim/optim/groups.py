@@ -157,7 +157,13 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
         return [bool(part) for part, leaf in parts if leaf is not None]
     if not (callable(selector) and _takes_two(selector)):
         matches = predicate(selector)
-        return [bool(matches(path)) for path in paths]
+        try:
+            return [bool(matches(path)) for path in paths]
+        except AttributeError as error:
+            raise TypeError(
+                f"{selector!r} selects by the path, a str, and failed: {error}. A predicate that looks at the array "
+                "too takes two arguments: lambda path, array: array.ndim > 1."
+            ) from error
     values = [leaf.value if isinstance(leaf, Parameter) else leaf for leaf in jax.tree.leaves(tree)]
     return [bool(selector(path, value)) for path, value in zip(paths, values, strict=True)]
 
