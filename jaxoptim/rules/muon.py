@@ -134,7 +134,7 @@ class Muon(Rule):
     def _as_matrix(self, kernel: jax.Array) -> jax.Array:
         rows = self._row_axes(kernel)
         front = jnp.moveaxis(kernel, rows, range(len(rows)))
-        return front.reshape(math.prod(front.shape[: len(rows)]), -1)
+        return front.reshape(math.prod(front.shape[: len(rows)]), math.prod(front.shape[len(rows) :]))
 
     def _orthogonalized_kernel(self, kernel: jax.Array) -> jax.Array:
         rows = self._row_axes(kernel)
