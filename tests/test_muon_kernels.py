@@ -64,14 +64,18 @@ def test_groups_flatten_otherwise_and_state_dicts_cross(tmp_path):
     save(tmp_path / "muon.safetensors", opt.state_dict())
     resumed = optim.Muon(opt.params, groups=groups)
     resumed.load_state_dict(load(tmp_path / "muon.safetensors"))
-    assert [group["flatten"] for group in resumed.param_groups] == [(-1,), None]
+    assert [group.get("flatten") for group in resumed.param_groups] == [(-1,), None]
+    resumed.step(params)
     weight = torch.nn.Parameter(torch.ones(4, 2))
     theirs = torch.optim.Muon([weight])
     weight.grad = torch.ones(4, 2)
     theirs.step()
     alone = optim.Muon([jnp.ones((4, 2))])
     alone.load_state_dict(theirs.state_dict())
-    assert alone.param_groups[0]["flatten"] is None
+    assert alone.param_groups[0].keys() == theirs.param_groups[0].keys()
+    kernels = optim.Muon([jnp.ones((4, 2))], flatten=(0,))
+    kernels.load_state_dict(theirs.state_dict())
+    assert kernels.param_groups[0]["flatten"] == (0,)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ class Muon(Optimizer):
 
     rule = rules.Muon
     step_type = None
-    may_lack = frozenset(("flatten",))
+    may_lack = unlisted = frozenset(("flatten",))
 
 
 class NAdam(Optimizer):

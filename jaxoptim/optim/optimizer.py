@@ -125,6 +125,9 @@ class Optimizer(Hooked):
     may_lack: ClassVar[frozenset[str]] = frozenset()
     """Options that a state dict may lack, because the parent has not got them; they stay as they are."""
 
+    unlisted: ClassVar[frozenset[str]] = frozenset()
+    """Options that groups have only where they are given, because the parent has not got them."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("step", "minimize"):
@@ -180,13 +183,14 @@ class Optimizer(Hooked):
 
     def _check_selected(self, options: dict[str, Any]) -> None:
         """Raise for what is no option of this class; only torch's group dicts have keys of the user's own."""
-        known = (*self.defaults, gradient_transforms.KEY) if self._storage.takes_transforms else self.defaults
+        known = [*self.defaults, *self.unlisted, *[gradient_transforms.KEY] * self._storage.takes_transforms]
         option_names.check_all(type(self).__name__, options, known)
 
     def _prepare(self) -> None:
         if not hasattr(self, "rule"):
             raise TypeError(f"{type(self).__name__} has no rule. Write `class Mine(optim.Optimizer): rule = MyRule`.")
         self._storage = self.storage_class(self.rule, self.step_type, self.fixed)
+        self._storage.unlisted = self.unlisted
         self._state = State(self._storage)
         self._prepare_hooks()
         self._awaits_gradients = True

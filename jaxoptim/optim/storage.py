@@ -48,6 +48,7 @@ class Storage:
         is_list: whether the user sees a list with one tree per group, or the one tree that was given.
         labels: a unique name for each parameter.
         allowed: the names of the options of a group.
+        unlisted: those that a group has only where they are given.
         other_state: what the user filed under other keys than parameters.
         gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
         precision: how arrays of few bits are kept.
@@ -70,6 +71,7 @@ class Storage:
         self._transform_key: Any = None  # what it was made of
         self.labels: dict[Parameter, str] = {}
         self.allowed: Collection[str] = ()
+        self.unlisted: Collection[str] = ()
         self._num_keys = 0  # of all groups, when their names were last checked
         self.store = Store()
         self._fields = [field.name for field in dataclasses.fields(rule) if field.init]  # type: ignore[arg-type]
@@ -114,12 +116,13 @@ class Storage:
 
     def rule_of(self, group: Group) -> Rule:
         """The rule with the options of a group."""
-        if missing := [name for name in self._fields if name not in group]:
+        fields = [name for name in self._fields if name in group or name not in self.unlisted]
+        if missing := [name for name in fields if name not in group]:
             raise KeyError(
                 f"A parameter group of {self.rule.__name__} has no option {missing[0]!r}. "
                 f"It takes {', '.join(self._fields)}."
             )
-        given = {name: self._option(group, name) for name in self._fields}
+        given = {name: self._option(group, name) for name in fields}
         options = {
             name: option if isinstance(self.rule.specs.get(name), Traced) else jax.tree.map(_plain, option)
             for name, option in given.items()

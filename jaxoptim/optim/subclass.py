@@ -68,7 +68,7 @@ def _construct(cls: Any) -> None:
         bound.apply_defaults()
         values = constants | bound.arguments
         keywords |= {name: values[name] for name in passed}
-        defaults = {name: values[name] for name in keys}
+        defaults = {name: values[name] for name in keys if name not in cls.unlisted or values[name] is not None}
         super(cls, self).__init__(params, defaults, **keywords)
 
     parameters = [

@@ -72,7 +72,7 @@ class Member(Storage):
         self._groups: list[Group] = []
         self._tell = written
         super().__init__(old.rule, old.step_type, old.fixed)
-        self.allowed, self.precision = old.allowed, old.precision
+        self.allowed, self.unlisted, self.precision = old.allowed, old.unlisted, old.precision
         self.param, self.optimizer, self.clip = param, optimizer, clip
         self.subsample: Any = None
         self.is_written = True
