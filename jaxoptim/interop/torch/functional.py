@@ -47,7 +47,7 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
         (1, [0.2, 0.2])
     """
     optimizer = _optimizer(rule, params)
-    options = {name: optimizer.param_groups[0][name] for name in _options(rule)}
+    options = {name: x for name, x in optimizer.param_groups[0].items() if name in _options(rule)}
     optimizer.load_state_dict(state_dict)  # with its own options, which tell what it is of
     (group,) = optimizer.param_groups
     group.update(options)
