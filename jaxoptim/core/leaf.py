@@ -209,7 +209,7 @@ def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     def slots_of(param: jax.Array, drawn: dict[str, Any]) -> Slots:
         real = view_as_real(param.astype(dtype))
         slots = _as_stored(param, real, rule.cast(real.dtype).init(real, **jax.tree.map(view_as_real, drawn)))
-        return slots if rule.precision == precision.DEFAULT else precision.first(rule.precision, param, slots)
+        return precision.first(rule.precision, param, slots)
 
     if isinstance(param, jax.ShapeDtypeStruct):
         return jax.eval_shape(slots_of, param, drawn)

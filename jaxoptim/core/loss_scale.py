@@ -98,11 +98,10 @@ class LossScale:
     def updated(self, state: ScaleState, is_finite: Any) -> ScaleState:
         """The state after a step whose gradients were all finite, or not."""
         tracker = state.growth_tracker + 1
-        grown = state.scale * self.growth_factor
-        grows = (tracker == self.growth_interval) & jnp.isfinite(grown)
-        is_over = tracker == self.growth_interval
+        is_over, grown = tracker == self.growth_interval, state.scale * self.growth_factor
+        scale = jnp.where(is_over & jnp.isfinite(grown), grown, state.scale)
         return ScaleState(
-            jnp.where(is_finite, jnp.where(grows, grown, state.scale), state.scale * self.backoff_factor),
+            jnp.where(is_finite, scale, state.scale * self.backoff_factor),
             jnp.where(is_finite & ~is_over, tracker, 0),
         )
 

@@ -205,8 +205,7 @@ class Hyperparameters:
             raise TypeError(
                 f"{type(self).__name__} has no hyperparameter {', '.join(unknown)}. It has {', '.join(allowed)}."
             )
-        new = dataclasses.replace(self, **fields)  # type: ignore[type-var]
-        return assembled(type(self), vars(new) | {name: x for name, x in vars(self).items() if name == "precision"})
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
     def __post_init__(self) -> None:
         for name, spec in self.specs.items():
@@ -325,6 +324,10 @@ class Rule(Hyperparameters, abc.ABC):
             ([0.98828125, 0.98828125], [0.99, 0.99])
         """
         return assembled(type(self), vars(self) | {"precision": checked(master_weights, rounding, state_dtype)})
+
+    def replace(self, **fields: Any) -> Self:
+        """A new rule with some hyperparameters changed, checked like any other, and the same precision."""
+        return super().replace(**fields).with_precision(**self.precision._asdict())
 
     def takes_tree(self, name: str) -> bool:
         """Whether a number may be another one for each parameter."""

@@ -254,7 +254,8 @@ class Storage:
             slabs.transform = self._transform = self._transform_key = None
             return
         txs = (self.gradient_transform, *(tx for tx, _ in of_groups))
-        leaves, treedef = jax.tree.flatten(self.tree())
+        tree = self.tree()
+        leaves, treedef = jax.tree.flatten(tree)
         key = (txs, treedef, leaves, [list(group["params"]) for _, group in of_groups])
         if self._transform is not None and self._transform_key == key and self.loaded_transform_state is None:
             slabs.transform = self._transform
@@ -269,9 +270,9 @@ class Storage:
         for tx in txs:
             gradient_transforms.check(tx)
         pairs = [(tx, frozenset(group["params"])) for tx, group in of_groups]
-        tx, state = gradient_transforms.combined(txs[0], pairs, self.tree()), self.loaded_transform_state
+        tx, state = gradient_transforms.combined(txs[0], pairs, tree), self.loaded_transform_state
         if state is None:
-            state = jax.jit(tx.init)(jax.tree.map(lambda param: param.value, self.tree()))
+            state = jax.jit(tx.init)(jax.tree.map(lambda param: param.value, tree))
         slabs.transform = self._transform = Transform(tx, state)
         self._transform_key, self.loaded_transform_state = key, None
 
