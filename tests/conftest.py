@@ -1,9 +1,9 @@
 """Settings for the whole test session, made before JAX starts."""
 
 import gc
-import itertools
 import os
 import shutil
+import time
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -53,14 +53,20 @@ def only_new_garbage():
     gc.unfreeze()
 
 
-_TESTS = itertools.count()
+_checked = time.monotonic()
 
 
 @pytest.fixture(autouse=True)
 def few_enough_programs():
-    """Drop compiled programs before they use up what a process may map into memory, at which XLA crashes."""
+    """Drop compiled programs before they use up what a process may map into memory, at which XLA crashes.
+
+    A test of random scripts maps thousands of regions in half a minute: time says when to look, not a number of tests.
+    """
     yield
-    maps = Path("/proc/self/maps")
-    if next(_TESTS) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
-        jax.clear_caches()
-        gc.collect()
+    global _checked
+    if time.monotonic() - _checked > 5:
+        maps = Path("/proc/self/maps")
+        if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+            jax.clear_caches()
+            gc.collect()
+        _checked = time.monotonic()
