@@ -56,6 +56,13 @@ def test_minimize_is_torchs_loop(theirs, options):
     assert int(opt.last.num_skipped) == 4
 
 
+def test_a_loss_that_is_not_finite_says_nothing_of_the_factor():
+    opt, scaler = optim.SGD({"w": jnp.ones(2)}, lr=0.5), optim.GradScaler(init_scale=8.0)
+    opt.minimize(lambda params: jnp.sum(params["w"]) + jnp.inf, skip_nonfinite=True, loss_scale=scaler)
+    chex.assert_trees_all_equal(opt.params["w"], jnp.ones(2))
+    assert (bool(opt.last.skipped), scaler.get_scale()) == (True, 8.0)
+
+
 def test_a_loop_that_is_written_out_is_torchs(theirs):
     opt, scaler = optim.AdamW({"w": START}, lr=0.02), optim.GradScaler(**NUMBERS)
     gradient = jax.jit(jax.grad(lambda params, factor, scale: loss(params, X, factor) * scale))

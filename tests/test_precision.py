@@ -174,6 +174,22 @@ def test_a_state_of_torch_goes_on_with_master_weights():
     chex.assert_trees_all_close(state["master_weights"], jnp.full((3, 2), 1 - 0.19))
 
 
+@pytest.mark.parametrize(
+    "how", [{"master_weights": True}, {"rounding": "stochastic"}, {"state_dtype": jnp.bfloat16}], ids=str
+)
+def test_the_pure_face_goes_to_torch_and_back(how):
+    shapes = [(3, 2), (4,)]
+    rule, params = rules.AdamW(lr=0.1).with_precision(**how), start(shapes, jnp.bfloat16)
+    state = jaxoptim.init(rule, params)
+    for _ in range(3):
+        params, state = jaxoptim.step(rule, params, params, state)
+    there = jaxoptim.interop.torch.to_torch_state_dict(rule, params, state)
+    torch.optim.AdamW([torch.ones(shape, dtype=torch.bfloat16) for shape in shapes]).load_state_dict(there)
+    back = jaxoptim.interop.torch.from_torch(rule, params, there)
+    chex.assert_trees_all_equal_dtypes(back, state)
+    chex.assert_trees_all_equal(back, state)
+
+
 def test_pyro_style_optimizers_pass_it_on():
     optimizer = PyroOptim(optim.SGD, {"lr": 1e-5, "master_weights": True})
     param = optim.Parameter(jnp.ones(3, jnp.bfloat16), "a")

@@ -163,6 +163,7 @@ def minimize(
     taken, value = jnp.array(True), found.loss
     if options.may_skip:
         taken = all_finite((grads, [found.grads[name] for name in elsewhere]))
+    are_finite = taken
     if options.skip_nonfinite:
         taken &= all_finite(found.loss)
         value = jnp.where(taken, found.loss, jnp.nan)
@@ -186,7 +187,7 @@ def minimize(
     num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
     scaled = numbers.loss_scale
     if options.loss_scale is not None and scaled is not None:
-        scaled = options.loss_scale.updated(scaled, taken)
+        scaled = options.loss_scale.updated(scaled, are_finite)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped, scaled)
     return new, published, value, aux, measured
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import jaxoptim.optim
 from jaxoptim.core import Decay, Hyperparameters, OptState, Packed, init, trees
+from jaxoptim.core.precision import DEFAULT
 from jaxoptim.core.rule import Off
 from jaxoptim.interop.torch.tensors import to_torch
 from jaxoptim.optim import Optimizer
@@ -133,4 +134,6 @@ def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
     classes = [x for x in vars(jaxoptim.optim).values() if isinstance(x, type) and issubclass(x, Optimizer)]
     found = [x for x in classes if getattr(x, "rule", None) is type(rule)]
     kind: Any = found[0] if found else type(type(rule).__name__, (Optimizer,), {"rule": type(rule)})
-    return kind(params, **_options(rule))
+    optimizer = kind(params, **_options(rule))
+    optimizer._storage.precision = getattr(rule, "precision", DEFAULT)
+    return optimizer
