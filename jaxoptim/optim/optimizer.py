@@ -12,7 +12,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 from jaxoptim.core import Rule, trees
 from jaxoptim.core import Sampler as SamplerRule
 from jaxoptim.core.loss import Loss, LossFunctions
-from jaxoptim.core.modules import ModuleDef, ModuleLoss, Rest, parts_of
+from jaxoptim.core.modules import ModuleDef, ModuleLoss, Parts, Rest, parts_of
 from jaxoptim.core.precision import checked
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
@@ -208,14 +208,25 @@ class Optimizer(Hooked):
         their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group. A module
         gives a module, with the statistics and counts of its last evaluation by :meth:`minimize`.
         """
+        if (parts := self.parts) is not None:
+            return parts.definition.joined(parts.trained, parts.rest)
         self._storage.read_all()
-        tree, module = self._storage.tree(), self._module
-        if module is None:
-            return jax.tree.map(lambda param: param.value, tree)
-        first, *others = tree if self._storage.is_list else [tree]
-        values, *more = jax.tree.map(lambda param: param.value, [first, *others])
-        whole = module.joined(values, self._rest)
-        return [whole, *more] if self._storage.is_list else whole
+        values = jax.tree.map(lambda param: param.value, self._storage.tree())
+        if self._module is None:
+            return values
+        first, *others = values
+        return [self._module.joined(first, self._rest), *others]
+
+    @property
+    def parts(self) -> Parts | None:
+        """The module that the parameters came in, taken apart; None for other parameters, and with groups added to it.
+
+        Cheaper than :attr:`params`, which joins the parts to a module of its own.
+        """
+        if self._module is None or self._storage.is_list:
+            return None
+        self._storage.read_all()
+        return Parts(self._module, jax.tree.map(lambda param: param.value, self._storage.tree()), self._rest)
 
     @property
     def wrt(self) -> Any:

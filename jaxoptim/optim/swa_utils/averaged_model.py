@@ -301,10 +301,13 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
     """The parts of a module, None for anything else, and the arrays of a model as a tree."""
-    whole = model.params if isinstance(model, Optimizer) else model
-    parts = module_of(whole, wrt if is_nnx(whole) else None)
+    is_optimizer = isinstance(model, Optimizer)
+    parts = model.parts if is_optimizer and wrt is not None and model.wrt == wrt else None
     if parts is None:
-        return None, whole
+        whole = model.params if is_optimizer else model
+        parts = module_of(whole, wrt if is_nnx(whole) else None)
+        if parts is None:
+            return None, whole
     changing = parts.rest.changing
     return parts, parts.trained if changing is None else {"params": parts.trained, "rest": changing}
 
