@@ -279,10 +279,11 @@ class TestArguments:
         [
             (("train",), {}, "argument number 1 of the loss is the text 'train'"),
             ((), {"mode": "train"}, r"argument 'mode' of the loss is the text .* static=\['mode'\]"),
+            (({"x": [1, min]},), {}, r"argument number 1 of the loss has at 'x.1' the builtin_function_or_method"),
             ((), {"static": "mode"}, "static names 'mode', which is no keyword argument"),
             ((), {"static": ["x"], "x": np.ones(2)}, "static argument 'x' is a ndarray"),
         ],
-        ids=["text", "text by keyword", "unknown", "array"],
+        ids=["text", "text by keyword", "function", "unknown", "array"],
     )
     def test_wrong_ones(self, args, kwargs, message):
         with pytest.raises(TypeError, match=message):

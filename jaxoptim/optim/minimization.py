@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
@@ -27,7 +28,7 @@ def loss_of(
     """Return the loss, and the arguments that are data, those by keyword last.
 
     Raises:
-        TypeError: for a static name that is no keyword, a static value that cannot be hashed, and text among the data.
+        TypeError: for a static name that is no keyword, a static value that cannot be hashed, and what is no data.
     """
     if isinstance(static, str):
         static = (static,)
@@ -36,10 +37,8 @@ def loss_of(
             f"static names {unknown[0]!r}, which is no keyword argument of this call. Pass it by keyword: "
             f"minimize(loss_fn, ..., {unknown[0]}=value, static=[{unknown[0]!r}])."
         )
-    for at, value in enumerate(args, 1):
-        if isinstance(value, str | bytes):
-            raise _text(f"number {at}", value)
     if not kwargs:
+        _check_data({}, args)
         return Loss(loss_fn, has_aux), trees.owned_arrays(args)
     fixed = tuple((name, kwargs[name]) for name in sorted(static))
     for name, value in fixed:
@@ -51,17 +50,31 @@ def loss_of(
                 "bool, int and other values that name a program; arrays are data."
             ) from None
     data = {name: value for name, value in kwargs.items() if name not in static}
-    for name, value in data.items():
-        if isinstance(value, str | bytes):
-            raise _text(repr(name), value)
+    _check_data(data, args)
     return Loss(loss_fn, has_aux, tuple(data), fixed), trees.owned_arrays((*args, *data.values()))
 
 
-def _text(place: str, value: str | bytes) -> TypeError:
-    return TypeError(
-        f"The argument {place} of the loss is the text {value!r:.40}, which is no data. Pass it by keyword and mark "
-        "it: minimize(loss_fn, ..., mode='train', static=['mode'])."
-    )
+def _check_data(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> None:
+    """Raise for what a compiled program cannot be given: text, functions and other objects."""
+    kinds = set(map(type, jax.tree.leaves((args, kwargs))))  # a batch has many leaves and few types
+    if all(map(_is_data, kinds)):
+        return
+    places = {f"number {at}": value for at, value in enumerate(args, 1)}
+    for place, value in (places | {repr(name): value for name, value in kwargs.items()}).items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            if not _is_data(type(leaf)):
+                is_or_has = f"has at {jax.tree_util.keystr(path, simple=True, separator='.')!r}" if path else "is"
+                kind = "text" if isinstance(leaf, str | bytes) else type(leaf).__name__
+                raise TypeError(
+                    f"The argument {place} of the loss {is_or_has} the {kind} {leaf!r:.60}, which is no data. Give "
+                    "arrays; what decides how the loss computes is passed by keyword and marked: "
+                    "minimize(loss_fn, ..., mode='train', static=['mode'])."
+                )
+
+
+def _is_data(kind: type) -> bool:
+    is_array = any(hasattr(kind, name) for name in ("dtype", "__jax_array__", "__dlpack__"))
+    return is_array or issubclass(kind, (int, float, complex))
 
 
 def minimization(
