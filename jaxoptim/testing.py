@@ -113,9 +113,20 @@ def _gradients(rule: Rule, params: Params, seed: int = 0) -> dict[str, Any]:
 
 def _trained(step: Any, rule: Rule, params: Params, times: int = 3) -> tuple[Any, OptState]:
     state = init(rule, params)
-    for t in range(times):
-        params, state = step(rule, params, _gradients(rule, params, t), state)
+    for grads in [_gradients(rule, params, t) for t in range(times)]:
+        params, state = step(rule, params, grads, state)
     return params, state
+
+
+def _scanned(rule: Rule, params: Params) -> Any:
+    """The trained parameters, from a program of one step: programs of several take many times as long to compile."""
+    grads = [_gradients(rule, params, t) for t in range(3)]
+
+    def one_step(carry: tuple[Any, OptState], grads: Any) -> Any:
+        return step(rule, carry[0], grads, carry[1]), None
+
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *grads)
+    return jax.lax.scan(one_step, (params, init(rule, params)), stacked)[0][0]
 
 
 def _assert_close(ours: Any, theirs: Any) -> None:
@@ -224,7 +235,7 @@ def _check_vmap(rule: Rule, params: Params) -> None:
         return
     rules = _neighbours(rule)
     stack = jax.tree.map(lambda *numbers: _stacked(numbers), *rules)
-    swept = jax.jit(jax.vmap(lambda rule: _trained(step, rule, params)[0]))(stack)
+    swept = jax.jit(jax.vmap(lambda rule: _scanned(rule, params)))(stack)
     jitted = jax.jit(step)
     looped = [_trained(jitted, rule, params)[0] for rule in rules]
     _assert_close(swept, jax.tree.map(lambda *arrays: jnp.stack(arrays), *looped))
@@ -260,7 +271,7 @@ def _check_grad(rule: Rule, params: Params) -> None:
         own = list(leaves)
         for at, value in zip(numbers, values, strict=True):
             own[at] = value
-        after, _ = _trained(step, jax.tree.unflatten(treedef, own), params)
+        after = _scanned(jax.tree.unflatten(treedef, own), params)
         return sum(jnp.sum(x * x) for x in after.values())
 
     chex.assert_tree_all_finite(jax.jit(jax.grad(final))([leaves[at] for at in numbers]))

@@ -203,7 +203,7 @@ def test_generated_options_give_torchs_numbers(kind, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", GENERATED)
-@settings(max_examples=300, deadline=None, suppress_health_check=slow_to_draw)
+@settings(max_examples=100, deadline=None, suppress_health_check=slow_to_draw)
 @given(data=st.data())
 def test_many_generated_options_give_torchs_numbers(kind, data):
     check(Row(kind, data.draw(GENERATED[kind])), data.draw(names), data.draw(rates), 200, data.draw(changes))
@@ -216,7 +216,7 @@ def test_changed_rates_and_jumps_to_an_epoch_give_torchs_numbers(kind, data):
     check(Row(kind, data.draw(GENERATED[kind])), data.draw(names), data.draw(rates), 50, data.draw(changes))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=slow_to_draw)
+@settings(max_examples=30, deadline=None, suppress_health_check=slow_to_draw)
 @given(
     options=GENERATED["CosineAnnealingWarmRestarts"],
     jumps=st.dictionaries(
@@ -247,7 +247,7 @@ def test_generated_trees_of_schedulers_give_torchs_numbers(row, name, rates):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=slow_to_draw)
+@settings(max_examples=300, deadline=None, suppress_health_check=slow_to_draw)
 @given(row=rows(), name=names, rates=rates, doing=changes)
 def test_many_generated_trees_of_schedulers_give_torchs_numbers(row, name, rates, doing):
     check_tree(row, name, rates, 120, {epoch: (group, rate, None) for epoch, (group, rate, _) in doing.items()})
@@ -412,7 +412,7 @@ def test_generated_metrics_give_torchs_rates(options, metrics, rates, name, adde
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=slow_to_draw)
+@settings(max_examples=300, deadline=None, suppress_health_check=slow_to_draw)
 @given(
     options=PLATEAU,
     metrics=st.lists(metrics, min_size=20, max_size=60),
