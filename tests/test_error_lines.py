@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 import jaxoptim
 from jaxoptim import optim, rules
@@ -32,8 +33,16 @@ class TestRules:
             lambda: jaxoptim.init(rules.Adam, PARAMS),
             lambda: jaxoptim.step(rules.Adam, PARAMS, PARAMS, STATE),
             lambda: jaxoptim.update(rules.Adam, PARAMS, STATE, PARAMS),
+            lambda: jaxoptim.transformation(rules.Adam),
         ):
             assert message(TypeError, run) == "A rule is expected, but got the class Adam. Give an instance: Adam(...)."
+
+    @pytest.mark.parametrize(
+        "given", [optim.Adam(PARAMS), optim.Adam, torch.optim.Adam, 0.1], ids=["ours", "class", "torch", "rate"]
+    )
+    def test_an_optimizer_for_a_rule(self, given):
+        for run in (lambda: jaxoptim.init(given, PARAMS), lambda: jaxoptim.transformation(given)):
+            assert re.match(r"A rule is expected, .* but got .*\. An optimizer of jaxoptim", message(TypeError, run))
 
     def test_a_transformation_for_a_rule(self):
         for tx in (ADAM, optax.adam(0.1)):

@@ -207,7 +207,7 @@ def transformation(rule: Any, /) -> optax.GradientTransformationExtraArgs:
         >>> import jaxoptim, optax
         >>> tx = optax.chain(optax.clip(1.0), jaxoptim.transformation(jaxoptim.rules.SGD(lr=0.1)))
     """
-    raise TypeError(f"transformation was given {rule!r}. It takes an instance of a rule, such as Adam(lr=1e-3).")
+    raise _no_rule(rule)
 
 
 @transformation.register
@@ -329,20 +329,33 @@ def _is_packable(rule: Rule) -> bool:
 
 
 def _check_rule(rule: Any) -> None:
-    if isinstance(rule, type):
-        raise TypeError(
-            f"A rule is expected, but got the class {rule.__name__}. Give an instance: {rule.__name__}(...)."
+    """Raise for what is no rule."""
+    if not isinstance(rule, Rule):
+        raise _no_rule(rule)
+
+
+def _no_rule(given: Any) -> TypeError:
+    """The error that says what to do with something in the place of a rule."""
+    if isinstance(given, type) and issubclass(given, Hyperparameters):
+        return TypeError(
+            f"A rule is expected, but got the class {given.__name__}. Give an instance: {given.__name__}(...)."
         )
-    if isinstance(rule, optax.GradientTransformation):
-        raise TypeError(
+    if isinstance(given, optax.GradientTransformation):
+        return TypeError(
             "A rule is expected, such as jaxoptim.rules.Adam(lr=1e-3), but got a transformation. Call its own init and "
             "update."
         )
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"{type(rule).__name__} does not work array by array. "
+    if isinstance(given, Hyperparameters):
+        return TypeError(
+            f"{type(given).__name__} does not work array by array. "
             "Use the init and update of jaxoptim.transformation(rule), where rule is an instance."
         )
+    kind = given if isinstance(given, type) else type(given)
+    return TypeError(
+        f"A rule is expected, such as jaxoptim.rules.Adam(lr=1e-3), but got {'the class' if given is kind else 'a'} "
+        f"{kind.__module__}.{kind.__qualname__}. An optimizer of jaxoptim.optim makes its own steps, and its "
+        "to_functional() gives the pure form."
+    )
 
 
 def _check_state(rule: Rule, state: Any) -> None:

@@ -225,18 +225,35 @@ class AveragedModel:
         """Take one more set of parameters into the average; the first is copied.
 
         Args:
-            model: a tree like the one given first, or an ``Optimizer``.
+            model: a tree like the one given first, or an ``Optimizer``. The parameters of groups that were added to
+                it since the last call are copied, and the average is a list of trees, as ``params`` is.
 
         Raises:
             ``ValueError`` for another tree or shape; ``TypeError`` if ``multi_avg_fn`` does not return as many
             arrays as it is given. The average is as it was then.
         """
-        leaves = trees.arrays_like(_tree(model, self._wrt)[1], self._like, "the model", "the average")
-        params, buffers = self._parted([as_jax(x) for x in leaves])
-        self._average, self._buffers, self.n_averaged = _update(
-            self._average, self._function, self.n_averaged, params, buffers
-        )
+        before, tree = dict(vars(self)), _tree(model, self._wrt)[1]
+        added = _added(tree, self._like) if isinstance(model, Optimizer) else None
+        if added is not None:
+            self._grow(tree, added)
+        try:
+            leaves = trees.arrays_like(tree, self._like, "the model", "the average")
+            params, buffers = self._parted([as_jax(x) for x in leaves])
+            self._average, self._buffers, self.n_averaged = _update(
+                self._average, self._function, self.n_averaged, params, buffers
+            )
+        except BaseException:
+            vars(self).update(before)
+            raise
         self._module = None
+
+    def _grow(self, tree: list[Any], added: list[Any]) -> None:
+        """Take in the last trees of a list as they are; the others are known."""
+        known, new = self._leaves(), jax.tree.leaves(added)
+        likes = [*jax.tree.leaves(self._like), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in new)]
+        self._like = jax.tree.unflatten(jax.tree.structure(tree), likes)
+        self._averaged = [*self._averaged, *(True for _ in new)]
+        self._fill([*known, *map(first_average, new)])
 
     def state_dict(self) -> dict[str, Any]:
         """The average in torch's layout.
@@ -310,6 +327,18 @@ def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
             return None, whole
     changing = parts.rest.changing
     return parts, parts.trained if changing is None else {"params": parts.trained, "rest": changing}
+
+
+def _added(tree: Any, like: Any) -> list[Any] | None:
+    """What ``add_param_group`` has put behind a tree, or behind a list of trees; None for nothing."""
+    if not isinstance(tree, list):
+        return None
+    for known in ([like], like if isinstance(like, list) else []):
+        at = len(known)
+        structures: list[Any] = [jax.tree.structure(tree[:at]), jax.tree.structure(known)]
+        if 0 < at < len(tree) and structures[0] == structures[1]:
+            return tree[at:]
+    return None
 
 
 def _joined(parts: Parts, tree: Any) -> Any:
