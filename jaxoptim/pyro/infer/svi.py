@@ -18,7 +18,8 @@ from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
-from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
+from jaxoptim.pyro.infer.elbo import as_elbo
+from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
 from jaxoptim.pyro.optim.multi import as_multi_optimizer
 from jaxoptim.pyro.optim.multi_optimizer import Compiled
 from jaxoptim.pyro.optim.torch_style import TorchStyle
