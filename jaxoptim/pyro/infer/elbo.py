@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class FunctionLoss:
@@ -105,6 +106,12 @@ def check_scalar(loss: Any, elbo: Any) -> None:
     name = getattr(elbo.function, "__name__", "The function") if isinstance(elbo, FunctionLoss) else type(elbo).__name__
     if isinstance(loss, Mapping):
         raise TypeError(f"{name} returned one loss for each site. Give numpyro's ELBO with sum_sites=True.")
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | int | float | complex):
+        kind = f"a {type(loss).__name__}"
+    elif jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         kind = f"an array of shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}"
-        raise TypeError(f"{name} returned {kind}. A loss is a real scalar.")
+    else:
+        return
+    raise TypeError(
+        f"{name} returned {kind}. A loss is a real scalar: sum it over data and particles, and return it alone."
+    )
