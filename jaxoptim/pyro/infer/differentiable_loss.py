@@ -78,7 +78,7 @@ def differentiable_loss(
         {'loc': 1.0, 'scale': 0.7}
     """
     elbo = as_elbo(elbo)
-    found = discover(model, guide, elbo, key, args, kwargs, {})
+    found = discover(model, guide, elbo, key, args, kwargs, {}, {})
     loss_fn = Objective(model, guide, elbo, found.sites, found.mutable)
     # Copies: an initial value may be the user's own array, and parameters are what one donates.
     params = {name: jax.numpy.array(value) for name, value in found.values.items()}

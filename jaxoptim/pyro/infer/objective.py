@@ -60,7 +60,14 @@ class Discovery:
 
 
 def discover(
-    model: Any, guide: Any, elbo: Any, key: jax.Array, args: Any, kwargs: Any, known: dict[str, Any]
+    model: Any,
+    guide: Any,
+    elbo: Any,
+    key: jax.Array,
+    args: Any,
+    kwargs: Any,
+    known: Mapping[str, Any],
+    initial: Mapping[str, Any],
 ) -> Discovery:
     """Run guide and model once, as ``numpyro.infer.SVI.init`` does, and see what they reach.
 
@@ -72,23 +79,32 @@ def discover(
         args: the positional arguments of both.
         kwargs: the keyword arguments of both.
         known: values of sites, constrained and mutable ones, that are not to be initialised again.
+        initial: constrained values to begin with, by site, in the place of those that the statements have.
 
     Returns:
         A :class:`Discovery`.
 
     Raises:
-        ``TypeError`` for a parameter that is not floating; ``ValueError`` for two parameters of one name; what the
-        model and the guide raise.
+        ``TypeError`` for a parameter that is not floating; ``ValueError`` for two parameters of one name, and for an
+        initial value outside its constraint; ``KeyError`` for one of a site that there is not; what the model and the
+        guide raise.
     """
     required()
+    from numpyro import handlers
     from numpyro.infer import SVI
 
     # numpyro's own initialisation, so that keys and initial values are the same for good; nothing is optimised here.
     optim = to_numpyro(optax.identity())
     bound = (functools.partial(fn, *args, **kwargs) for fn in (model, guide))
-    svi = SVI(*bound, optim, elbo)
-    state = svi.init(key, init_params=known or None)
+    begun = (handlers.substitute(fn, substitute_fn=functools.partial(_initial_value, initial)) for fn in bound)
+    svi = SVI(*begun, optim, elbo)
+    state = svi.init(key, init_params=dict(known) or None)
     params = optim.get_params(state.optim_state)
+    if missing := [name for name in initial if name not in params]:
+        raise KeyError(
+            f"There is an initial value of {missing[0]!r}, but no param statement that model and guide reach has this "
+            f"name. They reach {', '.join(map(repr, sorted(params))) or 'none'}."
+        )
     values = by_path(params)
     for name, value in values.items():
         if not jnp.issubdtype(value.dtype, jnp.inexact):
@@ -103,6 +119,21 @@ def discover(
     new = {leaf for name, site in sites.items() if name not in known for leaf in site.leaves}
     fresh = {name: value for name, value in values.items() if name in new}
     return Discovery(sites, fresh, dict(state.mutable_state or {}), state.rng_key)
+
+
+def _initial_value(initial: Mapping[str, Any], statement: dict[str, Any]) -> Any:
+    """What a statement begins with, None if nothing was given for it."""
+    name = statement["name"]
+    if statement["type"] != "param" or name not in initial:
+        return None
+    constraint = statement["kwargs"].get("constraint")
+    for value in jax.tree.leaves(initial[name]):
+        if not jnp.isfinite(jnp.asarray(value)).all() or (constraint is not None and not jnp.all(constraint(value))):
+            raise ValueError(
+                f"The initial value of {name!r} is {value}, which is not finite or not within its constraint "
+                f"{constraint or 'real'}. Give a constrained value, as get_params() does."
+            )
+    return initial[name]
 
 
 class Objective:
