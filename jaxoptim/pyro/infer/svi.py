@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
@@ -54,6 +55,8 @@ class SVI:
         init_params: a dict of constrained values to begin with, by site, in the place of those of the ``param``
             statements (default None: none).
         skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the key (default False).
+        forward_mode_differentiation: differentiate forward, as models with ``while_loop`` need; the cost grows with
+            the number of parameters (default False).
 
     Attributes:
         key: the key that the next step splits. Before the first call the one for the initial values.
@@ -103,6 +106,7 @@ class SVI:
         params: dict[str, Parameter] | None = None,
         init_params: Mapping[str, Any] | None = None,
         skip_nonfinite: bool = False,
+        forward_mode_differentiation: bool = False,
     ) -> None:
         for what, fn in (("model", model), ("guide", guide)):
             if not callable(fn):
@@ -120,6 +124,7 @@ class SVI:
         self.key = jax.random.key(0) if key is None else _checked_key(key)
         self.mutable_state: dict[str, Any] = {}
         self._skip_nonfinite = bool(skip_nonfinite)
+        self._is_forward = bool(forward_mode_differentiation)
         self._begun = False
         self._sites: dict[str, Site] = {}
         self._programs: dict[Any, _Program] = {}
@@ -276,7 +281,8 @@ class SVI:
                 plan.mutable = found.mutable | self.mutable_state
                 reached = set(found.sites)
             sites = {name: site for name, site in plan.sites.items() if name in reached}
-            program = _Program(Objective(self._model, self._guide, self._elbo, sites, {}), arguments, sites)
+            objective = Objective(self._model, self._guide, self._elbo, sites, {})
+            program = _Program(objective, arguments, sites, self._is_forward)
         plan.begin(program)
         return plan
 
@@ -393,9 +399,10 @@ class _Program:
         objective: the loss over all arguments.
         arguments: of the first call.
         sites: the parameters that these arguments lead to.
+        is_forward: whether it is differentiated forward.
     """
 
-    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site]) -> None:
+    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site], is_forward: bool) -> None:
         self.names = [leaf for site in sites.values() for leaf in site.leaves]
 
         arguments = arguments.without_data()
@@ -403,8 +410,12 @@ class _Program:
         def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
             args, kwargs = arguments.rebuilt(traced)
             key, step_key = jax.random.split(key)
-            loss, mutable = objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
-            return loss, (mutable, key)
+
+            def at(params: dict[str, Any]) -> Any:
+                return objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
+
+            loss, new = (by_forward_mode(at) if is_forward else at)(params)
+            return loss, (new, key)
 
         # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
         self.loss_fn = functools.partial(loss_fn)
