@@ -112,6 +112,17 @@ def test_what_is_not_shared_is_separate(name):
     chex.assert_trees_all_equal(found, alternate(pair(OPTIMIZERS[name](), OPTIMIZERS[name]())))
 
 
+def test_an_optimizer_that_brings_parameters_brings_them_to_both():
+    adam = optim.Adam({"mean": jnp.array(3.0)}, lr=0.05)
+    first = SVI(main, nothing, adam, Trace_ELBO())
+    second = SVI(main, nothing, adam, Trace_ELBO(), params=first.params)
+    first.evaluate_loss(DATA)
+    second.step(DATA)
+    first.step(DATA)
+    np.testing.assert_allclose(adam.params["mean"], 2.9, rtol=1e-3)
+    assert first.get_params() == second.get_params() == {"mean": adam.params["mean"]}
+
+
 def test_a_multi_optimizer_of_two_fits_keeps_their_states():
     def fit(optimizer):
         return SVI(main, nothing, optimizer, Trace_ELBO())
@@ -231,11 +242,12 @@ REFUSED = {
 def test_initial_values_that_are_refused(case):
     make, kind, words = REFUSED[case]
     svi = make()
-    before = dict(svi.params)
+    before, key = dict(svi.params), svi.key
     for call in (svi.step, svi.evaluate_loss):
         with pytest.raises(kind, match=words):
             call(DATA)
     assert svi.params == before
+    assert svi.key is key
 
 
 def test_params_are_those_of_an_svi():

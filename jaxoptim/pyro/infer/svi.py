@@ -324,7 +324,7 @@ class SVI:
                 "of them."
             )
         for name, param in given.items():
-            if brought.get(name, param) is not param:
+            if name not in self._params.reached and brought.get(name, param) is not param:
                 raise ValueError(f"params has {name!r}, but the optimizer brings a value of its own. Give one of them.")
         names = {leaf for site in found.sites.values() for leaf in site.leaves}
         unknown = sorted(self._params.keys() - names - self._params.reached)
