@@ -276,7 +276,10 @@ class SVI:
                 initial = {} if self._begun else self._initial if initial is None else initial
                 found = self._found(args, kwargs, initial)
                 plan.key = plan.key if self._begun else found.key
-                plan.all_params |= self._created(found, initial)
+                brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
+                if not self._begun and not self._shares:
+                    self._params.check_names(found)
+                plan.all_params |= self._params.begun(found, initial, brought)
                 plan.sites = found.sites | self._sites
                 plan.mutable = found.mutable | self.mutable_state
                 reached = set(found.sites)
@@ -307,34 +310,6 @@ class SVI:
         key = jax.random.fold_in(self.key, 1) if self._begun else self.key
         return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known(), initial)
 
-    def _created(self, found: Discovery, initial: Mapping[str, Any]) -> dict[str, Parameter]:
-        """The parameters that are new; those that were put into ``params`` before stay."""
-        given = {name: param for name, param in checked(self._params).items() if name in found.values}
-        for name, param in given.items():
-            if param.shape != found.values[name].shape:
-                raise ValueError(
-                    f"params has {name!r} of shape {param.shape}, but that of the param statement, unconstrained, is "
-                    f"{found.values[name].shape}. Both must be equal."
-                )
-        chosen = {leaf: name for name in initial for leaf in found.sites[name].leaves}
-        brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
-        for name in chosen.keys() & (given.keys() | brought.keys()):
-            raise ValueError(
-                f"init_params has {chosen[name]!r}, which has a value in params or in the optimizer already. Give one "
-                "of them."
-            )
-        for name, param in given.items():
-            if name not in self._params.reached and brought.get(name, param) is not param:
-                raise ValueError(f"params has {name!r}, but the optimizer brings a value of its own. Give one of them.")
-        names = {leaf for site in found.sites.values() for leaf in site.leaves}
-        unknown = sorted(self._params.keys() - names - self._params.reached)
-        if unknown and not self._begun and not self._shares:
-            raise KeyError(
-                f"params has {unknown[0]!r}, but no param statement that model and guide reach has this name. They "
-                f"reach {', '.join(map(repr, sorted(names))) or 'none'}."
-            )
-        return {name: Parameter(value, name) for name, value in found.values.items() if name not in given}
-
     def _known(self) -> dict[str, Any]:
         """The values of the sites that need no initial values any more."""
         return (self.get_params() if self._begun else {}) | self.mutable_state
@@ -342,9 +317,9 @@ class SVI:
     def _commit(self, plan: _Plan) -> None:
         """Keep what a call that has succeeded found out."""
         self._params.update(plan.all_params)
-        self._params.reached.update(plan.program.names)
         if plan.arguments.program in self._programs:
             return
+        self._params.reached.update(plan.program.names)
         self._programs[plan.arguments.program] = plan.program
         if plan.arguments.form not in self._forms:
             self._forms[plan.arguments.form] = plan.arguments.without_data()
