@@ -652,10 +652,52 @@ def test_what_is_refused():
         SVI(model, guide, adam(), Trace_ELBO()).get_params()
     with pytest.raises(TypeError, match="sum_sites=True"):
         SVI(model, guide, adam(), Trace_ELBO(sum_sites=False)).step(DATA)
-    with pytest.raises(TypeError, match="an array of shape"):
-        SVI(model, guide, adam(), lambda model, guide, data: data).step(DATA)
     with pytest.raises(TypeError, match=r"'count' has dtype int32"):
         differentiable_loss(lambda: numpyro.param("count", 1), nothing, Trace_ELBO(), KEY)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (DATA, r"an array of shape \(3,\) and dtype float32"),
+        (DATA[:1], r"an array of shape \(1,\)"),
+        (3, r"an array of shape \(\) and dtype int32"),
+        (1j, r"an array of shape \(\) and dtype complex64"),
+        (None, "a NoneType"),
+        ((jnp.array(1.0), 2.0), "a tuple"),
+    ],
+    ids=["vector", "one number", "int", "complex", "None", "tuple"],
+)
+@pytest.mark.parametrize("method", ["step", "evaluate_loss"])
+def test_a_loss_that_is_no_scalar(returned, words, method):
+    def wrong(model, guide, data):
+        return returned
+
+    svi = SVI(model, guide, adam(), wrong)
+    with pytest.raises(TypeError, match=f"wrong returned {words}.* A loss is a real scalar: sum it"):
+        getattr(svi, method)(DATA)
+    assert svi.params == {}
+
+
+@pytest.mark.parametrize("start", [jnp.float16(1.0), jnp.ones(2, jnp.bfloat16)], ids=["0-d float16", "bfloat16"])
+def test_parameters_keep_a_half_precision(start):
+    def parabola():
+        numpyro.factor("f", -jnp.sum((numpyro.param("x", start, constraint=constraints.positive) - 1.5) ** 2))
+
+    svi = SVI(parabola, nothing, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO())
+    losses = svi.run(40, progress_bar=False)
+    assert svi.params["x"].dtype == svi.get_params()["x"].dtype == losses.dtype == start.dtype
+    chex.assert_shape(svi.get_params()["x"], start.shape)
+    np.testing.assert_allclose(np.float32(svi.get_params()["x"]), 1.5, rtol=2 * jnp.finfo(start.dtype).eps)
+
+
+def test_rows_of_a_scalar():
+    def parabola():
+        numpyro.factor("f", -((numpyro.param("x", 1.0) - 1.5) ** 2))
+
+    for optimizer in (rules.SparseAdam(), pyro.optim.SparseAdam({})):
+        with pytest.raises(ValueError, match=r"'x' has shape \(\), which has none"):
+            SVI(parabola, nothing, optimizer, Trace_ELBO()).step()
 
 
 def test_parameters_of_the_plain_loss_are_checked():

@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from jaxoptim.core import transformation, trees
+from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import Hyperparameters
 
@@ -196,46 +197,19 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
         ) -> tuple[Any, Any, Callable[[], Any], Any]:
             """The loss, its auxiliary output, a function that makes the update, and whether all is finite."""
             count, inner = state
-            params = self.get_params(state)
-            (out, aux), grads = _forward(fn, params) if forward else jax.value_and_grad(fn, has_aux=True)(params)
+            fn = by_forward_mode(fn) if forward else fn
+            (out, aux), grads = jax.value_and_grad(fn, has_aux=True)(self.get_params(state))
 
             def value_fn(moved: Any) -> Any:
                 return fn(moved)[0]
 
             def update() -> tuple[Any, Any]:
-                again = _forward_only(value_fn) if forward else value_fn
-                return count + 1, self._update_fn(count, grads, inner, value=out, value_fn=again)
+                return count + 1, self._update_fn(count, grads, inner, value=out, value_fn=value_fn)
 
             leaves = jax.tree.leaves((out, grads))
             return out, aux, update, functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in leaves])
 
     return Transformation
-
-
-def _forward(fn: Callable[[Any], tuple[Any, Any]], params: Any) -> tuple[tuple[Any, Any], Any]:
-    """Value, auxiliary output and gradient, by forward differentiation."""
-
-    def repeated(params: Any) -> Any:
-        out, aux = fn(params)
-        return out, (out, aux)
-
-    grads, result = jax.jacfwd(repeated, has_aux=True)(params)
-    return result, grads
-
-
-def _forward_only(value_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The function with a gradient that is found by forward differentiation, also where ``jax.grad`` asks for it."""
-
-    @jax.custom_vjp
-    def value(params: Any) -> Any:
-        return value_fn(params)
-
-    def ahead(params: Any) -> tuple[Any, Any]:
-        (out, _), grads = _forward(lambda moved: (value_fn(moved), None), params)
-        return out, grads
-
-    value.defvjp(ahead, lambda grads, cotangent: (jax.tree.map(lambda grad: cotangent * grad, grads),))
-    return value
 
 
 def _like(x: Any, old: Any) -> Any:

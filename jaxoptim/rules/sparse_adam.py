@@ -37,7 +37,8 @@ class SparseAdam(Rule):
         ``exp_avg``, ``exp_avg_sq``, dense, of the parameter's shape.
 
     Raises:
-        ``ValueError`` for a number out of range, and for complex parameters; ``RuntimeError`` for a dense gradient.
+        ``ValueError`` for a number out of range, and for complex and 0-d parameters; ``RuntimeError`` for a dense
+        gradient.
 
     References:
         Kingma, Ba, Adam: a method for stochastic optimization, ICLR 2015, in torch's lazy form.
@@ -60,6 +61,13 @@ class SparseAdam(Rule):
     sparse: ClassVar[Literal["refused", "accepted", "required"]] = "required"
     complex: ClassVar[bool] = False
     complex_error: ClassVar[type[Exception]] = ValueError
+
+    def check_param(self, name: str, param: Any) -> None:
+        if not param.shape:
+            raise ValueError(
+                f"SparseAdam updates rows, but {name!r} has shape (), which has none. Make it one of shape (1,), or "
+                "give it to another optimizer."
+            )
 
     def init(self, param: jax.Array) -> Slots:
         return zeros(param, "exp_avg", "exp_avg_sq")

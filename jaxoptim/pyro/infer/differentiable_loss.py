@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from jaxoptim.pyro.infer.objective import Objective, Values, as_elbo, discover
+from jaxoptim.pyro.infer.elbo import as_elbo
+from jaxoptim.pyro.infer.objective import Objective, Values, discover
 
 
 def differentiable_loss(
@@ -23,13 +24,15 @@ def differentiable_loss(
         model: a model of numpyro.
         guide: a guide of numpyro, also an automatic one.
         elbo: an ELBO of numpyro; or a function ``loss(model, guide, *args, **kwargs)`` that returns a scalar. Model
-            and guide come to it with keys and parameters, ready for ``numpyro.handlers.trace`` and ``replay``: the
-            key is split into ``(model key, guide key)``, as in ``numpyro.infer.Trace_ELBO``. The first call of each
-            draws from its key, call ``n = 1, 2, ...`` after it from ``jax.random.fold_in(key, n)``, so that a loop
-            over particles draws new ones.
+            and guide come to it with parameters, ready for ``numpyro.handlers.trace``, ``replay`` and ``seed``, and for
+            the ELBOs of numpyro. Where the function seeds them, equal seeds give equal draws within one evaluation, and
+            others in the next: its key is folded in. Elsewhere they draw from ``(model key, guide key)``, split as in
+            ``numpyro.infer.Trace_ELBO``: the first call of each from its key, call ``n = 1, 2, ...`` after it from
+            ``jax.random.fold_in(key, n)``. Within ``vmap``, ``scan`` and what else JAX traces, a draw needs a seed.
         key: a JAX key for the initial values. They are those of ``numpyro.infer.SVI.init`` with this key.
         args: arguments of model and guide, such as the first batch.
-        kwargs: keyword arguments of both.
+        kwargs: keyword arguments of both, of any name: those called like arguments of the ELBO itself reach model and
+            guide alone.
 
     Returns:
         ``(params, constrain, loss_fn)``:
@@ -47,7 +50,8 @@ def differentiable_loss(
     Raises:
         ``TypeError`` for a loss that is no ELBO and no function or returns no scalar, and for a parameter that is not
         floating; ``KeyError`` for a dict that lacks a parameter or has another; ``ValueError`` where ``loss_fn`` is
-        called without the mutable state; ``ImportError`` without numpyro; what model and guide raise.
+        called without the mutable state, and for a draw without a seed in what a loss lets JAX trace;
+        ``ImportError`` without numpyro; what model and guide raise.
 
     Examples:
         >>> import jax, numpyro, optax
@@ -74,7 +78,7 @@ def differentiable_loss(
         {'loc': 1.0, 'scale': 0.7}
     """
     elbo = as_elbo(elbo)
-    found = discover(model, guide, elbo, key, args, kwargs, {})
+    found = discover(model, guide, elbo, key, args, kwargs, {}, {})
     loss_fn = Objective(model, guide, elbo, found.sites, found.mutable)
     # Copies: an initial value may be the user's own array, and parameters are what one donates.
     params = {name: jax.numpy.array(value) for name, value in found.values.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,77 +14,10 @@ from jax import lax
 
 from jaxoptim.core.numerics import strong
 from jaxoptim.interop.numpyro import by_path, required, to_numpyro
+from jaxoptim.pyro.infer.elbo import apart, check_scalar
 
 Values = dict[str, jax.Array]
 """Unconstrained arrays by name; a site whose value is a tree has one for each leaf."""
-
-
-class FunctionLoss:
-    """A function ``loss(model, guide, *args, **kwargs)`` in the place of an ELBO of numpyro.
-
-    Args:
-        function: returns a differentiable scalar.
-    """
-
-    can_infer_discrete = True  # numpyro warns about discrete sites otherwise, and this function's author knows
-    multi_sample_guide = False
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def loss(self, key: jax.Array, values: dict[str, Any], model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss at constrained values."""
-        model_key, guide_key = jax.random.split(key)  # the order of numpyro.infer.Trace_ELBO
-        model = _seeded(model, model_key, values)
-        return self.function(model, _seeded(guide, guide_key, values), *args, **kwargs)
-
-    def loss_with_mutable_state(self, key: jax.Array, values: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Not there: the function has no way to return the state."""
-        raise ValueError(
-            "The model or guide has mutable sites, whose new values a plain function as loss cannot return. Derive "
-            "from numpyro.infer.ELBO and implement loss_with_mutable_state."
-        )
-
-
-def _seeded(fn: Callable[..., Any], key: jax.Array, values: dict[str, Any]) -> Callable[..., Any]:
-    """A model that draws from ``key`` at its first call, and at call n from ``fold_in(key, n)``."""
-    from numpyro import handlers
-
-    calls = itertools.count()
-
-    def seeded(*args: Any, **kwargs: Any) -> Any:
-        call = next(calls)
-        # numpyro's handler begins anew at each call, and would make all particles of a loop the same.
-        current = key if call == 0 else jax.random.fold_in(key, call)
-        # numpyro's random modules write into the trees that they get.
-        data = jax.tree.map(lambda x: x, values)
-        return handlers.substitute(handlers.seed(fn, current), data=data)(*args, **kwargs)
-
-    return seeded
-
-
-def as_elbo(loss: Any) -> Any:
-    """What has the methods of an ELBO.
-
-    Args:
-        loss: an ELBO of numpyro, or a function.
-
-    Returns:
-        The ELBO, or a :class:`FunctionLoss`.
-
-    Raises:
-        ``TypeError`` for anything else, and for the class of an ELBO.
-    """
-    if isinstance(loss, type):
-        raise TypeError(f"The loss is the class {loss.__name__}. Give an instance: {loss.__name__}().")
-    if callable(getattr(loss, "loss", None)):
-        return loss
-    if not callable(loss):
-        raise TypeError(
-            "The loss must be an ELBO of numpyro, such as numpyro.infer.Trace_ELBO(), or a function "
-            f"loss(model, guide, *args, **kwargs), but got {type(loss).__name__}."
-        )
-    return FunctionLoss(loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +60,14 @@ class Discovery:
 
 
 def discover(
-    model: Any, guide: Any, elbo: Any, key: jax.Array, args: Any, kwargs: Any, known: dict[str, Any]
+    model: Any,
+    guide: Any,
+    elbo: Any,
+    key: jax.Array,
+    args: Any,
+    kwargs: Any,
+    known: Mapping[str, Any],
+    initial: Mapping[str, Any],
 ) -> Discovery:
     """Run guide and model once, as ``numpyro.infer.SVI.init`` does, and see what they reach.
 
@@ -139,27 +79,32 @@ def discover(
         args: the positional arguments of both.
         kwargs: the keyword arguments of both.
         known: values of sites, constrained and mutable ones, that are not to be initialised again.
+        initial: constrained values to begin with, by site, in the place of those that the statements have.
 
     Returns:
         A :class:`Discovery`.
 
     Raises:
-        ``TypeError`` for a parameter that is not floating; ``ValueError`` for two parameters of one name; what the
-        model and the guide raise.
+        ``TypeError`` for a parameter that is not floating; ``ValueError`` for two parameters of one name, and for an
+        initial value outside its constraint; ``KeyError`` for one of a site that there is not; what the model and the
+        guide raise.
     """
     required()
+    from numpyro import handlers
     from numpyro.infer import SVI
 
     # numpyro's own initialisation, so that keys and initial values are the same for good; nothing is optimised here.
     optim = to_numpyro(optax.identity())
-    svi = SVI(model, guide, optim, elbo)
-    state = svi.init(key, *args, init_params=known or None, **kwargs)
+    bound = (functools.partial(fn, *args, **kwargs) for fn in (model, guide))
+    begun = (handlers.substitute(fn, substitute_fn=functools.partial(_initial_value, initial)) for fn in bound)
+    svi = SVI(*begun, optim, elbo)
+    state = svi.init(key, init_params=dict(known) or None)
     params = optim.get_params(state.optim_state)
-    empty = state._replace(optim_state=None, mutable_state=None)
-
-    def constrain(values: dict[str, Any]) -> dict[str, Any]:
-        return svi.get_params(empty._replace(optim_state=optim.init(values)))
-
+    if missing := [name for name in initial if name not in params]:
+        raise KeyError(
+            f"There is an initial value of {missing[0]!r}, but no param statement that model and guide reach has this "
+            f"name. They reach {', '.join(map(repr, sorted(params))) or 'none'}."
+        )
     values = by_path(params)
     for name, value in values.items():
         if not jnp.issubdtype(value.dtype, jnp.inexact):
@@ -168,12 +113,27 @@ def discover(
                 "or numpyro.primitives.mutable for a state."
             )
     sites = {
-        name: Site(name, tuple(by_path({name: value})), jax.tree.structure(value), constrain)
+        name: Site(name, tuple(by_path({name: value})), jax.tree.structure(value), svi.constrain_fn)
         for name, value in params.items()
     }
     new = {leaf for name, site in sites.items() if name not in known for leaf in site.leaves}
     fresh = {name: value for name, value in values.items() if name in new}
     return Discovery(sites, fresh, dict(state.mutable_state or {}), state.rng_key)
+
+
+def _initial_value(initial: Mapping[str, Any], statement: dict[str, Any]) -> Any:
+    """What a statement begins with, None if nothing was given for it."""
+    name = statement["name"]
+    if statement["type"] != "param" or name not in initial:
+        return None
+    constraint = statement["kwargs"].get("constraint")
+    for value in jax.tree.leaves(initial[name]):
+        if not jnp.isfinite(jnp.asarray(value)).all() or (constraint is not None and not jnp.all(constraint(value))):
+            raise ValueError(
+                f"The initial value of {name!r} is {value}, which is not finite or not within its constraint "
+                f"{constraint or 'real'}. Give a constrained value, as get_params() does."
+            )
+    return initial[name]
 
 
 class Objective:
@@ -218,24 +178,14 @@ class Objective:
         self, params: Mapping[str, Any], mutable: dict[str, Any], key: jax.Array, /, *args: Any, **kwargs: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
         """The loss and the next mutable state: what ``jax.value_and_grad(..., has_aux=True)`` takes."""
-        values = self.constrain(params)
-        new = None
+        values, new = self.constrain(params), None
+        model, guide, kwargs = apart(self._elbo, self._model, self._guide, kwargs)
         if jax.tree.leaves(mutable):
             values.update(lax.stop_gradient(mutable))
-            result = self._elbo.loss_with_mutable_state(key, values, self._model, self._guide, *args, **kwargs)
+            result = self._elbo.loss_with_mutable_state(key, values, model, guide, *args, **kwargs)
             loss, new = result["loss"], result["mutable_state"]
         else:
-            loss = self._elbo.loss(key, values, self._model, self._guide, *args, **kwargs)
-        _check_scalar(loss, self._elbo)
+            loss = self._elbo.loss(key, values, model, guide, *args, **kwargs)
+        check_scalar(loss, self._elbo)
         # With several particles numpyro returns no state, and says so in a warning.
         return loss, mutable | jax.tree.map(strong, new or {})
-
-
-def _check_scalar(loss: Any, elbo: Any) -> None:
-    """Raise for a loss that is no scalar."""
-    name = getattr(elbo.function, "__name__", "The function") if isinstance(elbo, FunctionLoss) else type(elbo).__name__
-    if isinstance(loss, Mapping):
-        raise TypeError(f"{name} returned one loss for each site. Give numpyro's ELBO with sum_sites=True.")
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        kind = f"an array of shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}"
-        raise TypeError(f"{name} returned {kind}. A loss is a real scalar.")

@@ -6,21 +6,23 @@ import contextlib
 import functools
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
-from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, as_elbo, discover
-from jaxoptim.pyro.optim.multi import as_multi_optimizer
-from jaxoptim.pyro.optim.multi_optimizer import Compiled
+from jaxoptim.pyro.infer.elbo import as_elbo
+from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
+from jaxoptim.pyro.infer.parameters import Parameters
+from jaxoptim.pyro.optim.multi_optimizer import Compiled, checked
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 _MANY = 16
@@ -48,12 +50,19 @@ class SVI:
         loss: an ELBO of numpyro, or a function ``loss(model, guide, *args, **kwargs)``; see
             :func:`differentiable_loss`.
         key: a JAX key for initial values and draws (default ``jax.random.key(0)``).
+        params: ``svi.params`` of another SVI, to share its parameters (default None: none are shared). With the same
+            ``optim`` object the state of the optimizer is shared too, as in Pyro; another one has state of its own.
+        init_params: a dict of constrained values to begin with, by site, in the place of those of the ``param``
+            statements (default None: none).
         skip_nonfinite: a step whose loss or gradient is not finite changes nothing but the key (default False).
+        forward_mode_differentiation: differentiate forward, as models with ``while_loop`` need; the cost grows with
+            the number of parameters (default False).
 
     Attributes:
         key: the key that the next step splits. Before the first call the one for the initial values.
         params: a dict of the unconstrained :class:`~jaxoptim.optim.Parameter` by name; empty before the first call.
-            Trees have one for each array: ``decoder$params.Dense_0.kernel``.
+            One that you put in before is what the fit begins with. Trees have one for each array:
+            ``decoder$params.Dense_0.kernel``.
         mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
             normalisation.
 
@@ -63,8 +72,10 @@ class SVI:
     Whatever else model and guide read, such as a global or an attribute, is fixed when a program is compiled.
 
     Raises:
-        ``TypeError`` for a loss that is no ELBO and no function, a key that is none, and an optimizer of another kind;
-        ``ImportError`` without numpyro. A call that raises leaves parameters, optimizer and key as they were.
+        ``TypeError`` for a loss that is no ELBO and no function, a key that is none, an optimizer of another kind, and
+        ``params`` that are not of an SVI; ``ImportError`` without numpyro. The first call raises ``KeyError`` for an
+        initial value of a name that model and guide lack, ``ValueError`` for one that does not fit. A call that raises
+        leaves parameters, optimizer and key as they were.
 
     Examples:
         >>> import jax, numpyro
@@ -92,21 +103,43 @@ class SVI:
         loss: Any,
         *,
         key: jax.Array | None = None,
+        params: dict[str, Parameter] | None = None,
+        init_params: Mapping[str, Any] | None = None,
         skip_nonfinite: bool = False,
+        forward_mode_differentiation: bool = False,
     ) -> None:
         for what, fn in (("model", model), ("guide", guide)):
             if not callable(fn):
                 raise TypeError(f"The {what} must be a function of numpyro's statements, but got {type(fn).__name__}.")
         self._model, self._guide, self._elbo = model, guide, as_elbo(loss)
-        self._multi = as_multi_optimizer(optim)
+        if params is not None and not isinstance(params, Parameters):
+            raise TypeError(
+                f"params must be svi.params of another SVI, but got {type(params).__name__}. Values to begin with go "
+                "into init_params, or into svi.params before the first step."
+            )
+        self._params = Parameters() if params is None else params
+        self._shares = params is not None
+        self._initial = _checked_values(init_params)
+        self._multi = self._params.optimized_by(optim)
         self.key = jax.random.key(0) if key is None else _checked_key(key)
-        self.params: dict[str, Parameter] = {}
         self.mutable_state: dict[str, Any] = {}
         self._skip_nonfinite = bool(skip_nonfinite)
+        self._is_forward = bool(forward_mode_differentiation)
         self._begun = False
         self._sites: dict[str, Site] = {}
         self._programs: dict[Any, _Program] = {}
         self._forms: dict[Any, Arguments] = {}
+
+    @property
+    def params(self) -> dict[str, Parameter]:
+        """The unconstrained parameters by name."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Parameter]) -> None:
+        new = dict(checked(params))
+        self._params.clear()
+        self._params.update(new)
 
     def step(self, /, *args: Any, **kwargs: Any) -> float:
         """Make one step.
@@ -143,24 +176,42 @@ class SVI:
         self._commit(plan)
         return float(loss)
 
-    def run(self, num_steps: int, /, *args: Any, progress_bar: bool = True, **kwargs: Any) -> jax.Array:
+    def run(
+        self,
+        num_steps: int,
+        /,
+        *args: Any,
+        progress_bar: bool = True,
+        init_params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> jax.Array:
         """Make many steps with the same arguments.
 
         Args:
             num_steps: how many, at least 1.
             args: arguments of model and guide.
             progress_bar: show one if tqdm is installed (default True).
+            init_params: as of the class, for the first call (default None). A model's own argument of this name, or of
+                the one before, goes through :meth:`step`.
             kwargs: keyword arguments of both.
 
         Returns:
             The losses, an array of length ``num_steps``.
 
         Raises:
-            ``ValueError`` for fewer than one step; as :meth:`step`. The steps before an error are made.
+            ``ValueError`` for fewer than one step, and for ``init_params`` after the first call; as :meth:`step`. The
+            steps before an error are made.
         """
         num_steps = operator.index(num_steps)
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, but got {num_steps}.")
+        if init_params is not None:
+            if self._begun:
+                raise ValueError(
+                    "init_params are for the first call, but the parameters have values already. Write into "
+                    "svi.params[name].value, or make a new SVI."
+                )
+            self._commit(self._plan(args, kwargs, self._initial | _checked_values(init_params)))
         losses: list[Any] = []
         batch = max(num_steps // 20, 1)
         with _progress_bar(num_steps, progress_bar) as bar:
@@ -213,7 +264,7 @@ class SVI:
             self.key, self.mutable_state = key, mutable
         return loss
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan:
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Any] | None = None) -> _Plan:
         """What a call needs; nothing is changed until :meth:`_commit`."""
         refuse_tracing("A step of SVI", "use differentiable_loss, which is pure")
         arguments = Arguments(args, kwargs)
@@ -222,14 +273,19 @@ class SVI:
         if program is None:
             reached = self._reached(arguments)
             if reached is None or not reached <= self._sites.keys() | self.mutable_state.keys():
-                found = self._found(args, kwargs)
+                initial = {} if self._begun else self._initial if initial is None else initial
+                found = self._found(args, kwargs, initial)
                 plan.key = plan.key if self._begun else found.key
-                plan.all_params |= {name: Parameter(value, name) for name, value in found.values.items()}
+                brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
+                if not self._begun and not self._shares:
+                    self._params.check_names(found)
+                plan.all_params |= self._params.begun(found, initial, brought)
                 plan.sites = found.sites | self._sites
                 plan.mutable = found.mutable | self.mutable_state
                 reached = set(found.sites)
             sites = {name: site for name, site in plan.sites.items() if name in reached}
-            program = _Program(Objective(self._model, self._guide, self._elbo, sites, {}), arguments, sites)
+            objective = Objective(self._model, self._guide, self._elbo, sites, {})
+            program = _Program(objective, arguments, sites, self._is_forward)
         plan.begin(program)
         return plan
 
@@ -242,17 +298,17 @@ class SVI:
         known = self._known()
 
         def look(traced: Any) -> None:
-            found = discover(self._model, self._guide, self._elbo, self.key, *arguments.rebuilt(traced), known)
+            found = discover(self._model, self._guide, self._elbo, self.key, *arguments.rebuilt(traced), known, {})
             names.update(found.sites, found.mutable)
 
         jax.eval_shape(look, arguments.traced)
         return names
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovery:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Any]) -> Discovery:
         """What model and guide reach, with initial values for what is new."""
         # The next step draws from children of the key itself.
         key = jax.random.fold_in(self.key, 1) if self._begun else self.key
-        return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known())
+        return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known(), initial)
 
     def _known(self) -> dict[str, Any]:
         """The values of the sites that need no initial values any more."""
@@ -260,9 +316,10 @@ class SVI:
 
     def _commit(self, plan: _Plan) -> None:
         """Keep what a call that has succeeded found out."""
-        self.params.update(plan.all_params)
+        self._params.update(plan.all_params)
         if plan.arguments.program in self._programs:
             return
+        self._params.reached.update(plan.program.names)
         self._programs[plan.arguments.program] = plan.program
         if plan.arguments.form not in self._forms:
             self._forms[plan.arguments.form] = plan.arguments.without_data()
@@ -317,9 +374,10 @@ class _Program:
         objective: the loss over all arguments.
         arguments: of the first call.
         sites: the parameters that these arguments lead to.
+        is_forward: whether it is differentiated forward.
     """
 
-    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site]) -> None:
+    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site], is_forward: bool) -> None:
         self.names = [leaf for site in sites.values() for leaf in site.leaves]
 
         arguments = arguments.without_data()
@@ -327,8 +385,12 @@ class _Program:
         def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
             args, kwargs = arguments.rebuilt(traced)
             key, step_key = jax.random.split(key)
-            loss, mutable = objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
-            return loss, (mutable, key)
+
+            def at(params: dict[str, Any]) -> Any:
+                return objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
+
+            loss, new = (by_forward_mode(at) if is_forward else at)(params)
+            return loss, (new, key)
 
         # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
         self.loss_fn = functools.partial(loss_fn)
@@ -340,6 +402,13 @@ class _Program:
 def _kept_if_finite(loss: jax.Array, new: Any, old: Any) -> Any:
     """The new mutable state, or the old one where the step was skipped."""
     return jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(loss), n, o), new, old)
+
+
+def _checked_values(values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A dict of initial values by site."""
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(f"init_params must be a dict of values by site, but got {type(values).__name__}.")
+    return dict(values or {})
 
 
 def _checked_key(key: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -72,6 +73,7 @@ class PyroLRScheduler(PyroOptim):
         self.kwargs = {name: value for name, value in optim_args.items() if name not in ("optimizer", "optim_args")}
         self._schedulers: dict[str, LRScheduler] = {}
         self._late: dict[str, list[Any]] = {}
+        self._missed = weakref.WeakKeyDictionary[Parameter, list[Any]]()
         super().__init__(optim_args["optimizer"], optim_args["optim_args"], clip_args)
 
     @property
@@ -97,14 +99,22 @@ class PyroLRScheduler(PyroOptim):
             self._schedulers[name].step(*args, **kwargs)
         for name in self._waiting:
             self._late.setdefault(name, []).append((args, kwargs))
+        for param in self._aside:
+            self._missed.setdefault(param, []).append((args, kwargs))
 
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
         before = dict(self._schedulers)
-        undo_others = super()._meet(params)
+        try:
+            undo_others = super()._meet(params)
+        except BaseException:
+            self._schedulers = before
+            raise
+        missed = {param: self._missed.pop(param) for param in params if param in self._missed}
 
         def undo() -> None:
             undo_others()
             self._schedulers = before
+            self._missed.update(missed)
 
         return undo
 
@@ -131,11 +141,16 @@ class PyroLRScheduler(PyroOptim):
         for args, kwargs in self._late.pop(name, []):
             self._schedulers[name].step(*args, **kwargs)
 
+    def _resume(self, name: str, optimizer: Optimizer, param: Parameter) -> None:
+        super()._resume(name, optimizer, param)
+        for args, kwargs in self._missed.get(param, []):
+            self._schedulers[name].step(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         about = {"pt_scheduler_constructor": self.pt_scheduler_constructor, "kwargs": self.kwargs, "late": self._late}
         return super().__getstate__() | about
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pt_scheduler_constructor, self.kwargs = state["pt_scheduler_constructor"], state["kwargs"]
-        self._schedulers, self._late = {}, state["late"]
+        self._schedulers, self._late, self._missed = {}, state["late"], weakref.WeakKeyDictionary()
         super().__setstate__(state)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -131,6 +132,7 @@ class PyroOptim:
         self._joint = Joint()
         self._asked: dict[str, tuple[dict[str, Any], Clip]] = {}
         self._waiting: dict[str, Any] = {}
+        self._aside = weakref.WeakKeyDictionary[Parameter, Any]()  # states of parameters in whose places others came
         self._met: list[Parameter] = []
         self._subsampled: list[Member] = []
 
@@ -149,7 +151,7 @@ class PyroOptim:
 
         Args:
             params: parameters with names. One whose ``grad`` is None is left as it is. A new parameter under a known
-                name begins afresh, as in Pyro: another fit.
+                name begins afresh, as in Pyro: another fit. The other goes on from its own state when it comes again.
 
         Raises:
             ``TypeError`` for what is no parameter; ``ValueError`` for a parameter without a name, for two of one
@@ -266,13 +268,14 @@ class PyroOptim:
             raise ValueError("A parameter stands twice in the list. Give each once.")
         joint, members = self._joint, self._joint.members
         joint.let_go()
-        new, old = list[Member](), list[Member]()
+        new, old, left = list[Member](), list[Member](), dict[Parameter, Any]()
         for name, param in seen.items():
             if name in members:
                 check_same(members[name].param, param.shape, param.dtype)
                 if members[name].param is param:
                     continue
                 old.append(members[name])
+                left[members[name].param] = self._saved(name)
             asked = self._asked.pop(name, None)
             try:
                 new.append(self._member(name, param))
@@ -280,7 +283,10 @@ class PyroOptim:
                 if asked is not None:
                     self._asked[name] = asked
                 raise
-        consumed = {member.name: self._waiting.pop(member.name) for member in new if member.name in self._waiting}
+        returned = {member.param: self._aside.pop(member.param) for member in new if member.param in self._aside}
+        fresh = [member.name for member in new if member.param not in returned]
+        consumed = {name: self._waiting.pop(name) for name in fresh if name in self._waiting}
+        self._aside.update(left)
         for member in new:
             joint.add(member)
         self._set_met(params)
@@ -292,6 +298,9 @@ class PyroOptim:
             for member in old:
                 joint.add(member)
             self._waiting |= consumed
+            for param in left:
+                self._aside.pop(param, None)
+            self._aside.update(returned)
             self._set_met([])
 
         return undo
@@ -340,7 +349,9 @@ class PyroOptim:
         """A parameter as it comes in, with the state that has been waiting for it."""
         try:
             optimizer = self._optimizer(name, param)
-            if name in self._waiting:
+            if param in self._aside:
+                self._resume(name, optimizer, param)
+            elif name in self._waiting:
                 self._load(name, optimizer, self._waiting[name])
             return Member(self._joint.store, param, optimizer, self._ask(name)[1], self._joint.written)
         except BaseException:
@@ -452,6 +463,10 @@ class PyroOptim:
                 "or give the 'optimizer' part of each name."
             )
         restored(name, optimizer, state)
+
+    def _resume(self, name: str, optimizer: Optimizer, param: Parameter) -> None:
+        """Give an optimizer the state that a parameter had when another came in its place."""
+        self._load(name, optimizer, self._aside[param])
 
     def __getstate__(self) -> dict[str, Any]:
         about = {name: vars(self)[name] for name in ("pt_optim_constructor", "pt_optim_args", "pt_clip_args")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,24 +134,37 @@ class Owned:
 
     def __init__(self) -> None:
         self._whole: Whole | None = None
+        # The states of other fits, for as long as their parameters are there.
+        self._aside = weakref.WeakKeyDictionary[Parameter, tuple[list[weakref.ref[Parameter]], Any]]()
 
     def owner(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Whole:
         """The owner of these parameters and of all before; state that is lacking is made by ``init``.
 
-        Other parameters under known names are another fit, which begins afresh.
+        Other parameters under known names are another fit, which begins afresh, or goes on if it comes again.
         """
+        if self._whole is not None and not is_one_fit(params, self._whole.params):
+            self._whole = self._changed(self._whole, params)
         whole = self._whole
         known = {} if whole is None else {str(param.name): param for param in whole.params}
-        if whole is not None and any(known.get(name, param) is not param for name, param in params.items()):
-            for param in whole.params:
-                param.value = param.value
-            whole, known = None, {}
         if whole is None or not params.keys() <= known.keys():
             every, old = known | dict(params), None if whole is None else whole.states[0]
             state = grown(old, init({name: param.value for name, param in every.items()}))
             whole = self._whole = Whole(list(every.values()), [state])
         whole.update_outdated()
         return whole
+
+    def _changed(self, old: Whole, params: Mapping[str, Parameter]) -> Whole | None:
+        """Put a fit aside for that of other parameters; None if that is a new one."""
+        for param in old.params:
+            param.value = param.value
+            self._aside[param] = [weakref.ref(other) for other in old.params], old.states[0]
+        refs, state = next((self._aside[param] for param in params.values() if param in self._aside), ([], None))
+        every = [param for ref in refs if (param := ref()) is not None]
+        if not refs or len(every) < len(refs) or not is_one_fit(params, every):
+            return None
+        for param in every:
+            del self._aside[param]
+        return Whole(every, [state])
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise for values that do not go with the state."""
@@ -162,12 +176,19 @@ class Owned:
         return {"kept": None if self._whole is None else (self._whole.params, self._whole.states)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
         self._whole = None if state["kept"] is None else Whole(*state["kept"])
 
     @property
     def state(self) -> Any:
         """The state; None before the first step."""
         return None if self._whole is None else self._whole.states[0]
+
+
+def is_one_fit(params: Mapping[str, Parameter], others: Sequence[Parameter]) -> bool:
+    """Whether no name stands for two parameters."""
+    by_name = {str(param.name): param for param in others}
+    return all(by_name.get(name, param) is param for name, param in params.items())
 
 
 def grown(old: Any, fresh: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxoptim.core.loss import Loss, all_finite
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
+from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, values_of
 
 
@@ -32,6 +33,11 @@ class TorchStyle(MultiOptimizer):
         self._given = optimizer
         self._optimizer: Optimizer | None = None
         self._losses: dict[Any, Callable[..., Any]] = {}
+
+    def brought(self) -> dict[str, Parameter]:
+        """The parameters of an optimizer that was given as such, which take the places of others."""
+        given = self._given
+        return {str(p.name): p for p in given._storage.parameters()} if isinstance(given, Optimizer) else {}
 
     def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
         """Refuse: a torch-style optimizer owns the values that it updates."""

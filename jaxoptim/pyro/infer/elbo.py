@@ -1,0 +1,117 @@
+"""What variational inference minimizes: an ELBO of numpyro, or a function in its place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class FunctionLoss:
+    """A function ``loss(model, guide, *args, **kwargs)`` in the place of an ELBO of numpyro.
+
+    Args:
+        function: returns a differentiable scalar.
+    """
+
+    can_infer_discrete = True  # numpyro warns about discrete sites otherwise, and this function's author knows
+    multi_sample_guide = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def loss(self, key: jax.Array, values: dict[str, Any], model: Any, guide: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """The loss at constrained values."""
+        from jaxoptim.pyro.infer.draws import Draws
+
+        model_key, guide_key = jax.random.split(key)  # the order of numpyro.infer.Trace_ELBO
+        draws = Draws(key)
+        model = draws.keyed("model", model, model_key, values)
+        guide = draws.keyed("guide", guide, guide_key, values)
+        with draws:
+            return self.function(model, guide, *args, **kwargs)
+
+    def loss_with_mutable_state(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Not there: the function has no way to return the state."""
+        raise ValueError(
+            "The model or guide has mutable sites, whose new values a plain function as loss cannot return. Derive "
+            "from numpyro.infer.ELBO and implement loss_with_mutable_state."
+        )
+
+
+def as_elbo(loss: Any) -> Any:
+    """What has the methods of an ELBO.
+
+    Args:
+        loss: an ELBO of numpyro, or a function.
+
+    Returns:
+        The ELBO, or a :class:`FunctionLoss`.
+
+    Raises:
+        ``TypeError`` for anything else, and for the class of an ELBO.
+    """
+    if isinstance(loss, type):
+        raise TypeError(f"The loss is the class {loss.__name__}. Give an instance: {loss.__name__}().")
+    if callable(getattr(loss, "loss", None)):
+        return loss
+    if not callable(loss):
+        raise TypeError(
+            "The loss must be an ELBO of numpyro, such as numpyro.infer.Trace_ELBO(), or a function "
+            f"loss(model, guide, *args, **kwargs), but got {type(loss).__name__}."
+        )
+    return FunctionLoss(loss)
+
+
+def apart(elbo: Any, model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, guide and keyword arguments such as the loss can be called with.
+
+    Args:
+        elbo: of numpyro, or a :class:`FunctionLoss`.
+        model: of numpyro.
+        guide: of numpyro.
+        kwargs: of model and guide, of any names.
+
+    Returns:
+        Model and guide, which have those arguments that are called like one of the loss's own; and the others.
+    """
+    own = kwargs.keys() & _own_names(elbo)
+    if not own:
+        return model, guide, kwargs
+    inner = {name: kwargs[name] for name in own}
+    outer = {name: value for name, value in kwargs.items() if name not in own}
+    return functools.partial(model, **inner), functools.partial(guide, **inner), outer
+
+
+def _own_names(elbo: Any) -> set[str]:
+    """The names of the arguments that a loss has besides those of model and guide."""
+    if isinstance(elbo, FunctionLoss):
+        methods, number = [elbo.function], 2
+    else:
+        methods, number = [of.loss for of in type(elbo).__mro__ if hasattr(of, "loss")], 5
+    names = {"self"}  # of numpyro's handlers
+    for method in methods:
+        every = list(inspect.signature(method).parameters.values())[:number]
+        names |= {of.name for of in every if of.kind is of.POSITIONAL_OR_KEYWORD}
+    return names
+
+
+def check_scalar(loss: Any, elbo: Any) -> None:
+    """Raise for a loss that is no scalar."""
+    name = getattr(elbo.function, "__name__", "The function") if isinstance(elbo, FunctionLoss) else type(elbo).__name__
+    if isinstance(loss, Mapping):
+        raise TypeError(f"{name} returned one loss for each site. Give numpyro's ELBO with sum_sites=True.")
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | int | float | complex):
+        kind = f"a {type(loss).__name__}"
+    elif jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        kind = f"an array of shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}"
+    else:
+        return
+    raise TypeError(
+        f"{name} returned {kind}. A loss is a real scalar: sum it over data and particles, and return it alone."
+    )
