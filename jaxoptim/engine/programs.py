@@ -76,7 +76,7 @@ class StepNumbers(NamedTuple):
     Attributes:
         clip_norm: a bound on the norm of the whole gradient, None for no bound.
         clip_value: a bound on each number of it, None for no bound.
-        num_skipped: the steps that were skipped so far.
+        num_skipped: the steps that were skipped so far, where one may be.
         loss_scale: the factor on the loss.
     """
 
@@ -99,9 +99,30 @@ class Measured(NamedTuple):
 
     grad_norm: jax.Array
     update_norm: jax.Array
-    skipped: jax.Array
-    num_skipped: jax.Array
+    skipped: Any = None
+    num_skipped: Any = None
     loss_scale: ScaleState | None = None
+
+    def after(self, last: Measured | None) -> Measured:
+        """The same after an earlier step. What a program that leaves out no step need not return is filled in."""
+        if self.skipped is not None:
+            return self
+        return self._replace(skipped=_false(), num_skipped=num_skipped(last))
+
+
+def num_skipped(last: Measured | None) -> jax.Array:
+    """How many steps were left out so far."""
+    return _zero() if last is None else last.num_skipped
+
+
+@functools.cache
+def _zero() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+@functools.cache
+def _false() -> jax.Array:
+    return jnp.array(False)
 
 
 @functools.partial(jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
@@ -184,11 +205,11 @@ def minimize(
         aux = (aux[0], jax.tree.map(functools.partial(jnp.where, taken), aux[1], args[0]))
     if not options.measures:
         return new, published, value, aux, None
-    num_skipped = (0 if numbers.num_skipped is None else numbers.num_skipped) + (~taken).astype(jnp.int32)
-    scaled = numbers.loss_scale
-    if options.loss_scale is not None and scaled is not None:
-        scaled = options.loss_scale.updated(scaled, are_finite)
-    measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)), ~taken, num_skipped, scaled)
+    measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)))
+    if options.may_skip:
+        measured = measured._replace(skipped=~taken, num_skipped=numbers.num_skipped + (~taken).astype(jnp.int32))
+    if options.loss_scale is not None and numbers.loss_scale is not None:
+        measured = measured._replace(loss_scale=options.loss_scale.updated(numbers.loss_scale, are_finite))
     return new, published, value, aux, measured
 
 

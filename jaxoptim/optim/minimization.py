@@ -14,7 +14,7 @@ from jaxoptim.core import trees
 from jaxoptim.core.clipping import Clip
 from jaxoptim.core.loss import Loss
 from jaxoptim.engine.owner import Minimization
-from jaxoptim.engine.programs import StepNumbers, StepOptions
+from jaxoptim.engine.programs import Measured, StepNumbers, StepOptions, num_skipped
 from jaxoptim.optim.grad_scaler import GradScaler
 
 
@@ -86,7 +86,7 @@ def minimization(
     accumulate_mean: bool,
     skip_nonfinite: bool,
     measure: bool,
-    num_skipped: Any,
+    last: Measured | None,
     scaler: GradScaler | None,
 ) -> Minimization:
     """Return what one call is about.
@@ -106,18 +106,17 @@ def minimization(
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
     scaling = None if scaler is None else scaler.loss_scale
     options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), True, scaling)
-    own = (clip_norm, clip_value, jnp.result_type(float))
+    own = (clip_norm, clip_value, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     are_plain = all(bound is None or type(bound) in (int, float) for bound in (clip_norm, clip_value))
-    if num_skipped is None:
-        num_skipped = jnp.zeros((), jnp.int32)  # as after a step: None would be another program
     bounds = (_kept if are_plain else _bounds)(*own)
     scale = None if scaler is None else scaler.state
-    return Minimization(loss, args, options, StepNumbers(*bounds, num_skipped, scale))
+    skipped = num_skipped(last) if options.may_skip else None
+    return Minimization(loss, args, options, StepNumbers(*bounds, skipped, scale))
 
 
-def _bounds(clip_norm: Any, clip_value: Any, dtype: Any) -> tuple[Any, Any]:
+def _bounds(clip_norm: Any, clip_value: Any, is_double: bool) -> tuple[Any, Any]:
     """The bounds, checked and on the device."""
-    clip = Clip(clip_norm=clip_norm, clip_value=clip_value)
+    clip, dtype = Clip(clip_norm=clip_norm, clip_value=clip_value), jnp.float64 if is_double else jnp.float32
     pair = [jnp.asarray(x, dtype) if isinstance(x, float) else x for x in (clip.clip_norm, clip.clip_value)]
     return pair[0], pair[1]
 

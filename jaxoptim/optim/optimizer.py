@@ -542,7 +542,6 @@ class Optimizer(Hooked):
         loss, args = loss_of(loss_fn, has_aux, args, kwargs, static)
         if self._module is not None:
             loss, args = self._of_module(loss, args, self._module)
-        num_skipped = None if self.last is None else self.last.num_skipped
         job = minimization(
             loss,
             args,
@@ -552,7 +551,7 @@ class Optimizer(Hooked):
             accumulate_mean,
             skip_nonfinite,
             measure,
-            num_skipped,
+            self.last,
             loss_scale,
         )
         value, aux = self._update(lambda: self._minimized(job))
@@ -575,7 +574,7 @@ class Optimizer(Hooked):
     def _minimized(self, job: Minimization) -> tuple[Any, Any]:
         value, aux, measured = self._storage.minimize(job)
         if measured is not None:
-            self.last = measured
+            self.last = measured.after(self.last)
         return value, aux
 
     def _update(self, run: Callable[[], Any]) -> Any:
