@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.core.foreign import origin
+from jaxoptim.interop.numpyro import required
+
 
 class FunctionLoss:
     """A function ``loss(model, guide, *args, **kwargs)`` in the place of an ELBO of numpyro.
@@ -54,8 +57,9 @@ def as_elbo(loss: Any) -> Any:
         The ELBO, or a :class:`FunctionLoss`.
 
     Raises:
-        ``TypeError`` for anything else, and for the class of an ELBO.
+        ``TypeError`` for anything else, such as a loss of Pyro's, and for the class of an ELBO.
     """
+    _refuse_pyros(loss)
     if isinstance(loss, type):
         raise TypeError(f"The loss is the class {loss.__name__}. Give an instance: {loss.__name__}().")
     if callable(getattr(loss, "loss", None)):
@@ -66,6 +70,22 @@ def as_elbo(loss: Any) -> Any:
             f"loss(model, guide, *args, **kwargs), but got {type(loss).__name__}."
         )
     return FunctionLoss(loss)
+
+
+def _refuse_pyros(loss: Any) -> None:
+    """Raise for a loss of Pyro."""
+    if (kind := origin(loss, "pyro.infer")) is None:
+        return
+    required()
+    from numpyro import infer
+
+    name = kind.__name__.removeprefix("Jit")
+    is_there = name != "ELBO" and hasattr(infer, name)
+    ours = f"numpyro.infer.{name}()" if is_there else "an ELBO of numpyro, such as numpyro.infer.Trace_ELBO()"
+    raise TypeError(
+        f"The loss is pyro.infer.{kind.__name__}, which works on tensors of torch. Give {ours}, and a model and a "
+        "guide of numpyro."
+    )
 
 
 def apart(elbo: Any, model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
