@@ -1,7 +1,9 @@
-"""What belongs to torch, told without importing it."""
+"""What belongs to other libraries, told without importing them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 
@@ -20,3 +22,22 @@ def check_not_trained_by_torch(what: str, x: Any) -> None:
             "weights, {n: p.detach().numpy() for n, p in module.named_parameters()}; jaxoptim.interop.torch has the "
             "rest of a run."
         )
+
+
+def unwrapped(given: Any) -> Any:
+    """What arguments were bound to by ``functools.partial``, and the object of a method."""
+    while isinstance(given, functools.partial):
+        given = given.func
+    return given.__self__ if inspect.ismethod(given) else given
+
+
+def kind_of(given: Any) -> Any:
+    """A class or a function itself, and the class of anything else."""
+    return given if isinstance(given, type) or inspect.isfunction(given) else type(given)
+
+
+def origin(given: Any, *packages: str) -> Any:
+    """The class or function of these packages that something is or is derived from; None if there is none."""
+    kind, prefixes = kind_of(unwrapped(given)), tuple(f"{name}." for name in packages)
+    kinds = kind.__mro__ if isinstance(kind, type) else (kind,)
+    return next((of for of in kinds if f"{of.__module__}.".startswith(prefixes)), None)

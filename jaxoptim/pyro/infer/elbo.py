@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxoptim.core.foreign import origin
+from jaxoptim.interop.numpyro import required
 
 
 class FunctionLoss:
@@ -54,11 +58,14 @@ def as_elbo(loss: Any) -> Any:
         The ELBO, or a :class:`FunctionLoss`.
 
     Raises:
-        ``TypeError`` for anything else, and for the class of an ELBO.
+        ``TypeError`` for anything else, such as a loss of Pyro's, and for the class of an ELBO; ``ImportError`` for
+        ``TraceEnum_ELBO`` without the package funsor.
     """
+    _refuse_pyros(loss)
     if isinstance(loss, type):
         raise TypeError(f"The loss is the class {loss.__name__}. Give an instance: {loss.__name__}().")
     if callable(getattr(loss, "loss", None)):
+        _check_enumeration(loss)
         return loss
     if not callable(loss):
         raise TypeError(
@@ -66,6 +73,32 @@ def as_elbo(loss: Any) -> Any:
             f"loss(model, guide, *args, **kwargs), but got {type(loss).__name__}."
         )
     return FunctionLoss(loss)
+
+
+def _refuse_pyros(loss: Any) -> None:
+    """Raise for a loss of Pyro."""
+    if (kind := origin(loss, "pyro.infer")) is None:
+        return
+    required()
+    from numpyro import infer
+
+    name = kind.__name__.removeprefix("Jit")
+    is_there = name != "ELBO" and hasattr(infer, name)
+    ours = f"numpyro.infer.{name}()" if is_there else "an ELBO of numpyro, such as numpyro.infer.Trace_ELBO()"
+    raise TypeError(
+        f"The loss is pyro.infer.{kind.__name__}, which works on tensors of torch. Give {ours}, and a model and a "
+        "guide of numpyro."
+    )
+
+
+def _check_enumeration(elbo: Any) -> None:
+    """Raise for an ELBO that sums over discrete sites, if the package that does it is not there."""
+    kind = origin(elbo, "numpyro.infer")
+    if kind is not None and kind.__name__ == "TraceEnum_ELBO" and importlib.util.find_spec("funsor") is None:
+        raise ImportError(
+            "numpyro.infer.TraceEnum_ELBO sums over discrete sites with the package funsor, which is not installed. "
+            "Run: pip install funsor, or pip install 'jaxoptim[enum]'."
+        )
 
 
 def apart(elbo: Any, model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.flat import flatten, unflatten
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.foreign import WRAPPER, refuse_foreign
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
 from jaxoptim.pyro.optim.optim import PyroOptim
 
@@ -59,6 +60,7 @@ class HorovodOptimizer(PyroOptim):
     def __init__(
         self, pyro_optim: PyroOptim, *, op: Literal["average", "sum"] = "average", axis_name: Any = None
     ) -> None:
+        refuse_foreign("The optimizer", pyro_optim, WRAPPER)
         if not isinstance(pyro_optim, PyroOptim) or isinstance(pyro_optim, PyroLRScheduler):
             raise TypeError(f"Expected a PyroOptim object without a schedule but got a {type(pyro_optim).__name__}.")
         if op not in ("average", "sum"):

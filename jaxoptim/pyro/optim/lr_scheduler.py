@@ -10,6 +10,7 @@ from typing import Any
 from jaxoptim.optim.lr_scheduler import LRScheduler
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.foreign import CLASS, SCHEDULE, refuse_foreign
 from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim, restored
 
 
@@ -37,8 +38,9 @@ class PyroLRScheduler(PyroOptim):
         optimizer: the class of the optimizer.
 
     Raises:
-        ``TypeError`` for options that are no dict, ``KeyError`` for one without ``"optimizer"`` or ``"optim_args"``; at
-        the first step of a parameter what the scheduler and the optimizer raise, with its name.
+        ``TypeError`` for options that are no dict and for classes of torch's, ``KeyError`` for one without
+        ``"optimizer"`` or ``"optim_args"``; at the first step of a parameter what the scheduler and the optimizer
+        raise, with its name.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -69,6 +71,8 @@ class PyroLRScheduler(PyroOptim):
                 f"optim_args has no {missing[0]!r}. Give {{'optimizer': optim.SGD, 'optim_args': {{'lr': 0.1}}, ...}}, "
                 "where the rest are the scheduler's options."
             )
+        refuse_foreign("scheduler_constructor", scheduler_constructor, SCHEDULE)
+        refuse_foreign("The 'optimizer' of optim_args", optim_args["optimizer"], CLASS)
         self.pt_scheduler_constructor = scheduler_constructor
         self.kwargs = {name: value for name, value in optim_args.items() if name not in ("optimizer", "optim_args")}
         self._schedulers: dict[str, LRScheduler] = {}

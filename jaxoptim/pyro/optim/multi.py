@@ -15,6 +15,7 @@ from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
+from jaxoptim.pyro.optim.foreign import ANY, PART, WRAPPER, refuse_foreign
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
 from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, differentiated, values_of
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
@@ -45,6 +46,7 @@ class PyroMultiOptimizer(Compiled):
     """
 
     def __init__(self, optim: PyroOptim) -> None:
+        refuse_foreign("The optimizer", optim, WRAPPER)
         if not isinstance(optim, PyroOptim):
             raise TypeError(f"Expected a PyroOptim object but got a {type(optim)}")
         self.optim = optim
@@ -219,6 +221,7 @@ class MixedMultiOptimizer(Compiled):
         for given, optimizer in parts:
             if isinstance(given, str):
                 raise TypeError(f"A part is (list of names, optimizer), but the names are the string {given!r}.")
+            refuse_foreign("The optimizer of a part", optimizer, PART)
             names, multi = list(given), as_multi_optimizer(optimizer)
             if isinstance(multi, TorchStyle):
                 raise TypeError("A torch-style optimizer owns its parameters. Give PyroOptim(optim.Adam, options).")
@@ -269,7 +272,7 @@ def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:
             transformation, a torch-style optimizer, or a function that makes one of a dict of parameters.
 
     Raises:
-        ``TypeError`` for anything else.
+        ``TypeError`` for anything else; for an optimizer of torch, Pyro or numpyro it says which of ours to take.
 
     Examples:
         >>> from jaxoptim import rules
@@ -285,6 +288,7 @@ def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:
         return Newton(optimizer.trust_radii)
     if isinstance(optimizer, Hyperparameters | optax.GradientTransformation):
         return TransformationMultiOptimizer(optimizer)
+    refuse_foreign("The optimizer", optimizer, ANY)
     if isinstance(optimizer, Optimizer) or callable(optimizer):
         return TorchStyle(optimizer)
     raise TypeError(

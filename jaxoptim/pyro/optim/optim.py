@@ -28,6 +28,7 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.sampler import Sampler
 from jaxoptim.pyro.optim.checks import check_dict, check_name, check_same, checked_update, listed, takes_two
 from jaxoptim.pyro.optim.files import loaded
+from jaxoptim.pyro.optim.foreign import CLASS, refuse_foreign
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.pyro.optim.member import Member
 
@@ -90,9 +91,9 @@ class PyroOptim:
         pt_clip_args: as given.
 
     Raises:
-        ``TypeError`` for arguments of another kind; at the first step of a parameter, with its name, ``TypeError``
-        for an option or clipping that does not exist and ``ValueError`` for one out of range. A call that raises
-        leaves everything as it was.
+        ``TypeError`` for arguments of another kind, such as a class of torch's; at the first step of a parameter, with
+        its name, ``TypeError`` for an option or clipping that does not exist and ``ValueError`` for one out of range. A
+        call that raises leaves everything as it was.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -109,6 +110,7 @@ class PyroOptim:
     def __init__(
         self, optim_constructor: Constructor, optim_args: OptimArgs, clip_args: OptimArgs | None = None
     ) -> None:
+        refuse_foreign("optim_constructor", optim_constructor, CLASS)
         if not callable(optim_constructor) or optim_constructor is LBFGS:
             raise TypeError(
                 f"optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got {optim_constructor!r}."

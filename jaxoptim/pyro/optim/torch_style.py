@@ -13,6 +13,7 @@ from jaxoptim.core.loss import Loss, all_finite
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.foreign import ANY, refuse_foreign
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, values_of
 
 
@@ -63,6 +64,7 @@ class TorchStyle(MultiOptimizer):
     def _make(self, params: Params) -> Optimizer:
         """The optimizer that the function makes."""
         optimizer = self._given(params)  # type: ignore[operator]
+        refuse_foreign("What the function has made", optimizer, ANY)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 "The optimizer is a function, so it should make a torch-style optimizer of a dict of parameters, but "
