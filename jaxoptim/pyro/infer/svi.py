@@ -74,9 +74,9 @@ class SVI:
     Raises:
         ``TypeError`` for a loss that is no ELBO and no function, a key that is none, an optimizer of another kind, and
         ``params`` that are not of an SVI; ``ImportError`` without numpyro, and for ``TraceEnum_ELBO`` without funsor
-        (the extra ``enum``). The first call raises ``KeyError`` for an
-        initial value of a name that model and guide lack, ``ValueError`` for one that does not fit. A call that raises
-        leaves parameters, optimizer and key as they were.
+        (the extra ``enum``). The first call raises ``KeyError`` for an initial value of a name that model and guide
+        lack, ``ValueError`` for one that does not fit. A call that raises leaves parameters, optimizer and key as they
+        were.
 
     Examples:
         >>> import jax, numpyro
