@@ -113,19 +113,23 @@ def _gradients(rule: Rule, params: Params, seed: int = 0) -> dict[str, Any]:
 
 def _trained(step: Any, rule: Rule, params: Params, times: int = 3) -> tuple[Any, OptState]:
     state = init(rule, params)
-    for grads in [_gradients(rule, params, t) for t in range(times)]:
+    for grads in _gradients_of_steps(rule, params, times):
         params, state = step(rule, params, grads, state)
     return params, state
 
 
+def _gradients_of_steps(rule: Rule, params: Params, times: int = 3) -> list[dict[str, Any]]:
+    """Made of the first parameters: those that a step returns have another order, and would draw other numbers."""
+    return [_gradients(rule, params, t) for t in range(times)]
+
+
 def _scanned(rule: Rule, params: Params) -> Any:
     """The trained parameters, from a program of one step: programs of several take many times as long to compile."""
-    grads = [_gradients(rule, params, t) for t in range(3)]
 
     def one_step(carry: tuple[Any, OptState], grads: Any) -> Any:
         return step(rule, carry[0], grads, carry[1]), None
 
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *grads)
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *_gradients_of_steps(rule, params))
     return jax.lax.scan(one_step, (params, init(rule, params)), stacked)[0][0]
 
 

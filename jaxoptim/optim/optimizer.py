@@ -208,12 +208,11 @@ class Optimizer(Hooked):
         their values. After :meth:`add_param_group` it is a list: the tree so far, and one for each new group. A module
         gives a module, with the statistics and counts of its last evaluation by :meth:`minimize`.
         """
-        if (parts := self.parts) is not None:
-            return parts.definition.joined(parts.trained, parts.rest)
-        self._storage.read_all()
-        values = jax.tree.map(lambda param: param.value, self._storage.tree())
+        values = self._storage.values()
         if self._module is None:
             return values
+        if not self._storage.is_list:
+            return self._module.joined(values, self._rest)
         first, *others = values
         return [self._module.joined(first, self._rest), *others]
 
@@ -225,8 +224,7 @@ class Optimizer(Hooked):
         """
         if self._module is None or self._storage.is_list:
             return None
-        self._storage.read_all()
-        return Parts(self._module, jax.tree.map(lambda param: param.value, self._storage.tree()), self._rest)
+        return Parts(self._module, self._storage.values(), self._rest)
 
     @property
     def wrt(self) -> Any:

@@ -156,6 +156,11 @@ class Storage:
         if self.store.slabs is not None:
             self.store.slabs.read_all()
 
+    def values(self) -> Any:
+        """The values of all parameters, in the structure of :meth:`tree`."""
+        self.read_all()
+        return jax.tree.map(lambda param: param.value, self.tree())
+
     # State by parameter.
 
     def has_state(self, param: Parameter) -> bool:

@@ -233,10 +233,9 @@ class AveragedModel:
             arrays as it is given. The average is as it was then.
         """
         before, tree = dict(vars(self)), _tree(model, self._wrt)[1]
-        added = _added(tree, self._like) if isinstance(model, Optimizer) else None
-        if added is not None:
-            self._grow(tree, added)
         try:
+            if isinstance(model, Optimizer) and (added := _added(tree, self._like)):
+                self._grow(tree, added)
             leaves = trees.arrays_like(tree, self._like, "the model", "the average")
             params, buffers = self._parted([as_jax(x) for x in leaves])
             self._average, self._buffers, self.n_averaged = _update(
@@ -252,7 +251,7 @@ class AveragedModel:
         known, new = self._leaves(), jax.tree.leaves(added)
         likes = [*jax.tree.leaves(self._like), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in new)]
         self._like = jax.tree.unflatten(jax.tree.structure(tree), likes)
-        self._averaged = [*self._averaged, *(True for _ in new)]
+        self._averaged = [*self._averaged, *[True] * len(new)]
         self._fill([*known, *map(first_average, new)])
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,16 +328,14 @@ def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
     return parts, parts.trained if changing is None else {"params": parts.trained, "rest": changing}
 
 
-def _added(tree: Any, like: Any) -> list[Any] | None:
-    """What ``add_param_group`` has put behind a tree, or behind a list of trees; None for nothing."""
-    if not isinstance(tree, list):
-        return None
-    for known in ([like], like if isinstance(like, list) else []):
-        at = len(known)
-        structures: list[Any] = [jax.tree.structure(tree[:at]), jax.tree.structure(known)]
-        if 0 < at < len(tree) and structures[0] == structures[1]:
-            return tree[at:]
-    return None
+def _added(tree: Any, like: Any) -> list[Any]:
+    """What ``add_param_group`` has put behind a tree, or behind a list of trees."""
+    for known in ([like], like):
+        if isinstance(tree, list) and isinstance(known, list) and 0 < len(known) < len(tree):
+            structures: list[Any] = [jax.tree.structure(x) for x in (tree[: len(known)], known)]
+            if structures[0] == structures[1]:
+                return tree[len(known) :]
+    return []
 
 
 def _joined(parts: Parts, tree: Any) -> Any:
