@@ -14,8 +14,8 @@ from matplotlib import pyplot as plt
 
 import jaxoptim
 from jaxoptim import rules, sampling
+from jaxoptim.core.batches import batch_at, shuffled
 from jaxoptim.sampling import chains, run
-from jaxoptim.sampling.batches import batch_at, shuffled
 from jaxoptim.sampling.chain import ChainSpec, Thinning
 from jaxoptim.sampling.target import Given, Target
 

@@ -125,8 +125,7 @@ def _false() -> jax.Array:
     return jnp.array(False)
 
 
-@functools.partial(jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
-def minimize(
+def minimized(
     updates: tuple[Update, ...],
     layout: Layout | None,
     loss: Loss,
@@ -148,7 +147,7 @@ def minimize(
         options: what the step does besides.
         numbers: of the options.
         data: what each update reads.
-        leaves: values and state of each owner, which are donated.
+        leaves: values and state of each owner, which :func:`minimize` destroys.
         held: values of parameters that stay, by name.
         args: what the loss takes besides.
         always: the value True, where the loss is to be evaluated apart from the update (None: as the compiler likes).
@@ -211,6 +210,12 @@ def minimize(
     if options.loss_scale is not None and numbers.loss_scale is not None:
         measured = measured._replace(loss_scale=options.loss_scale.updated(numbers.loss_scale, are_finite))
     return new, published, value, aux, measured
+
+
+minimize = functools.partial(
+    jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves"
+)(minimized)
+"""One step as a compiled call."""
 
 
 def _as_seen(layout: Layout | None, values: dict[str, jax.Array]) -> Any:

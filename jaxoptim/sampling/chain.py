@@ -12,9 +12,9 @@ import optax
 from jax import lax
 
 from jaxoptim.core import Rule, Sampler, init, step
+from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD
-from jaxoptim.sampling.batches import batch_at
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.target import Given, Target
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule, trees
+from jaxoptim.core.batches import size_of
 from jaxoptim.core.modules import module_of
 from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
-from jaxoptim.sampling.batches import size_of
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, run, stacked
 from jaxoptim.sampling.sample import first_divergence

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
+from jaxoptim.core.batches import check_batch_size, size_of
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, strong
-from jaxoptim.sampling.batches import check_batch_size, size_of
 
 
 class Given(NamedTuple):

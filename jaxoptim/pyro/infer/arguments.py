@@ -65,6 +65,13 @@ class Arguments:
         data = iter(traced)
         return jax.tree.unflatten(self._treedef, [next(data) if x is _TRACED else x for x in self._leaves])
 
+    def span(self, key: int | str) -> tuple[int, int]:
+        """From where to where the data of one argument, by its number or name, are among all."""
+        args, kwargs = jax.tree.unflatten(self._treedef, range(len(self._leaves)))
+        places = jax.tree.leaves(args[key] if isinstance(key, int) else kwargs[key])
+        before = sum(x is _TRACED for x in self._leaves[: min(places, default=0)])
+        return before, before + sum(self._leaves[place] is _TRACED for place in places)
+
     def without_data(self) -> Arguments:
         """The same without the data, to be kept."""
         new = copy.copy(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,14 +18,18 @@ from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
+from jaxoptim.engine.loops import CAPACITY, Changes, Course
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
+from jaxoptim.pyro.infer.batches import Data, Drawn, Draws, data_of, kept_if_finite
 from jaxoptim.pyro.infer.elbo import as_elbo
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
 from jaxoptim.pyro.infer.parameters import Parameters
 from jaxoptim.pyro.optim.multi_optimizer import Compiled, checked
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
+_SECONDS_OF_A_PIECE = 0.1
+"""The least time of one call of many steps, so that calls cost nothing; between them there is time for Ctrl-C."""
 _MANY = 16
 """So many programs for other static arguments are more than one means to have."""
 
@@ -65,6 +70,7 @@ class SVI:
             ``decoder$params.Dense_0.kernel``.
         mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
             normalisation.
+        losses: the losses of the last :meth:`run`, those of one that ended early too.
 
     The arguments of model and guide are data where they are arrays or floats: another value, such as that of an
     annealing factor, runs the same program. Ints, bools, strings, None, tuples of these and functions are static: each
@@ -126,6 +132,8 @@ class SVI:
         self.mutable_state: dict[str, Any] = {}
         self._skip_nonfinite = bool(skip_nonfinite)
         self._is_forward = bool(forward_mode_differentiation)
+        self.losses = np.zeros(0, np.float32)
+        self._draws = Draws(jax.random.fold_in(_typed(self.key), 2))
         self._begun = False
         self._sites: dict[str, Site] = {}
         self._programs: dict[Any, _Program] = {}
@@ -156,7 +164,7 @@ class SVI:
             ``TypeError`` for an argument that is neither array nor hashable, and a loss that is no scalar; what model,
             guide and optimizer raise. A ``UserWarning`` when static arguments make many programs.
         """
-        return float(self._advance(args, kwargs))
+        return float(self._advance(Arguments(args, kwargs), self._skip_nonfinite))
 
     def evaluate_loss(self, /, *args: Any, **kwargs: Any) -> float:
         """The loss that the next step begins with; parameters, key and mutable state stay as they are.
@@ -171,7 +179,7 @@ class SVI:
         Raises:
             As :meth:`step`.
         """
-        plan = self._plan(args, kwargs)
+        plan = self._plan(Arguments(args, kwargs))
         values = {name: param.value for name, param in plan.params.items()}
         loss, _ = plan.program.evaluate(values, plan.key, plan.mutable, plan.traced)
         self._commit(plan)
@@ -183,49 +191,83 @@ class SVI:
         /,
         *args: Any,
         progress_bar: bool = True,
+        stable_update: bool = False,
+        batch_size: int | None = None,
         init_params: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        """Make many steps with the same arguments.
+        """Make many steps, in one compiled program.
+
+        The steps are those of :meth:`step`, to the last bit. The program is called for some tenths of a second at a
+        time; in between the bar moves on, and Ctrl-C finds everything as the last step has left it. Optimizers that
+        need Python in each step (a class with a ``get_step`` of your own, ``HorovodOptimizer``, torch-style ones) make
+        theirs one after another.
 
         Args:
             num_steps: how many, at least 1.
-            args: arguments of model and guide.
-            progress_bar: show one if tqdm is installed (default True).
-            init_params: as of the class, for the first call (default None). A model's own argument of this name, or of
-                the one before, goes through :meth:`step`.
+            args: arguments of model and guide. One that is an iterable of batches, such as a ``DataLoader`` of NumPy's
+                arrays or a generator, gives each step another batch in its place, and begins anew at its end if it can.
+            progress_bar: show one, with the loss, if tqdm is installed (default True).
+            stable_update: a step whose loss or gradient is not finite changes nothing but the key, and its loss is nan
+                (default False: as the class is told by ``skip_nonfinite``).
+            batch_size: so many of the data each step is given, drawn on the device and shuffled anew in each epoch
+                (default None: all). Data are the keyword argument ``data``, or else the first argument: a pytree of
+                arrays whose first axes run over the data.
+            init_params: as of the class, for the first call (default None). A model's own arguments of these names go
+                through :meth:`step`.
             kwargs: keyword arguments of both.
 
         Returns:
-            The losses, an array of length ``num_steps``.
+            The losses, an array of length ``num_steps``. Those of a run that ended early are in
+            :attr:`losses`.
 
         Raises:
-            ``ValueError`` for fewer than one step, and for ``init_params`` after the first call; as :meth:`step`. The
-            steps before an error are made.
+            ``ValueError`` for fewer than one step, for ``init_params`` after the first call, a ``batch_size`` that the
+            data do not have, and batches that end too early; as :meth:`step`. The steps before an error are made.
+
+        Examples:
+            See the class. With batches of 32 out of 256:
+
+            >>> import jax, jax.numpy as jnp, numpyro
+            >>> import numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> from numpyro.infer.autoguide import AutoNormal
+            >>> import jaxoptim
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model(data):
+            ...     mean = numpyro.sample("mean", dist.Normal(0.0, 10.0))
+            ...     with numpyro.plate("data", 256, subsample_size=len(data)):
+            ...         numpyro.sample("x", dist.Normal(mean, 1.0), obs=data)
+            >>> svi = SVI(model, AutoNormal(model), jaxoptim.rules.Adam(lr=0.02), Trace_ELBO())
+            >>> data = 3.0 + jax.random.normal(jax.random.key(0), (256,))
+            >>> losses = svi.run(400, data, batch_size=32, progress_bar=False)
+            >>> bool(abs(svi.get_params()["mean_auto_loc"] - data.mean()) < 0.1)
+            True
         """
         num_steps = operator.index(num_steps)
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, but got {num_steps}.")
+        data = data_of(args, kwargs, batch_size, self._draws)
+        data.ahead(1)
         if init_params is not None:
             if self._begun:
                 raise ValueError(
                     "init_params are for the first call, but the parameters have values already. Write into "
                     "svi.params[name].value, or make a new SVI."
                 )
-            self._commit(self._plan(args, kwargs, self._initial | _checked_values(init_params)))
-        losses: list[Any] = []
-        batch = max(num_steps // 20, 1)
+            self._commit(self._plan(data.arguments(), self._initial | _checked_values(init_params)))
+        skips, piece = self._skip_nonfinite or bool(stable_update), 1
+        self.losses = np.zeros(0, np.float32)
         with _progress_bar(num_steps, progress_bar) as bar:
-            for count in range(1, num_steps + 1):
-                losses.append(self._advance(args, kwargs))
-                if count % batch == 0:
-                    # A whole batch of losses comes to the host at once: nothing waits for a single step.
-                    losses[-batch:] = jax.device_get(losses[-batch:])
-                    if bar is not None:
-                        bar.set_postfix_str(f"loss {np.mean(losses[-batch:]):.4f}", refresh=False)
+            while (made := len(self.losses)) < num_steps:
+                begin = time.monotonic()
+                self._advance_many(data, min(piece, num_steps - made), skips)
+                if time.monotonic() - begin < _SECONDS_OF_A_PIECE:
+                    piece = min(8 * piece, CAPACITY)
                 if bar is not None:
-                    bar.update()
-        return jnp.asarray(np.stack(jax.device_get(losses)))
+                    bar.set_postfix_str(f"loss {np.mean(self.losses[made:]):.4f}", refresh=False)
+                    bar.update(len(self.losses) - made)
+        return jnp.asarray(self.losses)
 
     def get_params(self) -> dict[str, Any]:
         """The constrained parameters: what ``numpyro.infer.Predictive`` takes.
@@ -243,39 +285,85 @@ class SVI:
         values = {name: param.value for name, param in self.params.items()}
         return {name: site.value(values) for name, site in self._sites.items()}
 
-    def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
+    def _advance(self, arguments: Arguments, skips: bool) -> jax.Array:
         """One step, whose loss nobody waits for."""
-        plan = self._plan(args, kwargs)
+        plan = self._plan(arguments)
         data = (plan.key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
             if plan.params:
                 if isinstance(self._multi, Compiled | TorchStyle):  # no user's: without checks of what is right
-                    loss, aux = self._multi._step(plan.program.loss, plan.params, data, self._skip_nonfinite)
+                    loss, aux = self._multi._step(plan.program.loss, plan.params, data, skips)
                 else:
                     loss, aux = self._multi.step(
-                        plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=self._skip_nonfinite
+                        plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=skips
                     )
                 plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
             else:
                 loss, aux = plan.program.evaluate({}, *data)
             mutable, key = aux
-            if self._skip_nonfinite and mutable:
-                mutable = _kept_if_finite(loss, mutable, plan.mutable)
+            if skips and mutable:
+                mutable = kept_if_finite(loss, mutable, plan.mutable)
             self._commit(plan)
             self.key, self.mutable_state = key, mutable
         return loss
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Any] | None = None) -> _Plan:
+    def _advance_many(self, data: Data, most: int, skips: bool) -> None:
+        """Some of the next steps, at most so many; their losses come behind those that there are."""
+        count = data.ahead(most)
+        with Uninterrupted():  # whose end raises, when what was done is kept
+            if self._repeated(data, count, skips):
+                return
+        found = list[jax.Array]()
+        try:
+            for _ in range(count):
+                with Uninterrupted():
+                    found.append(self._advance(data.arguments(), skips))
+                    self._go_on(data, 1)
+        finally:
+            if found:
+                self._keep(np.stack(jax.device_get(found)))
+
+    def _repeated(self, data: Data, count: int, skips: bool) -> bool:
+        """Steps in one compiled call; False, and nothing done, if that cannot be."""
+        plan = self._plan(data.arguments())
+        if not plan.params or not plan.program.repeats:
+            return False
+        course = Course(data.turn(skips), (plan.key, plan.mutable), data.given(), count)
+        try:
+            steps = self._multi._steps(plan.program.loss, plan.params, course, skips)
+        except Changes:
+            steps = None
+        if steps is None:
+            plan.program.repeats = False
+            self._commit(plan)
+            return False
+        made, losses, (key, mutable) = steps
+        self._commit(plan)
+        self.key, self.mutable_state = key, mutable
+        self._go_on(data, made)
+        self._keep(np.asarray(losses)[:made])
+        return True
+
+    def _keep(self, losses: np.ndarray) -> None:
+        """Put the losses of a run behind those that there are."""
+        self.losses = np.concatenate([self.losses, losses]) if len(self.losses) else losses
+
+    def _go_on(self, data: Data, count: int) -> None:
+        """Let the next step be given what comes after so many."""
+        data.advance(count)
+        if isinstance(data, Drawn):
+            self._draws = data.draws
+
+    def _plan(self, arguments: Arguments, initial: Mapping[str, Any] | None = None) -> _Plan:
         """What a call needs; nothing is changed until :meth:`_commit`."""
         refuse_tracing("A step of SVI", "use differentiable_loss, which is pure")
-        arguments = Arguments(args, kwargs)
         program = self._programs.get(arguments.program)
         plan = _Plan(self.key, arguments, dict(self.params), self._sites, self.mutable_state)
         if program is None:
             reached = self._reached(arguments)
             if reached is None or not reached <= self._sites.keys() | self.mutable_state.keys():
                 initial = {} if self._begun else self._initial if initial is None else initial
-                found = self._found(args, kwargs, initial)
+                found = self._found(arguments, initial)
                 plan.key = plan.key if self._begun else found.key
                 brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
                 if not self._begun and not self._shares:
@@ -305,10 +393,11 @@ class SVI:
         jax.eval_shape(look, arguments.traced)
         return names
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any], initial: Mapping[str, Any]) -> Discovery:
+    def _found(self, arguments: Arguments, initial: Mapping[str, Any]) -> Discovery:
         """What model and guide reach, with initial values for what is new."""
         # The next step draws from children of the key itself.
         key = jax.random.fold_in(self.key, 1) if self._begun else self.key
+        args, kwargs = arguments.rebuilt(arguments.traced)
         return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known(), initial)
 
     def _known(self) -> dict[str, Any]:
@@ -376,6 +465,9 @@ class _Program:
         arguments: of the first call.
         sites: the parameters that these arguments lead to.
         is_forward: whether it is differentiated forward.
+
+    Attributes:
+        repeats: whether many steps may be made in one call.
     """
 
     def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site], is_forward: bool) -> None:
@@ -397,12 +489,7 @@ class _Program:
         self.loss_fn = functools.partial(loss_fn)
         self.loss = Loss(self.loss_fn, True)
         self.evaluate = jax.jit(loss_fn)
-
-
-@jax.jit
-def _kept_if_finite(loss: jax.Array, new: Any, old: Any) -> Any:
-    """The new mutable state, or the old one where the step was skipped."""
-    return jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(loss), n, o), new, old)
+        self.repeats = True
 
 
 def _checked_values(values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -419,6 +506,11 @@ def _checked_key(key: Any) -> jax.Array:
     if not (typed or raw):
         raise TypeError(f"The key must be a JAX key, such as jax.random.key(0), but got {key!r}.")
     return key
+
+
+def _typed(key: jax.Array) -> jax.Array:
+    """A typed key for one of either kind."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
 def _progress_bar(total: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:

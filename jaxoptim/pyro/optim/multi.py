@@ -13,6 +13,7 @@ from jaxoptim import rules
 from jaxoptim.core import Hyperparameters, init, step, transformation
 from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
+from jaxoptim.engine.loops import Course
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.foreign import ANY, PART, WRAPPER, refuse_foreign
@@ -75,14 +76,19 @@ class PyroMultiOptimizer(Compiled):
     def _keeper(self) -> Any:
         return self.optim
 
-    def _open(self, params: Params) -> Part:
+    def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> Any:
+        if isinstance(self.optim, HorovodOptimizer):
+            return None
+        return super()._steps(loss, params, course, skip_nonfinite)
+
+    def _open(self, params: Params, ahead: int | None = None) -> Part:
         if isinstance(self.optim, HorovodOptimizer):
             raise TypeError(
                 "A HorovodOptimizer reduces gradients between two compiled programs, so it cannot share one with other "
                 "optimizers. Give all parameters to it, or reduce the loss itself over the data."
             )
         joint, undo = self.optim.joined(list(params.values()))
-        return steps.joint_part(joint, tuple(params), undo)
+        return steps.joint_part(joint, tuple(params), undo, ahead)
 
 
 class TorchMultiOptimizer(PyroMultiOptimizer):
@@ -135,7 +141,7 @@ class TransformationMultiOptimizer(Compiled):
         state = steps.grown(self._owned.state, self.transformation.init(evaluation.values))
         return steps.updated(self.optimizer, evaluation, evaluation.values, state)[0]
 
-    def _open(self, params: Params) -> Part:
+    def _open(self, params: Params, ahead: int | None = None) -> Part:
         return steps.transformation_part(self._owned, self.optimizer, params)
 
     @property
@@ -177,7 +183,7 @@ class Newton(Compiled):
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
         return steps.newton_steps(evaluation, self._radii(evaluation.values))
 
-    def _open(self, params: Params) -> Part:
+    def _open(self, params: Params, ahead: int | None = None) -> Part:
         radii = self._radii({name: param.struct for name, param in params.items()})
         return steps.newton_part(self._owned, radii, params)
 

@@ -13,6 +13,7 @@ from jaxoptim.core import trees
 from jaxoptim.core.loss import Evaluation, Loss, LossFunctions, Values, evaluated
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.tracing import refuse_tracing
+from jaxoptim.engine.loops import Course
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.parts import Part
@@ -100,29 +101,43 @@ class MultiOptimizer:
 
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         """The step, after checks of what was given."""
-        parts, own = [], dict[str, Any]()
-        for optimizer, share in _merged(self._shares(params)):
-            its = {name: param for name, param in share.items() if param.requires_grad}
-            if not its:
-                continue
-            if isinstance(optimizer, Compiled):
-                parts.append((optimizer, its))
-            else:
-                own |= _own_step(optimizer, its, params, loss, args)
-        held = {name: param.value for name, param in params.items() if not param.requires_grad}
+        compiled, others = self._divided(params)
+        own = dict[str, Any]()
+        for optimizer, its in others:
+            own |= _own_step(optimizer, its, params, loss, args)
         elsewhere = {name: params[name].value for name in own}
-        opened: list[Part] = []
-        try:
-            for optimizer, its in parts:
-                opened.append(optimizer._open(its))
-        except BaseException:
-            steps.undo(opened)
-            raise
-        result = steps.make_step(opened, loss, args, held, elsewhere, skip_nonfinite)
+        opened = _opened(compiled, None)
+        result = steps.make_step(opened, loss, args, _held(params), elsewhere, skip_nonfinite)
         if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if loss.has_aux else result))):
             for name, value in own.items():
                 params[name].value = value
         return result
+
+    def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> tuple[int, Any, Any] | None:
+        """Make many steps in one compiled call; None where a step takes code of Python's.
+
+        Returns:
+            As :func:`parts.make_steps`.
+
+        Raises:
+            Changes: for a step from which no other can go on. Nothing is done then.
+        """
+        compiled, others = self._divided(params)
+        if others or not compiled:
+            return None
+        opened = _opened(compiled, course.num_steps)
+        return steps.make_steps(opened, loss, course, _held(params), skip_nonfinite)
+
+    def _divided(self, params: Params) -> tuple[list[tuple[Compiled, Params]], list[tuple[MultiOptimizer, Params]]]:
+        """Who updates which parameters: the optimizers of this library, and others."""
+        compiled, others = list[tuple[Compiled, Params]](), list[tuple[MultiOptimizer, Params]]()
+        for optimizer, share in _merged(self._shares(params)):
+            its = {name: param for name, param in share.items() if param.requires_grad}
+            if its and isinstance(optimizer, Compiled):
+                compiled.append((optimizer, its))
+            elif its:
+                others.append((optimizer, its))
+        return compiled, others
 
     def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
         """Which optimizer updates which parameters."""
@@ -131,6 +146,23 @@ class MultiOptimizer:
     def _keeper(self) -> Any:
         """What keeps the state: two multi-optimizers of one keeper make one step."""
         return self
+
+
+def _opened(compiled: list[tuple[Compiled, Params]], ahead: int | None) -> list[Part]:
+    """The shares of all optimizers in a step, or in so many."""
+    opened: list[Part] = []
+    try:
+        for optimizer, its in compiled:
+            opened.append(optimizer._open(its, ahead))
+    except BaseException:
+        steps.undo(opened)
+        raise
+    return opened
+
+
+def _held(params: Params) -> dict[str, Any]:
+    """The values of frozen parameters."""
+    return {name: param.value for name, param in params.items() if not param.requires_grad}
 
 
 def _merged(shares: list[tuple[MultiOptimizer, Params]]) -> list[tuple[MultiOptimizer, Params]]:
@@ -175,8 +207,8 @@ class Compiled(MultiOptimizer):
         """The values after a step from an evaluation; a pure function of it."""
         raise NotImplementedError
 
-    def _open(self, params: Params) -> Part:
-        """This optimizer's share of a compiled step."""
+    def _open(self, params: Params, ahead: int | None = None) -> Part:
+        """This optimizer's share of a compiled step, or of so many in one call."""
         raise NotImplementedError
 
 

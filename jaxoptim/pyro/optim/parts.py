@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxoptim.core import Hyperparameters, Rule, transformation, trees
@@ -15,7 +16,7 @@ from jaxoptim.core import step as step_of_rule
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
-from jaxoptim.engine import programs
+from jaxoptim.engine import loops, programs
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Owner
@@ -34,15 +35,19 @@ class Part(NamedTuple):
         update: how its parameters are updated.
         data: what the update reads.
         owner: has values and state.
-        undo: takes back what was done for a step that fails.
-        skipped: takes back what was done for a step that is skipped, None if that is nothing.
+        undo: takes back what was done for steps that fail.
+        skipped: takes back what was done for so many steps that are skipped, None if that is nothing.
+        series: of the data that differ from step to step, a tree like them; see :func:`loops.minimize_many`.
+        most: so many steps one call makes at most.
     """
 
     update: Update
     data: Any
     owner: Owner
     undo: Callable[[], None] = lambda: None
-    skipped: Callable[[], None] | None = None
+    skipped: Callable[[int], None] | None = None
+    series: Any = None
+    most: int = loops.CAPACITY
 
 
 def undo(parts: Sequence[Part]) -> None:
@@ -73,24 +78,60 @@ def make_step(
         The loss, or ``(loss, aux)``.
     """
     updates, data = tuple(part.update for part in parts), tuple(part.data for part in parts)
+    options, none = programs.StepOptions(skip_nonfinite=skip_nonfinite), programs.StepNumbers()
+
+    def run(taken: Any) -> Any:
+        new, _, value, aux, _ = programs.minimize(
+            updates, None, loss, options, none, data, taken, held, args, programs.true(), elsewhere
+        )
+        return new, (value, aux)
+
+    value, aux = _kept(parts, run)
+    if skip_nonfinite:
+        _take_back(parts, lambda: 1 - int(jnp.isfinite(value)))
+    return (value, aux) if loss.has_aux else value
+
+
+def make_steps(
+    parts: Sequence[Part], loss: Loss, course: loops.Course, held: dict[str, jax.Array], skip_nonfinite: bool
+) -> tuple[int, jax.Array, Any]:
+    """Make many steps of all parts, in one compiled call.
+
+    Args:
+        parts: of every optimizer, opened for so many steps.
+        loss: the loss of all values and of the arguments that the course has.
+        course: what the steps are about.
+        held: values of parameters that stay.
+        skip_nonfinite: leave everything as it is in steps whose loss or gradient is not finite.
+
+    Returns:
+        How many steps were made; the losses, more than these; and what the last step leaves for the next.
+
+    Raises:
+        loops.Changes: for a step from which no other can go on. Nothing is done then.
+    """
+    updates, data, series = zip(*((part.update, part.data, _series(part)) for part in parts), strict=True)
+    options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
+    turn, carried, given, count = course
+    count = min(count, *(part.most for part in parts))
+
+    def run(taken: Any) -> Any:
+        new, *others = loops.minimize_many(
+            updates, loss, options, turn, data, series, taken, held, carried, given, count, programs.true()
+        )
+        return new, others
+
+    left, losses, made = _kept(parts, run)
+    _take_back(parts, lambda: count - int(made))
+    return count, losses, left
+
+
+def _kept(parts: Sequence[Part], run: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """Run a program on the arrays of all parts, and keep what it returns for them; what it returns besides."""
     is_kept = False
     try:
         with Uninterrupted():
-            taken = tuple(part.owner.taken() for part in parts)
-            options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
-            new, _, value, aux, _ = programs.minimize(
-                updates,
-                None,
-                loss,
-                options,
-                programs.StepNumbers(),
-                data,
-                taken,
-                held,
-                args,
-                programs.true(),
-                elsewhere,
-            )
+            new, others = run(tuple(part.owner.taken() for part in parts))
             for part, leaves in zip(parts, new, strict=True):
                 part.owner.take(leaves)
             is_kept = True
@@ -98,35 +139,72 @@ def make_step(
         if not is_kept:
             undo(parts)
         raise
+    return others
+
+
+def _take_back(parts: Sequence[Part], count: Callable[[], int]) -> None:
+    """Take back what was done for steps that were skipped, which are only counted where it matters."""
     skipped = [part.skipped for part in parts if part.skipped is not None]
-    if skip_nonfinite and skipped and not bool(jnp.isfinite(value)):
+    if skipped and (number := count()):
         for take_back in skipped:
-            take_back()
-    return (value, aux) if loss.has_aux else value
+            take_back(number)
 
 
-def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None]) -> Part:
-    """The share of parameters that are updated together."""
+def _series(part: Part) -> Any:
+    return jax.tree.map(lambda _: None, part.data) if part.series is None else part.series
+
+
+def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None], ahead: int | None) -> Part:
+    """The share of parameters that are updated together.
+
+    Args:
+        joint: has them.
+        names: of those that take part.
+        undo: lets those go that are new.
+        ahead: how many steps are to be made in one call; None for one step in a call of its own.
+    """
     params = [joint.members[name].param for name in names]
-    back, new = joint.fade(params), list[int]()
+    backs, new, rows = list[Callable[[], None]](), list[int](), list[Any]()
+
+    def take_back(count: int) -> None:
+        for _ in range(count):
+            backs.pop()()
 
     def undo_all() -> None:
         if new:
             joint.store.units[0].lose(new)
-        if back is not None:
-            back()
+        take_back(len(backs))
         undo()
 
     try:
-        joint.settle(together=True)
-        (slabs,) = joint.store.units
-        mask, started = slabs.opened(params)
-        new.extend(started)
+        for _ in range(min(ahead or 1, _FADING_STEPS)):
+            if (back := joint.fade(params)) is not None:
+                backs.append(back)
+            joint.settle(together=True)
+            (slabs,) = joint.store.units
+            if not rows:
+                mask, started = slabs.opened(params)
+                new.extend(started)
+            rows.append(list(slabs.settings.arrays))
+            if back is None:
+                break
     except BaseException:
         undo_all()
         raise
-    update = slabs.update(slabs.is_even and mask is None, names)
-    return Part(update, (slabs.settings.arrays, slabs.offsets, mask), slabs, undo_all, back)
+    data = (rows[0], slabs.offsets, mask)
+    part = Part(slabs.update(slabs.is_even and mask is None, names), data, slabs, undo_all)
+    if not backs:
+        return part
+    part = part._replace(skipped=take_back, most=_FADING_STEPS)
+    if ahead is None:
+        return part
+    rows += [rows[-1]] * (_FADING_STEPS - len(rows))
+    numbers = jax.tree.map(lambda *steps: np.stack(steps), *rows)
+    return part._replace(series=(numbers, *jax.tree.map(lambda _: None, data[1:])))
+
+
+_FADING_STEPS = 256
+"""So many steps one call makes at most where options decay, whose numbers are made before."""
 
 
 class Owned:

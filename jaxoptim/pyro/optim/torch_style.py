@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core.loss import Loss, all_finite
+from jaxoptim.engine.loops import Course
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
@@ -60,6 +61,9 @@ class TorchStyle(MultiOptimizer):
         else:
             value = jnp.full_like(value, jnp.nan)
         return (value, aux) if loss.has_aux else value
+
+    def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> None:
+        """Leave the steps to a loop of Python's: hooks may run between them."""
 
     def _make(self, params: Params) -> Optimizer:
         """The optimizer that the function makes."""

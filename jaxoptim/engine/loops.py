@@ -1,0 +1,137 @@
+"""Many steps in one compiled call, each along the gradient of a loss at the values that the one before has left."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core.loss import Loss
+from jaxoptim.engine.programs import Arrays, StepNumbers, StepOptions, minimized
+from jaxoptim.engine.static import Static
+from jaxoptim.engine.update import Update
+
+CAPACITY = 4096
+"""So many steps one call makes at most. The number of them is data: any number runs the same program."""
+
+
+class Changes(Exception):
+    """A step returns other shapes or structures than it was given, so that no loop can go on from them."""
+
+
+class Turn(Static):
+    """How the arguments of a loss follow from one step to the next; it is fixed in a compiled program."""
+
+    def arguments(self, at: Any, carried: Any, given: Any) -> tuple[Any, ...]:
+        """What the loss takes at a step.
+
+        Args:
+            at: the number of the step within this call.
+            carried: what the step before has left.
+            given: what all steps are given.
+        """
+        raise NotImplementedError
+
+    def following(self, value: jax.Array, aux: Any, carried: Any) -> Any:
+        """What a step leaves for the next.
+
+        Args:
+            value: the loss, nan for a step that was skipped.
+            aux: what the loss function has returned besides.
+            carried: what the step before had left.
+        """
+        raise NotImplementedError
+
+
+class Course(NamedTuple):
+    """What the steps of one call are about.
+
+    Attributes:
+        turn: how arguments follow.
+        carried: what the first step is left.
+        given: what all steps are given.
+        num_steps: how many, at most ``CAPACITY``.
+    """
+
+    turn: Turn
+    carried: Any
+    given: Any
+    num_steps: int
+
+
+@functools.partial(jax.jit, static_argnames=("updates", "loss", "options", "turn"), donate_argnames="leaves")
+def minimize_many(
+    updates: tuple[Update, ...],
+    loss: Loss,
+    options: StepOptions,
+    turn: Turn,
+    data: tuple[Any, ...],
+    series: tuple[Any, ...],
+    leaves: tuple[Arrays, ...],
+    held: dict[str, jax.Array],
+    carried: Any,
+    given: Any,
+    num_steps: Any,
+    always: jax.Array,
+) -> tuple[list[Any], Any, jax.Array, jax.Array]:
+    """Make steps of one or more owners, as :func:`~jaxoptim.engine.programs.minimize` makes one.
+
+    Args:
+        updates: how the parameters of each owner are updated.
+        loss: the loss, which takes a dict by name.
+        options: what a step does besides.
+        turn: see :class:`Course`.
+        data: what each update reads.
+        series: for each owner a tree like its data, with None for what stays; the others have a first axis of steps
+            that are not skipped.
+        leaves: values and state of each owner, which are donated.
+        held: values of parameters that stay, by name.
+        carried: see :class:`Course`.
+        given: see :class:`Course`.
+        num_steps: see :class:`Course`.
+        always: the value True.
+
+    Returns:
+        For each owner the leaves of its new contents; what the last step has left; ``CAPACITY`` losses, of which the
+        first are those of the steps; how many of these were not skipped.
+
+    Raises:
+        Changes: for a step from which no other can go on.
+    """
+
+    @jax.jit
+    def step(at: Any, taken: Any, leaves: Any, carried: Any, constant: Any) -> Any:
+        data, series, held, given, always = constant
+        now = jax.tree.map(lambda x, of: x if of is None else of[taken], data, series, is_leaf=_is_none)
+        args = turn.arguments(at, carried, given)
+        new, _, value, aux, _ = minimized(
+            updates, None, loss, options, StepNumbers(), now, leaves, held, args, always, {}
+        )
+        return tuple(new), turn.following(value, aux, carried), value
+
+    constant = (data, series, held, given, always)
+    start = (leaves, carried)
+    *after, value = jax.eval_shape(step, 0, jnp.int32(0), *start, constant)  # traced once for this and for the loop
+    if jax.tree.map(_form, tuple(after)) != jax.tree.map(_form, start):
+        raise Changes
+
+    def body(at: Any, state: Any) -> Any:
+        leaves, carried, losses, taken = state
+        leaves, carried, value = step(at, taken, leaves, carried, constant)
+        is_taken = jnp.isfinite(value) if options.may_skip else True
+        return leaves, carried, losses.at[at].set(value), taken + is_taken
+
+    losses = jnp.zeros(CAPACITY, value.dtype)
+    leaves, carried, losses, taken = jax.lax.fori_loop(0, num_steps, body, (*start, losses, jnp.int32(0)))
+    return list(leaves), carried, losses, taken
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _form(x: Any) -> Any:
+    """What of an array a loop cannot change."""
+    return x.shape, x.dtype

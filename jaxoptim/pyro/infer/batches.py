@@ -1,0 +1,299 @@
+"""What the steps of a run are given: all data, batches drawn on the device, or batches that come one after another."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import as_jax
+from jaxoptim.core.batches import batch_at, check_batch_size
+from jaxoptim.engine.loops import Turn
+from jaxoptim.pyro.infer.arguments import Arguments
+
+
+class SameData(Turn):
+    """The turn of steps that are given the same data.
+
+    Args:
+        skips: whether a step that is not finite leaves the mutable state as it was.
+    """
+
+    def __init__(self, skips: bool) -> None:
+        self.skips = skips
+
+    def arguments(self, at: Any, carried: Any, given: Any) -> tuple[Any, ...]:
+        """The key, the mutable state and the data."""
+        return *carried, self.traced(at, given)
+
+    def following(self, value: jax.Array, aux: Any, carried: Any) -> Any:
+        """The next key and mutable state."""
+        mutable, key = aux
+        if self.skips:
+            mutable = kept_if_finite(value, mutable, carried[1])
+        return key, mutable
+
+    def traced(self, at: Any, given: Any) -> Any:
+        """The data of a step."""
+        return given
+
+
+class DrawnBatches(SameData):
+    """The turn of steps that draw batches of data on the device; see :func:`~jaxoptim.core.batches.batch_at`.
+
+    Args:
+        skips: see :class:`SameData`.
+        place: which of the arguments' arrays are data.
+        batch_size: of each step.
+    """
+
+    def __init__(self, skips: bool, place: tuple[int, int], batch_size: int) -> None:
+        super().__init__(skips)
+        self.place, self.batch_size = place, batch_size
+
+    def traced(self, at: Any, given: Any) -> Any:
+        """The data of a step, those of its batch in their place."""
+        traced, data, key, first = given
+        return put(traced, self.place, batch_at(first + at, key, data, self.batch_size))
+
+
+class StackedBatches(SameData):
+    """The turn of steps whose batches come stacked.
+
+    Args:
+        skips: see :class:`SameData`.
+        place: which of the arguments' arrays are those of the batch.
+    """
+
+    def __init__(self, skips: bool, place: tuple[int, int]) -> None:
+        super().__init__(skips)
+        self.place = place
+
+    def traced(self, at: Any, given: Any) -> Any:
+        """The data of a step, those of its batch in their place."""
+        traced, batches = given
+        return put(traced, self.place, [x[at] for x in batches])
+
+
+def put(traced: Sequence[Any], place: tuple[int, int], batch: Sequence[Any]) -> list[Any]:
+    """The arrays of all arguments, with others in this place."""
+    return [*traced[: place[0]], *batch, *traced[place[1] :]]
+
+
+@jax.jit
+def kept_if_finite(loss: jax.Array, new: Any, old: Any) -> Any:
+    """New state, or the old one after a step that was skipped."""
+    return jax.tree.map(lambda n, o: jnp.where(jnp.isfinite(loss), n, o), new, old)
+
+
+class Data:
+    """What the steps of a run are given; all of them the same.
+
+    Args:
+        args: positional arguments of model and guide.
+        kwargs: keyword arguments of both.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._arguments = Arguments(args, kwargs)
+
+    def ahead(self, most: int) -> int:
+        """How many of the next steps run one program, at most so many."""
+        return most
+
+    def arguments(self, at: int = 0) -> Arguments:
+        """The arguments of a step, counted from the next one."""
+        return self._arguments
+
+    def turn(self, skips: bool) -> Turn:
+        """How the next steps follow from each other."""
+        return SameData(skips)
+
+    def given(self) -> Any:
+        """What all of the next steps are given."""
+        return self._arguments.traced
+
+    def advance(self, count: int) -> None:
+        """Go on to what comes after so many steps."""
+
+
+class Drawn(Data):
+    """Batches that are drawn on the device, shuffled anew in each epoch.
+
+    Args:
+        args: positional arguments of model and guide; the first is the data, if no keyword is called ``data``.
+        kwargs: keyword arguments of both.
+        batch_size: of each step.
+        draws: what has been drawn from them so far.
+
+    Raises:
+        ``TypeError`` without data; ``ValueError`` for data of different lengths, and a batch that they do not have.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int, draws: Draws) -> None:
+        if "data" not in kwargs and not args:
+            raise TypeError(
+                f"batch_size is {batch_size}, but there are no data. Give them as the first argument or as data=."
+            )
+        self._key: int | str = "data" if "data" in kwargs else 0
+        data = kwargs["data"] if "data" in kwargs else args[0]
+        check_batch_size(batch_size, data)
+        self._args, self._kwargs, self._batch_size, self.draws = args, kwargs, batch_size, draws
+        self._leaves, self._treedef = jax.tree.flatten(jax.tree.map(as_jax, data))
+
+    def arguments(self, at: int = 0) -> Arguments:
+        """The arguments of a step, counted from the next one."""
+        batch = _drawn(self.draws.drawn + at, self.draws.key, self._leaves, self._batch_size)
+        return with_value(self._args, self._kwargs, self._key, jax.tree.unflatten(self._treedef, batch))
+
+    def turn(self, skips: bool) -> Turn:
+        """How the next steps follow from each other."""
+        return DrawnBatches(skips, self.arguments().span(self._key), self._batch_size)
+
+    def given(self) -> Any:
+        """What all of the next steps are given."""
+        return self.arguments().traced, self._leaves, self.draws.key, self.draws.drawn
+
+    def advance(self, count: int) -> None:
+        """Go on to the batches after so many steps."""
+        self.draws = self.draws._replace(drawn=self.draws.drawn + count)
+
+
+class Draws(NamedTuple):
+    """What follows from it which batches are drawn next.
+
+    Attributes:
+        key: shuffles; it stays.
+        drawn: so many batches were.
+    """
+
+    key: jax.Array
+    drawn: int = 0
+
+
+class Arriving(Data):
+    """Batches that come one after another.
+
+    Args:
+        args: positional arguments of model and guide.
+        kwargs: keyword arguments of both.
+        key: the number or the name of the argument that is an iterable of batches.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> None:
+        self._args, self._kwargs, self._key = args, kwargs, key
+        self._batches: Iterable[Any] = args[key] if isinstance(key, int) else kwargs[key]
+        self._iterator, self._count = iter(self._batches), 0
+        self._ready = deque[Arguments]()
+        self._error: Exception | None = None
+
+    def ahead(self, most: int) -> int:
+        """How many of the next steps run one program, at most so many."""
+        while self._error is None and (not self._ready or len(self._ready) < min(most, self._rows)):
+            try:
+                self._ready.append(with_value(self._args, self._kwargs, self._key, self._next()))
+            except Exception as error:
+                self._error = error  # behind the batches that came before
+        if self._error is not None and not self._ready:
+            raise self._error
+        program = self._ready[0].program
+        return sum(1 for _ in itertools.takewhile(lambda of: of.program == program, self._ready))
+
+    def arguments(self, at: int = 0) -> Arguments:
+        """The arguments of a step, counted from the next one."""
+        return self._ready[at]
+
+    def turn(self, skips: bool) -> Turn:
+        """How the next steps follow from each other."""
+        return StackedBatches(skips, self._ready[0].span(self._key))
+
+    def given(self) -> Any:
+        """What all of the next steps are given."""
+        first, (begin, end) = self._ready[0], self._ready[0].span(self._key)
+        rows = [of.traced[begin:end] for of in self._ready if of.program == first.program]
+        # As many rows always: other shapes would be another program.
+        return first.traced, _stacked(rows + rows[-1:] * (self._rows - len(rows)))
+
+    def advance(self, count: int) -> None:
+        """Go on to the batches after so many steps."""
+        for _ in range(count):
+            self._ready.popleft()
+
+    @property
+    def _rows(self) -> int:
+        """How many batches go to the device in one call."""
+        begin, end = self._ready[0].span(self._key)
+        size = sum(x.nbytes for x in map(jnp.asarray, self._ready[0].traced[begin:end]))
+        return max(1, min(_BATCHES_AT_ONCE, _BYTES_AT_ONCE // max(size, 1)))
+
+    def _next(self) -> Any:
+        """The next batch, from the beginning again where that can be."""
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            if self._iterator is self._batches or not self._count:
+                raise ValueError(
+                    f"The batches ended after {self._count}, before the last step; the steps so far are made. Give an "
+                    "iterable that begins anew each time, such as a DataLoader, or ask for fewer steps."
+                ) from None
+            self._iterator = iter(self._batches)
+            return self._next()
+        self._count += 1
+        return batch
+
+
+_BATCHES_AT_ONCE, _BYTES_AT_ONCE = 32, 2**26
+"""So many batches go to the device in one call, if they are no larger than that together."""
+
+
+def data_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None, draws: Draws) -> Data:
+    """What the steps of a run are given.
+
+    Args:
+        args: positional arguments of model and guide.
+        kwargs: keyword arguments of both.
+        batch_size: how many of the data each step is given; None for all.
+        draws: which of them the next step would be given.
+
+    Raises:
+        ``TypeError`` for two iterables of batches, or one and a ``batch_size``; see :class:`Drawn`.
+    """
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    arriving = [key for key, x in given if _is_arriving(x)]
+    if not arriving:
+        return Data(args, kwargs) if batch_size is None else Drawn(args, kwargs, batch_size, draws)
+    if len(arriving) > 1 or batch_size is not None:
+        other = "another one" if len(arriving) > 1 else f"batch_size={batch_size}"
+        raise TypeError(
+            f"The argument {arriving[0]!r} is an iterable of batches, so a run takes no {other}. Zip iterables into "
+            "one, and let it give batches of the size that you want."
+        )
+    return Arriving(args, kwargs, arriving[0])
+
+
+def _is_arriving(x: Any) -> bool:
+    """Whether an argument gives one batch after another, and is no data or setting itself."""
+    is_other = isinstance(x, type | str | bytes | Sequence | Set | Mapping) or hasattr(x, "__array__")
+    return isinstance(x, Iterable) and not is_other and jax.tree_util.all_leaves([x])
+
+
+def with_value(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Any) -> Arguments:
+    """The arguments with another value of one of them."""
+    if isinstance(key, int):
+        return Arguments((*args[:key], value, *args[key + 1 :]), kwargs)
+    return Arguments(args, kwargs | {key: value})
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _drawn(step: Any, key: jax.Array, leaves: list[jax.Array], batch_size: int) -> list[jax.Array]:
+    return batch_at(step, key, leaves, batch_size)
+
+
+@jax.jit
+def _stacked(rows: list[list[Any]]) -> list[jax.Array]:
+    return [jnp.stack(column) for column in zip(*rows, strict=True)]
