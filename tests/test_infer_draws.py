@@ -1,5 +1,7 @@
 """Draws of models within a function as loss: as many as its author means, and new ones at each step."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import Trace_ELBO, autoguide, init_to_value
 from numpyro.infer.util import log_density
 
 from jaxoptim import rules
@@ -174,6 +176,48 @@ def test_arguments_of_a_model_have_any_name(elbo):
     arguments = {name: 10.0**power for power, name in enumerate([*NAMES, "data"])}
     assert svi.evaluate_loss(**arguments) == 1111111.0
     assert svi.step(**arguments) == 1111111.0
+
+
+def of_self(self):
+    numpyro.sample("data", dist.Normal(numpyro.sample("mean", dist.Normal(0.0, 1.0)), 1.0), obs=self)
+
+
+def guide_of_self(self):
+    numpyro.sample("mean", dist.Delta(numpyro.param("loc", 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "name"),
+    [
+        pytest.param(of_self, autoguide.AutoNormal(of_self), "AutoNormal", id="guide"),
+        pytest.param(handlers.scale(of_self, 2.0), guide_of_self, "scale", id="model"),
+    ],
+)
+def test_an_argument_called_self_to_an_object_of_numpyro(model, guide, name):
+    """Which has a self of its own."""
+    message = f"^{name} cannot take the argument 'self' by keyword, .* Give it by position, or rename it"
+    with pytest.raises(TypeError, match=message):
+        SVI(model, guide, rules.SGD(lr=0.1), Trace_ELBO()).step(self=2.0)
+    with pytest.raises(TypeError, match=message):
+        differentiable_loss(model, guide, Trace_ELBO(), KEY, self=2.0)
+
+
+AT_HALF = autoguide.AutoDelta(of_self, init_loc_fn=init_to_value(values={"mean": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("guide", "args", "kwargs"),
+    [
+        pytest.param(guide_of_self, (), {"self": 2.0}, id="keyword"),
+        pytest.param(guide_of_self, (2.0,), {}, id="position"),
+        pytest.param(AT_HALF, (2.0,), {}, id="automatic"),
+    ],
+)
+def test_an_argument_called_self(guide, args, kwargs):
+    svi = SVI(of_self, guide, rules.SGD(lr=0.1), Trace_ELBO())
+    assert svi.step(*args, **kwargs) == pytest.approx((0.5**2 + 1.5**2) / 2 + math.log(2 * math.pi), rel=1e-6)
+    (value,) = svi.get_params().values()
+    assert float(value) == pytest.approx(0.5 - 0.1 * (0.5 - 1.5), rel=1e-6)
 
 
 def drawn_of(model, guide, **kwargs):

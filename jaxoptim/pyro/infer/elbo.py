@@ -118,7 +118,27 @@ def apart(elbo: Any, model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[An
         return model, guide, kwargs
     inner = {name: kwargs[name] for name in own}
     outer = {name: value for name, value in kwargs.items() if name not in own}
-    return functools.partial(model, **inner), functools.partial(guide, **inner), outer
+    return with_keywords(model, inner), with_keywords(guide, inner), outer
+
+
+def with_keywords(fn: Any, kwargs: dict[str, Any]) -> functools.partial[Any]:
+    """A model or a guide with its keyword arguments.
+
+    Args:
+        fn: of numpyro.
+        kwargs: of any names.
+
+    Raises:
+        ``TypeError`` for ``self`` to an object, such as an automatic guide or a handler, whose ``__call__`` has one.
+    """
+    if "self" in kwargs:
+        first = next(iter(inspect.signature(type(fn).__call__).parameters.values()), None)
+        if first is not None and first.name == "self" and first.kind is first.POSITIONAL_OR_KEYWORD:
+            raise TypeError(
+                f"{type(fn).__name__} cannot take the argument 'self' by keyword, because its own __call__ has a "
+                "parameter of this name. Give it by position, or rename it in model and guide."
+            )
+    return functools.partial(fn, **kwargs)
 
 
 def _own_names(elbo: Any) -> set[str]:

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxoptim.core.numerics import strong
 from jaxoptim.interop.numpyro import by_path, required, to_numpyro
-from jaxoptim.pyro.infer.elbo import apart, check_scalar
+from jaxoptim.pyro.infer.elbo import apart, check_scalar, with_keywords
 
 Values = dict[str, jax.Array]
 """Unconstrained arrays by name; a site whose value is a tree has one for each leaf."""
@@ -95,7 +95,7 @@ def discover(
 
     # numpyro's own initialisation, so that keys and initial values are the same for good; nothing is optimised here.
     optim = to_numpyro(optax.identity())
-    bound = (functools.partial(fn, *args, **kwargs) for fn in (model, guide))
+    bound = (functools.partial(with_keywords(fn, kwargs), *args) for fn in (model, guide))
     begun = (handlers.substitute(fn, substitute_fn=functools.partial(_initial_value, initial)) for fn in bound)
     svi = SVI(*begun, optim, elbo)
     state = svi.init(key, init_params=dict(known) or None)

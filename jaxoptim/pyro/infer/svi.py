@@ -161,8 +161,9 @@ class SVI:
             The loss before the update.
 
         Raises:
-            ``TypeError`` for an argument that is neither array nor hashable, and a loss that is no scalar; what model,
-            guide and optimizer raise. A ``UserWarning`` when static arguments make many programs.
+            ``TypeError`` for an argument that is neither array nor hashable, for one called ``self`` that is given by
+            keyword to an automatic guide, and for a loss that is no scalar; what model, guide and optimizer raise. A
+            ``UserWarning`` when static arguments make many programs.
         """
         return float(self._advance(Arguments(args, kwargs), self._skip_nonfinite))
 
@@ -291,7 +292,8 @@ class SVI:
         data = (plan.key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
             if plan.params:
-                if isinstance(self._multi, Compiled | TorchStyle):  # no user's: without checks of what is right
+                # No user's: without checks of what is right, and of names, some of which other steps reach.
+                if isinstance(self._multi, Compiled | TorchStyle):
                     loss, aux = self._multi._step(plan.program.loss, plan.params, data, skips)
                 else:
                     loss, aux = self._multi.step(

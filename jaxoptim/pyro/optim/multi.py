@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
 from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
 from jaxoptim.pyro.optim.parts import Owned, Part
 from jaxoptim.pyro.optim.torch_style import TorchStyle
+
+Name = str | re.Pattern[str]
+"""How a part of a :class:`MixedMultiOptimizer` names parameters."""
 
 
 class PyroMultiOptimizer(Compiled):
@@ -195,23 +199,38 @@ class Newton(Compiled):
 
 
 class MixedMultiOptimizer(Compiled):
-    """Several optimizers, each for some of the parameters: ``pyro.optim.multi.MixedMultiOptimizer``.
+    r"""Several optimizers, each for some of the parameters: ``pyro.optim.multi.MixedMultiOptimizer``.
 
     All of them see the old values of all parameters, in one evaluation of the loss. (In Pyro a part sees what those
     before it have done, if it does not fail.)
 
+    A part names its parameters in a list of any of these:
+
+    - the name of a parameter, ``"loc"``;
+    - the beginning of names up to a dot, such as the site of a network or a layer of it: ``"decoder$params"`` and
+      ``"decoder$params.Dense_1"`` reach ``decoder$params.Dense_1.kernel``, and the latter no ``Dense_10``. The name of
+      a parameter is that parameter alone;
+    - a compiled regular expression that matches whole names, by its ``fullmatch``: ``re.compile(r".*\.bias")``.
+
+    Each parameter is in exactly one part, in which names may overlap. In :meth:`step`, :meth:`get_step` and the
+    transformation, which are given all parameters, each name reaches one at least. A step of an ``SVI`` may reach some
+    of them and leave others for later, so a name may reach none there. If it is misspelled, the parameter that it was
+    meant for is in no part, and the first step that reaches this one raises.
+
     Args:
-        parts: a list of ``(names, optimizer)``: a :class:`MultiOptimizer`, a :class:`PyroOptim`, a rule or a
-            transformation.
+        parts: a list of ``(names, optimizer)``: a list of names, or one regular expression in its place; and a
+            :class:`MultiOptimizer`, a :class:`PyroOptim`, a rule or a transformation.
 
     Attributes:
-        parts: a list of ``(names, multi-optimizer)``.
+        parts: a list of ``(names, multi-optimizer)``, in which names are a list.
 
     Raises:
-        ``ValueError`` for a name in two parts; at a step, for a parameter in no part; ``KeyError`` for a name that
-        there is no parameter of.
+        ``TypeError`` for a string in the place of a list, and for a name of another type; ``ValueError`` for a name in
+        two parts; at a step, ``ValueError`` for a parameter in two parts or in none, ``KeyError`` for a name that
+        reaches no parameter.
 
     Examples:
+        >>> import re
         >>> from jaxoptim.optim import Parameter
         >>> from jaxoptim.pyro import optim
         >>> params = {"x": Parameter(3.0, "x"), "y": Parameter(2.0, "y")}
@@ -219,55 +238,103 @@ class MixedMultiOptimizer(Compiled):
         >>> _ = mixed.step(lambda values: values["x"] ** 2 + values["y"] ** 2, params)
         >>> float(params["x"].value), float(params["y"].value)
         (1.5, 0.0)
+        >>> net = {"net.0.kernel": 1.0, "net.0.bias": 1.0, "log_scale": 1.0}
+        >>> parts = [(["net"], optim.SGD({"lr": 0.25})), (re.compile("log_.*"), optim.SGD({"lr": 0.5}))]
+        >>> new = optim.multi.MixedMultiOptimizer(parts).get_step(lambda values: sum(values.values()), net)
+        >>> {name: float(value) for name, value in new.items()}
+        {'net.0.kernel': 0.75, 'net.0.bias': 0.75, 'log_scale': 0.5}
     """
 
-    def __init__(self, parts: Iterable[tuple[Iterable[str], Any]]) -> None:
-        self.parts: list[tuple[list[str], MultiOptimizer]] = []
+    def __init__(self, parts: Iterable[tuple[Iterable[Name] | re.Pattern[str], Any]]) -> None:
+        self.parts: list[tuple[list[Name], MultiOptimizer]] = []
         owners: dict[str, MultiOptimizer] = {}
         for given, optimizer in parts:
             if isinstance(given, str):
-                raise TypeError(f"A part is (list of names, optimizer), but the names are the string {given!r}.")
+                raise TypeError(
+                    f"A part is (list of names, optimizer), but the names are the string {given!r}. Give [{given!r}], "
+                    "or a compiled regular expression."
+                )
             refuse_foreign("The optimizer of a part", optimizer, PART)
-            names, multi = list(given), as_multi_optimizer(optimizer)
+            names: list[Name] = [given] if isinstance(given, re.Pattern) else list(given)
+            multi = as_multi_optimizer(optimizer)
             if isinstance(multi, TorchStyle):
                 raise TypeError("A torch-style optimizer owns its parameters. Give PyroOptim(optim.Adam, options).")
             for name in names:
-                if name in owners:
-                    raise ValueError(
-                        f"Attempted to optimize parameter '{name}' by two different optimizers: "
-                        f"{owners[name]} vs {multi}"
+                if not isinstance(name.pattern if isinstance(name, re.Pattern) else name, str):
+                    raise TypeError(
+                        f"A part names parameters by strings and regular expressions of strings, but got {name!r}."
                     )
-                owners[name] = multi
+                if isinstance(name, str):
+                    _own(owners, name, multi)
             self.parts.append((names, multi))
 
     def _needs_second(self) -> bool:
         return any(isinstance(multi, Compiled) and multi._needs_second() for _, multi in self.parts)
 
+    def _check_whole(self, params: Params) -> None:
+        for names, (_, multi) in zip(self._names(params), self.parts, strict=True):
+            if names:
+                multi._check_whole({name: params[name] for name in names})
+
     def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
-        self._check_names(params)
-        shares = [multi._shares({name: params[name] for name in names}) for names, multi in self.parts if names]
+        every = zip(self._names(params, whole=False), self.parts, strict=True)
+        shares = [multi._shares({name: params[name] for name in names}) for names, (_, multi) in every if names]
         return [share for of in shares for share in of]
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
-        self._check_names(evaluation.values)
         new: dict[str, jax.Array] = {}
-        for names, multi in self.parts:
+        for names, (_, multi) in zip(self._names(evaluation.values), self.parts, strict=True):
             its = evaluation.of(names)
             new |= multi._new_values(its) if isinstance(multi, Compiled) else multi.get_step(its.loss_of, its.values)
         return {name: new[name] for name in evaluation.values}
 
-    def _check_names(self, params: Mapping[str, Any]) -> None:
-        named = [name for names, _ in self.parts for name in names]
-        if missing := [name for name in named if name not in params]:
+    def _names(self, params: Mapping[str, Any], whole: bool = True) -> list[list[str]]:
+        """The parameters of each part, by name; raises unless each is in exactly one.
+
+        Args:
+            params: the parameters.
+            whole: whether there are no others, so that each name of a part must reach one of them.
+        """
+        of_parts, owners, idle = list[list[str]](), dict[str, MultiOptimizer](), list[Name]()
+        for given, multi in self.parts:
+            own: dict[str, None] = {}
+            for item in given:
+                reached = _reached(item, params)
+                own |= dict.fromkeys(reached)
+                idle += [] if reached else [item]
+            for name in own:
+                _own(owners, name, multi)
+            of_parts.append(list(own))
+        if whole and idle:
             raise KeyError(
-                f"A part of MixedMultiOptimizer names {missing[0]!r}, but the parameters are "
-                f"{', '.join(map(repr, params)) or 'none'}."
+                f"A part of MixedMultiOptimizer names {idle[0]!r}, but the parameters are "
+                f"{', '.join(map(repr, params)) or 'none'}. Give the name of one, the beginning of names up to a dot, "
+                "or a regular expression that matches whole names."
             )
-        if extra := [name for name in params if name not in named]:
+        if extra := [name for name in params if name not in owners]:
+            every = ", ".join(repr(item) for given, _ in self.parts for item in given) or "no names"
+            unused = f", of which {', '.join(map(repr, idle))} reach no parameter here" if idle else ""
             raise ValueError(
                 f"The parameter {extra[0]!r} is in no part of MixedMultiOptimizer, so nothing would optimize it. The "
-                f"parts have {', '.join(map(repr, named)) or 'no names'}."
+                f"parts have {every}{unused}."
             )
+        return of_parts
+
+
+def _reached(item: Name, params: Mapping[str, Any]) -> list[str]:
+    """The parameters that an item of a part's list stands for."""
+    if isinstance(item, re.Pattern):
+        return [name for name in params if item.fullmatch(name)]
+    return [item] if item in params else [name for name in params if name.startswith(f"{item}.")]
+
+
+def _own(owners: dict[str, MultiOptimizer], name: str, multi: MultiOptimizer) -> None:
+    """Note the optimizer of a name; raises if it has one already."""
+    if name in owners:
+        raise ValueError(
+            f"Attempted to optimize parameter '{name}' by two different optimizers: {owners[name]} vs {multi}"
+        )
+    owners[name] = multi
 
 
 def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:

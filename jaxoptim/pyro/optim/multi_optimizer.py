@@ -97,7 +97,8 @@ class MultiOptimizer:
         refuse_tracing(f"{type(self).__name__}.step", "use its get_step, which is pure")
         # Made here and not by a constructor, which a user's class need not call.
         vars(self).setdefault("_loss_functions", LossFunctions("step", _CALL)).check(loss_fn)
-        return self._step(Loss(loss_fn, has_aux), checked(params), trees.owned_arrays(args), skip_nonfinite)
+        self._check_whole(checked(params))
+        return self._step(Loss(loss_fn, has_aux), params, trees.owned_arrays(args), skip_nonfinite)
 
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         """The step, after checks of what was given."""
@@ -138,6 +139,9 @@ class MultiOptimizer:
             elif its:
                 others.append((optimizer, its))
         return compiled, others
+
+    def _check_whole(self, params: Params) -> None:
+        """Raise for a name of this optimizer that reaches none of the parameters, which are all that there are."""
 
     def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
         """Which optimizer updates which parameters."""

@@ -110,15 +110,15 @@ def _multi(optimizer: MultiOptimizer, /) -> optax.GradientTransformationExtraArg
 
 def _mixed(mixed: MixedMultiOptimizer) -> optax.GradientTransformationExtraArgs:
     """The parts by themselves, each with the loss as a function of its parameters."""
-    every = [(names, transformation(multi)) for names, multi in mixed.parts]
+    every = [transformation(multi) for _, multi in mixed.parts]
 
     def init(params: Any) -> list[Any]:
-        mixed._check_names(params)
-        return [tx.init({name: params[name] for name in names}) for names, tx in every]
+        parts = zip(mixed._names(params), every, strict=True)
+        return [tx.init({name: params[name] for name in names}) for names, tx in parts]
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         updates, new = {}, []
-        for (names, tx), old in zip(every, state, strict=True):
+        for names, tx, old in zip(mixed._names(grads), every, state, strict=True):
             own, value_fn = dict(extra), extra.get("value_fn")
             if value_fn is not None:
                 own["value_fn"] = functools.partial(_value_of_part, value_fn, params)
