@@ -61,8 +61,7 @@ class Course(NamedTuple):
     num_steps: int
 
 
-@functools.partial(jax.jit, static_argnames=("updates", "loss", "options", "turn"), donate_argnames="leaves")
-def minimize_many(
+def _many(
     updates: tuple[Update, ...],
     loss: Loss,
     options: StepOptions,
@@ -126,6 +125,36 @@ def minimize_many(
     losses = jnp.zeros(CAPACITY, value.dtype)
     leaves, carried, losses, taken = jax.lax.fori_loop(0, num_steps, body, (*start, losses, jnp.int32(0)))
     return list(leaves), carried, losses, taken
+
+
+_static: Any = {"static_argnames": ("updates", "loss", "options", "turn"), "donate_argnames": "leaves"}
+minimize_many = jax.jit(_many, **_static)
+"""Many steps as a compiled call."""
+
+
+@functools.partial(jax.jit, **_static)
+def minimize_fits(
+    updates: tuple[Update, ...],
+    loss: Loss,
+    options: StepOptions,
+    turn: Turn,
+    data: tuple[Any, ...],
+    leaves: tuple[Arrays, ...],
+    carried: Any,
+    given: Any,
+    num_steps: Any,
+    always: jax.Array,
+    series: tuple[Any, ...],
+) -> tuple[list[Any], Any, jax.Array, jax.Array]:
+    """Make steps of several fits of the same parameters: ``leaves`` and ``carried`` have a first axis of fits.
+
+    The arguments are those of :func:`minimize_many`; what is returned has a first axis of fits too.
+    """
+
+    def fit(leaves: tuple[Arrays, ...], carried: Any) -> Any:
+        return _many(updates, loss, options, turn, data, series, leaves, {}, carried, given, num_steps, always)
+
+    return jax.vmap(fit)(leaves, carried)
 
 
 def _is_none(x: Any) -> bool:

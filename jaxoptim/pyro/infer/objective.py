@@ -128,7 +128,10 @@ def _initial_value(initial: Mapping[str, Any], statement: dict[str, Any]) -> Any
         return None
     constraint = statement["kwargs"].get("constraint")
     for value in jax.tree.leaves(initial[name]):
-        if not jnp.isfinite(jnp.asarray(value)).all() or (constraint is not None and not jnp.all(constraint(value))):
+        with jax.ensure_compile_time_eval():
+            is_within = constraint is None or jnp.all(constraint(value))
+            is_right = bool(jnp.isfinite(jnp.asarray(value)).all() & is_within)
+        if not is_right:
             raise ValueError(
                 f"The initial value of {name!r} is {value}, which is not finite or not within its constraint "
                 f"{constraint or 'real'}. Give a constrained value, as get_params() does."

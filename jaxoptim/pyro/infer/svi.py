@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import operator
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,18 +17,18 @@ from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.tracing import refuse_tracing
-from jaxoptim.engine.loops import CAPACITY, Changes, Course
+from jaxoptim.engine.loops import Changes, Course
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.batches import Data, Drawn, Draws, data_of, kept_if_finite
 from jaxoptim.pyro.infer.elbo import as_elbo
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
 from jaxoptim.pyro.infer.parameters import Parameters
+from jaxoptim.pyro.infer.pieces import in_pieces
+from jaxoptim.pyro.infer.restarts import Fits, Restarts, beginnings
 from jaxoptim.pyro.optim.multi_optimizer import Compiled, checked
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
-_SECONDS_OF_A_PIECE = 0.1
-"""The least time of one call of many steps, so that calls cost nothing; between them there is time for Ctrl-C."""
 _MANY = 16
 """So many programs for other static arguments are more than one means to have."""
 
@@ -257,18 +256,110 @@ class SVI:
                     "svi.params[name].value, or make a new SVI."
                 )
             self._commit(self._plan(data.arguments(), self._initial | _checked_values(init_params)))
-        skips, piece = self._skip_nonfinite or bool(stable_update), 1
-        self.losses = np.zeros(0, np.float32)
-        with _progress_bar(num_steps, progress_bar) as bar:
-            while (made := len(self.losses)) < num_steps:
-                begin = time.monotonic()
-                self._advance_many(data, min(piece, num_steps - made), skips)
-                if time.monotonic() - begin < _SECONDS_OF_A_PIECE:
-                    piece = min(8 * piece, CAPACITY)
-                if bar is not None:
-                    bar.set_postfix_str(f"loss {np.mean(self.losses[made:]):.4f}", refresh=False)
-                    bar.update(len(self.losses) - made)
+        skips, self.losses = self._skip_nonfinite or bool(stable_update), np.zeros(0, np.float32)
+        in_pieces(num_steps, progress_bar, lambda most: self._advance_many(data, most, skips))
         return jnp.asarray(self.losses)
+
+    def run_many(
+        self,
+        num_restarts: int,
+        num_steps: int,
+        /,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Restarts:
+        """Make many steps of several fits from initial values of their own, in one compiled program, and keep the best.
+
+        Fit number i is that of ``SVI(..., key=jax.random.split(svi.key, num_restarts)[i])``, to rounding; batches are
+        the same for all. At the end, parameters, optimizer, key and mutable state are those of the fit whose loss, the
+        mean over the last tenth of the steps, is the lowest; :meth:`step` and :meth:`run` go on from there.
+
+        Args:
+            num_restarts: how many fits, at least 1.
+            num_steps: how many steps of each, at least 1.
+            args: as of :meth:`run`.
+            progress_bar: as of :meth:`run`, with the lowest loss.
+            stable_update: as of :meth:`run`.
+            batch_size: as of :meth:`run`.
+            kwargs: as of :meth:`run`.
+
+        Returns:
+            The number of the best fit, ``best``, and of all fits ``losses`` and constrained ``params``.
+
+        Raises:
+            ``ValueError`` after the first call, where parameters are shared, and where no fit has a finite loss at the
+            end; ``TypeError`` for an optimizer that needs Python in each step; as :meth:`run`. Nothing is kept then,
+            but after Ctrl-C: the best so far.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp, numpyro
+            >>> import numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> import jaxoptim
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model():
+            ...     x = numpyro.sample("x", dist.Normal(0.0, 10.0))
+            ...     numpyro.factor("two valleys", -((x**2 - 4.0) ** 2) + x)
+            >>> def guide():
+            ...     start = numpyro.param("x_loc", lambda key: 3 * jax.random.normal(key))
+            ...     numpyro.sample("x", dist.Delta(start))
+            >>> svi = SVI(model, guide, jaxoptim.rules.Adam(lr=0.05), Trace_ELBO())
+            >>> found = svi.run_many(8, 200, progress_bar=False)
+            >>> sorted({round(float(x)) for x in found.params["x_loc"]}), round(float(svi.get_params()["x_loc"]))
+            ([-2, 2], 2)
+        """
+        num_restarts, num_steps = operator.index(num_restarts), operator.index(num_steps)
+        if min(num_restarts, num_steps) < 1:
+            raise ValueError(f"There must be a restart and a step at least, but got {num_restarts} and {num_steps}.")
+        if self._begun or self._shares:
+            raise ValueError(
+                "run_many begins with fits of its own, but the parameters "
+                f"{'have values already' if self._begun else 'are shared with another SVI'}. Make a new SVI."
+            )
+        if self._params:
+            raise ValueError("run_many begins with values of its own, but svi.params has some. Give init_params.")
+        if getattr(self._guide, "prototype_trace", None) is not None:
+            raise ValueError(
+                f"The {type(self._guide).__name__} has run already and keeps the values that it began with, so all "
+                "fits would begin alike. Make a new one."
+            )
+        data = data_of(args, kwargs, batch_size, self._draws)
+        data.ahead(1)
+        guide, plan = copy.deepcopy(self._guide), self._plan(data.arguments())
+        keys = jax.random.split(self.key, num_restarts)
+        begun = beginnings(self._model, guide, self._elbo, keys, data.arguments(), self._initial)
+        fits, skips = Fits(self._multi, *begun), self._skip_nonfinite or bool(stable_update)
+
+        def advance(most: int) -> np.ndarray:
+            count, before = data.ahead(most), fits.losses.shape[1]
+            if data.arguments().program != plan.arguments.program:
+                raise ValueError("The batches of run_many must have one shape, but one differs from the first.")
+            with Uninterrupted():
+                data.advance(fits.advance(plan.program.loss, data.turn(skips), data.given(), count, skips))
+            return np.min(fits.losses[:, before:], 0)
+
+        try:
+            in_pieces(num_steps, progress_bar, advance)
+        except KeyboardInterrupt:
+            if fits.losses.size:
+                self._keep_best(fits, plan, data)
+            raise
+        best, params = fits.best(), fits.constrained(plan.sites)
+        self._keep_best(fits, plan, data)
+        return Restarts(best, jnp.asarray(fits.losses), params)
+
+    def _keep_best(self, fits: Fits, plan: _Plan, data: Data) -> None:
+        """Go on as the best of several fits."""
+        best = fits.best()
+        fits.keep(best)
+        plan.all_params |= fits.params
+        plan.key, plan.mutable = fits.carried
+        self.losses = fits.losses[best]
+        self._commit(plan)
+        self._go_on(data, 0)
 
     def get_params(self) -> dict[str, Any]:
         """The constrained parameters: what ``numpyro.infer.Predictive`` takes.
@@ -309,12 +400,17 @@ class SVI:
             self.key, self.mutable_state = key, mutable
         return loss
 
-    def _advance_many(self, data: Data, most: int, skips: bool) -> None:
-        """Some of the next steps, at most so many; their losses come behind those that there are."""
-        count = data.ahead(most)
+    def _advance_many(self, data: Data, most: int, skips: bool) -> np.ndarray:
+        """Some of the next steps, at most so many; their losses, which come behind those that there are too."""
+        count, before = data.ahead(most), len(self.losses)
         with Uninterrupted():  # whose end raises, when what was done is kept
-            if self._repeated(data, count, skips):
-                return
+            is_done = self._repeated(data, count, skips)
+        if not is_done:
+            self._made_singly(data, count, skips)
+        return self.losses[before:]
+
+    def _made_singly(self, data: Data, count: int, skips: bool) -> None:
+        """Steps one after another."""
         found = list[jax.Array]()
         try:
             for _ in range(count):
@@ -513,14 +609,3 @@ def _checked_key(key: Any) -> jax.Array:
 def _typed(key: jax.Array) -> jax.Array:
     """A typed key for one of either kind."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-
-
-def _progress_bar(total: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """A bar of tqdm, or None without it."""
-    if not wanted:
-        return contextlib.nullcontext()
-    try:
-        import tqdm
-    except ImportError:
-        return contextlib.nullcontext()
-    return tqdm.tqdm(total=total)

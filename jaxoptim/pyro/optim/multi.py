@@ -14,7 +14,6 @@ from jaxoptim import rules
 from jaxoptim.core import Hyperparameters, init, step, transformation
 from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
-from jaxoptim.engine.loops import Course
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.foreign import ANY, PART, WRAPPER, refuse_foreign
@@ -80,10 +79,8 @@ class PyroMultiOptimizer(Compiled):
     def _keeper(self) -> Any:
         return self.optim
 
-    def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> Any:
-        if isinstance(self.optim, HorovodOptimizer):
-            return None
-        return super()._steps(loss, params, course, skip_nonfinite)
+    def _parts(self, params: Params, ahead: int) -> list[Part] | None:
+        return None if isinstance(self.optim, HorovodOptimizer) else super()._parts(params, ahead)
 
     def _open(self, params: Params, ahead: int | None = None) -> Part:
         if isinstance(self.optim, HorovodOptimizer):

@@ -123,11 +123,13 @@ class MultiOptimizer:
         Raises:
             Changes: for a step from which no other can go on. Nothing is done then.
         """
+        parts = self._parts(params, course.num_steps)
+        return None if parts is None else steps.make_steps(parts, loss, course, _held(params), skip_nonfinite)
+
+    def _parts(self, params: Params, ahead: int) -> list[Part] | None:
+        """The shares of all optimizers in so many steps of one call; None where a step takes code of Python's."""
         compiled, others = self._divided(params)
-        if others or not compiled:
-            return None
-        opened = _opened(compiled, course.num_steps)
-        return steps.make_steps(opened, loss, course, _held(params), skip_nonfinite)
+        return None if others or not compiled else _opened(compiled, ahead)
 
     def _divided(self, params: Params) -> tuple[list[tuple[Compiled, Params]], list[tuple[MultiOptimizer, Params]]]:
         """Who updates which parameters: the optimizers of this library, and others."""

@@ -126,6 +126,44 @@ def make_steps(
     return count, losses, left
 
 
+def make_steps_of_fits(
+    parts: Sequence[Part], leaves: Sequence[Any], loss: Loss, course: loops.Course, skip_nonfinite: bool
+) -> tuple[int, list[Any], jax.Array, Any]:
+    """Make many steps of several fits, in one compiled call, none of which keeps its arrays.
+
+    Args:
+        parts: of every optimizer, opened for so many steps.
+        leaves: the arrays of each owner, with a first axis of fits. They are gone then.
+        loss: see :func:`make_steps`; so are ``course`` and ``skip_nonfinite``.
+        course: what the last step has left has a first axis of fits.
+        skip_nonfinite: not for options that decay.
+
+    Returns:
+        How many steps were made; the new arrays; the losses; and what the last step leaves for the next.
+
+    Raises:
+        loops.Changes: for a step from which no other can go on; ``TypeError`` for options that decay, of steps that
+            may be skipped. Nothing is done then.
+    """
+    updates, data, series = zip(*((part.update, part.data, _series(part)) for part in parts), strict=True)
+    options, (turn, carried, given, count) = programs.StepOptions(skip_nonfinite=skip_nonfinite), course
+    count = min(count, *(part.most for part in parts))
+    try:
+        if skip_nonfinite and any(part.skipped is not None for part in parts):
+            raise TypeError(
+                "In many fits at once, options that decay at each step (lrd) would have to stand still where one of "
+                "them skips it. Give a rule with a schedule, such as rules.ClippedAdam(lr=..., lrd=...), or leave "
+                "skip_nonfinite out."
+            )
+        new, left, losses, _ = loops.minimize_fits(
+            updates, loss, options, turn, data, tuple(leaves), carried, given, count, programs.true(), series
+        )
+    except BaseException:
+        undo(parts)
+        raise
+    return count, new, losses, left
+
+
 def _kept(parts: Sequence[Part], run: Callable[[Any], tuple[Any, Any]]) -> Any:
     """Run a program on the arrays of all parts, and keep what it returns for them; what it returns besides."""
     is_kept = False

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core.loss import Loss, all_finite
-from jaxoptim.engine.loops import Course
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
@@ -62,7 +61,7 @@ class TorchStyle(MultiOptimizer):
             value = jnp.full_like(value, jnp.nan)
         return (value, aux) if loss.has_aux else value
 
-    def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> None:
+    def _parts(self, params: Params, ahead: int) -> None:
         """Leave the steps to a loop of Python's: hooks may run between them."""
 
     def _make(self, params: Params) -> Optimizer:
