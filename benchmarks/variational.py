@@ -24,6 +24,7 @@ from tables import asked
 from timing import Run, heading, measure, row
 
 FEATURES, ROWS = 20, 200
+STEPS = 1000
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "Adam of pyro.optim": lambda: named.Adam({"lr": 1e-3}),
     "ClippedAdam, lr decaying": lambda: named.ClippedAdam({"lr": 1e-3, "lrd": 0.999}),
@@ -79,6 +80,34 @@ def ours(make: Callable[[], Any]) -> Run:
     return run
 
 
+def ours_together(make: Callable[[], Any]) -> Run:
+    """Many steps in one call."""
+    arguments = tuple(map(jnp.asarray, data()))
+    svi = infer.SVI(model, guide, make(), numpyro.infer.Trace_ELBO())
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            svi.run(STEPS, *arguments, progress_bar=False)
+
+    return run
+
+
+def numpyro_together() -> Run:
+    """Its update in a jitted scan, which is faster than its ``run``: that compiles anew at each call."""
+    arguments = tuple(map(jnp.asarray, data()))
+    svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO())
+    state = svi.init(jax.random.key(0), *arguments)
+    scan = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s, *arguments), state, length=STEPS))
+
+    def run(calls: int) -> None:
+        nonlocal state
+        for _ in range(calls):
+            state, losses = scan(state)
+            np.asarray(losses)
+
+    return run
+
+
 def in_numpyro() -> Run:
     """Its jitted update."""
     arguments = tuple(map(jnp.asarray, data()))
@@ -114,12 +143,22 @@ def contenders() -> Builders:
     return builders | {"numpyro, Adam": in_numpyro, "Pyro, Adam": in_pyro}
 
 
+def contenders_together() -> Builders:
+    """Many steps in one call, with each optimizer and in numpyro."""
+    ours = {f"jaxoptim SVI.run, {name}": lambda make=make: ours_together(make) for name, make in OPTIMIZERS.items()}
+    del ours["jaxoptim SVI.run, optim.Adam"]  # whose steps are made one after another
+    return ours | {"numpyro, Adam, jitted scan": numpyro_together}
+
+
 def main() -> None:
-    """Measure, and print one table."""
-    times = measure(contenders(), asked(__doc__))
+    """Measure, and print the tables."""
+    effort, title = asked(__doc__), f"SVI of a logistic regression, {FEATURES} weights, {ROWS} rows"
+    times = measure(contenders(), effort)
     rows = [row(name, of, times["Pyro, Adam"]) for name, of in times.items()]
-    title = f"SVI of a logistic regression, {FEATURES} weights, {ROWS} rows"
     print("\n".join([title, heading("step", "Pyro"), *rows]))
+    times = measure(contenders_together(), effort)
+    rows = [row(name, of, times["numpyro, Adam, jitted scan"]) for name, of in times.items()]
+    print("\n".join([f"\nThe same, {STEPS} steps in one call", heading("call", "numpyro"), *rows]))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,21 @@ class Settings:
                 found.setdefault(number, []).append((spot[leaf], own))
         return [Spots(number, *np.array(pairs).T) for number, pairs in found.items()]
 
+    @property
+    def size(self) -> int:
+        """How many numbers there are."""
+        return sum(map(len, self._vectors))
+
+    def series(self, spots: Sequence[Spots], rows: np.ndarray) -> list[tuple[Any, ...]]:
+        """The arrays for steps that take other numbers at these places, a row for each; None for what stays."""
+        found: list[tuple[Any, ...]] = [(None,) * len(arrays) for arrays in self.arrays]
+        for of in spots:
+            vectors = np.tile(self._vectors[of.number], (len(rows), 1))
+            vectors[:, of.places] = rows[:, of.own]
+            first, *others = self.numbers[of.number].of_one_step(vectors).arrays
+            found[of.number] = (first, *[None] * len(others))
+        return found
+
     def write(self, spots: Sequence[Spots], numbers: np.ndarray) -> None:
         """Take other numbers at these places for the next step; the settings of the groups stay behind."""
         for of in spots:

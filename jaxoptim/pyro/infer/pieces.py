@@ -15,15 +15,16 @@ _SECONDS = 0.1
 """The least time of one call, so that calls cost nothing; between them there is time for the bar and for Ctrl-C."""
 
 
-def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.ndarray]) -> None:
-    """Make so many steps.
+def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.ndarray], most: int = 1) -> int:
+    """Make so many steps; how many one call of another run may begin with.
 
     Args:
         num_steps: how many.
         progress_bar: whether to show one, if tqdm is installed.
         advance: makes some steps, at most as many as it is told, and returns their losses.
+        most: how many the first call makes, at most (default 1).
     """
-    made, most = 0, 1
+    made = 0
     with _bar(num_steps, progress_bar) as bar:
         while made < num_steps:
             begin = time.monotonic()
@@ -34,6 +35,7 @@ def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.nd
             if bar is not None:
                 bar.set_postfix_str(f"loss {np.mean(losses):.4f}", refresh=False)
                 bar.update(len(losses))
+    return most
 
 
 def _bar(total: int, wanted: bool) -> contextlib.AbstractContextManager[Any]:

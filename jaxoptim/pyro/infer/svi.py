@@ -257,7 +257,10 @@ class SVI:
                 )
             self._commit(self._plan(data.arguments(), self._initial | _checked_values(init_params)))
         skips, self.losses = self._skip_nonfinite or bool(stable_update), np.zeros(0, np.float32)
-        in_pieces(num_steps, progress_bar, lambda most: self._advance_many(data, most, skips))
+        key = data.arguments().program
+        most = self._programs[key].most if key in self._programs else 1
+        most = in_pieces(num_steps, progress_bar, lambda most: self._advance_many(data, most, skips), most)
+        self._programs[key].most = most
         return jnp.asarray(self.losses)
 
     def run_many(
@@ -566,6 +569,7 @@ class _Program:
 
     Attributes:
         repeats: whether many steps may be made in one call.
+        most: so many of them take neither too short nor too long a time.
     """
 
     def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site], is_forward: bool) -> None:
@@ -587,7 +591,7 @@ class _Program:
         self.loss_fn = functools.partial(loss_fn)
         self.loss = Loss(self.loss_fn, True)
         self.evaluate = jax.jit(loss_fn)
-        self.repeats = True
+        self.repeats, self.most = True, 1
 
 
 def _checked_values(values: Mapping[str, Any] | None) -> dict[str, Any]:

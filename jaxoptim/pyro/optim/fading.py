@@ -5,13 +5,34 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxoptim.engine.loops import CAPACITY
 from jaxoptim.engine.settings import Spots
 from jaxoptim.engine.slabs import Slabs
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.member import Member
+
+_NUMBERS, _FEWEST = 2**20, 16
+"""So many numbers the settings of the steps of one call have at most, if that is not too few steps."""
+
+
+class Faded(NamedTuple):
+    """Options that have decayed for some steps.
+
+    Attributes:
+        num_steps: for how many.
+        back: takes so many steps back.
+        series: the settings of each step, as :meth:`Settings.series` has them; None where they are those of the slabs.
+        most: so many steps one call makes at most.
+    """
+
+    num_steps: int = 0
+    back: Callable[[int], None] = lambda count: None
+    series: Any = None
+    most: int = CAPACITY
 
 
 class Fading:
@@ -66,6 +87,18 @@ class Fading:
         self._fade(before)
         return functools.partial(self._back, before)
 
+    def fade_many(self, ahead: int) -> Faded:
+        """Let the options decay for so many steps, or as many as there is room for."""
+        room = max(_FEWEST, min(CAPACITY, _NUMBERS // self._slabs.settings.size))
+        count = min(ahead, room)
+        # One product after the other, as single steps have them.
+        factors = np.tile(self._factors, (count, 1))
+        every = np.multiply.accumulate(np.vstack([self._numbers, factors]))
+        rows = np.vstack([every[1:], np.tile(every[-1], (room - count, 1))])
+        series = self._slabs.settings.series(self._spots, rows)
+        self._take(every[-1])
+        return Faded(count, lambda back: self._back(every[count - back]) if back else None, series, room)
+
     def advance(self, step: Callable[[], None]) -> None:
         """Let the options decay and make a step; neither, if that fails or is interrupted before it is made."""
         before, leaves = self._numbers, self._slabs.leaves
@@ -78,7 +111,10 @@ class Fading:
             raise
 
     def _fade(self, numbers: np.ndarray) -> None:
-        self._numbers = numbers * self._factors
+        self._take(numbers * self._factors)
+
+    def _take(self, numbers: np.ndarray) -> None:
+        self._numbers = numbers
         self._slabs.settings.write(self._spots, self._numbers)
         # Past the groups' own method, which says that an option was written.
         deque(map(dict.__setitem__, self._groups, self._names, self._numbers.tolist()), maxlen=0)

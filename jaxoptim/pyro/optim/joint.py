@@ -15,7 +15,7 @@ from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.slots import slot_names
 from jaxoptim.engine.store import Store
 from jaxoptim.optim.parameter import Parameter
-from jaxoptim.pyro.optim.fading import Fading
+from jaxoptim.pyro.optim.fading import Faded, Fading
 from jaxoptim.pyro.optim.member import Member
 
 
@@ -88,6 +88,20 @@ class Joint:
                 undo()
 
         return back if faded else None
+
+    def fade_many(self, params: Sequence[Parameter], ahead: int | None) -> Faded:
+        """Let the options of these parameters decay for the steps of one call.
+
+        Args:
+            params: the parameters.
+            ahead: how many steps it is to make; None for one step in a program of its own.
+        """
+        if not self.fades:
+            return Faded()
+        if ahead is not None and (fading := self._steady(params)) is not None:
+            return fading.fade_many(ahead)
+        back = self.fade(params)
+        return Faded() if back is None else Faded(1, lambda count: back() if count else None, most=1)
 
     def _steady(self, params: Sequence[Parameter]) -> Fading | None:
         """The options that decay at a step of these parameters, if the step before was alike and none was written."""

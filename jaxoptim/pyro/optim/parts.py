@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxoptim.core import Hyperparameters, Rule, transformation, trees
@@ -202,47 +201,27 @@ def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None], a
         ahead: how many steps are to be made in one call; None for one step in a call of its own.
     """
     params = [joint.members[name].param for name in names]
-    backs, new, rows = list[Callable[[], None]](), list[int](), list[Any]()
-
-    def take_back(count: int) -> None:
-        for _ in range(count):
-            backs.pop()()
+    fading, new = joint.fade_many(params, ahead), list[int]()
 
     def undo_all() -> None:
         if new:
             joint.store.units[0].lose(new)
-        take_back(len(backs))
+        fading.back(fading.num_steps)
         undo()
 
     try:
-        for _ in range(min(ahead or 1, _FADING_STEPS)):
-            if (back := joint.fade(params)) is not None:
-                backs.append(back)
-            joint.settle(together=True)
-            (slabs,) = joint.store.units
-            if not rows:
-                mask, started = slabs.opened(params)
-                new.extend(started)
-            rows.append(list(slabs.settings.arrays))
-            if back is None:
-                break
+        joint.settle(together=True)
+        (slabs,) = joint.store.units
+        mask, started = slabs.opened(params)
+        new.extend(started)
     except BaseException:
         undo_all()
         raise
-    data = (rows[0], slabs.offsets, mask)
-    part = Part(slabs.update(slabs.is_even and mask is None, names), data, slabs, undo_all)
-    if not backs:
-        return part
-    part = part._replace(skipped=take_back, most=_FADING_STEPS)
-    if ahead is None:
-        return part
-    rows += [rows[-1]] * (_FADING_STEPS - len(rows))
-    numbers = jax.tree.map(lambda *steps: np.stack(steps), *rows)
-    return part._replace(series=(numbers, *jax.tree.map(lambda _: None, data[1:])))
-
-
-_FADING_STEPS = 256
-"""So many steps one call makes at most where options decay, whose numbers are made before."""
+    data, series = (slabs.settings.arrays, slabs.offsets, mask), None
+    if fading.series is not None:
+        series = (fading.series, *jax.tree.map(lambda _: None, data[1:]))
+    update = slabs.update(slabs.is_even and mask is None, names)
+    return Part(update, data, slabs, undo_all, fading.back if fading.num_steps else None, series, fading.most)
 
 
 class Owned:
