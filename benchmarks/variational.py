@@ -145,8 +145,9 @@ def contenders() -> Builders:
 
 def contenders_together() -> Builders:
     """Many steps in one call, with each optimizer and in numpyro."""
-    ours = {f"jaxoptim SVI.run, {name}": lambda make=make: ours_together(make) for name, make in OPTIMIZERS.items()}
-    del ours["jaxoptim SVI.run, optim.Adam"]  # whose steps are made one after another
+    ours: Builders = {
+        f"jaxoptim SVI.run, {name}": lambda make=make: ours_together(make) for name, make in OPTIMIZERS.items()
+    }
     return ours | {"numpyro, Adam, jitted scan": numpyro_together}
 
 

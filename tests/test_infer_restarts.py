@@ -46,6 +46,7 @@ DATA = jnp.ones(6)
 OPTIMIZERS = {
     "by name": lambda: named.Adam(lambda name: {"lr": 0.05 if name == "start" else 0.01}, {"clip_norm": 5.0}),
     "decaying": lambda: named.ClippedAdam({"lr": 0.05, "lrd": 0.99}),
+    "torch": lambda: lambda params: optim.NAdam(params, lr=0.02),
     "rule": lambda: rules.ASGD(lr=0.01),
     "optax": lambda: optax.contrib.schedule_free_adamw(0.05),  # whose state begins with the values
     "mixed": lambda: MixedMultiOptimizer([(["start"], named.Adam({"lr": 0.05})), (["width"], optax.adam(0.01))]),
@@ -203,10 +204,11 @@ class Begun:
         (Begun.stepped, "have values already"),
         (Begun.sharing, "are shared"),
         (Begun.given, "svi.params has some"),
-        (lambda: of(lambda: lambda params: optim.Adam(params), point, KEY), "not a torch-style one"),
+        (lambda: of(lambda: optim.Adam({"start": 1.0}), point, KEY), "no instance"),
+        (lambda: of(lambda: optim.LBFGS, point, KEY), "no instance"),
         (lambda: of(OPTIMIZERS["decaying"], point, KEY, skip_nonfinite=True), "lrd"),
     ],
-    ids=["after a step", "shared", "values given", "torch-style", "decaying and skipping"],
+    ids=["after a step", "shared", "values given", "torch-style instance", "LBFGS", "decaying and skipping"],
 )
 def test_what_many_fits_cannot_begin_with(made, problem):
     svi = made()

@@ -83,7 +83,7 @@ SECOND_ORDER = {
     "Newton rule": rules.Newton,
     "torch LBFGS": lambda: lambda params: optim.LBFGS(params, lr=0.5),
 }
-BY_STEPS = {"torch", "own", "changing state", "torch LBFGS"}
+BY_STEPS = {"own", "changing state", "torch LBFGS"}
 FAST = {"decaying", "mixed", "optax", "own", "Newton"}
 
 

@@ -148,6 +148,11 @@ class Hooked:
         self._state_dict_pre_hooks, self._state_dict_post_hooks = Hooks(), Hooks()
         self._load_state_dict_pre_hooks, self._load_state_dict_post_hooks = Hooks(), Hooks()
 
+    @property
+    def _has_step_hooks(self) -> bool:
+        """Whether functions run before or after a step."""
+        return any((_before_every_step, self._step_pre_hooks, self._step_post_hooks, _after_every_step))
+
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Run ``hook(optimizer, args, kwargs)`` before each step; it may return new ``(args, kwargs)``."""
         return self._step_pre_hooks.register(hook)

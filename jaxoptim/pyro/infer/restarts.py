@@ -70,13 +70,15 @@ class Fits:
         rows, self._parts = list[Any](), list[Part]()
         for at in range(len(next(iter(values.values())))):
             # Each under the same names: another fit, which the optimizer begins afresh.
-            self.params = {name: Parameter(x[at], name) for name, x in values.items()}
+            own = {name: Parameter(x[at], name) for name, x in values.items()}
+            self.params = dict(own)
             parts = multi._parts(self.params, 1)
-            if parts is None:
+            if parts is None or self.params != own:
                 raise TypeError(
-                    "Many fits at once take an optimizer whose steps are compiled: a PyroOptim, a rule or a "
-                    "transformation of optax, not a torch-style one, a HorovodOptimizer or a class of your own. Give "
-                    "one of them, or run a new SVI for each key."
+                    "Many fits at once take an optimizer that begins each of them, and whose steps are compiled: a "
+                    "PyroOptim, a rule, a transformation of optax or a function that makes a torch-style one, but no "
+                    "instance of the last, no HorovodOptimizer, L-BFGS of torch's kind or class of your own. Give one "
+                    "of them, or run a new SVI for each key."
                 )
             for part in parts:
                 if part.skipped is not None:

@@ -200,8 +200,8 @@ class SVI:
 
         The steps are those of :meth:`step`, to the last bit. The program is called for some tenths of a second at a
         time; in between the bar moves on, and Ctrl-C finds everything as the last step has left it. Optimizers that
-        need Python in each step (a class with a ``get_step`` of your own, ``HorovodOptimizer``, torch-style ones) make
-        theirs one after another.
+        need Python in each step (a class with a ``get_step`` of your own, ``HorovodOptimizer``, ``optim.LBFGS``,
+        torch-style ones with hooks or ``gradient_transform``) make theirs one after another.
 
         Args:
             num_steps: how many, at least 1.

@@ -79,7 +79,7 @@ class PyroMultiOptimizer(Compiled):
     def _keeper(self) -> Any:
         return self.optim
 
-    def _parts(self, params: Params, ahead: int) -> list[Part] | None:
+    def _parts(self, params: Params, ahead: int | None) -> list[Part] | None:
         return None if isinstance(self.optim, HorovodOptimizer) else super()._parts(params, ahead)
 
     def _open(self, params: Params, ahead: int | None = None) -> Part:

@@ -108,7 +108,7 @@ class MultiOptimizer:
             own |= _own_step(optimizer, its, params, loss, args)
         elsewhere = {name: params[name].value for name in own}
         opened = _opened(compiled, None)
-        result = steps.make_step(opened, loss, args, _held(params), elsewhere, skip_nonfinite)
+        result = steps.make_step(opened, loss, args, held_values(params), elsewhere, skip_nonfinite)
         if own and not (skip_nonfinite and not bool(jnp.isfinite(result[0] if loss.has_aux else result))):
             for name, value in own.items():
                 params[name].value = value
@@ -124,9 +124,9 @@ class MultiOptimizer:
             Changes: for a step from which no other can go on. Nothing is done then.
         """
         parts = self._parts(params, course.num_steps)
-        return None if parts is None else steps.make_steps(parts, loss, course, _held(params), skip_nonfinite)
+        return None if parts is None else steps.make_steps(parts, loss, course, held_values(params), skip_nonfinite)
 
-    def _parts(self, params: Params, ahead: int) -> list[Part] | None:
+    def _parts(self, params: Params, ahead: int | None) -> list[Part] | None:
         """The shares of all optimizers in so many steps of one call; None where a step takes code of Python's."""
         compiled, others = self._divided(params)
         return None if others or not compiled else _opened(compiled, ahead)
@@ -166,7 +166,7 @@ def _opened(compiled: list[tuple[Compiled, Params]], ahead: int | None) -> list[
     return opened
 
 
-def _held(params: Params) -> dict[str, Any]:
+def held_values(params: Params) -> dict[str, Any]:
     """The values of frozen parameters."""
     return {name: param.value for name, param in params.items() if not param.requires_grad}
 

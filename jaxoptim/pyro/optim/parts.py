@@ -19,6 +19,7 @@ from jaxoptim.engine import loops, programs
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Owner
+from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.static import Static
 from jaxoptim.engine.update import Update
 from jaxoptim.engine.whole import Whole, contents
@@ -201,27 +202,38 @@ def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None], a
         ahead: how many steps are to be made in one call; None for one step in a call of its own.
     """
     params = [joint.members[name].param for name in names]
-    fading, new = joint.fade_many(params, ahead), list[int]()
+    fading = joint.fade_many(params, ahead)
 
     def undo_all() -> None:
-        if new:
-            joint.store.units[0].lose(new)
         fading.back(fading.num_steps)
         undo()
 
     try:
         joint.settle(together=True)
         (slabs,) = joint.store.units
-        mask, started = slabs.opened(params)
-        new.extend(started)
+        part = slabs_part(slabs, names, params, undo_all)
     except BaseException:
         undo_all()
         raise
-    data, series = (slabs.settings.arrays, slabs.offsets, mask), None
+    series = None
     if fading.series is not None:
-        series = (fading.series, *jax.tree.map(lambda _: None, data[1:]))
+        series = (fading.series, *jax.tree.map(lambda _: None, part.data[1:]))
+    return part._replace(skipped=fading.back if fading.num_steps else None, series=series, most=fading.most)
+
+
+def slabs_part(
+    slabs: Slabs, names: tuple[str, ...], params: Sequence[Parameter], undo: Callable[[], None] = lambda: None
+) -> Part:
+    """The share of some of the parameters of slabs; ``undo`` takes back what was done for them before."""
+    mask, new = slabs.opened(params)
+
+    def undo_all() -> None:
+        if new:
+            slabs.lose(new)
+        undo()
+
     update = slabs.update(slabs.is_even and mask is None, names)
-    return Part(update, data, slabs, undo_all, fading.back if fading.num_steps else None, series, fading.most)
+    return Part(update, (slabs.settings.arrays, slabs.offsets, mask), slabs, undo_all)
 
 
 class Owned:

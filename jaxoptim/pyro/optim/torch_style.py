@@ -13,8 +13,11 @@ from jaxoptim.core.loss import Loss, all_finite
 from jaxoptim.optim.lbfgs import LBFGS
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.storage import Storage
+from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.foreign import ANY, refuse_foreign
-from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, values_of
+from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, held_values, values_of
+from jaxoptim.pyro.optim.parts import Part
 
 
 class TorchStyle(MultiOptimizer):
@@ -49,6 +52,9 @@ class TorchStyle(MultiOptimizer):
 
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         optimizer = self._prepared(params)
+        if (parts := self._parts(params, None)) is not None:
+            optimizer._opt_called = True
+            return steps.make_step(parts, loss, args, held_values(params), {}, skip_nonfinite)
         leaves, treedef = jax.tree.flatten(optimizer._storage.tree())
         names = tuple(str(param.name) for param in leaves)
         if (set(names) == set(params) and not skip_nonfinite) or isinstance(optimizer, LBFGS):
@@ -61,8 +67,26 @@ class TorchStyle(MultiOptimizer):
             value = jnp.full_like(value, jnp.nan)
         return (value, aux) if loss.has_aux else value
 
-    def _parts(self, params: Params, ahead: int) -> None:
-        """Leave the steps to a loop of Python's: hooks may run between them."""
+    def _parts(self, params: Params, ahead: int | None) -> list[Part] | None:
+        """The share of the optimizer, None where its own methods have to make the steps.
+
+        So it is where hooks run at each step, where a class has a way of its own, such as L-BFGS and samplers, and
+        where gradients are transformed.
+        """
+        optimizer = self._prepared(params)
+        storage, kind = optimizer._storage, type(optimizer)
+        is_plain = all(getattr(kind, name) is getattr(Optimizer, name) for name in ("step", "minimize", "_update"))
+        if type(storage) is not Storage or not is_plain or optimizer._has_step_hooks:
+            return None
+        slabs = storage.slabs()
+        names = {param: name for name, param in params.items() if param.requires_grad}
+        if (
+            slabs.transform is not None
+            or not names
+            or any(storage.labels.get(param) != names[param] for param in names)
+        ):
+            return None
+        return [steps.slabs_part(slabs, tuple(names.values()), list(names))]
 
     def _make(self, params: Params) -> Optimizer:
         """The optimizer that the function makes."""
