@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim import checkpoint
 from jaxoptim.core.forward import by_forward_mode
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Loss
@@ -22,6 +24,16 @@ from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.elbo import as_elbo
 from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
 from jaxoptim.pyro.infer.parameters import Parameters
+from jaxoptim.pyro.infer.saved import (
+    Loaded,
+    calls_of,
+    check_params,
+    checked_state,
+    loaded_mutable,
+    saved_state,
+    sites_of,
+)
+from jaxoptim.pyro.infer.stores import by_site, constrained_values, is_store, loaded, unconstrained
 from jaxoptim.pyro.optim.multi_optimizer import Compiled, checked
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
@@ -121,7 +133,7 @@ class SVI:
         self._params = Parameters() if params is None else params
         self._shares = params is not None
         self._initial = _checked_values(init_params)
-        self._multi = self._params.optimized_by(optim)
+        self._optim, self._multi = optim, self._params.optimized_by(optim)
         self.key = jax.random.key(0) if key is None else _checked_key(key)
         self.mutable_state: dict[str, Any] = {}
         self._skip_nonfinite = bool(skip_nonfinite)
@@ -130,6 +142,13 @@ class SVI:
         self._sites: dict[str, Site] = {}
         self._programs: dict[Any, _Program] = {}
         self._forms: dict[Any, Arguments] = {}
+        self._loaded = Loaded()
+        self._store: dict[str, Any] = {}
+
+    @property
+    def optim(self) -> Any:
+        """The optimizer, as given."""
+        return self._optim
 
     @property
     def params(self) -> dict[str, Parameter]:
@@ -240,8 +259,133 @@ class SVI:
             raise ValueError(
                 "There are no parameters before model and guide have run. Call step or evaluate_loss first."
             )
-        values = {name: param.value for name, param in self.params.items()}
-        return {name: site.value(values) for name, site in self._sites.items()}
+        return self._met() | self._loaded.constrained(self._params)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on elsewhere: parameters, optimizer, key, mutable state and counts.
+
+        Not in it are model, guide, loss, the optimizer's class and the arguments of the constructor: a new SVI gets
+        them anew.
+
+        Returns:
+            A dict of arrays, numbers, strings and containers, which ``jaxoptim.checkpoint`` takes. Its arrays stay
+            as they are when the run goes on.
+
+        Examples:
+            See :meth:`load_state_dict`.
+        """
+        optimizer = self._multi.state_dict(self._params)
+        state = saved_state(self._params, optimizer, self.key, self.mutable_state, self._begun)
+        sites = sites_of(self._sites, self._params, self._loaded)
+        return state | {"sites": sites, "calls": calls_of(self._programs, self._loaded), "store": self._store}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another SVI, of the same model, guide and kind of optimizer, was saved: bit for bit.
+
+        In an SVI that has made no call yet parameters, key and mutable state are there at once, and the first call
+        finds out how they are constrained; a name that model and guide lack is an error then. One that has begun must
+        have the parameters of the state.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave; or what ``pyro.get_param_store().get_state()`` gave, see
+                :meth:`load`.
+
+        Raises:
+            ``TypeError`` and ``ValueError`` for something else, for a parameter of another shape, and for the state of
+            another kind of optimizer; ``KeyError`` for a name that only one side has. Nothing is changed then.
+
+        Examples:
+            >>> import numpyro, numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> from jaxoptim import rules
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model(data):
+            ...     numpyro.sample("data", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=data)
+            >>> first, second = (SVI(model, lambda data: None, rules.Adam(lr=0.02), Trace_ELBO()) for _ in range(2))
+            >>> _ = first.run(3, 2.0, progress_bar=False)
+            >>> second.load_state_dict(first.state_dict())
+            >>> first.step(2.0) == second.step(2.0), first.get_params() == second.get_params()
+            (True, True)
+        """
+        if is_store(state_dict):
+            return self._take_store(constrained_values(state_dict))
+        state = checked_state(state_dict)
+        key, values, own = _checked_key(state["key"]), state["params"], dict(checked(self._params))
+        brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
+        own |= {name: brought[name] for name in brought.keys() & values.keys()}
+        check_params(values, own, self._begun)
+        mutable = loaded_mutable(state["mutable_state"], self.mutable_state, self._begun)
+        params = own | {name: Parameter(value, name) for name, value in values.items() if name not in own}
+        with Uninterrupted():
+            self._multi.load_state_dict(state["optimizer"], params)
+            for name in values.keys() & own.keys():
+                own[name].value = values[name]
+            self._params.update(params)
+            self._params.reached.update(state["reached"])
+            self.key, self.mutable_state, self._store = key, mutable, state["store"]
+            if state["has_begun"] and not self._begun:
+                self._begun, self._loaded = True, Loaded(state["sites"], values, mutable, state["calls"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to a file, as ``jaxoptim.checkpoint.save`` does: whole or not at all.
+
+        Args:
+            path: the file. Its folder must exist.
+
+        Raises:
+            See ``jaxoptim.checkpoint.save``.
+
+        Examples:
+            See :meth:`load`.
+        """
+        checkpoint.save(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save` wrote, or the parameters that ``pyro.get_param_store().save`` wrote.
+
+        Those of Pyro come by name, as constrained values; parameters that the store lacks stay as they are. ``"$$$"``,
+        Pyro's mark between a module and its parameter, may be a dot here, or ``"$params."``. Before the first call they
+        stand for ``init_params``.
+
+        Args:
+            path: the file. Nothing in it is run.
+
+        Raises:
+            See :meth:`load_state_dict` and ``jaxoptim.checkpoint.load``. For a file of Pyro's ``ImportError`` without
+            torch, and ``ValueError`` for a constraint that is not known here; here or at the first call ``KeyError``
+            for a name that model and guide lack, and ``ValueError`` for another shape or a value outside the
+            constraint.
+
+        Examples:
+            >>> import tempfile, numpyro, numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> from jaxoptim import rules
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model(data):
+            ...     numpyro.sample("data", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=data)
+            >>> path = tempfile.mkdtemp() + "/fit.safetensors"
+            >>> for steps in range(2):  # in two processes
+            ...     svi = SVI(model, lambda data: None, rules.SGD(lr=0.5), Trace_ELBO())
+            ...     if steps > 0:
+            ...         svi.load(path)
+            ...     loss = svi.step(2.0)
+            ...     svi.save(path)
+            >>> float(svi.params["loc"].value)
+            1.5
+        """
+        self.load_state_dict(loaded(path))
+
+    def _take_store(self, store: dict[str, Any]) -> None:
+        """Go on from constrained values by name."""
+        if not self._begun:
+            self._store = store
+            return
+        values = {name: param.value for name, param in self._params.items()}
+        given, names = by_site(store, self._sites, values)
+        new = unconstrained(self._sites, given, names)
+        with Uninterrupted():
+            for name, value in new.items():
+                self._params[name].value = value
 
     def _advance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> jax.Array:
         """One step, whose loss nobody waits for."""
@@ -275,14 +419,17 @@ class SVI:
             reached = self._reached(arguments)
             if reached is None or not reached <= self._sites.keys() | self.mutable_state.keys():
                 initial = {} if self._begun else self._initial if initial is None else initial
-                found = self._found(args, kwargs, initial)
+                if self._store:
+                    initial = {**initial, **self._stored(args, kwargs)}
+                plan.found = found = self._found(args, kwargs, initial)
+                self._loaded.check_reached(arguments, found.sites)
                 plan.key = plan.key if self._begun else found.key
                 brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
                 if not self._begun and not self._shares:
                     self._params.check_names(found)
                 plan.all_params |= self._params.begun(found, initial, brought)
                 plan.sites = found.sites | self._sites
-                plan.mutable = found.mutable | self.mutable_state
+                plan.mutable = found.mutable | self._loaded.in_form(self.mutable_state, found.mutable)
                 reached = set(found.sites)
             sites = {name: site for name, site in plan.sites.items() if name in reached}
             objective = Objective(self._model, self._guide, self._elbo, sites, {})
@@ -309,11 +456,27 @@ class SVI:
         """What model and guide reach, with initial values for what is new."""
         # The next step draws from children of the key itself.
         key = jax.random.fold_in(self.key, 1) if self._begun else self.key
-        return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known(), initial)
+        known = self._known()
+        if self._loaded:
+            # What was loaded must be known before anything new is drawn, or that would have other keys.
+            first = discover(self._model, self._guide, self._elbo, self.key, args, kwargs, known, {})
+            known |= self._loaded.values(first, self._params, self.mutable_state)
+        return discover(self._model, self._guide, self._elbo, key, args, kwargs, known, initial)
+
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The initial values that Pyro's parameter store has for the sites of this call."""
+        found = discover(self._model, self._guide, self._elbo, self.key, args, kwargs, {}, {})
+        return by_site(self._store, found.sites, found.values)[0]
 
     def _known(self) -> dict[str, Any]:
         """The values of the sites that need no initial values any more."""
-        return (self.get_params() if self._begun else {}) | self.mutable_state
+        waiting = self._loaded.mutable
+        return self._met() | {name: value for name, value in self.mutable_state.items() if name not in waiting}
+
+    def _met(self) -> dict[str, Any]:
+        """The constrained values of the sites that model and guide have reached here."""
+        values = {name: param.value for name, param in self._params.items()}
+        return {name: site.value(values) for name, site in self._sites.items()}
 
     def _commit(self, plan: _Plan) -> None:
         """Keep what a call that has succeeded found out."""
@@ -326,6 +489,9 @@ class SVI:
             self._forms[plan.arguments.form] = plan.arguments.without_data()
             self._warn_of_many()
         self.key, self._sites, self.mutable_state, self._begun = plan.key, plan.sites, plan.mutable, True
+        if plan.found is not None:
+            self._loaded.meet(plan.found)
+            self._store = {}
 
     def _warn_of_many(self) -> None:
         """Warn once when static arguments make a program at each step."""
@@ -350,6 +516,7 @@ class _Plan:
 
     program: _Program
     params: dict[str, Parameter]
+    found: Discovery | None = None
 
     def __init__(
         self,
