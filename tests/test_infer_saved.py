@@ -78,6 +78,7 @@ OPTIMIZERS = {
 }
 FIXED = ["newton", "mixed", "torch", "torch lbfgs"]
 """Those that are made for some parameters and no others."""
+FAST_LATE = ["clipped", "rule", "torch made"]
 FAST = ["clipped", "scheduled", "rule", "optax", "torch made"]
 
 
@@ -133,14 +134,21 @@ def test_a_resumed_run_is_the_undisturbed_one(kind, tmp_path):
 
 LATE = {
     "before": (["", "", "a", "", ""], ["", "b", "a", ""]),
-    "with the first call": (["", "a", "a", ""], ["ab", "", "ba"]),
+    "with the first call": (["", "a", ""], ["ab", ""]),
     "not before others": (["", "a", ""], ["", "b", "a"]),
     "from the start": ([], ["", "a", ""]),
 }
 
 
-@pytest.mark.parametrize("case", LATE)
-@pytest.mark.parametrize("kind", each(name for name in OPTIMIZERS if name not in FIXED))
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        pytest.param(kind, case, marks=[] if kind in FAST_LATE and case == "with the first call" else pytest.mark.slow)
+        for kind in OPTIMIZERS
+        if kind not in FIXED
+        for case in LATE
+    ],
+)
 def test_late_parameters(kind, case, tmp_path):
     before, after = LATE[case]
     check_resumed(fit(OPTIMIZERS[kind]()), another(kind), tmp_path / "run", calls(*before), calls(*after))

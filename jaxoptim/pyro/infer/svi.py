@@ -75,6 +75,7 @@ class SVI:
         params: a dict of the unconstrained :class:`~jaxoptim.optim.Parameter` by name; empty before the first call.
             One that you put in before is what the fit begins with. Trees have one for each array:
             ``decoder$params.Dense_0.kernel``.
+        optim: the optimizer, as given.
         mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
             normalisation.
 
