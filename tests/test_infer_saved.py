@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 
 import chex
 import jax
@@ -438,6 +439,43 @@ def test_states_that_do_not_fit(case):
     assert advance(svi, [(DATA,)] * 2) == advance(twin, [(DATA,)] * 2)
 
 
+@pytest.mark.parametrize("kind", ["clipped", "scheduled"])
+@pytest.mark.parametrize("evaluated", [False, True], ids=["known", "new"])
+def test_a_part_that_was_loaded_is_taken_back(kind, evaluated):
+    """The second part does not fit, the first does: a Pyro-style optimizer whose state or parameters are others."""
+
+    def make():
+        parts = [(["loc", "scale"], OPTIMIZERS[kind]()), ([], rules.Adam())]
+        return fit(multi.MixedMultiOptimizer(parts)), parts[0][1]
+
+    (svi, of_svi), (twin, of_twin) = make(), make()
+    svi.step(DATA), of_svi.step() if kind == "scheduled" else None
+    state = svi.state_dict()
+    state["optimizer"]["parts"][1] = saved("clipped")["optimizer"]
+    (svi, of_svi) = make()
+    for each, optimizer in ((svi, of_svi), (twin, of_twin)):
+        if evaluated:
+            each.evaluate_loss(DATA)
+        else:
+            advance(each, [(DATA,)] * 3)
+        if kind == "scheduled":
+            optimizer.step()
+    with pytest.raises(ValueError, match=r"Part 1 .* has 'loc'"):
+        svi.load_state_dict(state)
+    assert advance(svi, [(DATA,)] * 2) == advance(twin, [(DATA,)] * 2)
+    chex.assert_trees_all_equal(of_svi.get_state(), of_twin.get_state())
+
+
+def test_a_loaded_run_has_other_arguments_of_the_constructor():
+    """Initial values are for a run that begins."""
+    svi, other = fit(rules.Adam()), fit(rules.Adam(), init_params={"loc": jnp.ones(2)}, skip_nonfinite=True)
+    svi.run(3, DATA, progress_bar=False)
+    other.load_state_dict(svi.state_dict())
+    np.testing.assert_array_equal(other.run(3, DATA, progress_bar=False), svi.run(3, DATA, progress_bar=False))
+    with pytest.raises(ValueError, match="init_params are for the first call"):
+        other.run(1, DATA, progress_bar=False, init_params={"loc": jnp.ones(2)})
+
+
 @pytest.mark.parametrize(
     ("other", "error", "words"),
     [
@@ -572,10 +610,24 @@ def test_stores_that_do_not_fit(name, value, constraint, error, words, begun):
     chex.assert_trees_all_equal(contents(svi), before)
 
 
-def test_other_files_of_torch(tmp_path):
+class Harmful:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path('harmed').touch()",)
+
+
+def test_other_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.save({"w": torch.ones(2)}, tmp_path / "model")
-    with pytest.raises(ValueError, match="no parameter store of Pyro"):
-        made().load(tmp_path / "model")
+    torch.save({"params": {"loc": Harmful()}, "constraints": {}}, tmp_path / "harmful")
+    with zipfile.ZipFile(tmp_path / "zip", "w") as file:
+        file.writestr("a", "b")
     checkpoint.save(tmp_path / "other", {"w": jnp.ones(2)})
-    with pytest.raises(ValueError, match="lacks 'params'"):
-        made().load(tmp_path / "other")
+    for name, words in {
+        "model": "no parameter store of Pyro",
+        "harmful": "'loc' .* but no tensor",
+        "zip": "neither a file of svi.save nor",
+        "other": "lacks 'params'",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            made().load(tmp_path / name)
+    assert not (tmp_path / "harmed").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +37,15 @@ def loaded(path: str | os.PathLike[str]) -> Any:
         raise ImportError(
             f"{os.fspath(path)} was written by Pyro, and needs torch to be read. Run: pip install torch."
         ) from error
-    allowed: list[Any] = [_class_of(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
-    with torch.serialization.safe_globals(allowed):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        allowed: list[Any] = [_class_of(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+        with torch.serialization.safe_globals(allowed):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} is neither a file of svi.save nor a parameter store of Pyro that can be read: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not is_store(state):
         raise ValueError(
             f"{os.fspath(path)} is a file of torch.save, but no parameter store of Pyro, which is a dict of 'params' "
@@ -77,16 +84,18 @@ def constrained_values(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The constrained values in a parameter store by name.
 
     Raises:
-        ``ValueError`` for a parameter whose constraint cannot be read.
+        ``ValueError`` for a parameter that is no tensor, or whose constraint cannot be read.
     """
     import torch
 
     values = {}
     for name, param in state["params"].items():
+        if not isinstance(param, torch.Tensor):
+            raise ValueError(f"{name!r} in the parameter store of Pyro is a {type(param).__name__}, but no tensor.")
         constraint = state["constraints"].get(name, torch.distributions.constraints.real)
         try:
             value = torch.distributions.transform_to(constraint)(param.detach().cpu())
-        except (NotImplementedError, AttributeError) as error:
+        except NotImplementedError as error:
             raise ValueError(
                 f"The constraint of {name!r}, {type(constraint).__name__}, is not known here. Import the package that "
                 f"has it, such as pyro.distributions, or give init_params={{{name!r}: value}} to SVI."
