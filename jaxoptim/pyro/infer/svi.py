@@ -272,10 +272,13 @@ class SVI:
             A dict of arrays, numbers, strings and containers, which ``jaxoptim.checkpoint`` takes. Its arrays stay
             as they are when the run goes on.
 
+        Raises:
+            ``TypeError`` for what is no parameter in ``svi.params``.
+
         Examples:
             See :meth:`load_state_dict`.
         """
-        optimizer = self._multi.state_dict(self._params)
+        optimizer = self._multi.state_dict(checked(self._params))
         state = saved_state(self._params, optimizer, self.key, self.mutable_state, self._begun)
         sites = sites_of(self._sites, self._params, self._loaded)
         return state | {"sites": sites, "calls": calls_of(self._programs, self._loaded), "store": self._store}
@@ -476,7 +479,7 @@ class SVI:
 
     def _met(self) -> dict[str, Any]:
         """The constrained values of the sites that model and guide have reached here."""
-        values = {name: param.value for name, param in self._params.items()}
+        values = {leaf: self._params[leaf].value for site in self._sites.values() for leaf in site.leaves}
         return {name: site.value(values) for name, site in self._sites.items()}
 
     def _commit(self, plan: _Plan) -> None:
