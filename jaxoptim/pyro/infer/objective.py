@@ -41,6 +41,10 @@ class Site:
         value = jax.tree.unflatten(self.treedef, [values[leaf] for leaf in self.leaves])
         return self.constrain({self.name: value})[self.name]
 
+    def unconstrained(self, value: Any) -> dict[str, Any]:
+        """The unconstrained arrays of a constrained value, by name; not finite where it is outside its constraint."""
+        return by_path({self.name: self.constrain({self.name: value}, invert=True)[self.name]})  # type: ignore[call-arg]
+
 
 @dataclasses.dataclass(frozen=True)
 class Discovery:

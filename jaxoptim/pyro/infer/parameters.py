@@ -59,7 +59,9 @@ class Parameters(dict[str, Parameter]):
                 )
             if name not in self.reached and brought.get(name, param) is not param:
                 raise ValueError(f"params has {name!r}, but the optimizer brings a value of its own. Give one of them.")
-        return {name: Parameter(value, name) for name, value in found.values.items() if name not in given}
+        new = {name: Parameter(value, name) for name, value in found.values.items() if name not in given}
+        own = {name: param for name, param in brought.items() if name in new and param.shape == new[name].shape}
+        return new | own
 
     def check_names(self, found: Discovery) -> None:
         """Raise ``KeyError`` for a parameter that was put in, and that nobody reaches."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import operator
-import warnings
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,27 +12,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core.forward import by_forward_mode
+from jaxoptim import checkpoint
 from jaxoptim.core.interrupts import Uninterrupted
-from jaxoptim.core.loss import Loss
-from jaxoptim.core.tracing import refuse_tracing
-from jaxoptim.engine.loops import Changes, Course
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
-from jaxoptim.pyro.infer.batches import Data, Drawn, Draws, data_of, kept_if_finite
-from jaxoptim.pyro.infer.elbo import as_elbo
-from jaxoptim.pyro.infer.objective import Discovery, Objective, Site, discover
-from jaxoptim.pyro.infer.parameters import Parameters
+from jaxoptim.pyro.infer.batches import Data, Draws, data_of
+from jaxoptim.pyro.infer.fit import Fit, checked_key, checked_values
 from jaxoptim.pyro.infer.pieces import in_pieces
+from jaxoptim.pyro.infer.program import Plan
 from jaxoptim.pyro.infer.restarts import Fits, Restarts, beginnings
-from jaxoptim.pyro.optim.multi_optimizer import Compiled, checked
+from jaxoptim.pyro.infer.saved import (
+    Loaded,
+    calls_of,
+    check_params,
+    checked_state,
+    loaded_mutable,
+    saved_state,
+    sites_of,
+)
+from jaxoptim.pyro.infer.stores import by_site, constrained_values, is_store, loaded, unconstrained
+from jaxoptim.pyro.optim.multi_optimizer import checked
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
-_MANY = 16
-"""So many programs for other static arguments are more than one means to have."""
 
-
-class SVI:
+class SVI(Fit):
     r"""Stochastic variational inference: Pyro's ``SVI``, on models and guides of numpyro.
 
     Each step splits the key, evaluates the loss and its gradient at the unconstrained parameters :math:`u`, and updates
@@ -67,6 +69,7 @@ class SVI:
         params: a dict of the unconstrained :class:`~jaxoptim.optim.Parameter` by name; empty before the first call.
             One that you put in before is what the fit begins with. Trees have one for each array:
             ``decoder$params.Dense_0.kernel``.
+        optim: the optimizer, as given.
         mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
             normalisation.
         losses: the losses of the last :meth:`run`, those of one that ended early too.
@@ -114,29 +117,22 @@ class SVI:
         skip_nonfinite: bool = False,
         forward_mode_differentiation: bool = False,
     ) -> None:
-        for what, fn in (("model", model), ("guide", guide)):
-            if not callable(fn):
-                raise TypeError(f"The {what} must be a function of numpyro's statements, but got {type(fn).__name__}.")
-        self._model, self._guide, self._elbo = model, guide, as_elbo(loss)
-        if params is not None and not isinstance(params, Parameters):
-            raise TypeError(
-                f"params must be svi.params of another SVI, but got {type(params).__name__}. Values to begin with go "
-                "into init_params, or into svi.params before the first step."
-            )
-        self._params = Parameters() if params is None else params
-        self._shares = params is not None
-        self._initial = _checked_values(init_params)
-        self._multi = self._params.optimized_by(optim)
-        self.key = jax.random.key(0) if key is None else _checked_key(key)
-        self.mutable_state: dict[str, Any] = {}
-        self._skip_nonfinite = bool(skip_nonfinite)
-        self._is_forward = bool(forward_mode_differentiation)
-        self.losses = np.zeros(0, np.float32)
-        self._draws = Draws(jax.random.fold_in(_typed(self.key), 2))
-        self._begun = False
-        self._sites: dict[str, Site] = {}
-        self._programs: dict[Any, _Program] = {}
-        self._forms: dict[Any, Arguments] = {}
+        super().__init__(
+            model,
+            guide,
+            optim,
+            loss,
+            key,
+            params,
+            init_params,
+            skip_nonfinite=skip_nonfinite,
+            is_forward=forward_mode_differentiation,
+        )
+
+    @property
+    def optim(self) -> Any:
+        """The optimizer, as given."""
+        return self._optim
 
     @property
     def params(self) -> dict[str, Parameter]:
@@ -255,7 +251,7 @@ class SVI:
                     "init_params are for the first call, but the parameters have values already. Write into "
                     "svi.params[name].value, or make a new SVI."
                 )
-            self._commit(self._plan(data.arguments(), self._initial | _checked_values(init_params)))
+            self._commit(self._plan(data.arguments(), self._initial | checked_values(init_params)))
         skips, self.losses = self._skip_nonfinite or bool(stable_update), np.zeros(0, np.float32)
         key = data.arguments().program
         most = self._programs[key].most if key in self._programs else 1
@@ -354,7 +350,7 @@ class SVI:
         self._keep_best(fits, plan, data)
         return Restarts(best, jnp.asarray(fits.losses), params)
 
-    def _keep_best(self, fits: Fits, plan: _Plan, data: Data) -> None:
+    def _keep_best(self, fits: Fits, plan: Plan, data: Data) -> None:
         """Go on as the best of several fits."""
         best = fits.best()
         fits.keep(best)
@@ -377,239 +373,139 @@ class SVI:
             raise ValueError(
                 "There are no parameters before model and guide have run. Call step or evaluate_loss first."
             )
-        values = {name: param.value for name, param in self.params.items()}
-        return {name: site.value(values) for name, site in self._sites.items()}
+        return self._met() | self._loaded.constrained(self._params)
 
-    def _advance(self, arguments: Arguments, skips: bool) -> jax.Array:
-        """One step, whose loss nobody waits for."""
-        plan = self._plan(arguments)
-        data = (plan.key, plan.mutable, plan.traced)
-        with Uninterrupted():  # or the next step would draw from a key that is used up
-            if plan.params:
-                # No user's: without checks of what is right, and of names, some of which other steps reach.
-                if isinstance(self._multi, Compiled | TorchStyle):
-                    loss, aux = self._multi._step(plan.program.loss, plan.params, data, skips)
-                else:
-                    loss, aux = self._multi.step(
-                        plan.program.loss_fn, plan.params, *data, has_aux=True, skip_nonfinite=skips
-                    )
-                plan.all_params |= plan.params  # a torch-style optimizer may put its own in their places
-            else:
-                loss, aux = plan.program.evaluate({}, *data)
-            mutable, key = aux
-            if skips and mutable:
-                mutable = kept_if_finite(loss, mutable, plan.mutable)
-            self._commit(plan)
-            self.key, self.mutable_state = key, mutable
-        return loss
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on elsewhere: parameters, optimizer, key, mutable state and counts.
 
-    def _advance_many(self, data: Data, most: int, skips: bool) -> np.ndarray:
-        """Some of the next steps, at most so many; their losses, which come behind those that there are too."""
-        count, before = data.ahead(most), len(self.losses)
-        with Uninterrupted():  # whose end raises, when what was done is kept
-            is_done = self._repeated(data, count, skips)
-        if not is_done:
-            self._made_singly(data, count, skips)
-        return self.losses[before:]
+        Not in it are model, guide, loss, the optimizer's class and the arguments of the constructor: a new SVI gets
+        them anew.
 
-    def _made_singly(self, data: Data, count: int, skips: bool) -> None:
-        """Steps one after another."""
-        found = list[jax.Array]()
-        try:
-            for _ in range(count):
-                with Uninterrupted():
-                    found.append(self._advance(data.arguments(), skips))
-                    self._go_on(data, 1)
-        finally:
-            if found:
-                self._keep(np.stack(jax.device_get(found)))
+        Returns:
+            A dict of arrays, numbers, strings and containers, which ``jaxoptim.checkpoint`` takes. Its arrays stay
+            as they are when the run goes on.
 
-    def _repeated(self, data: Data, count: int, skips: bool) -> bool:
-        """Steps in one compiled call; False, and nothing done, if that cannot be."""
-        plan = self._plan(data.arguments())
-        if not plan.params or not plan.program.repeats:
-            return False
-        course = Course(data.turn(skips), (plan.key, plan.mutable), data.given(), count)
-        try:
-            steps = self._multi._steps(plan.program.loss, plan.params, course, skips)
-        except Changes:
-            steps = None
-        if steps is None:
-            plan.program.repeats = False
-            self._commit(plan)
-            return False
-        made, losses, (key, mutable) = steps
-        self._commit(plan)
-        self.key, self.mutable_state = key, mutable
-        self._go_on(data, made)
-        self._keep(np.asarray(losses)[:made])
-        return True
+        Raises:
+            ``TypeError`` for what is no parameter in ``svi.params``.
 
-    def _keep(self, losses: np.ndarray) -> None:
-        """Put the losses of a run behind those that there are."""
-        self.losses = np.concatenate([self.losses, losses]) if len(self.losses) else losses
+        Examples:
+            See :meth:`load_state_dict`.
+        """
+        optimizer = self._multi.state_dict(checked(self._params))
+        state = saved_state(self._params, optimizer, self.key, self.mutable_state, self._begun)
+        sites = sites_of(self._sites, self._params, self._loaded)
+        return state | {
+            "sites": sites,
+            "calls": calls_of(self._programs, self._loaded),
+            "store": self._store,
+            "draws": self._draws._asdict(),
+        }
 
-    def _go_on(self, data: Data, count: int) -> None:
-        """Let the next step be given what comes after so many."""
-        data.advance(count)
-        if isinstance(data, Drawn):
-            self._draws = data.draws
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another SVI, of the same model, guide and kind of optimizer, was saved: bit for bit.
 
-    def _plan(self, arguments: Arguments, initial: Mapping[str, Any] | None = None) -> _Plan:
-        """What a call needs; nothing is changed until :meth:`_commit`."""
-        refuse_tracing("A step of SVI", "use differentiable_loss, which is pure")
-        program = self._programs.get(arguments.program)
-        plan = _Plan(self.key, arguments, dict(self.params), self._sites, self.mutable_state)
-        if program is None:
-            reached = self._reached(arguments)
-            if reached is None or not reached <= self._sites.keys() | self.mutable_state.keys():
-                initial = {} if self._begun else self._initial if initial is None else initial
-                found = self._found(arguments, initial)
-                plan.key = plan.key if self._begun else found.key
-                brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
-                if not self._begun and not self._shares:
-                    self._params.check_names(found)
-                plan.all_params |= self._params.begun(found, initial, brought)
-                plan.sites = found.sites | self._sites
-                plan.mutable = found.mutable | self.mutable_state
-                reached = set(found.sites)
-            sites = {name: site for name, site in plan.sites.items() if name in reached}
-            objective = Objective(self._model, self._guide, self._elbo, sites, {})
-            program = _Program(objective, arguments, sites, self._is_forward)
-        plan.begin(program)
-        return plan
+        In an SVI that has made no call yet parameters, key and mutable state are there at once, and the first call
+        finds out how they are constrained; a name that model and guide lack is an error then. One that has begun must
+        have the parameters of the state.
 
-    def _reached(self, arguments: Arguments) -> set[str] | None:
-        """The sites that other shapes of known arguments lead to, without any computation; None for new arguments."""
-        # An automatic guide keeps what it finds at its first run, which must not be traced.
-        if arguments.form not in self._forms:
-            return None
-        names: set[str] = set()
-        known = self._known()
+        Args:
+            state_dict: what :meth:`state_dict` gave; or what ``pyro.get_param_store().get_state()`` gave, see
+                :meth:`load`.
 
-        def look(traced: Any) -> None:
-            found = discover(self._model, self._guide, self._elbo, self.key, *arguments.rebuilt(traced), known, {})
-            names.update(found.sites, found.mutable)
+        Raises:
+            ``TypeError`` and ``ValueError`` for something else, for a parameter of another shape, and for the state of
+            another kind of optimizer; ``KeyError`` for a name that only one side has. Nothing is changed then.
 
-        jax.eval_shape(look, arguments.traced)
-        return names
+        Examples:
+            >>> import numpyro, numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> from jaxoptim import rules
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model(data):
+            ...     numpyro.sample("data", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=data)
+            >>> first, second = (SVI(model, lambda data: None, rules.Adam(lr=0.02), Trace_ELBO()) for _ in range(2))
+            >>> _ = first.run(3, 2.0, progress_bar=False)
+            >>> second.load_state_dict(first.state_dict())
+            >>> first.step(2.0) == second.step(2.0), first.get_params() == second.get_params()
+            (True, True)
+        """
+        if is_store(state_dict):
+            return self._take_store(constrained_values(state_dict))
+        state = checked_state(state_dict)
+        key, values, own = checked_key(state["key"]), state["params"], dict(checked(self._params))
+        brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
+        own |= {name: brought[name] for name in brought.keys() & values.keys()}
+        check_params(values, own, self._begun)
+        mutable = loaded_mutable(state["mutable_state"], self.mutable_state, self._begun)
+        params = own | {name: Parameter(value, name) for name, value in values.items() if name not in own}
+        with Uninterrupted():
+            self._multi.load_state_dict(state["optimizer"], params)
+            for name in values.keys() & own.keys():
+                own[name].value = values[name]
+            self._params.update(params)
+            self._params.reached.update(state["reached"])
+            self.key, self.mutable_state, self._store = key, mutable, state["store"]
+            self._draws = Draws(**state["draws"])
+            if state["has_begun"] and not self._begun:
+                self._begun, self._loaded = True, Loaded(state["sites"], values, mutable, state["calls"])
 
-    def _found(self, arguments: Arguments, initial: Mapping[str, Any]) -> Discovery:
-        """What model and guide reach, with initial values for what is new."""
-        # The next step draws from children of the key itself.
-        key = jax.random.fold_in(self.key, 1) if self._begun else self.key
-        args, kwargs = arguments.rebuilt(arguments.traced)
-        return discover(self._model, self._guide, self._elbo, key, args, kwargs, self._known(), initial)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`state_dict` to a file, as ``jaxoptim.checkpoint.save`` does: whole or not at all.
 
-    def _known(self) -> dict[str, Any]:
-        """The values of the sites that need no initial values any more."""
-        return (self.get_params() if self._begun else {}) | self.mutable_state
+        Args:
+            path: the file. Its folder must exist.
 
-    def _commit(self, plan: _Plan) -> None:
-        """Keep what a call that has succeeded found out."""
-        self._params.update(plan.all_params)
-        if plan.arguments.program in self._programs:
+        Raises:
+            See ``jaxoptim.checkpoint.save``.
+
+        Examples:
+            See :meth:`load`.
+        """
+        checkpoint.save(path, self.state_dict())
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save` wrote, or the parameters that ``pyro.get_param_store().save`` wrote.
+
+        Those of Pyro come by name, as constrained values; parameters that the store lacks stay as they are. ``"$$$"``,
+        Pyro's mark between a module and its parameter, may be a dot here, or ``"$params."``. Before the first call they
+        stand for ``init_params``.
+
+        Args:
+            path: the file. Nothing in it is run.
+
+        Raises:
+            See :meth:`load_state_dict` and ``jaxoptim.checkpoint.load``. For a file of Pyro's ``ImportError`` without
+            torch, and ``ValueError`` for a constraint that is not known here; here or at the first call ``KeyError``
+            for a name that model and guide lack, and ``ValueError`` for another shape or a value outside the
+            constraint.
+
+        Examples:
+            >>> import tempfile, numpyro, numpyro.distributions as dist
+            >>> from numpyro.infer import Trace_ELBO
+            >>> from jaxoptim import rules
+            >>> from jaxoptim.pyro.infer import SVI
+            >>> def model(data):
+            ...     numpyro.sample("data", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=data)
+            >>> path = tempfile.mkdtemp() + "/fit.safetensors"
+            >>> for steps in range(2):  # in two processes
+            ...     svi = SVI(model, lambda data: None, rules.SGD(lr=0.5), Trace_ELBO())
+            ...     if steps > 0:
+            ...         svi.load(path)
+            ...     loss = svi.step(2.0)
+            ...     svi.save(path)
+            >>> float(svi.params["loc"].value)
+            1.5
+        """
+        self.load_state_dict(loaded(path))
+
+    def _take_store(self, store: dict[str, Any]) -> None:
+        """Go on from constrained values by name."""
+        if not self._begun:
+            self._store = store
             return
-        self._params.reached.update(plan.program.names)
-        self._programs[plan.arguments.program] = plan.program
-        if plan.arguments.form not in self._forms:
-            self._forms[plan.arguments.form] = plan.arguments.without_data()
-            self._warn_of_many()
-        self.key, self._sites, self.mutable_state, self._begun = plan.key, plan.sites, plan.mutable, True
-
-    def _warn_of_many(self) -> None:
-        """Warn once when static arguments make a program at each step."""
-        if len(self._forms) != _MANY:
-            return
-        values: dict[str, set[Any]] = {}
-        for arguments in self._forms.values():
-            for name, value in arguments.static().items():
-                values.setdefault(name, set()).add(value)
-        counts = {name: len(distinct) for name, distinct in values.items()}
-        name = max(counts, key=lambda name: counts[name], default="")
-        if counts.get(name, 0) > _MANY // 2:
-            warnings.warn(
-                f"SVI has compiled {_MANY} programs, because the static argument {name} had {counts[name]} values. "
-                "If it is a number that changes from step to step, pass it as a float or an array.",
-                stacklevel=5,
-            )
-
-
-class _Plan:
-    """One call in the making: what it runs, and what is to be kept when it succeeds."""
-
-    program: _Program
-    params: dict[str, Parameter]
-
-    def __init__(
-        self,
-        key: jax.Array,
-        arguments: Arguments,
-        all_params: dict[str, Parameter],
-        sites: dict[str, Site],
-        mutable: dict[str, Any],
-    ) -> None:
-        self.key, self.arguments, self.traced = key, arguments, arguments.traced
-        self.all_params, self.sites, self.mutable = all_params, sites, mutable
-
-    def begin(self, program: _Program) -> None:
-        """Choose the program and the parameters that it reaches."""
-        self.program = program
-        self.params = {name: self.all_params[name] for name in program.names}
-
-
-class _Program:
-    """The loss for one combination of static arguments, shapes and dtypes.
-
-    Args:
-        objective: the loss over all arguments.
-        arguments: of the first call.
-        sites: the parameters that these arguments lead to.
-        is_forward: whether it is differentiated forward.
-
-    Attributes:
-        repeats: whether many steps may be made in one call.
-        most: so many of them take neither too short nor too long a time.
-    """
-
-    def __init__(self, objective: Objective, arguments: Arguments, sites: dict[str, Site], is_forward: bool) -> None:
-        self.names = [leaf for site in sites.values() for leaf in site.leaves]
-
-        arguments = arguments.without_data()
-
-        def loss_fn(params: dict[str, Any], key: jax.Array, mutable: dict[str, Any], traced: Any) -> Any:
-            args, kwargs = arguments.rebuilt(traced)
-            key, step_key = jax.random.split(key)
-
-            def at(params: dict[str, Any]) -> Any:
-                return objective.with_mutable_state(params, mutable, step_key, *args, **kwargs)
-
-            loss, new = (by_forward_mode(at) if is_forward else at)(params)
-            return loss, (new, key)
-
-        # Optimizers warn of functions that are made anew at each call; these are made anew for each program.
-        self.loss_fn = functools.partial(loss_fn)
-        self.loss = Loss(self.loss_fn, True)
-        self.evaluate = jax.jit(loss_fn)
-        self.repeats, self.most = True, 1
-
-
-def _checked_values(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A dict of initial values by site."""
-    if values is not None and not isinstance(values, Mapping):
-        raise TypeError(f"init_params must be a dict of values by site, but got {type(values).__name__}.")
-    return dict(values or {})
-
-
-def _checked_key(key: Any) -> jax.Array:
-    """A JAX key; raises for anything else."""
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
-    raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
-    if not (typed or raw):
-        raise TypeError(f"The key must be a JAX key, such as jax.random.key(0), but got {key!r}.")
-    return key
-
-
-def _typed(key: jax.Array) -> jax.Array:
-    """A typed key for one of either kind."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+        values = {name: param.value for name, param in self._params.items()}
+        given, names = by_site(store, self._sites, values)
+        new = unconstrained(self._sites, given, names)
+        with Uninterrupted():
+            for name, value in new.items():
+                self._params[name].value = value

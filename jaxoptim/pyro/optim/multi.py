@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,10 +18,11 @@ from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.foreign import ANY, PART, WRAPPER, refuse_foreign
 from jaxoptim.pyro.optim.horovod import HorovodOptimizer
-from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, differentiated, values_of
+from jaxoptim.pyro.optim.multi_optimizer import Compiled, Params, check_state, differentiated, values_of
 from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer as MultiOptimizer
 from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
 from jaxoptim.pyro.optim.parts import Owned, Part
+from jaxoptim.pyro.optim.state_trees import by_place, from_places
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 Name = str | re.Pattern[str]
@@ -75,6 +76,15 @@ class PyroMultiOptimizer(Compiled):
             grad = rows_of(grad) if setting.rule.sparse == "required" else grad
             new[name], _ = step(setting.rule, value, setting.clip.clipped(grad), state)
         return new
+
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """See :meth:`MultiOptimizer.state_dict`; that of each parameter is as in :meth:`PyroOptim.get_state`."""
+        states = self.optim.states_of(params)
+        return {"kind": _PYRO, "names": [name for name in states if name in params], "state": states}
+
+    def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
+        check_state(state_dict, _PYRO, params)
+        return self.optim.take_over(state_dict["state"], params)
 
     def _keeper(self) -> Any:
         return self.optim
@@ -142,6 +152,19 @@ class TransformationMultiOptimizer(Compiled):
         state = steps.grown(self._owned.state, self.transformation.init(evaluation.values))
         return steps.updated(self.optimizer, evaluation, evaluation.values, state)[0]
 
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """See :meth:`MultiOptimizer.state_dict`; the leaves of the state are there by their places in it."""
+        names, state = self._owned.saved(params) or ([], None)
+        return {"kind": _TRANSFORMATION, "names": names, "state": by_place(state)}
+
+    def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
+        check_state(state_dict, _TRANSFORMATION, params)
+        names = list(state_dict["names"])
+        if not names:
+            return self._owned.restore(params, None)
+        fresh = self.transformation.init({name: params[name].value for name in names})
+        return self._owned.restore(params, (names, from_places(state_dict["state"], fresh, names)))
+
     def _open(self, params: Params, ahead: int | None = None) -> Part:
         return steps.transformation_part(self._owned, self.optimizer, params)
 
@@ -183,6 +206,14 @@ class Newton(Compiled):
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
         return steps.newton_steps(evaluation, self._radii(evaluation.values))
+
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """See :meth:`MultiOptimizer.state_dict`; there is nothing to keep."""
+        return {"kind": _NEWTON, "names": []}
+
+    def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
+        check_state(state_dict, _NEWTON, params)
+        return lambda: None
 
     def _open(self, params: Params, ahead: int | None = None) -> Part:
         radii = self._radii({name: param.struct for name, param in params.items()})
@@ -285,6 +316,36 @@ class MixedMultiOptimizer(Compiled):
             new |= multi._new_values(its) if isinstance(multi, Compiled) else multi.get_step(its.loss_of, its.values)
         return {name: new[name] for name in evaluation.values}
 
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """See :meth:`MultiOptimizer.state_dict`; there is one for each part."""
+        return {"kind": _MIXED, "names": [], "parts": [multi.state_dict(params) for _, multi in self.parts]}
+
+    def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
+        check_state(state_dict, _MIXED, params)
+        states, undos = state_dict["parts"], list[Callable[[], None]]()
+        if len(states) != len(self.parts):
+            raise ValueError(
+                f"The saved MixedMultiOptimizer has {len(states)} parts, but this one has {len(self.parts)}."
+            )
+
+        def undo() -> None:
+            for back in reversed(undos):
+                back()
+
+        try:
+            for number, ((names, multi), state) in enumerate(zip(self.parts, states, strict=True)):
+                own = {name for item in names for name in _reached(item, params)}
+                if strays := [name for name in state.get("names", ()) if name not in own]:
+                    raise ValueError(
+                        f"Part {number} of the saved MixedMultiOptimizer has {strays[0]!r}, but that of this one has "
+                        f"{', '.join(map(repr, names)) or 'no names'}."
+                    )
+                undos.append(_loaded(multi, state, params))
+        except BaseException:
+            undo()
+            raise
+        return undo
+
     def _names(self, params: Mapping[str, Any], whole: bool = True) -> list[list[str]]:
         """The parameters of each part, by name; raises unless each is in exactly one.
 
@@ -332,6 +393,20 @@ def _own(owners: dict[str, MultiOptimizer], name: str, multi: MultiOptimizer) ->
             f"Attempted to optimize parameter '{name}' by two different optimizers: {owners[name]} vs {multi}"
         )
     owners[name] = multi
+
+
+_PYRO, _TRANSFORMATION = "a Pyro-style optimizer", "a rule or a transformation"
+_NEWTON, _MIXED = "Newton's method", "a MixedMultiOptimizer"
+"""The kinds of optimizers in saved states."""
+
+
+def _loaded(multi: MultiOptimizer, state: Mapping[str, Any], params: Params) -> Callable[[], None]:
+    """Load a state into any multi-optimizer; what is returned takes it back."""
+    if isinstance(multi, Compiled):
+        return multi._load(state, params)
+    before = multi.state_dict(params)
+    multi.load_state_dict(state, params)
+    return lambda: multi.load_state_dict(before, params)
 
 
 def as_multi_optimizer(optimizer: Any) -> MultiOptimizer:

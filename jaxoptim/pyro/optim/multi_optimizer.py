@@ -100,6 +100,48 @@ class MultiOptimizer:
         self._check_whole(checked(params))
         return self._step(Loss(loss_fn, has_aux), params, trees.owned_arrays(args), skip_nonfinite)
 
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """The state of a fit, for :meth:`load_state_dict`. A class of your own that has state defines both.
+
+        Args:
+            params: the parameters of the fit, a dict of name to parameter. Their values are not saved.
+
+        Returns:
+            A dict that ``jaxoptim.checkpoint`` takes. That of a class which does not define it is empty.
+
+        Examples:
+            >>> from jaxoptim import rules
+            >>> from jaxoptim.optim import Parameter
+            >>> from jaxoptim.pyro.optim.multi import TransformationMultiOptimizer
+            >>> params = {"x": Parameter(3.0, "x")}
+            >>> old, new = (TransformationMultiOptimizer(rules.SGD(lr=0.1, momentum=0.9)) for _ in range(2))
+            >>> loss = old.step(lambda values: values["x"] ** 2, params)
+            >>> new.load_state_dict(old.state_dict(params), params)
+            >>> {place: float(x) for place, x in new.state_dict(params)["state"].items()}
+            {'.step': 1.0, ".slots['momentum_buffer']['x']": 6.0}
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], params: Params) -> None:
+        """Take over what :meth:`state_dict` gave, also in another process. Values of parameters stay.
+
+        Args:
+            state_dict: what it gave.
+            params: the parameters that the state is for, a dict of name to parameter.
+
+        Raises:
+            ``KeyError`` for a parameter that is missing, ``ValueError`` for a state of another kind of optimizer or one
+            that does not fit, ``TypeError`` for what is no dict. Nothing is changed then.
+
+        Examples:
+            See :meth:`state_dict`.
+        """
+        if state_dict:
+            raise ValueError(
+                f"The saved optimizer has a state, but {type(self).__name__} keeps none. Define state_dict(params) and "
+                "load_state_dict(state_dict, params), or load it into an optimizer of the kind that was saved."
+            )
+
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         """The step, after checks of what was given."""
         compiled, others = self._divided(params)
@@ -216,6 +258,30 @@ class Compiled(MultiOptimizer):
     def _open(self, params: Params, ahead: int | None = None) -> Part:
         """This optimizer's share of a compiled step, or of so many in one call."""
         raise NotImplementedError
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], params: Params) -> None:
+        """See :meth:`MultiOptimizer.load_state_dict`."""
+        self._load(state_dict, params)
+
+    def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
+        """Load a state; what is returned takes it back."""
+        raise NotImplementedError
+
+
+def check_state(state_dict: Any, kind: str, params: Params) -> None:
+    """Raise for what is no state of this kind of optimizer, or of parameters that there are not."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"A state is what state_dict() gave, a dict, but got {type(state_dict).__name__}.")
+    if (given := state_dict.get("kind", "another optimizer")) != kind:
+        raise ValueError(
+            f"The saved state is of {given}, but this optimizer is {kind}. Load it into an optimizer of the kind that "
+            "was saved."
+        )
+    if missing := [name for name in state_dict["names"] if name not in params]:
+        raise KeyError(
+            f"The saved state of the optimizer is about {missing[0]!r}, but the parameters are "
+            f"{', '.join(map(repr, params)) or 'none'}."
+        )
 
 
 @functools.partial(jax.jit, static_argnames="loss")

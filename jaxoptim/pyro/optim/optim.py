@@ -421,6 +421,45 @@ class PyroOptim:
             raise
         self._waiting |= {name: copy.deepcopy(state) for name, state in state_dict.items() if name not in known}
 
+    def states_of(self, params: Mapping[str, Parameter]) -> dict[str, Any]:
+        """The states of the parameters of one fit, whichever was updated last, and those that wait."""
+        members = self._joint.members
+        known = [
+            param
+            for name, param in params.items()
+            if param in self._aside or (name in members and members[name].param is param)
+        ]
+        self._meet(known)
+        return {str(param.name): self._saved(str(param.name)) for param in known} | copy.deepcopy(self._waiting)
+
+    def take_over(self, states: Mapping[str, Any], params: Mapping[str, Parameter]) -> Callable[[], None]:
+        """Give the parameters of one fit what :meth:`states_of` gave; the others begin afresh.
+
+        Returns:
+            A function that takes it back.
+        """
+        waiting = self._waiting
+        before = {name: state for name, state in self.states_of(params).items() if name not in waiting}
+        self._waiting = {name: state for name, state in waiting.items() if name not in states}
+        for name in before.keys() - states.keys():
+            self._joint.remove(name)
+        undo_meeting = _nothing
+
+        def undo() -> None:
+            self.set_state({name: before[name] for name in before.keys() & states.keys()})
+            undo_meeting()
+            self._meet([params[name] for name in before])
+            self.set_state(before)
+            self._waiting = waiting
+
+        try:
+            undo_meeting = self._meet([params[name] for name in states if name in params])
+            self.set_state(states)
+        except BaseException:
+            undo()
+            raise
+        return undo
+
     def save(self, filename: str | os.PathLike[str]) -> None:
         """Write :meth:`get_state` to a file, as ``jaxoptim.checkpoint.save`` does.
 

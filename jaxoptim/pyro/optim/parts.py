@@ -273,6 +273,31 @@ class Owned:
             del self._aside[param]
         return Whole(every, [state])
 
+    def saved(self, params: Mapping[str, Parameter]) -> tuple[list[str], Any] | None:
+        """The names and the state of the fit that some of these parameters are of; None before its first step."""
+        fits = [] if self._whole is None else [(self._whole.params, self._whole.states[0])]
+        left = [self._aside[param] for param in params.values() if param in self._aside]
+        fits += [([param for ref in refs if (param := ref()) is not None], state) for refs, state in left]
+        for every, state in fits:
+            if any(params.get(str(param.name)) is param for param in every):
+                return [str(param.name) for param in every], state
+        return None
+
+    def restore(self, params: Mapping[str, Parameter], saved: tuple[list[str], Any] | None) -> Callable[[], None]:
+        """Give the fit of these parameters a state that was saved, or none; what is returned takes it back."""
+        whole = self._whole
+        if whole is not None and not is_one_fit(params, whole.params):
+            whole = self._whole = self._changed(whole, params)
+        before = None if whole is None else (whole.params, whole.states)
+        for param in [] if whole is None else whole.params:
+            param.value = param.value
+        self._whole = None if saved is None else Whole([params[name] for name in saved[0]], [saved[1]])
+
+        def undo() -> None:
+            self._whole = None if before is None else Whole(*before)
+
+        return undo
+
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise for values that do not go with the state."""
         for param in () if self._whole is None else self._whole.params:

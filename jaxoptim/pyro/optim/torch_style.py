@@ -16,8 +16,17 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.storage import Storage
 from jaxoptim.pyro.optim import parts as steps
 from jaxoptim.pyro.optim.foreign import ANY, refuse_foreign
-from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, Params, differentiated, held_values, values_of
+from jaxoptim.pyro.optim.multi_optimizer import (
+    MultiOptimizer,
+    Params,
+    check_state,
+    differentiated,
+    held_values,
+    values_of,
+)
 from jaxoptim.pyro.optim.parts import Part
+
+_KIND = "a torch-style optimizer"
 
 
 class TorchStyle(MultiOptimizer):
@@ -35,7 +44,8 @@ class TorchStyle(MultiOptimizer):
 
     def __init__(self, optimizer: Optimizer | Callable[[Params], Optimizer]) -> None:
         self._given = optimizer
-        self._optimizer: Optimizer | None = None
+        self._optimizer = optimizer if isinstance(optimizer, Optimizer) else None
+        self._made_of: list[str] = []
         self._losses: dict[Any, Callable[..., Any]] = {}
 
     def brought(self) -> dict[str, Parameter]:
@@ -49,6 +59,33 @@ class TorchStyle(MultiOptimizer):
             "A torch-style optimizer has no get_step: it owns its parameters. Give PyroOptim(optim.Adam, options), "
             "or a rule such as rules.Adam()."
         )
+
+    def state_dict(self, params: Params) -> dict[str, Any]:
+        """See :meth:`MultiOptimizer.state_dict`; the state is in torch's layout."""
+        if self._optimizer is None:
+            return {"kind": _KIND, "names": [], "made_of": [], "state": None}
+        names = [str(param.name) for param in self._optimizer._storage.parameters()]
+        return {"kind": _KIND, "names": names, "made_of": self._made_of, "state": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], params: Params) -> None:
+        """See :meth:`MultiOptimizer.load_state_dict`."""
+        check_state(state_dict, _KIND, self.brought() | dict(params))
+        names, state = state_dict["names"], state_dict["state"]
+        first = state_dict["made_of"] or names
+        if state is None:
+            self._optimizer = self._given if isinstance(self._given, Optimizer) else None
+            return
+        optimizer = self._optimizer
+        own = {} if optimizer is None else {str(p.name): p for p in optimizer._storage.parameters()}
+        if optimizer is not None and (optimizer is self._given or own == {name: params[name] for name in names}):
+            optimizer.load_state_dict(state)
+            return
+        optimizer = self._make({name: params[name] for name in first})
+        for name in names:
+            if name not in first:  # which has come later
+                optimizer.add_param_group({"params": {name: params[name]}})
+        optimizer.load_state_dict(state)
+        self._optimizer, self._made_of = optimizer, list(first)
 
     def _step(self, loss: Loss, params: Params, args: tuple[Any, ...], skip_nonfinite: bool) -> Any:
         optimizer = self._prepared(params)
@@ -102,13 +139,13 @@ class TorchStyle(MultiOptimizer):
     def _prepared(self, params: Params) -> Optimizer:
         """The optimizer, these parameters among its own."""
         if self._optimizer is None:
-            self._optimizer = self._given if isinstance(self._given, Optimizer) else self._make(params)
+            self._optimizer, self._made_of = self._make(params), list(params)
         own = {str(param.name): param for param in self._optimizer._storage.parameters()}
         given = isinstance(self._given, Optimizer)
         is_another_fit = any(own.get(name, param) is not param for name, param in params.items())
         is_longer = isinstance(self._optimizer, LBFGS) and bool(params.keys() - own.keys())
         if not given and (is_another_fit or is_longer):  # whose history is of another vector
-            self._optimizer = self._make(params)
+            self._optimizer, self._made_of = self._make(params), list(params)
             return self._optimizer
         for name, param in params.items():
             if name not in own:
