@@ -101,9 +101,9 @@ class Fit:
         """Some of the next steps, at most so many; their losses, which come behind those that there are too."""
         count, before = data.ahead(most), len(self.losses)
         with Uninterrupted():  # whose end raises, when what was done is kept
-            is_done = self._repeated(data, count, skips)
-        if not is_done:
-            self._made_singly(data, count, skips)
+            left = self._repeated(data, count, skips)
+        if left:
+            self._made_singly(data, left, skips)
         return self.losses[before:]
 
     def _made_singly(self, data: Data, count: int, skips: bool) -> None:
@@ -118,26 +118,26 @@ class Fit:
             if found:
                 self._keep(np.stack(jax.device_get(found)))
 
-    def _repeated(self, data: Data, count: int, skips: bool) -> bool:
-        """Steps in one compiled call; False, and nothing done, if that cannot be."""
+    def _repeated(self, data: Data, count: int, skips: bool) -> int:
+        """Steps in one compiled call; how many are to be made singly, as long as that cannot be."""
         plan = self._plan(data.arguments())
-        if not plan.params or not plan.program.repeats:
-            return False
+        if not plan.params or plan.program.failures > 1:
+            return count
         course = Course(data.turn(skips), (plan.key, plan.mutable), data.given(), count)
         try:
             steps = self._multi._steps(plan.program.loss, plan.params, course, skips)
-        except Changes:
-            steps = None
+        except Changes:  # after one step a state may have the form that it keeps
+            plan.program.failures += 1
+            steps, count = None, 1
         if steps is None:
-            plan.program.repeats = False
             self._commit(plan)
-            return False
+            return count
         made, losses, (key, mutable) = steps
         self._commit(plan)
         self.key, self.mutable_state = key, mutable
         self._go_on(data, made)
         self._keep(np.asarray(losses)[:made])
-        return True
+        return 0
 
     def _keep(self, losses: np.ndarray) -> None:
         """Put the losses of a run behind those that there are."""

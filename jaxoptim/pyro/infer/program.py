@@ -48,7 +48,7 @@ class Program:
         is_forward: whether it is differentiated forward.
 
     Attributes:
-        repeats: whether many steps may be made in one call.
+        failures: how often many steps in one call could not be made; a state may change its form once.
         most: so many of them take neither too short nor too long a time.
     """
 
@@ -71,4 +71,4 @@ class Program:
         self.loss_fn = functools.partial(loss_fn)
         self.loss = Loss(self.loss_fn, True)
         self.evaluate = jax.jit(loss_fn)
-        self.repeats, self.most = True, 1
+        self.failures, self.most = 0, 1

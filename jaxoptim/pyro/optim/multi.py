@@ -149,7 +149,7 @@ class TransformationMultiOptimizer(Compiled):
 
     def _new_values(self, evaluation: Evaluation) -> dict[str, jax.Array]:
         self._owned.check(evaluation.values)
-        state = steps.grown(self._owned.state, self.transformation.init(evaluation.values))
+        state = self._owned.state_for(self.transformation.init(evaluation.values), list(evaluation.values))
         return steps.updated(self.optimizer, evaluation, evaluation.values, state)[0]
 
     def state_dict(self, params: Params) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxoptim.core import Hyperparameters, Rule, transformation, trees
+from jaxoptim.core import Hyperparameters, OptState, Rule, transformation, trees
 from jaxoptim.core import step as step_of_rule
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Evaluation, Loss
@@ -255,7 +255,8 @@ class Owned:
         known = {} if whole is None else {str(param.name): param for param in whole.params}
         if whole is None or not params.keys() <= known.keys():
             every, old = known | dict(params), None if whole is None else whole.states[0]
-            state = grown(old, init({name: param.value for name, param in every.items()}))
+            fresh = init({name: param.value for name, param in every.items()})
+            state = grown(old, fresh, known, every)
             whole = self._whole = Whole(list(every.values()), [state])
         whole.update_outdated()
         return whole
@@ -311,10 +312,11 @@ class Owned:
         self.__init__()  # type: ignore[misc]
         self._whole = None if state["kept"] is None else Whole(*state["kept"])
 
-    @property
-    def state(self) -> Any:
-        """The state; None before the first step."""
-        return None if self._whole is None else self._whole.states[0]
+    def state_for(self, fresh: Any, names: Collection[str]) -> Any:
+        """The state for these parameters; ``fresh`` is theirs before the first step."""
+        if self._whole is None:
+            return fresh
+        return grown(self._whole.states[0], fresh, [str(param.name) for param in self._whole.params], names)
 
 
 def is_one_fit(params: Mapping[str, Parameter], others: Sequence[Parameter]) -> bool:
@@ -323,13 +325,44 @@ def is_one_fit(params: Mapping[str, Parameter], others: Sequence[Parameter]) -> 
     return all(by_name.get(name, param) is param for name, param in params.items())
 
 
-def grown(old: Any, fresh: Any) -> Any:
-    """A state for more parameters, with what is there already; a fresh one if it is of another shape."""
+def grown(old: Any, fresh: Any, known: Collection[str], names: Collection[str]) -> Any:
+    """A state for more parameters, with what is there already; a fresh one if it is of another shape.
+
+    Args:
+        old: the state so far, None before the first.
+        fresh: a state before the first update.
+        known: the names of the parameters that the state so far is about.
+        names: of all parameters.
+    """
+    if old is None:
+        return fresh
+    new = [name for name in names if name not in known]
     kept = dict(jax.tree_util.tree_flatten_with_path(old)[0])
     leaves, treedef = jax.tree_util.tree_flatten_with_path(fresh)
     if any(path in kept and jnp.shape(kept[path]) != jnp.shape(leaf) for path, leaf in leaves):
         return fresh
-    return jax.tree.unflatten(treedef, [kept.get(path, leaf) for path, leaf in leaves])
+    state = jax.tree.unflatten(treedef, [kept.get(path, leaf) for path, leaf in leaves])
+    before = {path: of for path, of in _states(old) if isinstance(of, OptState)}
+    counted = [_counted(before[path], of, names, new) if path in before else of for path, of in _states(state)]
+    return jax.tree.unflatten(jax.tree.structure(state, is_leaf=_is_state), counted)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, OptState)
+
+
+def _states(tree: Any) -> list[tuple[Any, Any]]:
+    """The states of rules in a tree, and its other leaves, with their paths."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_state)[0]
+
+
+def _counted(old: OptState, state: Any, names: Collection[str], new: Collection[str]) -> OptState:
+    """A state that has grown, in which new parameters have made no update and the others as many as before."""
+    if not new:
+        return state._replace(counts=old.counts)
+    own: dict[str, Any] = {name: jnp.zeros((), jnp.int32) if name in new else None for name in names}
+    masked = {name: x for name, x in next(iter(state.slots.values()), {}).items() if not jax.tree.leaves(x)}
+    return state._replace(counts=own | (old.counts or {}) | {name: x for name, x in masked.items() if x is not None})
 
 
 class OwnedUpdate(Update):
