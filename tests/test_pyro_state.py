@@ -186,6 +186,35 @@ def test_a_state_waits_for_its_parameter():
     assert {name: int(of["state"][0]["step"]) for name, of in third.get_state().items()} == {"a": 2, "b": 2}
 
 
+@pytest.mark.parametrize("passed_on", ["by state", "by pickle", "by file"])
+def test_a_schedule_that_waits_goes_on_from_the_steps_it_has_missed(passed_on, tmp_path):
+    def made():
+        return optim.StepLR({"optimizer": torch_style.SGD, "optim_args": {"lr": 1.0}, "step_size": 2, "gamma": 0.5})
+
+    def loaded(old):
+        if passed_on == "by pickle":
+            return pickle.loads(pickle.dumps(old))
+        new = made()
+        if passed_on == "by file":
+            old.save(tmp_path / "state")
+            new.load(tmp_path / "state")
+        else:
+            new.set_state(old.get_state())
+        return new
+
+    optimizer, values = made(), {"a": jnp.zeros(()), "b": jnp.zeros(())}
+    optimizer.update(values, {"a": jnp.ones(()), "b": jnp.ones(())})
+    optimizer.step()
+    for _ in range(2):  # b is not there, and its schedule moves on nevertheless
+        optimizer = loaded(optimizer)
+        optimizer.update({"a": values["a"]}, {"a": jnp.ones(())})
+        optimizer.step()
+    optimizer = loaded(loaded(optimizer))
+    new = optimizer.update(values, {"a": jnp.ones(()), "b": jnp.ones(())})
+    assert (float(new["a"]), float(new["b"])) == (-0.5, -0.5)
+    assert "late" not in optimizer.get_state()["b"]
+
+
 def test_a_state_is_a_snapshot():
     optimizer = optim.Adam({"lr": 0.1})
     values = optimizer.update({"a": jnp.ones(3)}, {"a": jnp.ones(3)})

@@ -106,6 +106,20 @@ class PyroLRScheduler(PyroOptim):
         for param in self._aside:
             self._missed.setdefault(param, []).append((args, kwargs))
 
+    def get_state(self) -> dict[str, Any]:
+        """The state of all parameters; see :meth:`PyroOptim.get_state`.
+
+        One that waits for its parameter has under ``"late"`` the arguments of the steps that its schedule has missed.
+        """
+        late = {name: [*self._waiting[name].get("late", ()), *steps] for name, steps in self._late.items()}
+        return {name: of | ({"late": late[name]} if name in late else {}) for name, of in super().get_state().items()}
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`get_state` gave; see :meth:`PyroOptim.set_state`."""
+        super().set_state(state_dict)
+        for name in state_dict:
+            self._late.pop(name, None)
+
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
         before = dict(self._schedulers)
         try:
@@ -142,7 +156,7 @@ class PyroLRScheduler(PyroOptim):
             raise ValueError(f"The state of {name!r} has no {missing[0]!r}: it is not of a scheduled optimizer.")
         restored(name, self._schedulers[name], state["scheduler"])
         super()._load(name, optimizer, state["optimizer"])
-        for args, kwargs in self._late.pop(name, []):
+        for args, kwargs in [*state.get("late", ()), *self._late.pop(name, [])]:
             self._schedulers[name].step(*args, **kwargs)
 
     def _resume(self, name: str, optimizer: Optimizer, param: Parameter) -> None:
@@ -151,10 +165,10 @@ class PyroLRScheduler(PyroOptim):
             self._schedulers[name].step(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        about = {"pt_scheduler_constructor": self.pt_scheduler_constructor, "kwargs": self.kwargs, "late": self._late}
+        about = {"pt_scheduler_constructor": self.pt_scheduler_constructor, "kwargs": self.kwargs}
         return super().__getstate__() | about
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pt_scheduler_constructor, self.kwargs = state["pt_scheduler_constructor"], state["kwargs"]
-        self._schedulers, self._late, self._missed = {}, state["late"], weakref.WeakKeyDictionary()
+        self._schedulers, self._late, self._missed = {}, {}, weakref.WeakKeyDictionary()
         super().__setstate__(state)
