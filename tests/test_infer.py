@@ -242,6 +242,22 @@ def test_an_optimizer_of_torchs_kind_brings_its_own_parameters():
     assert svi.params["loc"].value == adam.params["loc"]
 
 
+@pytest.mark.slow
+def test_LBFGS_of_torchs_kind_has_no_gradient_of_what_a_step_does_not_reach():
+    def parabolas(late):
+        numpyro.factor("f", -((numpyro.param("a", 1.0) - 2.0) ** 2))
+        if late:
+            numpyro.factor("g", -((numpyro.param("b", 3.0) - 1.0) ** 2))
+
+    svi = SVI(parabolas, nothing, lambda params: optim.LBFGS(params, lr=0.5, max_iter=2), Trace_ELBO())
+    svi.step(False)
+    svi.step(True)
+    svi.step(False)  # the loss takes no "b" here
+    for _ in range(25):
+        svi.step(True)
+    np.testing.assert_allclose([svi.params["a"].value, svi.params["b"].value], [2.0, 1.0], atol=1e-3)
+
+
 def test_a_parameter_in_no_part_is_named():
     mixed = pyro.optim.multi.MixedMultiOptimizer([(["loc"], pyro.optim.Adam({"lr": 0.05}))])
     with pytest.raises(ValueError, match="'scale'"):

@@ -95,7 +95,8 @@ class TorchStyle(MultiOptimizer):
         leaves, treedef = jax.tree.flatten(optimizer._storage.tree())
         names = tuple(str(param.name) for param in leaves)
         if (set(names) == set(params) and not skip_nonfinite) or isinstance(optimizer, LBFGS):
-            of_tree = self._losses.setdefault((loss, names), functools.partial(_loss_of_tree, loss, names))
+            seen = tuple(name if name in params else None for name in names)
+            of_tree = self._losses.setdefault((loss, seen), functools.partial(_loss_of_tree, loss, seen))
             return optimizer.minimize(of_tree, *args, has_aux=loss.has_aux)
         value, aux, grads = differentiated(loss, values_of(params), args)
         if not skip_nonfinite or bool(all_finite((value, grads))):
@@ -160,5 +161,7 @@ class TorchStyle(MultiOptimizer):
         return self._optimizer
 
 
-def _loss_of_tree(loss: Loss, names: tuple[str, ...], tree: Any, *args: Any) -> Any:
-    return loss.function(dict(zip(names, jax.tree.leaves(tree), strict=True)), *args)
+def _loss_of_tree(loss: Loss, names: tuple[str | None, ...], tree: Any, *args: Any) -> Any:
+    """The loss of the values that have a name, which are those that it takes."""
+    pairs = zip(names, jax.tree.leaves(tree), strict=True)
+    return loss.function({name: value for name, value in pairs if name is not None}, *args)
