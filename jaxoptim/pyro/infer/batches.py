@@ -190,15 +190,15 @@ class Arriving(Data):
         self._batches: Iterable[Any] = args[key] if isinstance(key, int) else kwargs[key]
         self._iterator, self._count = iter(self._batches), 0
         self._ready = deque[Arguments]()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def ahead(self, most: int) -> int:
         """How many of the next steps run one program, at most so many."""
         while self._error is None and (not self._ready or len(self._ready) < min(most, self._rows)):
             try:
                 self._ready.append(with_value(self._args, self._kwargs, self._key, self._next()))
-            except Exception as error:
-                self._error = error  # behind the batches that came before
+            except BaseException as error:  # Ctrl-C too: the batches that came before are not lost
+                self._error = error
         if self._error is not None and not self._ready:
             raise self._error
         program = self._ready[0].program

@@ -66,6 +66,7 @@ class Fit:
         self._skip_nonfinite = bool(skip_nonfinite)
         self._is_forward = bool(is_forward)
         self.losses = np.zeros(0, np.float32)
+        self.num_steps = 0
         self._draws = Draws(jax.random.fold_in(_typed(self.key), 2))
         self._begun = False
         self._sites: dict[str, Site] = {}
@@ -94,7 +95,7 @@ class Fit:
             if skips and mutable:
                 mutable = kept_if_finite(loss, mutable, plan.mutable)
             self._commit(plan)
-            self.key, self.mutable_state = key, mutable
+            self.key, self.mutable_state, self.num_steps = key, mutable, self.num_steps + 1
         return loss
 
     def _advance_many(self, data: Data, most: int, skips: bool) -> np.ndarray:
@@ -134,7 +135,7 @@ class Fit:
             return count
         made, losses, (key, mutable) = steps
         self._commit(plan)
-        self.key, self.mutable_state = key, mutable
+        self.key, self.mutable_state, self.num_steps = key, mutable, self.num_steps + made
         self._go_on(data, made)
         self._keep(np.asarray(losses)[:made])
         return 0

@@ -16,7 +16,10 @@ from jaxoptim.pyro.infer.objective import Discovery, Site
 from jaxoptim.pyro.infer.parameters import Parameters
 from jaxoptim.pyro.optim.state_trees import plain, shaped_like
 
-_ENTRIES = ("params", "optimizer", "key", "mutable_state", "has_begun", "sites", "reached", "calls", "store", "draws")
+_ENTRIES = (
+    *("params", "optimizer", "key", "mutable_state", "num_steps", "draws"),
+    *("has_begun", "sites", "reached", "calls", "store"),
+)
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -73,6 +73,7 @@ class SVI(Fit):
         mutable_state: a dict of the values of ``numpyro.primitives.mutable`` sites, such as running averages of batch
             normalisation.
         losses: the losses of the last :meth:`run`, those of one that ended early too.
+        num_steps: the steps made so far, an int, which a saved state has too.
 
     The arguments of model and guide are data where they are arrays or floats: another value, such as that of an
     annealing factor, runs the same program. Ints, bools, strings, None, tuples of these and functions are static: each
@@ -356,7 +357,7 @@ class SVI(Fit):
         fits.keep(best)
         plan.all_params |= fits.params
         plan.key, plan.mutable = fits.carried
-        self.losses = fits.losses[best]
+        self.losses, self.num_steps = fits.losses[best], fits.losses.shape[1]
         self._commit(plan)
         self._go_on(data, 0)
 
@@ -399,6 +400,7 @@ class SVI(Fit):
             "calls": calls_of(self._programs, self._loaded),
             "store": self._store,
             "draws": self._draws._asdict(),
+            "num_steps": self.num_steps,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -445,7 +447,7 @@ class SVI(Fit):
             self._params.update(params)
             self._params.reached.update(state["reached"])
             self.key, self.mutable_state, self._store = key, mutable, state["store"]
-            self._draws = Draws(**state["draws"])
+            self._draws, self.num_steps = Draws(**state["draws"]), int(state["num_steps"])
             if state["has_begun"] and not self._begun:
                 self._begun, self._loaded = True, Loaded(state["sites"], values, mutable, state["calls"])
 

@@ -24,6 +24,7 @@ from jaxoptim.engine.static import Static
 from jaxoptim.engine.update import Update
 from jaxoptim.engine.whole import Whole, contents
 from jaxoptim.optim.parameter import Parameter
+from jaxoptim.pyro.optim.fading import Faded
 from jaxoptim.pyro.optim.joint import Joint
 from jaxoptim.rules.newton import hessian, solve
 
@@ -201,24 +202,32 @@ def joint_part(joint: Joint, names: tuple[str, ...], undo: Callable[[], None], a
         undo: lets those go that are new.
         ahead: how many steps are to be made in one call; None for one step in a call of its own.
     """
-    params = [joint.members[name].param for name in names]
-    fading = joint.fade_many(params, ahead)
+    params, fading = [joint.members[name].param for name in names], Faded()
+    undo_new: Callable[[], None] = undo
 
     def undo_all() -> None:
+        undo_new()
         fading.back(fading.num_steps)
-        undo()
 
     try:
+        if ahead is None:
+            fading = joint.fade_many(params, None)
         joint.settle(together=True)
         (slabs,) = joint.store.units
-        part = slabs_part(slabs, names, params, undo_all)
+        part = slabs_part(slabs, names, params, undo)
+        undo_new = part.undo
+        if ahead is not None:  # for which all parameters must have state
+            fading = joint.fade_many(params, ahead)
+            joint.settle(together=True)
+            part = part._replace(data=(slabs.settings.arrays, *part.data[1:]))
     except BaseException:
         undo_all()
         raise
     series = None
     if fading.series is not None:
         series = (fading.series, *jax.tree.map(lambda _: None, part.data[1:]))
-    return part._replace(skipped=fading.back if fading.num_steps else None, series=series, most=fading.most)
+    skipped = fading.back if fading.num_steps else None
+    return part._replace(undo=undo_all, skipped=skipped, series=series, most=fading.most)
 
 
 def slabs_part(

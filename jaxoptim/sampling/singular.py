@@ -1,0 +1,163 @@
+"""The numbers of singular learning theory, from the loss of each datum at the draws of one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A number and how far it may be off.
+
+    Attributes:
+        value: the number.
+        error: its standard error, by jackknife over chains; NaN of a single chain.
+    """
+
+    value: float
+    error: float
+
+
+class SingularLearning(NamedTuple):
+    r"""What a posterior :math:`p(w) \propto \exp(-n\beta L(w))` tells about its model.
+
+    Attributes:
+        llc: the learning coefficient from the mean, :math:`n\beta\,(E[L] - L(w^*))`; NaN without ``init_loss``.
+        llc_of_variance: the same from the variance, :math:`\mathrm{Var}(n\beta L)`, which needs no loss to compare
+            with. Both agree where the settings are good.
+        singular_fluctuation: :math:`\nu = \tfrac{n\beta}{2}\,\tfrac1n \sum_i \mathrm{Var}(\ell_i)`; of a regular model
+            half the number of its parameters, as the learning coefficient is.
+        waic: the widely applicable information criterion, an estimate of the loss of the Bayesian prediction on new
+            data, :math:`-\tfrac1n \sum_i \log E[e^{-\ell_i}] + \tfrac{\beta}{n} \sum_i \mathrm{Var}(\ell_i)`.
+        wbic: the widely applicable Bayesian information criterion, :math:`n\,E[L]` at :math:`n\beta = n/\log n`: an
+            estimate of the free energy; NaN at another temperature.
+    """
+
+    llc: Estimate
+    llc_of_variance: Estimate
+    singular_fluctuation: Estimate
+    waic: Estimate
+    wbic: Estimate
+
+
+def singular_learning(losses: Any, nbeta: float, *, init_loss: float | None = None) -> SingularLearning:
+    r"""Estimate all the numbers of singular learning theory from one run.
+
+    Args:
+        losses: :math:`\ell_i(w) = -\log p(x_i \mid w)` at the draws, ``(chains, draws, n)``, for all data; such as the
+            trace of :class:`Losses` for all of them. Finite, at least two draws. (Further axes, such as tokens, are
+            data too.)
+        nbeta: :math:`n\beta > 0`, the temperature of the run.
+        init_loss: :math:`L(w^*)`, the mean loss where the chains began (default None: ``llc`` is NaN).
+
+    Returns:
+        :class:`SingularLearning`, each of whose numbers has a ``value`` and an ``error``.
+
+    Raises:
+        ``ValueError`` for another shape, numbers that are not finite, and a temperature that is not positive.
+
+    References:
+        Watanabe, Asymptotic equivalence of Bayes cross validation and widely applicable information criterion, JMLR
+        2010; A widely applicable Bayesian information criterion, JMLR 2013; Mathematical theory of Bayesian
+        statistics, 2018.
+
+    Examples:
+        >>> import numpy as np
+        >>> from jaxoptim import sampling
+        >>> rng, n = np.random.default_rng(0), 1000
+        >>> x = rng.normal(size=n)
+        >>> means = rng.normal(x.mean(), n**-0.5, size=(4, 500, 1))  # draws from the posterior of a normal mean
+        >>> losses = (x - means) ** 2 / 2 + np.log(2 * np.pi) / 2
+        >>> found = sampling.singular_learning(losses, nbeta=n)
+        >>> [abs(of.value - 0.5) < 4 * of.error for of in (found.llc_of_variance, found.singular_fluctuation)]
+        [True, True]
+    """
+    losses = _checked("losses", losses, nbeta)
+    n, total = losses.shape[2], losses.mean(2)
+    beta = nbeta / n
+
+    def of_mean(total: np.ndarray) -> float:
+        return math.nan if init_loss is None else nbeta * (total.mean() - init_loss)
+
+    def waic(losses: np.ndarray) -> float:
+        least = losses.min((0, 1))
+        prediction = least - np.log(np.exp(least - losses).mean((0, 1)))
+        return float(prediction.mean() + beta * _variance(losses).mean())
+
+    is_wbic = n > math.e and math.isclose(nbeta, n / math.log(n), rel_tol=0.01)
+    return SingularLearning(
+        jackknife(of_mean, total),
+        jackknife(lambda total: float(nbeta**2 * _variance(total)), total),
+        jackknife(lambda losses: float(nbeta / 2 * _variance(losses).mean()), losses),
+        jackknife(waic, losses),
+        jackknife(lambda total: float(n * total.mean()) if is_wbic else math.nan, total),
+    )
+
+
+def llc_of_two_temperatures(losses: Any, nbeta: float, other_losses: Any, other_nbeta: float) -> Estimate:
+    r"""Estimate the learning coefficient from runs at two temperatures, without a loss to compare with.
+
+    .. math::
+        \hat\lambda = \frac{E_1[L] - E_2[L]}{1/(n\beta_1) - 1/(n\beta_2)}
+
+    Args:
+        losses: the loss of all data at the draws, ``(chains, draws)``, or that of each, with more axes.
+        nbeta: :math:`n\beta_1 > 0`, its temperature.
+        other_losses: the same at the other temperature; chain for chain with the same key, so that noise they have in
+            common cancels.
+        other_nbeta: :math:`n\beta_2 > 0`, not equal to the first.
+
+    Returns:
+        The estimate and its standard error, by jackknife over pairs of chains.
+
+    Raises:
+        ``ValueError`` for traces of other shapes, numbers that are not finite, and temperatures that are equal or not
+        positive.
+
+    References:
+        Watanabe, A widely applicable Bayesian information criterion, JMLR 2013.
+
+    Examples:
+        >>> import numpy as np
+        >>> from jaxoptim.sampling import llc_of_two_temperatures
+        >>> weights = np.random.default_rng(0).normal(size=(8, 500, 10))  # of a quadratic, standardized
+        >>> runs = [(weights**2).sum(2) / (2 * nbeta) for nbeta in (100.0, 200.0)]
+        >>> round(llc_of_two_temperatures(runs[0], 100.0, runs[1], 200.0).value)
+        5
+    """
+    pair = [_checked("losses", losses, nbeta, 2), _checked("other_losses", other_losses, other_nbeta, 2)]
+    both = [of.reshape(*of.shape[:2], -1).mean((1, 2)) for of in pair]
+    if both[0].shape != both[1].shape:
+        raise ValueError(f"Both runs must have as many chains, but they have {len(both[0])} and {len(both[1])}.")
+    if nbeta == other_nbeta:
+        raise ValueError(f"The temperatures must differ, but nbeta and other_nbeta are both {nbeta}.")
+    return jackknife(lambda gap: float(gap.mean() / (1 / nbeta - 1 / other_nbeta)), both[0] - both[1])
+
+
+def jackknife(of: Callable[[np.ndarray], float], chains: np.ndarray) -> Estimate:
+    """A function of some chains, and its standard error from all but each of them."""
+    count = len(chains)
+    if count == 1:
+        return Estimate(of(chains), math.nan)
+    others = np.array([of(np.delete(chains, chain, 0)) for chain in range(count)])
+    return Estimate(of(chains), float(np.sqrt(((others - others.mean()) ** 2).sum() * (count - 1) / count)))
+
+
+def _variance(trace: np.ndarray) -> np.ndarray:
+    """The variance over all draws of all chains."""
+    return trace.var((0, 1)) * trace[..., 0].size / (trace[..., 0].size - 1) if trace.ndim > 2 else trace.var(ddof=1)
+
+
+def _checked(name: str, losses: Any, nbeta: float, least: int = 3) -> np.ndarray:
+    losses = np.asarray(losses, np.float64)
+    if losses.ndim < least or losses.shape[1] < 2 or not losses.size:
+        axes = "(chains, draws, data)" if least == 3 else "(chains, draws, ...)"
+        raise ValueError(f"{name} is a trace {axes} of two draws at least, but has shape {losses.shape}.")
+    if not np.isfinite(losses).all():
+        raise ValueError(f"{name} has numbers that are not finite. Leave out the chains that have diverged.")
+    if not nbeta > 0:
+        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0, the temperature of the run.")
+    return losses if least == 2 else losses.reshape(*losses.shape[:2], -1)
