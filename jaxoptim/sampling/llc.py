@@ -329,13 +329,23 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
         parts = [of_one[index] for of_one in chosen]
         if not all(np.isin(part, (0, 1)).all() for part in parts):
             raise ValueError(f"selections: a mask of {name!r} has other numbers than zeros and ones.")
-        shape = jnp.shape(leaf) if any(part.ndim for part in parts) and leaf is not None else ()
         try:
-            masks.append(None if leaf is None else np.stack([np.broadcast_to(part, shape) for part in parts]))
+            masks.append(None if leaf is None else _stacked(parts, jnp.shape(leaf)))
         except ValueError as error:
-            raise ValueError(f"selections: a mask does not broadcast to {name!r} of shape {shape}.") from error
+            raise ValueError(
+                f"selections: a mask does not broadcast to {name!r} of shape {jnp.shape(leaf)}."
+            ) from error
     treedef = jax.tree.structure(params, is_leaf=trees.is_leaf)
     return jax.tree.map(jnp.asarray, jax.tree.unflatten(treedef, masks))
+
+
+def _stacked(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Masks of one array, of as few numbers as tell them apart, behind a first axis."""
+    wide = np.broadcast_shapes(*(mask.shape for mask in masks))
+    if np.broadcast_shapes(wide, shape) != shape:
+        raise ValueError
+    each = wide and (1,) * (len(shape) - len(wide)) + wide
+    return np.stack([np.broadcast_to(mask, each) for mask in masks])
 
 
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
