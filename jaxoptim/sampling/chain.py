@@ -129,7 +129,8 @@ def _chain_step(
     loss, grads = jax.value_and_grad(loss_of)(chain.params)
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, thinning.is_draw(t), as_given)
+    is_draw, probes = thinning.is_draw(t), given.probes or {}
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, is_draw, as_given, probes)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:

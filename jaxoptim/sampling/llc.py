@@ -212,7 +212,7 @@ def estimate_llc(
     """
     checked = options_of("estimate_llc", key, options)
     nbeta = temperature("estimate_llc", nbeta, sampler, data)
-    given = problem(loss_fn, params, data, checked.batch_size)
+    given = problem(loss_fn, params, data, checked)
     masks, count, names = None, 1, None
     if isinstance(selections, str) or callable(selections):
         raise TypeError(f"selections is a list, or a mapping of names, but got {selections!r}. Give [{selections!r}].")
@@ -341,7 +341,7 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
 def _full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
     """The mean loss over all data, batch by batch, each weighted by its size."""
-    data, rest = given
+    data, rest = given.data, given.rest
     if data is None:
         return target.loss(params, rest, None)
     n = size_of(data)

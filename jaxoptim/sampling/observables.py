@@ -33,6 +33,7 @@ class Draw(NamedTuple):
         state: the state of the sampler before the step.
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
         as_given: puts such arrays into the module that they came in.
+        probes: by name the data sets of ``sample(..., probes=)``.
     """
 
     arrays: Any
@@ -43,6 +44,7 @@ class Draw(NamedTuple):
     state: Any
     is_recorded: jax.Array
     as_given: Callable[[Any], Any]
+    probes: dict[str, Any]
 
     @property
     def params(self) -> Any:

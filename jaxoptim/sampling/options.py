@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key
 from jaxoptim.sampling.observables import Function, Observable
 
@@ -27,6 +28,7 @@ class RunOptions:
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
     progress: bool = False
     checkpoint: str | os.PathLike[str] | None = None
+    probes: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -38,6 +40,7 @@ class RunOptions:
             object.__setattr__(self, name, int(value))
         if isinstance(self.batch_size, np.integer):
             object.__setattr__(self, "batch_size", int(self.batch_size))
+        _check_probes(self.probes)
 
     @property
     def num_steps(self) -> int:
@@ -65,3 +68,13 @@ class RunOptions:
                 ) from None
             watched.append((name, observed))
         return tuple(watched)
+
+
+def _check_probes(probes: Any) -> None:
+    """Raise for probes that are not data sets with names."""
+    if not isinstance(probes, Mapping | None):
+        raise TypeError(f"probes is a mapping of names to data, but got {type(probes).__name__}.")
+    for name, data in (probes or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"probes is a mapping of names to data, but {name!r} is no name.")
+        size_of(data, f"probes[{name!r}]")

@@ -51,6 +51,7 @@ def sample(
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    probes: Mapping[str, Any] | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -89,6 +90,8 @@ def sample(
         progress: show a bar with tqdm (default False).
         checkpoint: a file that the run is saved to every minute and at its end, and from which the same run
             continues, to the last bit as if never interrupted, also with more draws than before (default None).
+        probes: by name data sets for observables, each a pytree of arrays whose first axes run over its data (default
+            None). They are arguments of the program, as the data are: see :class:`Losses`, and ``Draw.probes``.
 
     Returns:
         :class:`Samples`.
@@ -100,10 +103,10 @@ def sample(
         those of one.
 
     Raises:
-        ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
-        for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss that is not a real
-        scalar, for what is no sampler, and for a module among other parameters. A chain that diverges raises nothing:
-        see ``Samples.diverged``.
+        ``ValueError`` for a number out of range, for data or a probe of different lengths, for an unknown
+        ``chain_method``, and for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss
+        that is not a real scalar, for what is no sampler, and for a module among other parameters. A chain that
+        diverges raises nothing: see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
@@ -132,8 +135,9 @@ def sample(
         observables,
         progress,
         checkpoint,
+        probes,
     )
-    found = run(problem(loss_fn, params, data, options.batch_size), sampler, stacked(sampler, 1), 1, options)
+    found = run(problem(loss_fn, params, data, options), sampler, stacked(sampler, 1), 1, options)
     return samples_of(found)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim import checkpoint
 from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
+from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import Given
@@ -26,8 +27,16 @@ def description(
     Functions cannot be compared, so their values at the parameters are.
     """
     batch = jax.tree.map(lambda x: x[: options.batch_size], given.data)
-    functions = {name: of for name, of in spec.observables if isinstance(of, Function)}
-    there = {name: of.value(spec.target.params(params, given.rest)) for name, of in functions.items()}
+
+    def as_given() -> Any:
+        return spec.target.params(params, given.rest)
+
+    there: dict[str, Any] = {}
+    for name, of in spec.observables:
+        if isinstance(of, Function):
+            there[name] = of.value(as_given())
+        elif isinstance(of, Losses):
+            there[name] = of.value(as_given, given.probes or {})
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
@@ -43,6 +52,7 @@ def description(
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
         "params": jax.tree.leaves((params, given.rest)),
         "data": [_digest(x) for x in jax.tree.leaves(given.data)],
+        "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
         "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
     }
