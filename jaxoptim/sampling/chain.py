@@ -15,6 +15,7 @@ from jaxoptim.core import Rule, Sampler, init, step
 from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD
+from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.target import Given, Target
 
@@ -31,6 +32,7 @@ class ChainSpec(NamedTuple):
         batch_size: how many data make a batch; None for all.
         observables: names and observables.
         room: how many draws can be written down.
+        microbatches: in how many parts a batch is evaluated.
     """
 
     target: Target
@@ -38,6 +40,7 @@ class ChainSpec(NamedTuple):
     batch_size: int | None
     observables: tuple[tuple[str, Observable], ...]
     room: int
+    microbatches: int = 1
 
 
 class Thinning(NamedTuple):
@@ -123,10 +126,13 @@ def _chain_step(
     def as_given(params: Any) -> Any:
         return spec.target.params(params, given.rest)
 
-    def loss_of(params: Any) -> Any:
-        return spec.target.loss(params, given.rest, batch)
+    def loss_of(params: Any, part: Any) -> Any:
+        return spec.target.loss(params, given.rest, part)
 
-    loss, grads = jax.value_and_grad(loss_of)(chain.params)
+    def mean(function: Callable[[Any], Any]) -> Any:
+        return mean_over_parts(function, batch, spec.microbatches)
+
+    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(chain.params, part))
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
@@ -140,7 +146,9 @@ def _chain_step(
         params = optax.apply_updates(chain.params, updates)
     else:
         probe = fold_in(fold_in(chain.key, _PROBES), t)
-        extra = {"curvature": _curvature(loss_of, chain.params, probe)} if _uses_curvature(rule) else {}
+        extra = {}
+        if _uses_curvature(rule):
+            extra["curvature"] = mean(lambda part: _curvature(lambda x: loss_of(x, part), chain.params, probe))
         params, state = step(rule, chain.params, grads, chain.state, **extra)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}

@@ -224,7 +224,7 @@ def estimate_llc(
         masks, count = stacked_masks(selections, given.arrays), len(selections)
     changes = {} if masks is None else {"optimize_over": masks}
     rules = tempered(sampler, count, nbeta, **changes)
-    init_loss = initial_loss(init_loss, given, checked.batch_size)
+    init_loss = initial_loss(init_loss, given, checked.size_at_once(data))
     found = run(given, sampler, rules, count, checked)
     shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
     return made(found, shape, init_loss, nbeta, names)

@@ -24,6 +24,7 @@ class RunOptions:
     num_burnin_steps: int = 0
     num_steps_bw_draws: int = 1
     batch_size: int | None = None
+    microbatches: int = 1
     chain_method: str = "auto"
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
     progress: bool = False
@@ -32,7 +33,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "microbatches": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -46,6 +47,12 @@ class RunOptions:
     def num_steps(self) -> int:
         """The steps of each chain."""
         return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    def size_at_once(self, data: Any) -> int | None:
+        """How many data the loss is evaluated on at once; None for all."""
+        if self.microbatches == 1:
+            return self.batch_size
+        return (self.batch_size or size_of(data)) // self.microbatches
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""

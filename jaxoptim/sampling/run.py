@@ -63,7 +63,8 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
         raise TypeError(f"The sampler is a rule or a transformation, but got {sampler!r}.{hint}")
     target, params, given = problem
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room_for(options.num_draws))
+    room = room_for(options.num_draws)
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)

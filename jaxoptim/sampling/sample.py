@@ -47,6 +47,7 @@ def sample(
     num_burnin_steps: int = 0,
     num_steps_bw_draws: int = 1,
     batch_size: int | None = None,
+    microbatches: int = 1,
     chain_method: str = "auto",
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
@@ -79,6 +80,9 @@ def sample(
         num_burnin_steps: steps before the first draw, an int >= 0 (default 0).
         num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
         batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
+        microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the
+            parts, evaluated one after the other: those of the batch to rounding, in the memory that one part takes. It
+            divides ``batch_size``, or the number of data (default 1).
         chain_method: ``"vmap"`` takes the chains at once, ``"map"`` one after the other; ``"auto"`` the faster one:
             at once on accelerators and for small parameters (default ``"auto"``). Where there are several devices,
             the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
@@ -131,6 +135,7 @@ def sample(
         num_burnin_steps,
         num_steps_bw_draws,
         batch_size,
+        microbatches,
         chain_method,
         observables,
         progress,

@@ -26,7 +26,7 @@ def description(
 
     Functions cannot be compared, so their values at the parameters are.
     """
-    batch = jax.tree.map(lambda x: x[: options.batch_size], given.data)
+    batch = jax.tree.map(lambda x: x[: options.size_at_once(given.data)], given.data)
 
     def as_given() -> Any:
         return spec.target.params(params, given.rest)
@@ -46,6 +46,7 @@ def description(
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
         "batch_size": options.batch_size,
+        "microbatches": options.microbatches,
         "observables": [[name, type(of).__name__] for name, of in spec.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",

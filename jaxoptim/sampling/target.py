@@ -13,6 +13,7 @@ from jaxoptim.core.batches import check_batch_size, size_of
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, strong
+from jaxoptim.sampling.microbatches import check_microbatches
 from jaxoptim.sampling.options import RunOptions
 
 
@@ -84,9 +85,10 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions) -> Proble
     if data is not None:
         size_of(data)
     check_batch_size(options.batch_size, data)
+    check_microbatches(options.microbatches, options.batch_size, data)
     data, probes = jax.tree.map(as_jax, (data, dict(options.probes) if options.probes else None))
     found = Problem(Target(loss_fn, module), arrays, Given(data, rest, probes))
-    _check_loss(found, options.batch_size)
+    _check_loss(found, options.size_at_once(data))
     return found
 
 
