@@ -1,5 +1,7 @@
 """The batches of chains: in parts, and the same for all of them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -82,8 +84,52 @@ def test_the_loss_at_the_start_is_evaluated_in_parts_too():
     np.testing.assert_allclose(sweep.trace[0, 0], llc.trace, rtol=1e-4, atol=1e-5)
 
 
+# The same batches in all chains.
+
+
+def mean_of(w, x):
+    """A loss whose gradient, and whose value at the same parameters, tells the batch."""
+    return jnp.mean(x) * jnp.sum(w)
+
+
+@pytest.mark.parametrize("method", ["vmap", "map"])
+def test_all_chains_see_the_same_batches(method):
+    options = {"key": KEY, "num_chains": 4, "num_draws": 8, "batch_size": 3, "chain_method": method}
+    still = rules.SGLD(lr=0.0)
+    data = 2.0 ** jnp.arange(12)
+    run = functools.partial(sampling.sample, mean_of, jnp.ones(1), still, data, **options)
+    own, shared = run().loss, run(same_batches=True).loss
+    assert len(np.unique(own[:, 0])) == 4
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[0], shared.shape))
+    assert len(np.unique(shared[0])) == 8
+    for epoch in (shared[0, :4], shared[0, 4:]):  # each datum once
+        assert 3 * float(epoch.sum()) == pytest.approx(2**12 - 1)
+    assert not (shared[0] == own).all(1).any()
+    assert (run(same_batches=True, key=jax.random.key(4)).loss[0] != shared[0]).any()
+    moved = run(same_batches=True, num_chains=2) if method == "vmap" else None
+    assert moved is None or (moved.loss == shared[:2]).all()
+
+
+def test_chains_on_the_same_batches_differ_in_their_noise_alone():
+    data = 2.0 ** jnp.arange(12)
+    options = {"key": KEY, "num_chains": 3, "num_draws": 6, "batch_size": 5, "same_batches": True}
+    watched = options | {"observables": {"w": lambda w: w}}
+    silent, loud = (
+        sampling.sample(mean_of, jnp.ones(1), rules.SGLD(lr=1e-3, noise_level=level), data, **watched)
+        for level in (0.0, 1.0)
+    )
+    paths = silent.observables["w"]
+    np.testing.assert_array_equal(paths, np.broadcast_to(paths[0], paths.shape))
+    assert len(np.unique(loud.observables["w"][:, -1])) == 3
+    llc = sampling.estimate_llc(
+        mean_of, jnp.ones(1), rules.SGLD(lr=0.0), data, selections=[True, np.ones(1)], **options
+    )
+    np.testing.assert_array_equal(llc.loss, np.broadcast_to(llc.loss[0, 0], llc.loss.shape))
+
+
 INVALID = "Invalid microbatches:"
 WRONG = {
+    "same": ({"same_batches": 1}, r"Invalid same_batches: 1\. It is True or False"),
     "not of the batch": ({"batch_size": 6, "microbatches": 4}, rf"{INVALID} 4\. It divides batch_size, which is 6"),
     "not of the data": ({"microbatches": 5}, rf"{INVALID} 5\. It divides the number of data, which is 12"),
     "no data": ({"data": None, "microbatches": 2}, "microbatches is 2, but there are no data"),

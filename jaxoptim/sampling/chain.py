@@ -121,7 +121,8 @@ def _chain_step(
     spec: ChainSpec, rule: Rule | None, given: Given, thinning: Thinning, chain: Chain, t: Any
 ) -> tuple[Chain, Any]:
     """Return the chain after one step, and the values that the step would record."""
-    batch = batch_at(t, chain.key, given.data, spec.batch_size)
+    batch_key = chain.key if given.batch_key is None else given.batch_key
+    batch = batch_at(t, batch_key, given.data, spec.batch_size)
 
     def as_given(params: Any) -> Any:
         return spec.target.params(params, given.rest)

@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxoptim.core.batches import size_of
-from jaxoptim.core.noise import check_key
+from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.sampling.observables import Function, Observable
+
+# The chains fold their numbers into the key of a run; what they share has its keys from the other end.
+_BATCHES = np.uint32(2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class RunOptions:
     num_steps_bw_draws: int = 1
     batch_size: int | None = None
     microbatches: int = 1
+    same_batches: bool = False
     chain_method: str = "auto"
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
     progress: bool = False
@@ -41,12 +46,19 @@ class RunOptions:
             object.__setattr__(self, name, int(value))
         if isinstance(self.batch_size, np.integer):
             object.__setattr__(self, "batch_size", int(self.batch_size))
+        if not isinstance(self.same_batches, bool):
+            raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
         _check_probes(self.probes)
 
     @property
     def num_steps(self) -> int:
         """The steps of each chain."""
         return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    @property
+    def batch_key(self) -> jax.Array | None:
+        """The key from which the batches of all chains follow; None if each chain's follow from its own."""
+        return fold_in(self.key, _BATCHES) if self.same_batches else None
 
     def size_at_once(self, data: Any) -> int | None:
         """How many data the loss is evaluated on at once; None for all."""

@@ -66,6 +66,7 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
     room = room_for(options.num_draws)
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
+    given = given._replace(batch_key=options.batch_key)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, given = chains.on_all(mesh, (rules, params, given))

@@ -48,6 +48,7 @@ def sample(
     num_steps_bw_draws: int = 1,
     batch_size: int | None = None,
     microbatches: int = 1,
+    same_batches: bool = False,
     chain_method: str = "auto",
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
@@ -60,8 +61,9 @@ def sample(
     compiled once for each loss function, structure of the sampler, and shapes; numbers (learning rate, temperature,
     how many steps, keys) are data, and traces have room up to the next power of two.
 
-    Chain number c depends on ``fold_in(key, c)`` alone: it is the same whatever the number of chains and, to rounding,
-    whatever ``chain_method``. A repeated run is the same to the last bit.
+    Chain number c depends on ``fold_in(key, c)`` alone (its batches on ``key`` if they are the same for all): it is
+    the same whatever the number of chains and, to rounding, whatever ``chain_method``. A repeated run is the same to
+    the last bit.
 
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the *mean* loss, a real
@@ -83,6 +85,9 @@ def sample(
         microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the
             parts, evaluated one after the other: those of the batch to rounding, in the memory that one part takes. It
             divides ``batch_size``, or the number of data (default 1).
+        same_batches: whether all chains see the same batches in the same order, so that they differ in their noise
+            alone. What the batches add to an estimate's error is then the same in all, and not in the spread between
+            them (default False: each has its own).
         chain_method: ``"vmap"`` takes the chains at once, ``"map"`` one after the other; ``"auto"`` the faster one:
             at once on accelerators and for small parameters (default ``"auto"``). Where there are several devices,
             the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
@@ -136,6 +141,7 @@ def sample(
         num_steps_bw_draws,
         batch_size,
         microbatches,
+        same_batches,
         chain_method,
         observables,
         progress,

@@ -47,6 +47,7 @@ def description(
         "num_steps_bw_draws": options.num_steps_bw_draws,
         "batch_size": options.batch_size,
         "microbatches": options.microbatches,
+        "same_batches": options.same_batches,
         "observables": [[name, type(of).__name__] for name, of in spec.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",

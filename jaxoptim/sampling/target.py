@@ -24,11 +24,13 @@ class Given(NamedTuple):
         data: a pytree of arrays, None if there are no data.
         rest: the arrays of a module that are not sampled.
         probes: by name the data sets of observables; None if there are none.
+        batch_key: the key from which the batches of all chains follow; None if each chain's follow from its own.
     """
 
     data: Any
     rest: Rest = Rest()
     probes: dict[str, Any] | None = None
+    batch_key: jax.Array | None = None
 
 
 class Target(NamedTuple):
