@@ -60,7 +60,10 @@ class Observable:
     """
 
     def init(self, params: Any) -> Any:
-        """Return the memory before the first step, a pytree of arrays; ``params`` are as the loss gets them."""
+        """Return the memory before the first step, a pytree of arrays.
+
+        ``params`` are those given to the run, as the loss gets them; where a chain begins, its first step tells.
+        """
         return ()
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:

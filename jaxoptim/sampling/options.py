@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ class RunOptions:
     num_draws: int = 100
     num_burnin_steps: int = 0
     num_steps_bw_draws: int = 1
+    start_noise: float = 0.0
     batch_size: int | None = None
     microbatches: int = 1
     same_batches: bool = False
@@ -46,6 +48,10 @@ class RunOptions:
             object.__setattr__(self, name, int(value))
         if isinstance(self.batch_size, np.integer):
             object.__setattr__(self, "batch_size", int(self.batch_size))
+        noise = self.start_noise
+        if isinstance(noise, str | bool | None) or np.ndim(noise) or not 0 <= noise < math.inf:
+            raise ValueError(f"Invalid start_noise: {noise!r}. It is a finite number >= 0.")
+        object.__setattr__(self, "start_noise", float(noise))
         if not isinstance(self.same_batches, bool):
             raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
         _check_probes(self.probes)

@@ -70,7 +70,8 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, given = chains.on_all(mesh, (rules, params, given))
-    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given)
+    noise = options.start_noise or None  # without any, none is drawn
+    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
     thinning, start = Thinning(options.num_burnin_steps, options.num_steps_bw_draws), 0
     about = None  # kept in every save of this run
     if options.checkpoint is not None:

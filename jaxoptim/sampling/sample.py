@@ -46,6 +46,7 @@ def sample(
     num_draws: int = 100,
     num_burnin_steps: int = 0,
     num_steps_bw_draws: int = 1,
+    start_noise: float = 0.0,
     batch_size: int | None = None,
     microbatches: int = 1,
     same_batches: bool = False,
@@ -81,6 +82,10 @@ def sample(
         num_draws: how many draws of each, an int >= 1 (default 100).
         num_burnin_steps: steps before the first draw, an int >= 0 (default 0).
         num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
+        start_noise: :math:`s \ge 0`: each chain begins at the parameters plus noise :math:`s\,N(0, 1)` of its own,
+            where a rule's mask lets them move, and in its box (of a transformation neither is known: all of them).
+            The center of the sampler's localization stays at the parameters. Chains that begin further apart than the
+            draws are, and agree after burn-in, are what :math:`\hat R` is made for (default 0: all begin at one point).
         batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
         microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the
             parts, evaluated one after the other: those of the batch to rounding, in the memory that one part takes. It
@@ -139,6 +144,7 @@ def sample(
         num_draws,
         num_burnin_steps,
         num_steps_bw_draws,
+        start_noise,
         batch_size,
         microbatches,
         same_batches,

@@ -45,6 +45,7 @@ def description(
         "num_chains": options.num_chains,
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
+        "start_noise": options.start_noise,
         "batch_size": options.batch_size,
         "microbatches": options.microbatches,
         "same_batches": options.same_batches,
