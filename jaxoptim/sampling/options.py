@@ -28,15 +28,15 @@ class RunOptions:
     num_draws: int = 100
     num_burnin_steps: int = 0
     num_steps_bw_draws: int = 1
-    start_noise: float = 0.0
     batch_size: int | None = None
-    microbatches: int = 1
-    same_batches: bool = False
     chain_method: str = "auto"
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
     progress: bool = False
     checkpoint: str | os.PathLike[str] | None = None
     probes: Mapping[str, Any] | None = None
+    microbatches: int = 1
+    same_batches: bool = False
+    start_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_key(self.key)

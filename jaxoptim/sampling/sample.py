@@ -144,15 +144,15 @@ def sample(
         num_draws,
         num_burnin_steps,
         num_steps_bw_draws,
-        start_noise,
         batch_size,
-        microbatches,
-        same_batches,
         chain_method,
         observables,
         progress,
         checkpoint,
-        probes,
+        probes=probes,
+        microbatches=microbatches,
+        same_batches=same_batches,
+        start_noise=start_noise,
     )
     found = run(problem(loss_fn, params, data, options), sampler, stacked(sampler, 1), 1, options)
     return samples_of(found)
