@@ -13,11 +13,12 @@ from jaxoptim.core import trees
 from jaxoptim.core.noise import fold_in, words
 
 
-def size_of(data: Any) -> int:
+def size_of(data: Any, what: str = "data") -> int:
     """Count the data.
 
     Args:
         data: a pytree of arrays, whose first axes run over the data.
+        what: what messages call them.
 
     Returns:
         The length of the first axes.
@@ -32,10 +33,12 @@ def size_of(data: Any) -> int:
     """
     sizes = {name: jnp.shape(x)[0] if jnp.ndim(x) else None for name, x in zip(*_named(data), strict=True)}
     if not sizes:
-        raise ValueError("data has no arrays. Give a pytree of arrays whose first axes run over the data, or None.")
+        raise ValueError(
+            f"{what} has no arrays. Give a pytree of arrays whose first axes run over the data, or leave it out."
+        )
     if None in sizes.values() or len(set(sizes.values())) > 1:
         given = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise ValueError(f"The first axes of data must have one length, but they have {given}.")
+        raise ValueError(f"The first axes of {what} must have one length, but they have {given}.")
     return next(iter(sizes.values()))  # type: ignore[return-value]
 
 

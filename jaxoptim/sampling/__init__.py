@@ -10,6 +10,7 @@ from jaxoptim.sampling.influence import influence as influence
 from jaxoptim.sampling.llc import LLC as LLC
 from jaxoptim.sampling.llc import default_nbeta as default_nbeta
 from jaxoptim.sampling.llc import estimate_llc as estimate_llc
+from jaxoptim.sampling.losses import Losses as Losses
 from jaxoptim.sampling.mala import mala_acceptance as mala_acceptance
 from jaxoptim.sampling.observables import Covariance as Covariance
 from jaxoptim.sampling.observables import Draw as Draw

@@ -112,8 +112,8 @@ def calibrate(
     """
     checked = options_of("calibrate", key, options)
     nbeta = temperature("calibrate", nbeta, sampler, data)
-    given = problem(loss_fn, params, data, checked.batch_size)
-    init_loss = initial_loss(init_loss, given, checked.batch_size)
+    given = problem(loss_fn, params, data, checked)
+    init_loss = initial_loss(init_loss, given, checked.size_at_once(data))
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
         if not len(values) or not (values >= 0).all():

@@ -14,12 +14,13 @@ from jax import lax
 from jaxoptim.core import Rule, Sampler, init, step
 from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
-from jaxoptim.rules import PSGLD
+from jaxoptim.rules import PSGLD, SGLD
+from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
-_NOISE, _PROBES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+_NOISE, _PROBES, _START = np.uint32(2**32 - 1), np.uint32(2**32 - 2), np.uint32(2**32 - 3)
 
 
 class ChainSpec(NamedTuple):
@@ -31,6 +32,7 @@ class ChainSpec(NamedTuple):
         batch_size: how many data make a batch; None for all.
         observables: names and observables.
         room: how many draws can be written down.
+        microbatches: in how many parts a batch is evaluated.
     """
 
     target: Target
@@ -38,6 +40,7 @@ class ChainSpec(NamedTuple):
     batch_size: int | None
     observables: tuple[tuple[str, Observable], ...]
     room: int
+    microbatches: int = 1
 
 
 class Thinning(NamedTuple):
@@ -74,8 +77,13 @@ class Chain(NamedTuple):
     traces: dict[str, Any]
 
 
-def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, given: Given, key: jax.Array) -> Chain:
-    """Return a chain before its first step."""
+def init_chain(
+    spec: ChainSpec, rule: Rule | None, params: Any, given: Given, key: jax.Array, start_noise: Any = None
+) -> Chain:
+    """Return a chain before its first step.
+
+    The state of the sampler, and what observables remember, are those of ``params``, from which noise moves the chain.
+    """
     noise_key = fold_in(key, _NOISE)
     if rule is None:
         # The noise of a transformation that keeps typed keys is other noise in each chain, and for each of them.
@@ -87,6 +95,8 @@ def init_chain(spec: ChainSpec, rule: Rule | None, params: Any, given: Given, ke
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
     memories = {name: observable.init(spec.target.params(params, given.rest)) for name, observable in spec.observables}
+    if start_noise is not None:
+        params = _moved(rule, params, fold_in(key, _START), start_noise)
     chain = Chain(key, params, state, memories, {})
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
@@ -118,18 +128,23 @@ def _chain_step(
     spec: ChainSpec, rule: Rule | None, given: Given, thinning: Thinning, chain: Chain, t: Any
 ) -> tuple[Chain, Any]:
     """Return the chain after one step, and the values that the step would record."""
-    batch = batch_at(t, chain.key, given.data, spec.batch_size)
+    batch_key = chain.key if given.batch_key is None else given.batch_key
+    batch = batch_at(t, batch_key, given.data, spec.batch_size)
 
     def as_given(params: Any) -> Any:
         return spec.target.params(params, given.rest)
 
-    def loss_of(params: Any) -> Any:
-        return spec.target.loss(params, given.rest, batch)
+    def loss_of(params: Any, part: Any) -> Any:
+        return spec.target.loss(params, given.rest, part)
 
-    loss, grads = jax.value_and_grad(loss_of)(chain.params)
+    def mean(function: Callable[[Any], Any]) -> Any:
+        return mean_over_parts(function, batch, spec.microbatches)
+
+    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(chain.params, part))
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, thinning.is_draw(t), as_given)
+    is_draw, probes = thinning.is_draw(t), given.probes or {}
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, is_draw, as_given, probes)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:
@@ -139,11 +154,25 @@ def _chain_step(
         params = optax.apply_updates(chain.params, updates)
     else:
         probe = fold_in(fold_in(chain.key, _PROBES), t)
-        extra = {"curvature": _curvature(loss_of, chain.params, probe)} if _uses_curvature(rule) else {}
+        extra = {}
+        if _uses_curvature(rule):
+            extra["curvature"] = mean(lambda part: _curvature(lambda x: loss_of(x, part), chain.params, probe))
         params, state = step(rule, chain.params, grads, chain.state, **extra)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
     return Chain(chain.key, params, state, memories, chain.traces), values
+
+
+def _moved(rule: Rule | None, params: Any, key: jax.Array, scale: Any) -> Any:
+    r"""The parameters plus ``scale`` times noise, where the mask of the rule lets them move, and in its box.
+
+    That is a step of SGLD without force, of size :math:`\epsilon = s^2`.
+    """
+    limits = {
+        name: getattr(rule, name) for name in ("optimize_over", "bounding_box_size", "box") if hasattr(rule, name)
+    }
+    free = SGLD(lr=scale**2, nbeta=0.0, key=key, **limits)
+    return step(free, params, jax.tree.map(jnp.zeros_like, params), init(free, params))[0]
 
 
 def _uses_curvature(rule: Rule) -> bool:

@@ -48,7 +48,15 @@ def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str
 
 @functools.partial(jax.jit, static_argnames=("spec", "mesh"))
 def init_chains(
-    spec: ChainSpec, mesh: Mesh | None, rules: Any, settings: Any, key: Any, numbers: Any, params: Any, given: Given
+    spec: ChainSpec,
+    mesh: Mesh | None,
+    rules: Any,
+    settings: Any,
+    key: Any,
+    numbers: Any,
+    params: Any,
+    given: Given,
+    start_noise: Any = None,
 ) -> Chain:
     """Return chains before their first step, stacked.
 
@@ -61,13 +69,14 @@ def init_chains(
         numbers: for each chain the number that is folded into it.
         params: where all begin.
         given: what all are given.
+        start_noise: the standard deviation of the noise about ``params`` where each begins; None for none.
     """
 
-    def one(setting: Any, key: Any, rules: Any, params: Any, given: Given) -> Chain:
-        return chain.init_chain(spec, _setting(rules, setting), params, given, key)
+    def one(setting: Any, key: Any, rules: Any, params: Any, given: Given, start_noise: Any) -> Chain:
+        return chain.init_chain(spec, _setting(rules, setting), params, given, key, start_noise)
 
     # At the start there is nothing to compute that would need the cache.
-    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, given))
+    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, given, start_noise))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")

@@ -212,7 +212,7 @@ def estimate_llc(
     """
     checked = options_of("estimate_llc", key, options)
     nbeta = temperature("estimate_llc", nbeta, sampler, data)
-    given = problem(loss_fn, params, data, checked.batch_size)
+    given = problem(loss_fn, params, data, checked)
     masks, count, names = None, 1, None
     if isinstance(selections, str) or callable(selections):
         raise TypeError(f"selections is a list, or a mapping of names, but got {selections!r}. Give [{selections!r}].")
@@ -224,7 +224,7 @@ def estimate_llc(
         masks, count = stacked_masks(selections, given.arrays), len(selections)
     changes = {} if masks is None else {"optimize_over": masks}
     rules = tempered(sampler, count, nbeta, **changes)
-    init_loss = initial_loss(init_loss, given, checked.batch_size)
+    init_loss = initial_loss(init_loss, given, checked.size_at_once(data))
     found = run(given, sampler, rules, count, checked)
     shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
     return made(found, shape, init_loss, nbeta, names)
@@ -351,7 +351,7 @@ def _stacked(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
 def _full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
     """The mean loss over all data, batch by batch, each weighted by its size."""
-    data, rest = given
+    data, rest = given.data, given.rest
     if data is None:
         return target.loss(params, rest, None)
     n = size_of(data)

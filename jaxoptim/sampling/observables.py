@@ -33,6 +33,7 @@ class Draw(NamedTuple):
         state: the state of the sampler before the step.
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
         as_given: puts such arrays into the module that they came in.
+        probes: by name the data sets of ``sample(..., probes=)``.
     """
 
     arrays: Any
@@ -43,6 +44,7 @@ class Draw(NamedTuple):
     state: Any
     is_recorded: jax.Array
     as_given: Callable[[Any], Any]
+    probes: dict[str, Any]
 
     @property
     def params(self) -> Any:
@@ -58,7 +60,10 @@ class Observable:
     """
 
     def init(self, params: Any) -> Any:
-        """Return the memory before the first step, a pytree of arrays; ``params`` are as the loss gets them."""
+        """Return the memory before the first step, a pytree of arrays.
+
+        ``params`` are those given to the run, as the loss gets them; where a chain begins, its first step tells.
+        """
         return ()
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:

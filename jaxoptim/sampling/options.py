@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxoptim.core.noise import check_key
+from jaxoptim.core.batches import size_of
+from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.sampling.observables import Function, Observable
+
+# The chains fold their numbers into the key of a run; what they share has its keys from the other end.
+_BATCHES = np.uint32(2**32 - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +33,14 @@ class RunOptions:
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None
     progress: bool = False
     checkpoint: str | os.PathLike[str] | None = None
+    probes: Mapping[str, Any] | None = None
+    microbatches: int = 1
+    same_batches: bool = False
+    start_noise: float = 0.0
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
+        at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "microbatches": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -38,11 +48,29 @@ class RunOptions:
             object.__setattr__(self, name, int(value))
         if isinstance(self.batch_size, np.integer):
             object.__setattr__(self, "batch_size", int(self.batch_size))
+        noise = self.start_noise
+        if isinstance(noise, str | bool | None) or np.ndim(noise) or not 0 <= noise < math.inf:
+            raise ValueError(f"Invalid start_noise: {noise!r}. It is a finite number >= 0.")
+        object.__setattr__(self, "start_noise", float(noise))
+        if not isinstance(self.same_batches, bool):
+            raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
+        _check_probes(self.probes)
 
     @property
     def num_steps(self) -> int:
         """The steps of each chain."""
         return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+
+    @property
+    def batch_key(self) -> jax.Array | None:
+        """The key from which the batches of all chains follow; None if each chain's follow from its own."""
+        return fold_in(self.key, _BATCHES) if self.same_batches else None
+
+    def size_at_once(self, data: Any) -> int | None:
+        """How many data the loss is evaluated on at once; None for all."""
+        if self.microbatches == 1:
+            return self.batch_size
+        return (self.batch_size or size_of(data)) // self.microbatches
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""
@@ -65,3 +93,13 @@ class RunOptions:
                 ) from None
             watched.append((name, observed))
         return tuple(watched)
+
+
+def _check_probes(probes: Any) -> None:
+    """Raise for probes that are not data sets with names."""
+    if not isinstance(probes, Mapping | None):
+        raise TypeError(f"probes is a mapping of names to data, but got {type(probes).__name__}.")
+    for name, data in (probes or {}).items():
+        if not isinstance(name, str):
+            raise TypeError(f"probes is a mapping of names to data, but {name!r} is no name.")
+        size_of(data, f"probes[{name!r}]")

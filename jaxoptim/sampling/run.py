@@ -63,12 +63,15 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
         raise TypeError(f"The sampler is a rule or a transformation, but got {sampler!r}.{hint}")
     target, params, given = problem
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room_for(options.num_draws))
+    room = room_for(options.num_draws)
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
+    given = given._replace(batch_key=options.batch_key)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, given = chains.on_all(mesh, (rules, params, given))
-    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given)
+    noise = options.start_noise or None  # without any, none is drawn
+    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
     thinning, start = Thinning(options.num_burnin_steps, options.num_steps_bw_draws), 0
     about = None  # kept in every save of this run
     if options.checkpoint is not None:

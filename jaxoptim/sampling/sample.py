@@ -46,11 +46,15 @@ def sample(
     num_draws: int = 100,
     num_burnin_steps: int = 0,
     num_steps_bw_draws: int = 1,
+    start_noise: float = 0.0,
     batch_size: int | None = None,
+    microbatches: int = 1,
+    same_batches: bool = False,
     chain_method: str = "auto",
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    probes: Mapping[str, Any] | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -58,8 +62,9 @@ def sample(
     compiled once for each loss function, structure of the sampler, and shapes; numbers (learning rate, temperature,
     how many steps, keys) are data, and traces have room up to the next power of two.
 
-    Chain number c depends on ``fold_in(key, c)`` alone: it is the same whatever the number of chains and, to rounding,
-    whatever ``chain_method``. A repeated run is the same to the last bit.
+    Chain number c depends on ``fold_in(key, c)`` alone (its batches on ``key`` if they are the same for all): it is
+    the same whatever the number of chains and, to rounding, whatever ``chain_method``. A repeated run is the same to
+    the last bit.
 
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the *mean* loss, a real
@@ -77,7 +82,17 @@ def sample(
         num_draws: how many draws of each, an int >= 1 (default 100).
         num_burnin_steps: steps before the first draw, an int >= 0 (default 0).
         num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
+        start_noise: :math:`s \ge 0`: each chain begins at the parameters plus noise :math:`s\,N(0, 1)` of its own,
+            where a rule's mask lets them move, and in its box (of a transformation neither is known: all of them).
+            The center of the sampler's localization stays at the parameters. Chains that begin further apart than the
+            draws are, and agree after burn-in, are what :math:`\hat R` is made for (default 0: all begin at one point).
         batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
+        microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the
+            parts, evaluated one after the other: those of the batch to rounding, in the memory that one part takes. It
+            divides ``batch_size``, or the number of data (default 1).
+        same_batches: whether all chains see the same batches in the same order, so that they differ in their noise
+            alone. What the batches add to an estimate's error is then the same in all, and not in the spread between
+            them (default False: each has its own).
         chain_method: ``"vmap"`` takes the chains at once, ``"map"`` one after the other; ``"auto"`` the faster one:
             at once on accelerators and for small parameters (default ``"auto"``). Where there are several devices,
             the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
@@ -89,6 +104,8 @@ def sample(
         progress: show a bar with tqdm (default False).
         checkpoint: a file that the run is saved to every minute and at its end, and from which the same run
             continues, to the last bit as if never interrupted, also with more draws than before (default None).
+        probes: by name data sets for observables, each a pytree of arrays whose first axes run over its data (default
+            None). They are arguments of the program, as the data are: see :class:`Losses`, and ``Draw.probes``.
 
     Returns:
         :class:`Samples`.
@@ -100,10 +117,10 @@ def sample(
         those of one.
 
     Raises:
-        ``ValueError`` for a number out of range, for data of different lengths, for an unknown ``chain_method``, and
-        for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss that is not a real
-        scalar, for what is no sampler, and for a module among other parameters. A chain that diverges raises nothing:
-        see ``Samples.diverged``.
+        ``ValueError`` for a number out of range, for data or a probe of different lengths, for an unknown
+        ``chain_method``, and for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss
+        that is not a real scalar, for what is no sampler, and for a module among other parameters. A chain that
+        diverges raises nothing: see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
@@ -132,8 +149,12 @@ def sample(
         observables,
         progress,
         checkpoint,
+        probes=probes,
+        microbatches=microbatches,
+        same_batches=same_batches,
+        start_noise=start_noise,
     )
-    found = run(problem(loss_fn, params, data, options.batch_size), sampler, stacked(sampler, 1), 1, options)
+    found = run(problem(loss_fn, params, data, options), sampler, stacked(sampler, 1), 1, options)
     return samples_of(found)
 
 

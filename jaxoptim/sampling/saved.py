@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim import checkpoint
 from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
+from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import Given
@@ -25,9 +26,17 @@ def description(
 
     Functions cannot be compared, so their values at the parameters are.
     """
-    batch = jax.tree.map(lambda x: x[: options.batch_size], given.data)
-    functions = {name: of for name, of in spec.observables if isinstance(of, Function)}
-    there = {name: of.value(spec.target.params(params, given.rest)) for name, of in functions.items()}
+    batch = jax.tree.map(lambda x: x[: options.size_at_once(given.data)], given.data)
+
+    def as_given() -> Any:
+        return spec.target.params(params, given.rest)
+
+    there: dict[str, Any] = {}
+    for name, of in spec.observables:
+        if isinstance(of, Function):
+            there[name] = of.value(as_given())
+        elif isinstance(of, Losses):
+            there[name] = of.value(as_given, given.probes or {})
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
@@ -36,13 +45,17 @@ def description(
         "num_chains": options.num_chains,
         "num_burnin_steps": options.num_burnin_steps,
         "num_steps_bw_draws": options.num_steps_bw_draws,
+        "start_noise": options.start_noise,
         "batch_size": options.batch_size,
+        "microbatches": options.microbatches,
+        "same_batches": options.same_batches,
         "observables": [[name, type(of).__name__] for name, of in spec.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
         "params": jax.tree.leaves((params, given.rest)),
         "data": [_digest(x) for x in jax.tree.leaves(given.data)],
+        "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
         "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
     }

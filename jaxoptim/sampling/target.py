@@ -13,6 +13,8 @@ from jaxoptim.core.batches import check_batch_size, size_of
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, strong
+from jaxoptim.sampling.microbatches import check_microbatches
+from jaxoptim.sampling.options import RunOptions
 
 
 class Given(NamedTuple):
@@ -21,10 +23,14 @@ class Given(NamedTuple):
     Attributes:
         data: a pytree of arrays, None if there are no data.
         rest: the arrays of a module that are not sampled.
+        probes: by name the data sets of observables; None if there are none.
+        batch_key: the key from which the batches of all chains follow; None if each chain's follow from its own.
     """
 
     data: Any
     rest: Rest = Rest()
+    probes: dict[str, Any] | None = None
+    batch_key: jax.Array | None = None
 
 
 class Target(NamedTuple):
@@ -62,7 +68,7 @@ class Problem(NamedTuple):
     given: Given
 
 
-def problem(loss_fn: Any, params: Any, data: Any, batch_size: int | None) -> Problem:
+def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions) -> Problem:
     """Check what a run is given, with its arrays on the device.
 
     Raises:
@@ -80,9 +86,11 @@ def problem(loss_fn: Any, params: Any, data: Any, batch_size: int | None) -> Pro
         raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
     if data is not None:
         size_of(data)
-    check_batch_size(batch_size, data)
-    found = Problem(Target(loss_fn, module), arrays, Given(jax.tree.map(as_jax, data), rest))
-    _check_loss(found, batch_size)
+    check_batch_size(options.batch_size, data)
+    check_microbatches(options.microbatches, options.batch_size, data)
+    data, probes = jax.tree.map(as_jax, (data, dict(options.probes) if options.probes else None))
+    found = Problem(Target(loss_fn, module), arrays, Given(data, rest, probes))
+    _check_loss(found, options.size_at_once(data))
     return found
 
 
