@@ -3,10 +3,12 @@
 import importlib
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxoptim import sampling
+from jaxoptim import rules, sampling
 
 module = importlib.import_module("jaxoptim.sampling.influence")
 RNG = np.random.default_rng(0)
@@ -43,6 +45,54 @@ def test_influence_and_its_error_are_those_of_numpy(kind, chains, rows, monkeypa
     fewer = np.array([by_hand(np.delete(X, c, 0), np.delete(Y, c, 0), kind, chains) for c in range(4)])
     error = np.sqrt(((fewer - fewer.mean(0)) ** 2).sum(0) * 3 / 4)
     np.testing.assert_allclose(found.error.reshape(6, 5), error, atol=1e-6)
+
+
+def loss_of_each(w, batch):
+    return jnp.sum((batch - w) ** 2, -1) / 2
+
+
+def squares(w):
+    return w[:2] ** 2
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "shape"),
+    [
+        (sampling.Losses(loss_of_each, "here", batch_size=3), None, (7, 7)),
+        (sampling.Losses(loss_of_each, "here"), sampling.Losses(loss_of_each, "there"), (7, 4)),
+        (squares, sampling.Losses(loss_of_each, "there"), (2, 4)),
+    ],
+    ids=["losses", "two probes", "function"],
+)
+def test_the_online_form_is_that_of_the_traces(x, y, shape):
+    probes = {"here": jnp.asarray(RNG.normal(size=(7, 3))), "there": jnp.asarray(RNG.normal(size=(4, 3)))}
+    traced = {"x": x} if y is None else {"x": x, "y": y}
+    samples = sampling.sample(
+        lambda w: jnp.sum(w**2) / 2,
+        jnp.zeros(3),
+        rules.SGLD(lr=0.02, nbeta=10.0),
+        key=jax.random.key(0),
+        num_chains=3,
+        num_draws=50,
+        num_burnin_steps=7,
+        num_steps_bw_draws=2,
+        probes=probes,
+        observables={**traced, "online": sampling.CrossCovariance(x, y)},
+    )
+    online, traces = np.asarray(samples.observables["online"]), [samples.observables[name] for name in traced]
+    assert online.shape == (3, *shape)
+    np.testing.assert_allclose(online.mean(0), sampling.influence(*traces).value, rtol=2e-4, atol=1e-6)
+
+
+def test_the_online_form_is_of_functions_and_losses():
+    with pytest.raises(TypeError, match="CrossCovariance is of functions of the parameters and of Losses"):
+        sampling.sample(
+            lambda w: jnp.sum(w**2) / 2,
+            jnp.zeros(3),
+            rules.SGLD(),
+            key=jax.random.key(0),
+            observables={"online": sampling.CrossCovariance(sampling.Covariance())},
+        )
 
 
 def test_small_deviations_from_large_losses_are_not_lost():

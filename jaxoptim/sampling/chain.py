@@ -94,7 +94,10 @@ def init_chain(
         state = jax.tree.unflatten(treedef, leaves)
     else:
         state = init(rule.replace(key=noise_key) if isinstance(rule, Sampler) else rule, params)
-    memories = {name: observable.init(spec.target.params(params, given.rest)) for name, observable in spec.observables}
+    memories = {
+        name: observable.begin(spec.target.params(params, given.rest), given.probes or {})
+        for name, observable in spec.observables
+    }
     if start_noise is not None:
         params = _moved(rule, params, fold_in(key, _START), start_noise)
     chain = Chain(key, params, state, memories, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +65,10 @@ class Observable:
         ``params`` are those given to the run, as the loss gets them; where a chain begins, its first step tells.
         """
         return ()
+
+    def begin(self, params: Any, probes: Mapping[str, Any]) -> Any:
+        """Return the memory before the first step where it depends on the probes too; :meth:`init` by default."""
+        return self.init(params)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         """Return the memory after a step, and a pytree of arrays to record, None for nothing."""
@@ -145,6 +149,32 @@ def _wide(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), tree)
 
 
+class Moments(NamedTuple):
+    """The means of two vectors, and the sum of the products of their deviations, over draws."""
+
+    draws: jax.Array
+    x: jax.Array
+    y: jax.Array
+    products: jax.Array
+
+    @classmethod
+    def none(cls, x: Any, y: Any) -> Moments:
+        """Those of no draws of vectors like these."""
+        dtype = jnp.result_type(x.dtype, y.dtype)
+        return cls(*(jnp.zeros(shape, dtype) for shape in ((), x.shape, y.shape, (*x.shape, *y.shape))))
+
+    def after(self, x: jax.Array, y: jax.Array) -> Moments:
+        """Those after another draw."""
+        draws, away = self.draws + 1, x - self.x
+        mean = self.y + (y - self.y) / draws
+        return Moments(draws, self.x + away / draws, mean, self.products + jnp.multiply.outer(away, y - mean))
+
+    @property
+    def covariance(self) -> jax.Array:
+        """With the divisor ``draws - 1``."""
+        return self.products / (self.draws - 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Covariance(Observable):
     """The covariance matrix of the parameters over the draws, all parameters flattened into one vector.
@@ -172,17 +202,14 @@ class Covariance(Observable):
 
     def init(self, params: Any) -> Any:
         like = self._vector(params)  # of which the compiler keeps the shape alone
-        return jnp.zeros((), like.dtype), jnp.zeros(like.shape, like.dtype), jnp.zeros(like.shape * 2, like.dtype)
+        return Moments.none(like, like)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         def observed() -> Any:
-            count, mean, products = memory
-            count, away = count + 1, self._vector(draw.params) - mean
-            mean = mean + away / count
-            return count, mean, products + jnp.outer(away, self._vector(draw.params) - mean)
+            here = self._vector(draw.params)
+            return memory.after(here, here)
 
         return lax.cond(draw.is_recorded, observed, lambda: memory), None
 
     def result(self, memory: Any, trace: Any) -> Any:
-        count, _, products = memory
-        return products / (count - 1)
+        return memory.covariance
