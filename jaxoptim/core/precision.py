@@ -51,6 +51,11 @@ def is_low(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating)) and computing_dtype(dtype) != dtype
 
 
+def widened(x: Any) -> Any:
+    """An array in float32 if its dtype has fewer bits, else as it is."""
+    return x.astype(computing_dtype(x.dtype)) if is_low(jnp.result_type(x)) else x
+
+
 def first(precision: Precision, param: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
     """The slots of a parameter as they are kept, its value in float32 among them."""
     if precision.state_dtype is not None:

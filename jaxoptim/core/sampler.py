@@ -38,6 +38,11 @@ class Sampler(Rule):
     ``state.shared["key"]``; that of :math:`t = 0` is for what an array has at the start, such as a momentum. For an
     array without gradient none is drawn, and the others stand closer.
 
+    Parameters of float16 and bfloat16 are rounded after each update like those of any rule, so that small steps are
+    lost and another distribution is sampled. :func:`jaxoptim.sampling.sample` keeps them in float32; in loops of your
+    own ``with_precision(master_weights=True)`` does. Stochastic rounding would not do: what it adds to the noise makes
+    the chain too hot.
+
     A subclass is decorated with ``@rule`` and writes :meth:`init` and :meth:`update`. What belongs to all arrays
     together, such as a thermostat, it adds in :meth:`init_shared` and renews in :meth:`update_shared`.
 

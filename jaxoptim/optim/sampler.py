@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,6 +17,7 @@ import optax
 from jaxoptim.core import OptState, Rule, as_jax, init, trees
 from jaxoptim.core.noise import check_key, is_key
 from jaxoptim.core.numerics import placed_like
+from jaxoptim.core.precision import is_low
 from jaxoptim.core.rule import assembled
 from jaxoptim.engine import programs
 from jaxoptim.engine.numbers import Numbers
@@ -268,6 +271,9 @@ class Sampler(Optimizer):
 
     unless the group has one. So a sampler with one group draws what the pure face draws with the same key.
 
+    Parameters of float16 and bfloat16 are rounded to the nearest number at each step, as devinterp's are, which loses
+    small steps; a warning says so. Float32 parameters that the loss casts lose none.
+
     A subclass is a rule and one line: ``class Mine(optim.Sampler): rule = MySampler``.
 
     Args:
@@ -278,7 +284,8 @@ class Sampler(Optimizer):
         wrt: see :class:`Optimizer`.
 
     Raises:
-        As :class:`Optimizer`; ``TypeError`` for a key that is not typed.
+        As :class:`Optimizer`; ``TypeError`` for a key that is not typed. A warning, once, for a parameter of float16 or
+        bfloat16 that is not frozen.
 
     References:
         Of each rule. On keys and counters: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3,
@@ -311,7 +318,27 @@ class Sampler(Optimizer):
         if defaults.get("key") is None:
             defaults = defaults | {"key": jax.random.key(0)}
         check_key(defaults["key"])
+        self._has_warned = True  # not of a group that is frozen when all are added
         super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
+        self._has_warned = False
+        self._warn_of_rounding()
+
+    _has_warned = False
+
+    def _warn_of_rounding(self) -> None:
+        """Warn, once, of parameters whose dtype loses small steps; the warning points to the user's line."""
+        coarse = [param for param in self._storage.parameters() if param.requires_grad and is_low(param.dtype)]
+        if not coarse or self._has_warned:
+            return
+        self._has_warned, level = True, 1
+        while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
+            level += 1
+        warnings.warn(
+            f"{type(self).__name__} rounds each step to the parameter's dtype, {coarse[0].dtype}, which loses small "
+            "steps: the chain samples from another distribution, or stands still. Give float32 parameters and cast "
+            "them in the loss, as jaxoptim.sampling.sample does.",
+            stacklevel=level + 1,
+        )
 
     def _add(self, group: dict[str, Any]) -> None:
         number = len(self.param_groups)
@@ -329,6 +356,7 @@ class Sampler(Optimizer):
         """Add a group; see :meth:`Optimizer.add_param_group`. Its initial parameters are those of now."""
         super().add_param_group(param_group)
         self._storage.start()
+        self._warn_of_rounding()
 
     def step(self, grads: Any = None, closure: Callable[[], Any] | None = None, *, noise: Any = None) -> Any:
         """Update the parameters once; see :meth:`Optimizer.step`.

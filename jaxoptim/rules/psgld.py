@@ -59,6 +59,8 @@ class PSGLD(Sampler):
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
+    Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
+
     Slots:
         ``square_avg`` and ``initial_param``, of the parameter's shape.
 

@@ -62,6 +62,8 @@ class SGHMC(Sampler):
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
+    Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
+
     Slots:
         ``momentum``, from :math:`N(0, \epsilon)` at the start, and ``initial_param``, of the parameter's shape.
 

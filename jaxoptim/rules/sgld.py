@@ -62,6 +62,8 @@ class SGLD(Sampler):
         key: a typed JAX key (default None: ``jax.random.key(0)``). Two samplers with one key draw the same noise.
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
+    Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
+
     Slots:
         ``initial_param``, of the parameter's shape, and those that are switched on. ``shared`` has ``key`` and the
         metrics, float32 scalars.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import trees
+from jaxoptim.core.precision import widened
 
 
 def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any, lr: Any) -> jax.Array:
@@ -50,9 +51,9 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
     """
     like = jax.tree.map(jnp.asarray, x)
     given = {"grad_x": grad_x, "y": y, "grad_y": grad_y}
-    leaves = {name: trees.arrays_like(tree, like, name, "x") for name, tree in given.items()}
+    leaves = {name: map(widened, trees.arrays_like(tree, like, name, "x")) for name, tree in given.items()}
     work = squares = jnp.zeros(())
-    for a, grad_a, b, grad_b in zip(jax.tree.leaves(like), *leaves.values(), strict=True):
+    for a, grad_a, b, grad_b in zip(map(widened, jax.tree.leaves(like)), *leaves.values(), strict=True):
         work = work + jnp.sum((b - a) * (grad_a + grad_b)) / 2
         squares = squares + jnp.sum((grad_b - grad_a) * (grad_b + grad_a))
-    return jnp.exp(jnp.minimum(0, U_x - U_y + work - lr / 8 * squares))
+    return jnp.exp(jnp.minimum(0, widened(U_x) - widened(U_y) + work - lr / 8 * squares))

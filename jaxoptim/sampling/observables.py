@@ -15,6 +15,7 @@ from jaxoptim.core.flat import flatten
 from jaxoptim.core.leaf import by_leaf
 from jaxoptim.core.modules import module_of, trained_of
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.precision import widened
 from jaxoptim.rules import SGLD
 from jaxoptim.rules._langevin import force, masked, potential
 from jaxoptim.sampling.mala import mala_acceptance
@@ -25,14 +26,14 @@ class Draw(NamedTuple):
 
     Attributes:
         arrays: the arrays :math:`w_t` that are sampled, before the step, where the loss and the gradient are taken; a
-            tree like ``grads``.
-        loss: the loss there, of the batch of this step.
-        grads: its gradient.
+            tree like ``grads``. Those of float16 and bfloat16 are in float32, and ``params`` has them rounded.
+        loss: the loss there, of the batch of this step, in float32 at least.
+        grads: its gradient, in the dtypes of ``arrays``.
         batch: the data of this step.
         sampler: the rule, its numbers those of this step, or the transformation.
         state: the state of the sampler before the step.
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
-        as_given: puts such arrays into the module that they came in.
+        as_given: puts such arrays into the module that they came in, in the dtypes that they had there.
         probes: by name the data sets of ``sample(..., probes=)``.
     """
 
@@ -106,6 +107,9 @@ class MalaAcceptance(Observable):
     step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no
     part. For the rule ``SGLD`` with ``noise_level=1``; a step that a box has changed counts as if it had not.
 
+    Parameters of float16 and bfloat16 are taken as the loss gets them, so that what it rates is the step size, and not
+    how coarse they are.
+
     The trace holds at each draw the acceptance of the step that led there, NaN at the very first position. It keeps
     the position and the gradient of the last step: twice the memory of the parameters for each chain.
 
@@ -127,7 +131,8 @@ class MalaAcceptance(Observable):
         rule = draw.sampler
         if not isinstance(rule, SGLD):
             raise TypeError(f"MalaAcceptance is of the rule SGLD, but the sampler is {type(rule).__name__}.")
-        params, treedef = jax.tree.flatten(_wide(draw.arrays), is_leaf=trees.is_leaf)
+        position = _wide(trained_of(draw.params))
+        params, treedef = jax.tree.flatten(position, is_leaf=trees.is_leaf)
         grads = jax.tree.leaves(_wide(draw.grads), is_leaf=trees.is_leaf)
         centers = jax.tree.leaves(draw.state.slots["initial_param"], is_leaf=trees.is_leaf)
         rules = by_leaf(rule, draw.arrays, "params")
@@ -139,14 +144,14 @@ class MalaAcceptance(Observable):
             slots = {"initial_param": center}
             energy = energy + potential(one, 0.0, slots, param)
             forces.append(masked(one, force(one, grad, slots, param)))
-        here = _wide(draw.arrays), jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
+        here = position, jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
         (x, grad_x, before), (y, grad_y, now) = memory, here
         return here, mala_acceptance(x, grad_x, before, y, grad_y, now, rule.lr)
 
 
 def _wide(tree: Any) -> Any:
     """The arrays of a tree in the dtype in which they are computed."""
-    return jax.tree.map(lambda x: x.astype(computing_dtype(x.dtype)), tree)
+    return jax.tree.map(widened, tree)
 
 
 class Moments(NamedTuple):
@@ -160,7 +165,7 @@ class Moments(NamedTuple):
     @classmethod
     def none(cls, x: Any, y: Any) -> Moments:
         """Those of no draws of vectors like these."""
-        dtype = jnp.result_type(x.dtype, y.dtype)
+        dtype = computing_dtype(jnp.result_type(x.dtype, y.dtype))
         return cls(*(jnp.zeros(shape, dtype) for shape in ((), x.shape, y.shape, (*x.shape, *y.shape))))
 
     def after(self, x: jax.Array, y: jax.Array) -> Moments:
@@ -180,7 +185,8 @@ class Covariance(Observable):
     """The covariance matrix of the parameters over the draws, all parameters flattened into one vector.
 
     The result of each chain is ``(size, size)``, with the divisor ``draws - 1``; it takes as much memory for each
-    chain. ``select`` makes a smaller tree of the parameters first.
+    chain. ``select`` makes a smaller tree of the parameters first. It gets parameters of float16 and bfloat16 as the
+    loss does; without it their positions in float32 are observed.
 
     Args:
         select: a function of the parameters whose result is observed in their place (default None).
@@ -206,7 +212,7 @@ class Covariance(Observable):
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         def observed() -> Any:
-            here = self._vector(draw.params)
+            here = flatten(draw.arrays) if self.select is None else self._vector(draw.params)
             return memory.after(here, here)
 
         return lax.cond(draw.is_recorded, observed, lambda: memory), None

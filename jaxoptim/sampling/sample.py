@@ -25,7 +25,8 @@ class Samples:
         observables: by name what was observed, each with a first axis of chains; traces have a second one of draws.
             The sampler's own metrics (``thermostat``, ``noise_norm``, ...) are among them.
         params: where the chains have ended, as the parameters were given, with a first axis of chains; of a module all
-            arrays have it, so that ``jax.vmap`` (``eqx.filter_vmap``) takes the chains' modules one by one.
+            arrays have it, so that ``jax.vmap`` (``eqx.filter_vmap``) takes the chains' modules one by one. Float16 and
+            bfloat16 parameters are rounded to their dtype here; a ``checkpoint`` continues from float32.
         diverged: for each chain the first draw whose loss is not finite, -1 if there is none.
     """
 
@@ -65,6 +66,10 @@ def sample(
     Chain number c depends on ``fold_in(key, c)`` alone (its batches on ``key`` if they are the same for all): it is
     the same whatever the number of chains and, to rounding, whatever ``chain_method``. A repeated run is the same to
     the last bit.
+
+    Chains of float16 and bfloat16 parameters move in float32, so that steps below the resolution of these are not
+    lost; the loss and functions to observe get them in their own dtype. What the loss computes in that is rounded: a
+    bfloat16 loss has 8 bits, too few for small differences. Take its mean in float32.
 
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the *mean* loss, a real
@@ -112,9 +117,9 @@ def sample(
 
     Memory:
         Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
-        two), what its observables remember, and what is written down at each draw, the draws rounded up to a power of
-        two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all chains exist at once, with ``"map"``
-        those of one.
+        two), all of them in float32 at least, what its observables remember, and what is written down at each draw, the
+        draws rounded up to a power of two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all
+        chains exist at once, with ``"map"`` those of one.
 
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for an unknown

@@ -53,7 +53,7 @@ def description(
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
-        "params": jax.tree.leaves((params, given.rest)),
+        "params": jax.tree.leaves((spec.target.as_given(params), given.rest)),
         "data": [_digest(x) for x in jax.tree.leaves(given.data)],
         "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
@@ -88,6 +88,11 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
             "may continue with more, not with fewer."
         )
     leaves, treedef = jax.tree.flatten(like)
+    if any(x.dtype != mine.dtype for x, mine in zip(content["chains"], leaves, strict=True)):
+        raise ValueError(
+            f"The checkpoint {path} has chains in the dtype of their parameters, of a version that lost steps in it. "
+            "Give another path, or remove it."
+        )
     found = [_fitted(x, mine) for x, mine in zip(content["chains"], leaves, strict=True)]
     return content["step"], jax.tree.unflatten(treedef, found)
 

@@ -13,6 +13,7 @@ from jaxoptim.core.batches import check_batch_size, size_of
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, strong
+from jaxoptim.core.precision import is_low, widened
 from jaxoptim.sampling.microbatches import check_microbatches
 from jaxoptim.sampling.options import RunOptions
 
@@ -39,19 +40,33 @@ class Target(NamedTuple):
     Attributes:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
         module: the module that the parameters came in, None for a plain tree.
+        dtypes: of the arrays as they were given, where chains keep some of them in float32; None where they keep none.
     """
 
     loss_fn: Callable[..., Any]
     module: ModuleDef | None = None
+    dtypes: tuple[Any, ...] | None = None
 
     def params(self, arrays: Any, rest: Rest) -> Any:
-        """The parameters as they were given, with these arrays; a module is a new one each time."""
+        """The parameters as they were given, with these arrays in their dtypes; a module is a new one each time."""
+        arrays = self.as_given(arrays)
         return arrays if self.module is None else self.module.joined(arrays, rest)
 
-    def loss(self, arrays: Any, rest: Rest, batch: Any) -> Any:
-        """The loss at these arrays; what it changes in a module is dropped."""
+    def as_given(self, arrays: Any) -> Any:
+        """Positions of chains in the dtypes of the parameters."""
+        if self.dtypes is None:
+            return arrays
+        leaves, treedef = jax.tree.flatten(arrays)
+        return jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)])
+
+    def evaluated(self, arrays: Any, rest: Rest, batch: Any) -> Any:
+        """What the loss function returns at these arrays; what it changes in a module is dropped."""
         params = self.params(arrays, rest)
         return self.loss_fn(params) if batch is None else self.loss_fn(params, batch)
+
+    def loss(self, arrays: Any, rest: Rest, batch: Any) -> Any:
+        """The loss at these arrays, in float32 at least: sums and differences of losses would lose more bits."""
+        return widened(self.evaluated(arrays, rest, batch))
 
 
 class Problem(NamedTuple):
@@ -59,7 +74,7 @@ class Problem(NamedTuple):
 
     Attributes:
         target: its static part.
-        arrays: the tree of arrays where every chain begins, None in the place of anything else.
+        arrays: the tree of arrays where every chain begins, in float32 at least, None in the place of anything else.
         given: data, and the other arrays of a module.
     """
 
@@ -89,7 +104,9 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions) -> Proble
     check_batch_size(options.batch_size, data)
     check_microbatches(options.microbatches, options.batch_size, data)
     data, probes = jax.tree.map(as_jax, (data, dict(options.probes) if options.probes else None))
-    found = Problem(Target(loss_fn, module), arrays, Given(data, rest, probes))
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(arrays))
+    target = Target(loss_fn, module, dtypes if any(map(is_low, dtypes)) else None)
+    found = Problem(target, jax.tree.map(widened, arrays), Given(data, rest, probes))
     _check_loss(found, options.size_at_once(data))
     return found
 
@@ -110,7 +127,7 @@ def _check_loss(found: Problem, batch_size: int | None) -> None:
     """Raise for a loss that is no real scalar."""
     size = slice(None, batch_size)
     batch = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), found.given.data)
-    loss = jax.eval_shape(found.target.loss, found.arrays, found.given.rest, batch)
+    loss = jax.eval_shape(found.target.evaluated, found.arrays, found.given.rest, batch)
     is_array = isinstance(loss, jax.ShapeDtypeStruct)
     if not is_array or loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         given = f"shape {loss.shape} and dtype {loss.dtype}" if is_array else type(loss).__name__
