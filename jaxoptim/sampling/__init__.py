@@ -5,6 +5,7 @@ from jaxoptim.sampling.calibration import calibrate as calibrate
 from jaxoptim.sampling.diagnostics import effective_sample_size as effective_sample_size
 from jaxoptim.sampling.diagnostics import mcse as mcse
 from jaxoptim.sampling.diagnostics import rhat as rhat
+from jaxoptim.sampling.doubts import LLCWarning as LLCWarning
 from jaxoptim.sampling.llc import LLC as LLC
 from jaxoptim.sampling.llc import default_nbeta as default_nbeta
 from jaxoptim.sampling.llc import estimate_llc as estimate_llc

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxoptim.core.noise import check_key
 from jaxoptim.sampling.observables import Function, Observable
+
+METHODS = ("auto", "vmap", "map")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,11 @@ class RunOptions:
             object.__setattr__(self, name, int(value))
         if isinstance(self.batch_size, np.integer):
             object.__setattr__(self, "batch_size", int(self.batch_size))
+        if self.chain_method not in METHODS:
+            allowed = ", ".join(map(repr, METHODS))
+            raise ValueError(f"Invalid chain_method: {self.chain_method!r}. It is one of {allowed}.")
+        _check_path(self.checkpoint)
+        self.watched()
 
     @property
     def num_steps(self) -> int:
@@ -46,12 +54,20 @@ class RunOptions:
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""
+        if not isinstance(self.observables, Mapping | None):
+            raise TypeError(
+                f"observables is a mapping of names, but got a {type(self.observables).__name__}. Give a dict."
+            )
         watched = []
         for name, observable in (self.observables or {}).items():
-            if not callable(observable) and not isinstance(observable, Observable):
+            if not isinstance(name, str):
+                raise TypeError(f"observables: the name {name!r} is no string. Give one.")
+            is_class = isinstance(observable, type) and issubclass(observable, Observable)
+            if is_class or not (callable(observable) or isinstance(observable, Observable)):
+                kind = f"the class {observable!r}" if is_class else type(observable).__name__
                 raise TypeError(
-                    f"observables: {name!r} is {type(observable).__name__}. Give a function of the parameters, or an "
-                    "instance of an Observable."
+                    f"observables: {name!r} is {kind}. Give a function of the parameters, or an instance of an "
+                    "Observable."
                 )
             if name in ("loss", "params"):
                 raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
@@ -65,3 +81,17 @@ class RunOptions:
                 ) from None
             watched.append((name, observed))
         return tuple(watched)
+
+
+def _check_path(checkpoint: Any) -> None:
+    """Raise for what no checkpoint can be written to: at the end of a run it would be too late."""
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, str | os.PathLike):
+        kind = type(checkpoint).__name__
+        raise TypeError(f"checkpoint is the path of a file, but got {kind}. Give a str or a Path.")
+    path = Path(checkpoint)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent}, where the checkpoint should go, does not exist. Make it.")
+    if path.is_dir():
+        raise IsADirectoryError(f"The checkpoint {path} is a folder. Give the path of a file in it.")
