@@ -117,7 +117,7 @@ def doubts(
     line(
         f"The chains disagree, with an R-hat above {HIGHEST_RHAT}:",
         [x.rhat > HIGHEST_RHAT for x in of_each],
-        lambda i: f"{of_each[i].rhat:.3g}",
+        lambda i: f"{of_each[i].rhat:.3f}",
         "Raise num_burnin_steps, num_draws or num_steps_bw_draws.",
     )
     line(

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core import Rule, trees
+from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
-from jaxoptim.core.modules import module_of
-from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.doubts import Statistics, doubts, fall_to_warn_of, statistics, warn
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
@@ -23,6 +21,7 @@ from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
 from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.selections import named_selections, stacked_masks
 from jaxoptim.sampling.target import Problem, problem
 
 
@@ -273,7 +272,7 @@ def estimate_llc(
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options.batch_size)
-    names, selections = _named_selections(selections, sampler)
+    names, selections = named_selections(selections, sampler)
     nbeta = temperature("estimate_llc", nbeta, sampler, data)
     check_initial_loss(init_loss)
     count = 1 if selections is None else len(selections)
@@ -282,8 +281,8 @@ def estimate_llc(
     prepared = prepare(given, sampler, rules, count, options)
     init_loss = initial_loss(init_loss, given, options.batch_size)
     found = arranged_in((count, options.num_chains), run(prepared))
-    rounding = 32 * float(jnp.finfo(found["loss"].dtype).eps) * nbeta * abs(init_loss)
-    loss = found.pop("loss").astype(np.float64)
+    eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
+    rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
     diverged = first_divergence(loss)
     several = LLC(loss, init_loss, nbeta, diverged, found, names)
     estimate = several if selections is not None else dataclasses.replace(several[0], names=None)
@@ -298,22 +297,6 @@ def estimate_llc(
     falls, norms = zip(*steps, strict=True)
     warn(lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels), stacklevel=2)
     return estimate
-
-
-def _named_selections(selections: Any, sampler: SamplerLike) -> tuple[tuple[str, ...] | None, list[Any] | None]:
-    """The selections as a list, and their names if they have any."""
-    if selections is None:
-        return None, None
-    if not isinstance(selections, list | tuple | Mapping | np.ndarray | jax.Array):
-        given = repr(selections) if isinstance(selections, str | int | float) else f"a {type(selections).__name__}"
-        raise TypeError(f"selections is a list, or a mapping of names, but got {given}. Give [selection, ...].")
-    if getattr(sampler, "optimize_over", None) is not None:
-        raise ValueError("The sampler has a mask, optimize_over, of its own. Give it as one of the selections.")
-    if not isinstance(sampler, Rule):
-        raise TypeError("selections can be set in a rule only, but the sampler is a transformation. Give a rule.")
-    if isinstance(selections, Mapping):
-        return tuple(selections), list(selections.values())
-    return None, list(selections)
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
@@ -395,46 +378,6 @@ def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> 
     if lacking := [name for name in ("nbeta", *changes) if name not in sampler.specs]:
         raise TypeError(f"{type(sampler).__name__} has no {', '.join(lacking)}. Give a sampler: SGLD, SGNHT, ...")
     return stacked(sampler.replace(nbeta=nbeta), count, **changes)
-
-
-def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
-    """Masks with a first axis of selections, a tree like the parameters."""
-    if not selections:
-        raise ValueError("selections is empty. Give at least one mask, regular expression or predicate.")
-    names, leaves = trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf)
-    chosen: list[list[Any]] = []
-    for selection in selections:
-        is_module = module_of(selection) is not None  # of bools, which may be callable
-        if isinstance(selection, str) or hasattr(selection, "fullmatch") or (callable(selection) and not is_module):
-            matches = predicate(selection)
-            flags = [bool(matches(name)) for name in names]
-            if not any(flags):
-                raise ValueError(
-                    f"selections: {selection!r} selects no parameter. A regular expression must match the whole path, "
-                    f"as 'layer.*' does. The paths are {', '.join(names)}."
-                )
-            chosen.append([np.asarray(flag) for flag in flags])
-        elif jax.tree_util.all_leaves([selection]):
-            chosen.append([np.asarray(selection)] * len(names))
-        else:
-            parts = trees.leaves_like(selection, params, "selections")
-            chosen.append([np.asarray(True) if part is None else np.asarray(part) for part in parts])
-        if not any(part.any() for part, leaf in zip(chosen[-1], leaves, strict=True) if leaf is not None):
-            raise ValueError(
-                f"selections: number {len(chosen) - 1} selects nothing, and no chain would move. Give a mask with ones."
-            )
-    masks = []
-    for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        parts = [of_one[index] for of_one in chosen]
-        if not all(np.isin(part, (0, 1)).all() for part in parts):
-            raise ValueError(f"selections: a mask of {name!r} has other numbers than zeros and ones.")
-        shape = jnp.shape(leaf) if any(part.ndim for part in parts) and leaf is not None else ()
-        try:
-            masks.append(None if leaf is None else np.stack([np.broadcast_to(part, shape) for part in parts]))
-        except ValueError as error:
-            raise ValueError(f"selections: a mask does not broadcast to {name!r} of shape {shape}.") from error
-    treedef = jax.tree.structure(params, is_leaf=trees.is_leaf)
-    return jax.tree.map(jnp.asarray, jax.tree.unflatten(treedef, masks))
 
 
 def _plain(x: np.ndarray) -> Any:
