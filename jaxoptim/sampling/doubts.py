@@ -14,7 +14,7 @@ from jaxoptim.sampling import diagnostics
 FEWEST_DRAWS = 100
 """Effective draws below which neither an error nor R-hat means much."""
 HIGHEST_RHAT = 1.1
-OF_ESTIMATE = 0.1
+OF_ESTIMATE = 0.2
 """The share of an estimate that the potential may fall on a step down the gradient."""
 ONE_PARAMETER = 0.5
 """The coefficient of one regular parameter: what is small beside it is small."""
@@ -103,7 +103,7 @@ def doubts(
 
     lines: list[str] = []
     line(
-        "params is not near a minimum: a step down the gradient lowers nbeta * loss by over a tenth of the estimate,",
+        "params is not near a minimum: a step down the gradient lowers nbeta * loss by over a fifth of the estimate,",
         [fall >= fall_to_warn_of(x.mean) + rounding for x, fall in zip(of_each, falls, strict=True)],
         lambda i: f"{falls[i]:.3g} (gradient norm {norms[i]:.3g})",
         "The coefficient is that of a minimum, and is too low elsewhere: train further, or raise localization.",

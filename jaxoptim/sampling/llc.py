@@ -235,8 +235,8 @@ def estimate_llc(
 
         - Chains have diverged. They are left out, and the warning says at which draws.
         - ``params`` is far from a minimum: some step down the gradient over all data, of a length that follows from the
-          gradient, lowers the potential :math:`n\beta L + \tfrac{\gamma}{2}\|w - w^*\|^2` by more than a tenth of the
-          estimate (a tenth of 1/2 at least, the coefficient of one regular parameter). By as much or more the
+          gradient, lowers the potential :math:`n\beta L + \tfrac{\gamma}{2}\|w - w^*\|^2` by more than a fifth of the
+          estimate (a fifth of 1/2 at least, the coefficient of one regular parameter). By as much or more the
           estimate is too low. It costs a gradient and two losses over all data, in batches.
         - The estimate is below zero by more than three of its standard errors.
         - :math:`\hat R` is above 1.1.
