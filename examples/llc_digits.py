@@ -9,6 +9,7 @@ inverse temperature, and what it tends to.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,11 +84,15 @@ def estimates(checkpoints: dict[int, Params], data: Data) -> list[Row]:
     print(f"{'step':>6}{'train loss':>12}{'test accuracy':>15}{'LLC':>9}{'mcse':>7}{'R-hat':>7}")
     rows = []
     for step, params in checkpoints.items():
-        llc = sampling.estimate_llc(loss_fn, params, AROUND_WEIGHTS, train_data, key=jax.random.key(0), **CHAINS)
+        with warnings.catch_warnings(record=True) as reasons:
+            warnings.simplefilter("always")
+            llc = sampling.estimate_llc(loss_fn, params, AROUND_WEIGHTS, train_data, key=jax.random.key(0), **CHAINS)
         rows.append(Row(step, float(accuracy_of(params, data)), llc))
         print(
             f"{step:>6}{llc.init_loss:>12.4f}{rows[-1].accuracy:>15.2%}{llc.mean:>9.2f}{llc.mcse:>7.2f}{llc.rhat:>7.2f}"
+            f"{' *' if reasons else ''}"
         )
+    print("* with a warning: early in training there is no minimum yet, and the number is no coefficient")
     return rows
 
 

@@ -30,6 +30,7 @@ PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name 
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
 SAMPLING = "sample estimate_llc calibrate default_nbeta mala_acceptance effective_sample_size mcse rhat"
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
+PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}
 PUBLIC |= {"testing.check_rule": testing.check_rule}
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

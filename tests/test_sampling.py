@@ -27,6 +27,9 @@ SGLD = rules.SGLD(lr=0.02, nbeta=5.0, localization=1.0)
 FEW = {"key": KEY, "num_chains": 2, "num_draws": 5}
 
 
+few_draws = pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
+
+
 def loss(params):
     return jnp.sum(jnp.cosh(params["w"])) + params["b"] ** 2
 
@@ -358,6 +361,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes):
 # Divergence.
 
 
+@few_draws
 def test_divergence_is_reported_and_left_out():
     sampler = rules.SGLD(lr=0.05, nbeta=1.0)
     options = {"key": KEY, "num_chains": 8, "num_draws": 6}
@@ -367,7 +371,7 @@ def test_divergence_is_reported_and_left_out():
     assert found.diverged.tolist() == first
     assert 0 < sum(x >= 0 for x in first) < 8
     chain = next(i for i, x in enumerate(first) if x >= 0)
-    with pytest.warns(UserWarning, match=rf"chains diverged: chain {chain} at draw {first[chain]}\b.*left out"):
+    with pytest.warns(sampling.LLCWarning, match=rf"chains diverged: chain {chain} at draw {first[chain]}\b.*left out"):
         llc = sampling.estimate_llc(at_most, START, sampler, nbeta=1.0, **options)
     good = np.asarray(found.loss, np.float64)[np.array(first) < 0]
     init_loss = float(loss(START))
@@ -387,6 +391,7 @@ def test_all_chains_diverged():
 # The estimate.
 
 
+@few_draws
 def test_the_estimate_is_that_of_its_draws():
     llc = sampling.estimate_llc(fit, START, SGLD.replace(nbeta=1.0), DATA, batch_size=4, **FEW)
     draws = sampling.sample(fit, START, SGLD.replace(nbeta=llc.nbeta), DATA, batch_size=4, **FEW)
@@ -402,12 +407,14 @@ def test_the_estimate_is_that_of_its_draws():
     np.testing.assert_allclose(given.trace, llc.nbeta * (llc.loss - 2.0))
 
 
+@few_draws
 def test_one_chain_has_no_deviation():
     llc = sampling.estimate_llc(loss, START, SGLD, nbeta=5.0, key=KEY, num_chains=1, num_draws=5)
     assert np.isnan(llc.std)
     assert llc.mean == pytest.approx(llc.trace.mean())
 
 
+@few_draws
 @pytest.mark.slow
 def test_selections_are_named():
     llc, by_name = (
@@ -417,6 +424,7 @@ def test_selections_are_named():
     np.testing.assert_allclose(by_name.loss, llc.loss, rtol=1e-5)
 
 
+@few_draws
 def test_selections_move_their_parameters_only():
     masks = {"w": {"w": np.ones(2), "b": np.zeros(())}, "half": {"w": np.array([1, 0]), "b": None}}
     options = FEW | {"observables": {"at": lambda params: params}}
@@ -434,6 +442,7 @@ def test_selections_move_their_parameters_only():
         llc[0][0]
 
 
+@few_draws
 def test_a_sweep_is_each_of_its_settings():
     rates, strengths = [0.01, 0.03, 100.0], [0.0, 2.0]
     sweep = sampling.calibrate(loss, START, SGLD, lr=rates, localization=strengths, nbeta=1.0, **FEW)
@@ -450,6 +459,7 @@ def test_a_sweep_is_each_of_its_settings():
 # Programs.
 
 
+@few_draws
 def test_other_numbers_compile_nothing_new():
     def go(**changes):
         options = {"sampler": SGLD, "nbeta": 5.0, "num_burnin_steps": 2, "num_steps_bw_draws": 1} | FEW | changes
@@ -495,7 +505,7 @@ WRONG = {
     "batch without data": ({"batch_size": 4, "data": None}, ValueError, "batch_size is 4, but there are no data"),
     "lengths": ({"data": DATA | {"y": jnp.ones(9)}}, ValueError, r"one length, but they have x: 10, y: 9"),
     "no data": ({"data": {}}, ValueError, "data has no arrays"),
-    "class": ({"sampler": rules.SGLD}, TypeError, r"Give an instance: SGLD\(lr"),
+    "class": ({"sampler": rules.SGLD}, TypeError, r"Give an instance: jaxoptim\.rules\.SGLD\(lr"),
     "no sampler": ({"sampler": 3}, TypeError, "sampler is a rule or a transformation, but got 3"),
     "vector": ({"loss_fn": lambda p, b: p["w"]}, TypeError, r"loss is a real scalar.*shape \(2,\)"),
     "complex": ({"loss_fn": lambda p, b: p["b"] + 0j}, TypeError, "loss is a real scalar.*complex64"),
@@ -507,16 +517,21 @@ WRONG = {
 }
 
 
+def calibrate(**options):
+    return sampling.calibrate(lr=[0.01], localization=[1.0], **options)
+
+
 @pytest.mark.parametrize(("changes", "error", "match"), WRONG.values(), ids=WRONG)
-def test_sample_refuses(changes, error, match):
+@pytest.mark.parametrize("run", [sampling.sample, sampling.estimate_llc, calibrate], ids=lambda run: run.__name__)
+def test_what_is_wrong_is_refused(run, changes, error, match):
     options = {"loss_fn": fit, "params": START, "sampler": SGLD, "data": DATA} | FEW | changes
     with pytest.raises(error, match=match):
-        sampling.sample(**options)
+        run(**options)
 
 
 WRONG_ESTIMATES = {
     "no nbeta": ({"data": None, "loss_fn": loss, "sampler": rules.SGLD()}, ValueError, "no data to count: give nbeta"),
-    "nbeta of zero": ({"nbeta": 0.0}, ValueError, r"Invalid nbeta: 0\.0\. It is a number > 0"),
+    "nbeta of zero": ({"nbeta": 0.0}, ValueError, r"Invalid nbeta: 0\.0\. It is a finite number > 0"),
     "rule without nbeta": ({"sampler": rules.SGD()}, TypeError, "SGD has no nbeta"),
     "no selections": ({"selections": []}, ValueError, "selections is empty"),
     "nothing selected": ({"selections": ["other"]}, ValueError, "'other' selects no parameter.*The paths are b, w"),
@@ -524,11 +539,11 @@ WRONG_ESTIMATES = {
     "masks of a transformation": (
         {"sampler": optax.sgd(0.1), "selections": ["w"]},
         TypeError,
-        "can be set in a rule only",
+        "selections can be set in a rule only",
     ),
     "unknown": ({"batch": 3}, TypeError, "batch"),
     "batch": ({"batch_size": 4.0}, ValueError, r"Invalid batch_size: 4\.0"),
-    "aux": ({"loss_fn": lambda p, b: (fit(p, b), {})}, TypeError, "loss is a real scalar.*returned tuple"),
+    "aux": ({"loss_fn": lambda p, b: (fit(p, b), {})}, TypeError, "loss is a real scalar.*returned a tuple of 2"),
 }
 
 

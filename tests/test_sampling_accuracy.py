@@ -19,6 +19,9 @@ from jaxoptim import rules, sampling
 
 KEY = jax.random.key(0)
 slow = pytest.mark.slow
+WARNING = "jaxoptim.sampling.LLCWarning"
+# What is exact is so from any start: estimates warn that it is no minimum.
+away = pytest.mark.filterwarnings(f"ignore:params is not near a minimum:{WARNING}")
 # Most numbers of chains are primes: not spread over the eight devices of a test session, small steps take less time.
 
 
@@ -67,6 +70,7 @@ def sgld(lr, mask=None, **options):
     return rules.SGLD(lr=lr, optimize_over=None if mask is None else jnp.asarray(mask), **options)
 
 
+@away
 @pytest.mark.parametrize("case", some(QUADRATICS, ["anisotropic", "all_at_once"]))
 def test_sgld_on_a_quadratic(case):
     h, chains, options = QUADRATICS[case]
@@ -211,6 +215,7 @@ def test_momentum_with_all_terms(sampler):
 # Preconditioned SGLD
 
 
+@pytest.mark.filterwarnings(f"ignore::{WARNING}")
 @pytest.mark.parametrize("corrected", some([False, True], []), ids=["plain", "corrected"])
 def test_psgld_frozen_after_its_first_update(corrected):
     """Its preconditioner is then that of the gradient at the start."""
@@ -267,6 +272,7 @@ def quartic(w):
     return w**4 / 4 + w**2 / 2
 
 
+@pytest.mark.filterwarnings(f"ignore:The chains disagree:{WARNING}")
 @slow
 @pytest.mark.parametrize("gamma", some([True, False], [True]), ids=["with_gamma", "without"])
 def test_psgld_needs_gamma_where_alpha_is_zero(gamma):
@@ -686,6 +692,7 @@ def layers(w, h):
     return sum(jnp.sum(h[name][0] * w[name] ** 2) for name in ("attention", "mlp")) / 2
 
 
+@away
 @slow
 def test_refined_coefficients():
     """Each selection has the exact value of its own coordinates; the others stay where they are, and cost nothing."""
@@ -736,6 +743,7 @@ def test_calibration_is_a_grid_of_estimates():
         assert sweep.std[i, j] == pytest.approx(llc.std, rel=1e-5)
 
 
+@pytest.mark.filterwarnings(f"ignore::{WARNING}")
 @pytest.mark.parametrize("batch_size", some([None, 1, 3, 7], [3]))
 def test_init_loss_is_the_mean_over_all_data(batch_size):
     """Also where the last batch is smaller."""

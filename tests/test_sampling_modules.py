@@ -23,6 +23,7 @@ DATA = {"x": X, "y": X.sum(-1)}
 KEY = jax.random.key(3)
 SGLD = rules.SGLD(lr=1e-3, nbeta=5.0, localization=1.0)
 FEW = {"key": KEY, "num_chains": 2, "num_draws": 3, "batch_size": 4}
+few_draws = pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 
 
 class Scaled(eqx.Module):
@@ -166,6 +167,7 @@ def test_a_run_of_a_module_is_that_of_its_arrays(kind):
     chex.assert_trees_all_equal(leaves(of.model), before)
 
 
+@few_draws
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimates_of_a_module_are_those_of_its_arrays(kind):
     of, sampler = case(kind), SGLD.replace(nbeta=1.0)
@@ -184,6 +186,7 @@ def test_estimates_of_a_module_are_those_of_its_arrays(kind):
     assert sweep.observables["predicted"].shape == (1, 2, 2, 3, 2)
 
 
+@few_draws
 def test_a_mask_of_an_equinox_module_is_a_module_of_bools():
     mask = eqx.tree_at(lambda model: model.mlp.layers[1], jax.tree.map(lambda _: False, scaled()), replace_fn=_yes)
     llc = sampling.estimate_llc(

@@ -42,6 +42,7 @@ def equal(a, b):
 # One distribution in all dtypes.
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize("lr", [1e-3, 1e-5, *(pytest.param(lr, marks=slow) for lr in (1e-4, 1e-6, 1e-7))])
 @pytest.mark.parametrize("is_coarse", [False, pytest.param(True, marks=slow)], ids=["loss32", "loss16"])
 def test_estimates_agree_in_all_dtypes(lr, is_coarse):
@@ -141,6 +142,7 @@ class Seen(sampling.Observable):
         return memory, draw.params
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_a_mean_over_many_batches_does_not_overflow():
     """In float16 the sum of the losses of all data would."""
     data = jnp.full(3001, 50.0, jnp.float16)
@@ -196,6 +198,7 @@ def test_calibrate_agrees():
     np.testing.assert_allclose(low.mean, wide.mean, rtol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_selections_hold_the_others():
     start = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
     llc = sampling.estimate_llc(

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from jaxoptim import rules, sampling
-from jaxoptim.sampling.llc import stacked_masks
+from jaxoptim.sampling.selections import stacked_masks
 
 PARAMS = {"attention": {"query": jnp.ones((4, 6)), "out": jnp.ones((6, 4))}, "norm": jnp.ones(4), "none": None}
 HEAD = {r"attention\.query": (1, 3, 1), r"attention\.out": (0, 3, 1)}

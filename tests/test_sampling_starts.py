@@ -125,6 +125,7 @@ class Centers(sampling.Observable):
 CENTERS = Centers()
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_estimates_and_sweeps_begin_apart_and_compare_with_the_loss_at_the_center():
     h, base = np.ones((1, 4)), {"key": KEY, "num_chains": 3, "num_draws": 4, "observables": {"at": CENTERS}}
     llc = sampling.estimate_llc(quadratic, jnp.zeros(4), rules.SGLD(), h, nbeta=5.0, start_noise=1.0, **base)
@@ -148,6 +149,7 @@ def test_estimates_and_sweeps_begin_apart_and_compare_with_the_loss_at_the_cente
     np.testing.assert_allclose(sweep.trace[1, 0, :, 0], sweep.trace[0, 0, :, 0], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_rhat_tells_chains_that_have_not_met():
     """From one point they look as if they had."""
 

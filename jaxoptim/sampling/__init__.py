@@ -6,6 +6,7 @@ from jaxoptim.sampling.cross_covariance import CrossCovariance as CrossCovarianc
 from jaxoptim.sampling.diagnostics import effective_sample_size as effective_sample_size
 from jaxoptim.sampling.diagnostics import mcse as mcse
 from jaxoptim.sampling.diagnostics import rhat as rhat
+from jaxoptim.sampling.doubts import LLCWarning as LLCWarning
 from jaxoptim.sampling.influence import Influence as Influence
 from jaxoptim.sampling.influence import influence as influence
 from jaxoptim.sampling.llc import LLC as LLC

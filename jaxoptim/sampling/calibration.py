@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.sampling.llc import arranged_in, initial_loss, options_of, temperature, tempered
-from jaxoptim.sampling.run import SamplerLike, run
+from jaxoptim.core import Rule
+from jaxoptim.sampling.llc import arranged_in, check_initial_loss, initial_loss, temperature, tempered
+from jaxoptim.sampling.observables import Observable
+from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.target import problem
 
@@ -78,11 +82,23 @@ def calibrate(
     nbeta: float | None = None,
     key: jax.Array,
     init_loss: float | None = None,
-    **options: Any,
+    num_chains: int = 10,
+    num_draws: int = 100,
+    num_burnin_steps: int = 0,
+    num_steps_bw_draws: int = 1,
+    start_noise: float = 0.0,
+    batch_size: int | None = None,
+    microbatches: int = 1,
+    same_batches: bool = False,
+    chain_method: str = "auto",
+    observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    probes: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Estimate the local learning coefficient for every pair of a step size and a localization, in one program.
 
-    Settings that diverge are part of the answer: they raise nothing.
+    Settings that fail are part of the answer: they raise nothing, and warn of nothing.
 
     Args:
         loss_fn: as for :func:`estimate_llc`.
@@ -94,13 +110,25 @@ def calibrate(
         nbeta: as for :func:`estimate_llc`.
         key: a typed JAX key. Chain c of all settings has the same noise.
         init_loss: as for :func:`estimate_llc`.
-        options: the other keywords of :func:`sample`.
+        num_chains: as for :func:`sample` (default 10).
+        num_draws: as for :func:`sample` (default 100).
+        num_burnin_steps: as for :func:`sample` (default 0).
+        num_steps_bw_draws: as for :func:`sample` (default 1).
+        start_noise: as for :func:`sample` (default 0).
+        batch_size: as for :func:`sample` (default None: all data in every step).
+        microbatches: as for :func:`sample` (default 1).
+        same_batches: as for :func:`sample` (default False).
+        chain_method: as for :func:`sample` (default ``"auto"``).
+        observables: as for :func:`sample` (default None).
+        progress: as for :func:`sample` (default False).
+        checkpoint: as for :func:`sample` (default None).
+        probes: as for :func:`sample` (default None).
 
     Returns:
         :class:`Calibration`.
 
     Raises:
-        As :func:`estimate_llc`, but for divergence.
+        As :func:`estimate_llc`, but for divergence; ``TypeError`` for a transformation.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -110,10 +138,31 @@ def calibrate(
         >>> sweep.mean.shape, sweep.diverged[-1].tolist()
         ((3, 2), [1.0, 1.0])
     """
-    checked = options_of("calibrate", key, options)
+    options = RunOptions(
+        key,
+        num_chains,
+        num_draws,
+        num_burnin_steps,
+        num_steps_bw_draws,
+        batch_size,
+        chain_method,
+        observables,
+        progress,
+        checkpoint,
+        probes=probes,
+        microbatches=microbatches,
+        same_batches=same_batches,
+        start_noise=start_noise,
+    )
+    check_sampler(sampler)
+    given = problem(loss_fn, params, data, options)
+    if not isinstance(sampler, Rule):
+        raise TypeError(
+            "calibrate sets lr, localization and nbeta of a rule, but the sampler is a transformation. Give a rule, "
+            "such as jaxoptim.rules.SGLD()."
+        )
     nbeta = temperature("calibrate", nbeta, sampler, data)
-    given = problem(loss_fn, params, data, checked)
-    init_loss = initial_loss(init_loss, given, checked.size_at_once(data))
+    check_initial_loss(init_loss)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
         if not len(values) or not (values >= 0).all():
@@ -121,8 +170,9 @@ def calibrate(
     grid = [x.reshape(-1) for x in np.meshgrid(rates, strengths, indexing="ij")]
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
-    found = run(given, sampler, rules, count, checked)
-    arranged = arranged_in((len(rates), len(strengths), checked.num_chains), found)
+    prepared = prepare(given, sampler, rules, count, options)
+    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    arranged = arranged_in((len(rates), len(strengths), options.num_chains), run(prepared))
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)
     good = first_divergence(loss) < 0
@@ -131,4 +181,4 @@ def calibrate(
     mean = np.where(number > 0, chains.sum(-1) / np.maximum(number, 1), np.nan)
     squares = np.where(good, (chains - mean[..., None]) ** 2, 0).sum(-1)
     std = np.where(number > 1, np.sqrt(squares / np.maximum(number - 1, 1)), np.nan)
-    return Calibration(rates, strengths, mean, std, 1 - number / checked.num_chains, trace, arranged)
+    return Calibration(rates, strengths, mean, std, 1 - number / options.num_chains, trace, arranged)

@@ -20,7 +20,6 @@ from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.target import Given
 
-METHODS = ("auto", "vmap", "map")
 _SMALL = 2048
 """Numbers in the parameters up to which ``"auto"`` takes all chains at once on a CPU: beyond, they leave the cache."""
 _MEDIUM = 65536
@@ -29,8 +28,6 @@ _MEDIUM = 65536
 
 def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str, Mesh | None]:
     """The method of running chains, and the devices to spread them over (None: they stay where their inputs are)."""
-    if method not in METHODS:
-        raise ValueError(f"Invalid chain_method: {method!r}. It is one of {', '.join(map(repr, METHODS))}.")
     arrays = [x for x in jax.tree.leaves((params, given)) if isinstance(x, jax.Array)]
     devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
     platform = next(iter(devices)).platform if devices else jax.default_backend()

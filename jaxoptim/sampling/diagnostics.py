@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
 
 from jaxoptim.interop.numpyro import required
+
+
+def is_available() -> bool:
+    """Whether numpyro is installed."""
+    return importlib.util.find_spec("numpyro") is not None
 
 
 def effective_sample_size(trace: Any) -> np.ndarray:
@@ -34,7 +40,8 @@ def effective_sample_size(trace: Any) -> np.ndarray:
     """
     from numpyro import diagnostics
 
-    return np.asarray(diagnostics.effective_sample_size(_checked(trace, "effective_sample_size")))
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN for a trace that never moves
+        return np.asarray(diagnostics.effective_sample_size(_checked(trace, "effective_sample_size")))
 
 
 def rhat(trace: Any) -> np.ndarray:
@@ -61,7 +68,8 @@ def rhat(trace: Any) -> np.ndarray:
     """
     from numpyro import diagnostics
 
-    return np.asarray(diagnostics.split_gelman_rubin(_checked(trace, "rhat", 4)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(diagnostics.split_gelman_rubin(_checked(trace, "rhat", 4)))
 
 
 def mcse(trace: Any) -> np.ndarray:
@@ -87,7 +95,8 @@ def mcse(trace: Any) -> np.ndarray:
     spread = trace.std((0, 1), ddof=1)
     # A trace that never moves is known exactly, and has no effective sample size.
     ramp = np.arange(trace.shape[1]).reshape(1, -1, *[1] * spread.ndim)
-    return spread / np.sqrt(effective_sample_size(np.where(spread > 0, trace, ramp)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN where the draws are too few for an effective size
+        return spread / np.sqrt(effective_sample_size(np.where(spread > 0, trace, ramp)))
 
 
 def _checked(trace: Any, what: str, least: int = 2) -> np.ndarray:

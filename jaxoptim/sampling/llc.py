@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import warnings
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim.core import Rule, trees
+from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
-from jaxoptim.core.modules import module_of
-from jaxoptim.optim.groups import predicate
 from jaxoptim.sampling import diagnostics
+from jaxoptim.sampling.doubts import Statistics, doubts, fall_to_warn_of, statistics, warn
+from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
+from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, run, stacked
+from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
 from jaxoptim.sampling.sample import first_divergence
-from jaxoptim.sampling.target import Given, Problem, Target, problem
+from jaxoptim.sampling.selections import named_selections, stacked_masks
+from jaxoptim.sampling.target import Problem, problem
 
 
 def default_nbeta(n: float) -> float:
@@ -73,14 +74,20 @@ class LLC:
     names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
-        """The estimate in a line."""
+        """The estimate in a line, its numbers in three digits; mcse and R-hat as far as they are known."""
         chains, draws = self.loss.shape[-2:]
         lost = (self.diverged >= 0).sum()
-        return (
-            f"LLC(mean={self.mean}, std={self.std}, {chains} chains of {draws} draws"
-            + (f", {lost} of them diverged" if lost else "")
-            + ")"
-        )
+        of_each, several = self._statistics(), self.loss.ndim == 3
+        shown = []
+        for name in ("mean", "mcse", "rhat"):
+            numbers = [f"{getattr(x, name):#.3g}".rstrip(".") for x in of_each]
+            if set(numbers) == {"nan"} and name != "mean":
+                continue
+            if several and self.names is not None:
+                numbers = [f"{name}: {number}" for name, number in zip(self.names, numbers, strict=True)]
+            shown.append(f"{name}={'[' + ', '.join(numbers) + ']' if several else numbers[0]}")
+        end = f", {lost} of them diverged" if lost else ""
+        return f"LLC({', '.join(shown)}, {chains} chains of {draws} draws{end})"
 
     @property
     def trace(self) -> np.ndarray:
@@ -117,12 +124,20 @@ class LLC:
         """The number of independent draws of the loss (needs numpyro)."""
         return _plain(self._each(diagnostics.effective_sample_size))
 
+    def _statistics(self) -> list[Statistics]:
+        """Mean, error, R-hat and effective sample size of each selection, NaN where one is not known."""
+        return [statistics(trace) for trace in self._good_traces()]
+
     def _each(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
         """A number for each selection, from the traces of its chains that have not diverged."""
-        draws = self.loss.shape[-1]
-        good = self.diverged.reshape(-1, self.diverged.shape[-1]) < 0
-        values = [of(trace[keep]) for trace, keep in zip(self.trace.reshape(*good.shape, draws), good, strict=True)]
+        values = [of(trace) for trace in self._good_traces()]
         return np.asarray(values, np.float64).reshape(self.diverged.shape[:-1])
+
+    def _good_traces(self) -> list[np.ndarray]:
+        """The traces of each selection, of its chains that have not diverged."""
+        good = self.diverged.reshape(-1, self.diverged.shape[-1]) < 0
+        traces = self.trace.reshape(*good.shape, self.loss.shape[-1])
+        return [trace[keep] for trace, keep in zip(traces, good, strict=True)]
 
     def plot(self, *, ax: Any = None) -> Any:
         """Draw the trace of each chain and the pooled running mean with matplotlib.
@@ -165,7 +180,19 @@ def estimate_llc(
     key: jax.Array,
     init_loss: float | None = None,
     selections: Sequence[Any] | Mapping[str, Any] | None = None,
-    **options: Any,
+    num_chains: int = 10,
+    num_draws: int = 100,
+    num_burnin_steps: int = 0,
+    num_steps_bw_draws: int = 1,
+    start_noise: float = 0.0,
+    batch_size: int | None = None,
+    microbatches: int = 1,
+    same_batches: bool = False,
+    chain_method: str = "auto",
+    observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
+    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    probes: Mapping[str, Any] | None = None,
 ) -> LLC:
     r"""Estimate the local learning coefficient at ``params`` from chains that start there.
 
@@ -188,14 +215,43 @@ def estimate_llc(
             ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), or of regular expressions and predicates of the dotted
             path that select whole arrays; all of them in one program. A mapping gives them names (default None: all
             parameters).
-        options: the other keywords of :func:`sample`: ``num_chains``, ``num_draws``, ``num_burnin_steps``, ...
+        num_chains: as for :func:`sample` (default 10).
+        num_draws: as for :func:`sample` (default 100).
+        num_burnin_steps: as for :func:`sample` (default 0).
+        num_steps_bw_draws: as for :func:`sample` (default 1).
+        start_noise: as for :func:`sample` (default 0).
+        batch_size: as for :func:`sample` (default None: all data in every step).
+        microbatches: as for :func:`sample` (default 1).
+        same_batches: as for :func:`sample` (default False).
+        chain_method: as for :func:`sample` (default ``"auto"``).
+        observables: as for :func:`sample` (default None).
+        progress: as for :func:`sample` (default False).
+        checkpoint: as for :func:`sample` (default None).
+        probes: as for :func:`sample` (default None).
 
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
 
     Raises:
-        As :func:`sample`; ``ValueError`` without ``nbeta`` and data; ``FloatingPointError`` if all chains of a
-        selection diverge. Some that do are left out, and a warning says which, and at which draw.
+        As :func:`sample`, and before the loss is evaluated; ``TypeError`` for a rule without ``nbeta``, and for
+        selections of a transformation; ``ValueError`` without ``nbeta`` and data, for a number out of range, and for a
+        selection that selects nothing, or a mask that does not fit; ``FloatingPointError`` if all chains of a selection
+        diverge.
+
+    Warns:
+        :class:`LLCWarning`, once for each of these reasons, with the selections that it is about:
+
+        - Chains have diverged. They are left out, and the warning says at which draws.
+        - ``params`` is far from a minimum: some step down the gradient over all data, of a length that follows from the
+          gradient, lowers the potential :math:`n\beta L + \tfrac{\gamma}{2}\|w - w^*\|^2` by more than a fifth of the
+          estimate (a fifth of 1/2 at least, the coefficient of one regular parameter). By as much or more the
+          estimate is too low. It costs a gradient and two losses over all data, in batches.
+        - The estimate is below zero by more than three of its standard errors.
+        - :math:`\hat R` is above 1.1.
+        - The effective sample size is below 100, there are fewer than four draws, or the loss is the same at all.
+
+        The last three need numpyro (but for a number of draws below four), and are left out without it.
+        ``warnings.filterwarnings("ignore", category=sampling.LLCWarning)`` silences all.
 
     References:
         Lau, Furman, Wang, Murfet, Wei, The local learning coefficient: a singularity-aware complexity measure, 2023.
@@ -210,32 +266,49 @@ def estimate_llc(
         >>> abs(llc.mean - 5.13) < 4 * llc.mcse, llc.per_chain.shape
         (True, (8,))
     """
-    checked = options_of("estimate_llc", key, options)
+    options = RunOptions(
+        key,
+        num_chains,
+        num_draws,
+        num_burnin_steps,
+        num_steps_bw_draws,
+        batch_size,
+        chain_method,
+        observables,
+        progress,
+        checkpoint,
+        probes=probes,
+        microbatches=microbatches,
+        same_batches=same_batches,
+        start_noise=start_noise,
+    )
+    check_sampler(sampler)
+    given = problem(loss_fn, params, data, options)
+    names, selections = named_selections(selections, sampler)
     nbeta = temperature("estimate_llc", nbeta, sampler, data)
-    given = problem(loss_fn, params, data, checked)
-    masks, count, names = None, 1, None
-    if isinstance(selections, str) or callable(selections):
-        raise TypeError(f"selections is a list, or a mapping of names, but got {selections!r}. Give [{selections!r}].")
-    if selections is not None:
-        if getattr(sampler, "optimize_over", None) is not None:
-            raise ValueError("The sampler has a mask, optimize_over, of its own. Give it as one of the selections.")
-        if isinstance(selections, Mapping):
-            names, selections = tuple(selections), list(selections.values())
-        masks, count = stacked_masks(selections, given.arrays), len(selections)
-    changes = {} if masks is None else {"optimize_over": masks}
+    check_initial_loss(init_loss)
+    count = 1 if selections is None else len(selections)
+    changes = {} if selections is None else {"optimize_over": stacked_masks(selections, given.arrays)}
     rules = tempered(sampler, count, nbeta, **changes)
-    init_loss = initial_loss(init_loss, given, checked.size_at_once(data))
-    found = run(given, sampler, rules, count, checked)
-    shape = (count, checked.num_chains) if selections is not None else (checked.num_chains,)
-    return made(found, shape, init_loss, nbeta, names)
-
-
-def options_of(caller: str, key: Any, options: dict[str, Any]) -> RunOptions:
-    """The keywords of :func:`sample` that were given to another function."""
-    allowed = [field.name for field in dataclasses.fields(RunOptions) if field.name != "key"]
-    if unknown := [name for name in options if name not in allowed]:
-        raise TypeError(f"{caller}() got an unexpected keyword argument {unknown[0]!r}. It takes {', '.join(allowed)}.")
-    return RunOptions(key=key, **options)
+    prepared = prepare(given, sampler, rules, count, options)
+    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    found = arranged_in((count, options.num_chains), run(prepared))
+    eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
+    rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
+    diverged = first_divergence(loss)
+    several = LLC(loss, init_loss, nbeta, diverged, found, names)
+    estimate = several if selections is not None else dataclasses.replace(several[0], names=None)
+    labels = None if selections is None else [f"selection {name!r}" for name in names or range(count)]
+    lines = _diverged(diverged, labels)
+    of_each = several._statistics()
+    gradient = full_gradient(*given, options.size_at_once(data))
+    steps = [
+        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, options.size_at_once(data))
+        for i, x in enumerate(of_each)
+    ]
+    falls, norms = zip(*steps, strict=True)
+    warn(lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels), stacklevel=2)
+    return estimate
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
@@ -247,39 +320,56 @@ def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> flo
         if data is None:
             raise ValueError(f"{caller} has no data to count: give nbeta, such as default_nbeta(n).")
         return default_nbeta(size_of(data))
-    if isinstance(nbeta, str | bool) or callable(nbeta) or np.ndim(nbeta) or not nbeta > 0:
-        raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0; a coefficient has one temperature.")
+    if not _is_number(nbeta) or not 0 < nbeta < math.inf:
+        raise ValueError(f"Invalid nbeta: {nbeta!r:.80}. It is a finite number > 0; a coefficient has one temperature.")
     return float(nbeta)
+
+
+def check_initial_loss(init_loss: Any) -> None:
+    """Raise for what is no loss to compare with."""
+    if init_loss is not None and (not _is_number(init_loss) or not math.isfinite(init_loss)):
+        raise ValueError(
+            f"Invalid init_loss: {init_loss!r:.80}. It is a finite number, with which the losses are compared, or None "
+            "for the loss of all data at params."
+        )
 
 
 def initial_loss(init_loss: Any, given: Problem, batch_size: int | None) -> float:
     """The loss to compare with: what was given, or that of all data at the parameters."""
-    value = float(_full_loss(*given, batch_size) if init_loss is None else init_loss)
+    value = float(full_loss(*given, batch_size) if init_loss is None else init_loss)
     if not math.isfinite(value):
-        what = "The loss of all data at params" if init_loss is None else "init_loss"
-        raise ValueError(f"{what} is {value}, with which no other loss can be compared.")
+        raise ValueError(
+            f"The loss of all data at params is {value}, with which no other loss can be compared. Give params and "
+            "data at which it is finite."
+        )
     return value
 
 
-def made(
-    found: dict[str, Any], shape: tuple[int, ...], init_loss: float, nbeta: float, names: tuple[str, ...] | None
-) -> LLC:
-    """The estimate of a run, whose chains are arranged in ``shape``; warns of those that have diverged."""
-    arranged = arranged_in(shape, found)
-    loss = arranged.pop("loss").astype(np.float64)
-    diverged = first_divergence(loss)
-    if (diverged >= 0).any():
-        lost = np.argwhere(diverged >= 0)
-        where = ", ".join(f"{_chain(i)} at draw {diverged[tuple(i)]}" for i in lost[:5])
-        many = f"{len(lost)} of {diverged.size} chains diverged: {where}{', ...' if len(lost) > 5 else ''}"
-        advice = (
-            "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
-            "sampling.sample with the same arguments returns all traces."
-        )
-        if (diverged >= 0).all(-1).any():
-            raise FloatingPointError(f"{many}. {advice}")
-        warnings.warn(f"{many}; they are left out of the estimate. {advice}", stacklevel=3)
-    return LLC(loss, init_loss, nbeta, diverged, arranged, names)
+def _is_number(x: Any) -> bool:
+    """Whether something is one real number."""
+    is_array = isinstance(x, np.ndarray | np.generic | jax.Array)
+    return (is_array and np.ndim(x) == 0 and x.dtype.kind in "fiu") or (
+        isinstance(x, int | float) and not isinstance(x, bool)
+    )
+
+
+def _diverged(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
+    """A line about the chains that have diverged; raises if all of a selection have."""
+    lost = np.argwhere(diverged >= 0)
+    if not len(lost):
+        return []
+    some = [
+        f"chain {chain}{'' if labels is None else f' of {labels[i]}'} at draw {diverged[i, chain]}"
+        for i, chain in lost[:5]
+    ]
+    many = f"{len(lost)} of {diverged.size} chains diverged: {', '.join(some)}{', ...' if len(lost) > 5 else ''}"
+    advice = (
+        "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
+        "sampling.sample with the same arguments returns all traces."
+    )
+    if (diverged >= 0).all(-1).any():
+        raise FloatingPointError(f"{many}. {advice}")
+    return [f"{many}; they are left out of the estimate. {advice}"]
 
 
 def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
@@ -300,72 +390,6 @@ def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> 
     if lacking := [name for name in ("nbeta", *changes) if name not in sampler.specs]:
         raise TypeError(f"{type(sampler).__name__} has no {', '.join(lacking)}. Give a sampler: SGLD, SGNHT, ...")
     return stacked(sampler.replace(nbeta=nbeta), count, **changes)
-
-
-def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
-    """Masks with a first axis of selections, a tree like the parameters."""
-    if not selections:
-        raise ValueError("selections is empty. Give at least one mask, regular expression or predicate.")
-    names, leaves = trees.names(params), jax.tree.leaves(params, is_leaf=trees.is_leaf)
-    chosen: list[list[Any]] = []
-    for selection in selections:
-        is_module = module_of(selection) is not None  # of bools, which may be callable
-        if isinstance(selection, str) or hasattr(selection, "fullmatch") or (callable(selection) and not is_module):
-            matches = predicate(selection)
-            flags = [bool(matches(name)) for name in names]
-            if not any(flags):
-                raise ValueError(
-                    f"selections: {selection!r} selects no parameter. A regular expression must match the whole path, "
-                    f"as 'layer.*' does. The paths are {', '.join(names)}."
-                )
-            chosen.append([np.asarray(flag) for flag in flags])
-        elif jax.tree_util.all_leaves([selection]):
-            chosen.append([np.asarray(selection)] * len(names))
-        else:
-            parts = trees.leaves_like(selection, params, "selections")
-            chosen.append([np.asarray(True) if part is None else np.asarray(part) for part in parts])
-    masks = []
-    for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        parts = [of_one[index] for of_one in chosen]
-        if not all(np.isin(part, (0, 1)).all() for part in parts):
-            raise ValueError(f"selections: a mask of {name!r} has other numbers than zeros and ones.")
-        try:
-            masks.append(None if leaf is None else _stacked(parts, jnp.shape(leaf)))
-        except ValueError as error:
-            raise ValueError(
-                f"selections: a mask does not broadcast to {name!r} of shape {jnp.shape(leaf)}."
-            ) from error
-    treedef = jax.tree.structure(params, is_leaf=trees.is_leaf)
-    return jax.tree.map(jnp.asarray, jax.tree.unflatten(treedef, masks))
-
-
-def _stacked(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Masks of one array, of as few numbers as tell them apart, behind a first axis."""
-    wide = np.broadcast_shapes(*(mask.shape for mask in masks))
-    if np.broadcast_shapes(wide, shape) != shape:
-        raise ValueError
-    each = wide and (1,) * (len(shape) - len(wide)) + wide
-    return np.stack([np.broadcast_to(mask, each) for mask in masks])
-
-
-@functools.partial(jax.jit, static_argnames=("target", "batch_size"))
-def _full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
-    """The mean loss over all data, batch by batch, each weighted by its size."""
-    data, rest = given.data, given.rest
-    if data is None:
-        return target.loss(params, rest, None)
-    n = size_of(data)
-    size = batch_size or n
-    whole = n // size * size
-    batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
-    total = jnp.sum(jax.lax.map(lambda batch: target.loss(params, rest, batch), batches)) * size
-    if whole < n:
-        total += target.loss(params, rest, jax.tree.map(lambda x: x[whole:], data)) * (n - whole)
-    return total / n
-
-
-def _chain(index: Any) -> str:
-    return f"chain {index[0]}" if len(index) == 1 else f"chain {index[-1]} of selection {index[0]}"
 
 
 def _plain(x: np.ndarray) -> Any:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxoptim.core import trees
+from jaxoptim.core import is_known, trees
 from jaxoptim.core.precision import widened
 
 
@@ -36,7 +37,8 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
         :math:`\min(1, \alpha)`, a scalar.
 
     Raises:
-        ``ValueError`` for trees of another structure or shape than ``x``.
+        ``ValueError`` for trees of another structure or shape than ``x``, and for a negative ``lr``;
+        ``TypeError`` for a potential or an ``lr`` that is no real scalar.
 
     References:
         Roberts, Tweedie, Exponential convergence of Langevin distributions and their discrete approximations,
@@ -49,6 +51,10 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
         >>> round(float(mala_acceptance(0.5, 2.0, U(0.5), 1.0, 4.0, U(1.0), lr=0.1)), 4)
         0.8607
     """
+    for name, value in (("U_x", U_x), ("U_y", U_y), ("lr", lr)):
+        _check_scalar(name, value)
+    if is_known(lr) and not lr >= 0:
+        raise ValueError(f"Invalid lr: {lr!r}. It is a step size >= 0.")
     like = jax.tree.map(jnp.asarray, x)
     given = {"grad_x": grad_x, "y": y, "grad_y": grad_y}
     leaves = {name: map(widened, trees.arrays_like(tree, like, name, "x")) for name, tree in given.items()}
@@ -57,3 +63,12 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
         work = work + jnp.sum((b - a) * (grad_a + grad_b)) / 2
         squares = squares + jnp.sum((grad_b - grad_a) * (grad_b + grad_a))
     return jnp.exp(jnp.minimum(0, widened(U_x) - widened(U_y) + work - lr / 8 * squares))
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    """Raise for what is no real scalar."""
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (is_array and jnp.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.floating)):
+        given = f"shape {value.shape} and dtype {value.dtype}" if is_array else f"a {type(value).__name__}"
+        raise TypeError(f"{name} is a real scalar, but got {given}. Give one number; jax.vmap is for more of them.")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.sampling.observables import Function, Observable
+
+METHODS = ("auto", "vmap", "map")
 
 # The chains fold their numbers into the key of a run; what they share has its keys from the other end.
 _BATCHES = np.uint32(2**32 - 1)
@@ -55,6 +58,11 @@ class RunOptions:
         if not isinstance(self.same_batches, bool):
             raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
         _check_probes(self.probes)
+        if self.chain_method not in METHODS:
+            allowed = ", ".join(map(repr, METHODS))
+            raise ValueError(f"Invalid chain_method: {self.chain_method!r}. It is one of {allowed}.")
+        _check_path(self.checkpoint)
+        self.watched()
 
     @property
     def num_steps(self) -> int:
@@ -74,12 +82,20 @@ class RunOptions:
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""
+        if not isinstance(self.observables, Mapping | None):
+            raise TypeError(
+                f"observables is a mapping of names, but got a {type(self.observables).__name__}. Give a dict."
+            )
         watched = []
         for name, observable in (self.observables or {}).items():
-            if not callable(observable) and not isinstance(observable, Observable):
+            if not isinstance(name, str):
+                raise TypeError(f"observables: the name {name!r} is no string. Give one.")
+            is_class = isinstance(observable, type) and issubclass(observable, Observable)
+            if is_class or not (callable(observable) or isinstance(observable, Observable)):
+                kind = f"the class {observable!r}" if is_class else type(observable).__name__
                 raise TypeError(
-                    f"observables: {name!r} is {type(observable).__name__}. Give a function of the parameters, or an "
-                    "instance of an Observable."
+                    f"observables: {name!r} is {kind}. Give a function of the parameters, or an instance of an "
+                    "Observable."
                 )
             if name in ("loss", "params"):
                 raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
@@ -103,3 +119,17 @@ def _check_probes(probes: Any) -> None:
         if not isinstance(name, str):
             raise TypeError(f"probes is a mapping of names to data, but {name!r} is no name.")
         size_of(data, f"probes[{name!r}]")
+
+
+def _check_path(checkpoint: Any) -> None:
+    """Raise for what no checkpoint can be written to: at the end of a run it would be too late."""
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, str | os.PathLike):
+        kind = type(checkpoint).__name__
+        raise TypeError(f"checkpoint is the path of a file, but got {kind}. Give a str or a Path.")
+    path = Path(checkpoint)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder {path.parent}, where the checkpoint should go, does not exist. Make it.")
+    if path.is_dir():
+        raise IsADirectoryError(f"The checkpoint {path} is a folder. Give the path of a file in it.")

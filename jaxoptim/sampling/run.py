@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxoptim.core import Rule, Sampler
+from jaxoptim.core import Hyperparameters, Rule, Sampler
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
-from jaxoptim.sampling.chain import ChainSpec, Thinning
+from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 from jaxoptim.sampling.target import Problem
@@ -48,19 +48,49 @@ def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
     return assembled(type(rule), vars(jax.tree.map(repeated, rule)) | changes)
 
 
-def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> dict[str, Any]:
-    """Run ``options.num_chains`` chains of each setting; chain c of all settings has one key.
+def check_sampler(sampler: Any) -> None:
+    """Raise a ``TypeError`` for what is no sampler."""
+    if isinstance(sampler, Rule | optax.GradientTransformation):
+        return
+    name = getattr(sampler, "__name__", type(sampler).__name__)
+    if isinstance(sampler, type):
+        given, hint = f"the class {name}", "an instance"
+    elif isinstance(sampler, Hyperparameters):
+        given, hint = f"a {name}, which evaluates the loss itself", "a sampler"
+    elif hasattr(sampler, "param_groups"):
+        given, hint = f"an optimizer {name}, which makes its own steps", "a rule"
+    elif callable(sampler):
+        given, hint = f"the function {name}", "what it returns, or a rule"
+    else:
+        given, hint = repr(sampler) if isinstance(sampler, str | int | float | None) else f"a {name}", "a rule"
+    raise TypeError(
+        f"The sampler is a rule or a transformation, but got {given:.80}. Give {hint}: jaxoptim.rules.SGLD(lr=1e-4)."
+    )
 
-    Returns:
-        The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
-        setting by setting.
+
+class Run(NamedTuple):
+    """A run that has passed all checks, before its first step or where its checkpoint has left it."""
+
+    problem: Problem
+    spec: ChainSpec
+    method: str
+    mesh: Any
+    rules: Any
+    settings: np.ndarray
+    options: RunOptions
+    about: Any
+    start: int
+    state: Chain
+
+
+def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
+    """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key.
+
+    Nothing is evaluated but what a checkpoint tells runs apart by: what is wrong raises before work is done.
 
     Raises:
-        ``TypeError`` for what is no sampler; ``ValueError`` for a checkpoint of another run.
+        ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
-    if not isinstance(sampler, Rule | optax.GradientTransformation):
-        hint = " Give an instance: SGLD(lr=1e-4)." if isinstance(sampler, type) else ""
-        raise TypeError(f"The sampler is a rule or a transformation, but got {sampler!r}.{hint}")
     target, params, given = problem
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
@@ -72,13 +102,24 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
     rules, params, given = chains.on_all(mesh, (rules, params, given))
     noise = options.start_noise or None  # without any, none is drawn
     state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
-    thinning, start = Thinning(options.num_burnin_steps, options.num_steps_bw_draws), 0
-    about = None  # kept in every save of this run
+    start, about = 0, None  # which is kept in every save of this run
     if options.checkpoint is not None:
         about = saved.description(options, spec, num_settings, sampler, rules, params, given)
     if options.checkpoint is not None and os.path.exists(options.checkpoint):
         start, state = saved.load(options.checkpoint, about, options, state)
+    placed = Problem(target, params, given)
+    return Run(placed, spec, method, mesh, rules, settings, options, about, start, state)
 
+
+def run(prepared: Run) -> dict[str, Any]:
+    """Take the steps that are left.
+
+    Returns:
+        The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
+        setting by setting.
+    """
+    (target, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
+    thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws)
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
@@ -100,7 +141,7 @@ def run(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, o
             raise
     if options.checkpoint is not None:
         saved.save(options.checkpoint, about, options, start, state)
-    rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(numbers), *x.shape)), given.rest)
+    rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings), *x.shape)), given.rest)
     return {**chains.results(spec, options.num_draws, state), "params": target.params(state.params, rest)}
 
 

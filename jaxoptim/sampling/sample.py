@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, run, stacked
+from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
 from jaxoptim.sampling.target import problem
 
 
@@ -159,8 +159,9 @@ def sample(
         same_batches=same_batches,
         start_noise=start_noise,
     )
-    found = run(problem(loss_fn, params, data, options), sampler, stacked(sampler, 1), 1, options)
-    return samples_of(found)
+    check_sampler(sampler)
+    given = problem(loss_fn, params, data, options)
+    return samples_of(run(prepare(given, sampler, stacked(sampler, 1), 1, options)))
 
 
 def samples_of(found: dict[str, Any]) -> Samples:

@@ -1,0 +1,135 @@
+"""Warnings of estimates that are no answer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxoptim.sampling import diagnostics
+
+FEWEST_DRAWS = 100
+"""Effective draws below which neither an error nor R-hat means much."""
+HIGHEST_RHAT = 1.1
+OF_ESTIMATE = 0.2
+"""The share of an estimate that the potential may fall on a step down the gradient."""
+ONE_PARAMETER = 0.5
+"""The coefficient of one regular parameter: what is small beside it is small."""
+
+
+class LLCWarning(UserWarning):
+    """An estimate of a local learning coefficient that is no answer; see :func:`estimate_llc` for its reasons.
+
+    Examples:
+        >>> import warnings
+        >>> from jaxoptim import sampling
+        >>> warnings.filterwarnings("ignore", category=sampling.LLCWarning)  # silences all of them
+        >>> warnings.filterwarnings("error", category=sampling.LLCWarning)  # makes errors of them
+        >>> warnings.resetwarnings()
+    """
+
+
+class Statistics(NamedTuple):
+    """What the traces of one estimate say of it; NaN where it is not known: without numpyro, or of too few draws.
+
+    Attributes:
+        mean: the pooled estimate.
+        mcse: its Monte-Carlo standard error.
+        rhat: the split R-hat.
+        size: the effective sample size.
+        is_constant: whether all draws are one number.
+    """
+
+    mean: float
+    mcse: float
+    rhat: float
+    size: float
+    is_constant: bool
+
+
+def statistics(trace: np.ndarray) -> Statistics:
+    """The statistics of a trace, ``(chains, draws)``."""
+    if not len(trace):
+        return Statistics(math.nan, math.nan, math.nan, math.nan, False)
+    is_constant, draws = bool(np.ptp(trace) == 0), trace.shape[1]
+    mcse = rhat = size = math.nan
+    if diagnostics.is_available() and draws >= 2:
+        mcse = float(diagnostics.mcse(trace))
+    if diagnostics.is_available() and draws >= 4 and not is_constant:
+        rhat, size = float(diagnostics.rhat(trace)), float(diagnostics.effective_sample_size(trace))
+        size = max(size, 0.0) if math.isfinite(size) else 0.0  # of draws too few to tell
+    return Statistics(float(trace.mean()), mcse, rhat, size, is_constant)
+
+
+def fall_to_warn_of(mean: float) -> float:
+    """The fall of the potential on a step down its gradient from which parameters are far from a minimum."""
+    return OF_ESTIMATE * max(abs(mean), ONE_PARAMETER)
+
+
+def doubts(
+    of_each: Sequence[Statistics],
+    num_draws: int,
+    rounding: float,
+    falls: Sequence[float],
+    norms: Sequence[float],
+    names: Sequence[str] | None,
+) -> list[str]:
+    """The reasons to doubt estimates, a line for each reason.
+
+    Args:
+        of_each: the statistics of each selection.
+        num_draws: the draws of each chain.
+        rounding: an error of the estimates that is due to rounding.
+        falls: for each selection what a step down the gradient lowers the potential by.
+        norms: for each selection the norm of the gradient.
+        names: the selections as messages call them; None if there are none.
+    """
+
+    def line(what: str, bad: Sequence[bool], value: Any, advice: str) -> None:
+        where = [i for i, is_bad in enumerate(bad) if is_bad]
+        if not where:
+            return
+        some = [f"{value(i)}{'' if names is None else f' for {names[i]}'}" for i in where[:5]]
+        more = f" and {len(where) - 5} more" if len(where) > 5 else ""
+        lines.append(f"{what} {', '.join(some)}{more}. {advice}")
+
+    def effective(i: int) -> str:
+        if num_draws < 4:
+            return f"{num_draws} of each chain"
+        return "the chains do not move" if of_each[i].is_constant else f"{of_each[i].size:.3g}"
+
+    lines: list[str] = []
+    line(
+        "params is not near a minimum: a step down the gradient lowers nbeta * loss by over a fifth of the estimate,",
+        [fall >= fall_to_warn_of(x.mean) + rounding for x, fall in zip(of_each, falls, strict=True)],
+        lambda i: f"{falls[i]:.3g} (gradient norm {norms[i]:.3g})",
+        "The coefficient is that of a minimum, and is too low elsewhere: train further, or raise localization.",
+    )
+    line(
+        "The estimate is negative beyond its error:",
+        [x.mean < -3 * x.mcse - rounding for x in of_each],
+        lambda i: f"{of_each[i].mean:.3g} +- {of_each[i].mcse:.2g}",
+        "The chains found lower losses than that of params: train further, raise localization, or check init_loss.",
+    )
+    line(
+        f"The chains disagree, with an R-hat above {HIGHEST_RHAT}:",
+        [x.rhat > HIGHEST_RHAT for x in of_each],
+        lambda i: f"{of_each[i].rhat:.3f}",
+        "Raise num_burnin_steps, num_draws or num_steps_bw_draws.",
+    )
+    line(
+        f"The draws are worth too few independent ones, less than {FEWEST_DRAWS}:",
+        [num_draws < 4 or x.size < FEWEST_DRAWS or x.is_constant for x in of_each],
+        effective,
+        "Raise num_draws, num_steps_bw_draws or lr.",
+    )
+    return lines
+
+
+def warn(lines: Sequence[str], stacklevel: int) -> None:
+    """Warn once for each line."""
+    for text in lines:
+        warnings.warn(text, LLCWarning, stacklevel=stacklevel + 1)

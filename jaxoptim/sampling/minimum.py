@@ -1,0 +1,129 @@
+"""The loss over all data, and whether parameters are near one of its minima."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxoptim.core import Rule, trees
+from jaxoptim.core.batches import size_of
+from jaxoptim.core.leaf import by_leaf
+from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.rules._langevin import has_box
+from jaxoptim.sampling.target import Given, Problem, Target
+
+_PRIOR = ("weight_decay", "localization", "optimize_over", "bounding_box_size")
+"""What a sampler's potential has beside the loss."""
+
+
+@functools.partial(jax.jit, static_argnames=("target", "batch_size"))
+def full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
+    """The mean loss over all data, batch by batch, each weighted by its size."""
+    if given.data is None:
+        return target.loss(params, given.rest, None)
+    batches, remainder, sizes = _batches(given.data, batch_size)
+    total = jnp.sum(lax.map(lambda batch: target.loss(params, given.rest, batch), batches)) * sizes[0]
+    if sizes[1]:
+        total += target.loss(params, given.rest, remainder) * sizes[1]
+    return total / size_of(given.data)
+
+
+@functools.partial(jax.jit, static_argnames=("target", "batch_size"))
+def full_gradient(target: Target, params: Any, given: Given, batch_size: int | None) -> Any:
+    """The gradient of :func:`full_loss`, one batch in memory at a time."""
+
+    def gradient(batch: Any) -> Any:
+        grads = jax.grad(lambda params: target.loss(params, given.rest, batch))(params)
+        # What JAX calls the gradient of complex parameters is its conjugate.
+        return jax.tree.map(lambda g: jnp.conj(g).astype(computing_dtype(g.dtype)), grads)
+
+    if given.data is None:
+        return gradient(None)
+    batches, remainder, sizes = _batches(given.data, batch_size)
+
+    def added(total: Any, batch: Any, size: int) -> Any:
+        return jax.tree.map(lambda x, g: x + g * size, total, gradient(batch))
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, computing_dtype(x.dtype)), params)
+    total, _ = lax.scan(lambda total, batch: (added(total, batch, sizes[0]), None), zeros, batches)
+    if sizes[1]:
+        total = added(total, remainder, sizes[1])
+    return jax.tree.map(lambda x: x / size_of(given.data), total)
+
+
+def descent(
+    problem: Problem, rules: Any, index: int, nbeta: float, gradient: Any, wanted: float, batch_size: int | None
+) -> tuple[float, float]:
+    r"""How far the potential falls on a step down its gradient that was made to lower it by ``wanted``.
+
+    The step is the one at which the gradient alone predicts a fall of twice ``wanted``. Along it a quadratic potential
+    falls by ``wanted`` or more just where its minimum on this line is as far below. Whatever the potential, a fall that
+    is found is one that exists.
+
+    Args:
+        problem: the loss, and the parameters to begin from.
+        rules: the settings of the sampler, stacked; None for a transformation, whose potential is that of the loss.
+        index: the number of the setting.
+        nbeta: the inverse temperature.
+        gradient: of the loss over all data, at the parameters.
+        wanted: a number > 0.
+        batch_size: how many data the loss gets at once.
+
+    Returns:
+        The fall, and the norm of the gradient of the loss, as far as the parameters move.
+    """
+    target, params, given = problem
+    shifted, rise, norm = _stepped(rules, index, nbeta, params, gradient, wanted)
+    before, after = (float(full_loss(target, at, given, batch_size)) for at in (params, shifted))
+    return nbeta * (before - after) - float(rise), float(norm)
+
+
+@jax.jit
+def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wanted: Any) -> tuple[Any, Any, Any]:
+    """The parameters after the step, the rise of the prior's part of the potential, and the norm of the gradient."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
+    grads = jax.tree.leaves(gradient, is_leaf=trees.is_leaf)
+    rule = jax.tree.map(lambda x: x[index], rules)
+    has_prior = isinstance(rule, Rule) and rule.specs.keys() >= set(_PRIOR)
+    per_leaf = by_leaf(rule.at(0), params, "params") if has_prior else [None] * len(leaves)
+    found: list[Any] = []
+    squares = norm = jnp.zeros(())
+    for one, param, grad in zip(per_leaf, leaves, grads, strict=True):
+        if param is None:
+            found.append(None)
+            continue
+        # The start is the center of localization, whose force is zero there.
+        wide = param.astype(computing_dtype(param.dtype))
+        decay, localization, mask, size = (0, 0, None, None) if one is None else (getattr(one, x) for x in _PRIOR)
+        mask = 1 if mask is None else jnp.asarray(mask).astype(wide.real.dtype)
+        size = size if one is not None and has_box(one) else None
+        down = mask * (nbeta * grad + decay * wide)
+        found.append((wide, down, decay, localization, mask, size))
+        squares, norm = squares + jnp.sum(jnp.abs(down) ** 2), norm + jnp.sum(jnp.abs(mask * grad) ** 2)
+    length = jnp.where(squares > 0, 2 * wanted / jnp.where(squares > 0, squares, 1), 0)
+    shifted: list[Any] = []
+    rise = jnp.zeros(())
+    for cell, leaf in zip(found, leaves, strict=True):
+        if cell is None:
+            shifted.append(None)
+            continue
+        wide, down, decay, localization, mask, size = cell
+        step = -(length * down).astype(wide.dtype)
+        step = step if size is None else jnp.clip(step, -size, size)
+        rise += jnp.sum(mask * decay / 2 * (jnp.abs(wide + step) ** 2 - jnp.abs(wide) ** 2))
+        rise += jnp.sum(localization / 2 * jnp.abs(step) ** 2)
+        shifted.append((wide + step).astype(leaf.dtype))
+    return jax.tree.unflatten(treedef, shifted), rise, jnp.sqrt(norm)
+
+
+def _batches(data: Any, batch_size: int | None) -> tuple[Any, Any, tuple[int, int]]:
+    """The whole batches of the data on a first axis, what is left over, and the sizes of both."""
+    n = size_of(data)
+    size = batch_size or n
+    whole = n // size * size
+    batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
+    return batches, jax.tree.map(lambda x: x[whole:], data), (size, n - whole)
