@@ -97,12 +97,12 @@ def numpyro_together() -> Run:
     arguments = tuple(map(jnp.asarray, data()))
     svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), numpyro.infer.Trace_ELBO())
     state = svi.init(jax.random.key(0), *arguments)
-    scan = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s, *arguments), state, length=STEPS))
+    scan = jax.jit(lambda state, *args: jax.lax.scan(lambda s, _: svi.update(s, *args), state, length=STEPS))
 
     def run(calls: int) -> None:
         nonlocal state
         for _ in range(calls):
-            state, losses = scan(state)
+            state, losses = scan(state, *arguments)
             np.asarray(losses)
 
     return run
