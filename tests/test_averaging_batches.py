@@ -132,6 +132,7 @@ def test_the_momentum_of_a_layer_is_found(momentum, form):
 @settings(max_examples=40, deadline=None)
 @given(momentum=st.floats(0, 0.9999), form=st.sampled_from(["flax", "torch"]))
 @example(momentum=1.6395889532038418e-16, form="torch")
+@example(momentum=9.440177373486125e-240, form="flax")
 def test_any_momentum_is_found_in_float64(momentum, form):
     with jax.enable_x64(True):
         averaged = AveragedModel(linear_variables())

@@ -121,9 +121,15 @@ def _probed(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> 
     return [x - y for x, y in zip(high, low, strict=True)]
 
 
+_NOTHING = 2.0**-60
+"""A momentum below which 1 - momentum is 1, and the statistics of a batch show beside what it leaves of a probe."""
+
+
 def _momentum(probe: float, probed: jax.Array) -> float:
     """The momentum that has made ``probed`` of the probe: the shortest decimal that is this number in its dtype."""
     found = np.unique(np.asarray(probed) / np.asarray(probe, probed.dtype))
+    if np.abs(found).max() < _NOTHING:
+        return 0.0
     if len(found) != 1 or not 0 <= float(found[0]) < 1:
         raise ValueError(
             "update_bn needs statistics that follow new = momentum * old + (1 - momentum) * batch with a momentum in "
