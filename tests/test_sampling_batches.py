@@ -70,6 +70,7 @@ def test_the_mean_over_parts_is_a_loop_in_the_precision_of_the_whole():
     assert mean_over_parts(mean, batch, 1)["mean"] == 6.5
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_the_loss_at_the_start_is_evaluated_in_parts_too():
     sizes = set()
 
@@ -110,6 +111,7 @@ def test_all_chains_see_the_same_batches(method):
     assert moved is None or (moved.loss == shared[:2]).all()
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_chains_on_the_same_batches_differ_in_their_noise_alone():
     data = 2.0 ** jnp.arange(12)
     options = {"key": KEY, "num_chains": 3, "num_draws": 6, "batch_size": 5, "same_batches": True}

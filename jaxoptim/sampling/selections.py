@@ -61,7 +61,7 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
         parts = [of_one[index] for of_one in chosen]
         if not all(np.isin(part, (0, 1)).all() for part in parts):
             raise ValueError(f"selections: a mask of {name!r} has other numbers than zeros and ones.")
-        shape = jnp.shape(leaf)
+        shape = () if leaf is None else jnp.shape(leaf)
         try:
             masks.append(None if leaf is None else _stacked(parts, shape))
         except ValueError as error:
