@@ -101,6 +101,7 @@ class Far(sampling.Observable):
 FAR = Far()
 
 
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_estimates_and_sweeps_take_probes():
     options = FEW | {"probes": {"x": X}, "observables": {"each": sampling.Losses(of_each, "x"), "far": FAR}}
     llc = sampling.estimate_llc(loss, START, SGLD, X, **options)
