@@ -20,6 +20,7 @@ from numpyro.infer import SVI as Parent
 from numpyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, autoguide
 
 import jaxoptim
+from infer_networks import Normalised
 from jaxoptim import optim, pyro, rules
 from jaxoptim.interop.numpyro import to_numpyro
 from jaxoptim.pyro.infer import SVI, differentiable_loss
@@ -539,12 +540,6 @@ def test_nothing_to_optimise():
 
 
 # Mutable state.
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
 
 
 def normalised(x, y):

@@ -8,13 +8,13 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from flax import linen as nn
 from numpyro.contrib.module import flax_module
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_uniform
 
+from infer_networks import Normalised
 from jaxoptim import optim, rules
 from jaxoptim.engine import loops
 from jaxoptim.optim import Parameter
@@ -107,12 +107,6 @@ def test_an_automatic_guide_begins_elsewhere_in_each_fit():
     again = SVI(valleys, together._guide, rules.Adam(), Trace_ELBO())
     with pytest.raises(ValueError, match="AutoNormal has run already"):
         again.run_many(2, 3, DATA)
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
 
 
 def normalised(x):

@@ -8,13 +8,13 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from flax import linen as nn
 from numpyro.contrib.module import flax_module
 from numpyro.distributions import constraints
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 import jaxoptim
+from infer_networks import Normalised
 from jaxoptim import optim, rules, schedules
 from jaxoptim.core.batches import batch_at
 from jaxoptim.engine import loops
@@ -164,12 +164,6 @@ def test_options_that_decay_go_on_over_many_calls():
     np.testing.assert_array_equal(run.run(600, DATA, progress_bar=False), np.float32(losses))
     rates = [svi._multi.optim.optim_objs["loc"].param_groups[0]["lr"] for svi in (looped, run)]
     assert rates[0] == rates[1] == pytest.approx(0.05 * 0.999**600)
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
 
 
 def normalised(x):

@@ -15,11 +15,11 @@ import optax
 import pyro as parent
 import pytest
 import torch
-from flax import linen as nn
 from numpyro.contrib.module import flax_module
 from numpyro.infer import Trace_ELBO, autoguide
 
 import jaxoptim
+from infer_networks import Normalised
 from jaxoptim import checkpoint, optim, pyro, rules
 from jaxoptim.optim import Parameter
 from jaxoptim.pyro.infer import SVI
@@ -46,12 +46,6 @@ def guide(x, late=""):
 
 def nothing(*args, **kwargs):
     pass
-
-
-class Normalised(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
 
 
 def normalised(x):

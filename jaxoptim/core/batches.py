@@ -55,6 +55,15 @@ def check_batch_size(batch_size: Any, data: Any) -> None:
         )
 
 
+def in_batches(data: Any, batch_size: int | None) -> tuple[Any, Any, tuple[int, int]]:
+    """The whole batches of the data on a first axis, what is left over, and the sizes of both."""
+    n = size_of(data)
+    size = batch_size or n
+    whole = n // size * size
+    batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
+    return batches, jax.tree.map(lambda x: x[whole:], data), (size, n - whole)
+
+
 def batch_at(step: Any, key: jax.Array, data: Any, batch_size: int | None) -> Any:
     """The batch of a step.
 

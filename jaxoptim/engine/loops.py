@@ -139,12 +139,13 @@ def minimize_fits(
     options: StepOptions,
     turn: Turn,
     data: tuple[Any, ...],
+    series: tuple[Any, ...],
     leaves: tuple[Arrays, ...],
+    held: dict[str, jax.Array],
     carried: Any,
     given: Any,
     num_steps: Any,
     always: jax.Array,
-    series: tuple[Any, ...],
 ) -> tuple[list[Any], Any, jax.Array, jax.Array]:
     """Make steps of several fits of the same parameters: ``leaves`` and ``carried`` have a first axis of fits.
 
@@ -152,7 +153,7 @@ def minimize_fits(
     """
 
     def fit(leaves: tuple[Arrays, ...], carried: Any) -> Any:
-        return _many(updates, loss, options, turn, data, series, leaves, {}, carried, given, num_steps, always)
+        return _many(updates, loss, options, turn, data, series, leaves, held, carried, given, num_steps, always)
 
     return jax.vmap(fit)(leaves, carried)
 

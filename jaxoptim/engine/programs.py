@@ -212,9 +212,7 @@ def minimized(
     return new, published, value, aux, measured
 
 
-minimize = functools.partial(
-    jax.jit, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves"
-)(minimized)
+minimize = jax.jit(minimized, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
 """One step as a compiled call."""
 
 

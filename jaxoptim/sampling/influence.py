@@ -69,8 +69,8 @@ def influence(x: Any, y: Any = None, *, kind: str = "covariance", chains: str = 
         raise ValueError(f"Invalid kind: {kind!r}. It is one of {', '.join(map(repr, KINDS))}.")
     if chains not in CHAINS:
         raise ValueError(f"Invalid chains: {chains!r}. It is one of {', '.join(map(repr, CHAINS))}.")
-    x = _checked("x", x)
-    y = x if y is None else _checked("y", y)
+    x = checked_trace("x", x)
+    y = x if y is None else checked_trace("y", y)
     if x.shape[:2] != y.shape[:2]:
         raise ValueError(f"x and y must be of the same chains and draws, but have shapes {x.shape} and {y.shape}.")
     shape, (num_chains, draws) = x.shape[2:] + y.shape[2:], x.shape[:2]
@@ -82,10 +82,12 @@ def influence(x: Any, y: Any = None, *, kind: str = "covariance", chains: str = 
     return Influence(value, error)
 
 
-def _checked(name: str, trace: Any) -> np.ndarray:
+def checked_trace(name: str, trace: Any, least: int = 2) -> np.ndarray:
+    """A finite trace in float64 with at least so many axes; raises for anything else."""
     trace = np.asarray(trace, np.float64)
-    if trace.ndim < 2 or trace.shape[1] < 2 or not trace.size:
-        raise ValueError(f"{name} is a trace (chains, draws, ...) of two draws at least, but has shape {trace.shape}.")
+    if trace.ndim < least or trace.shape[1] < 2 or not trace.size:
+        axes = "(chains, draws, ...)" if least == 2 else "(chains, draws, data)"
+        raise ValueError(f"{name} is a trace {axes} of two draws at least, but has shape {trace.shape}.")
     if not np.isfinite(trace).all():
         raise ValueError(f"{name} has numbers that are not finite. Leave out the chains that have diverged.")
     return trace

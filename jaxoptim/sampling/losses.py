@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxoptim.core.batches import size_of
+from jaxoptim.core.batches import in_batches, size_of
 from jaxoptim.sampling.observables import Draw, Observable
 
 
@@ -97,7 +97,7 @@ class Losses(Observable):
 
         if size == count:
             return of(data)
-        whole = count // size * size
-        losses = lax.map(of, jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), data))
-        losses = losses.reshape(whole, *losses.shape[2:])
-        return losses if whole == count else jnp.concatenate([losses, of(jax.tree.map(lambda x: x[whole:], data))])
+        batches, remainder, (_, left) = in_batches(data, size)
+        losses = lax.map(of, batches)
+        losses = losses.reshape(count - left, *losses.shape[2:])
+        return jnp.concatenate([losses, of(remainder)]) if left else losses

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxoptim.core import Rule, trees
-from jaxoptim.core.batches import size_of
+from jaxoptim.core.batches import in_batches, size_of
 from jaxoptim.core.leaf import by_leaf
 from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.rules._langevin import has_box
@@ -25,7 +25,7 @@ def full_loss(target: Target, params: Any, given: Given, batch_size: int | None)
     """The mean loss over all data, batch by batch, each weighted by its size."""
     if given.data is None:
         return target.loss(params, given.rest, None)
-    batches, remainder, sizes = _batches(given.data, batch_size)
+    batches, remainder, sizes = in_batches(given.data, batch_size)
     total = jnp.sum(lax.map(lambda batch: target.loss(params, given.rest, batch), batches)) * sizes[0]
     if sizes[1]:
         total += target.loss(params, given.rest, remainder) * sizes[1]
@@ -43,7 +43,7 @@ def full_gradient(target: Target, params: Any, given: Given, batch_size: int | N
 
     if given.data is None:
         return gradient(None)
-    batches, remainder, sizes = _batches(given.data, batch_size)
+    batches, remainder, sizes = in_batches(given.data, batch_size)
 
     def added(total: Any, batch: Any, size: int) -> Any:
         return jax.tree.map(lambda x, g: x + g * size, total, gradient(batch))
@@ -118,12 +118,3 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
         rise += jnp.sum(localization / 2 * jnp.abs(step) ** 2)
         shifted.append((wide + step).astype(leaf.dtype))
     return jax.tree.unflatten(treedef, shifted), rise, jnp.sqrt(norm)
-
-
-def _batches(data: Any, batch_size: int | None) -> tuple[Any, Any, tuple[int, int]]:
-    """The whole batches of the data on a first axis, what is left over, and the sizes of both."""
-    n = size_of(data)
-    size = batch_size or n
-    whole = n // size * size
-    batches = jax.tree.map(lambda x: x[:whole].reshape(n // size, size, *x.shape[1:]), data)
-    return batches, jax.tree.map(lambda x: x[whole:], data), (size, n - whole)

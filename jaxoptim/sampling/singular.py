@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxoptim.sampling.influence import checked_trace
+
 
 class Estimate(NamedTuple):
     """A number and how far it may be off.
@@ -148,16 +150,11 @@ def jackknife(of: Callable[[np.ndarray], float], chains: np.ndarray) -> Estimate
 
 def _variance(trace: np.ndarray) -> np.ndarray:
     """The variance over all draws of all chains."""
-    return trace.var((0, 1)) * trace[..., 0].size / (trace[..., 0].size - 1) if trace.ndim > 2 else trace.var(ddof=1)
+    return trace.var((0, 1), ddof=1)
 
 
 def _checked(name: str, losses: Any, nbeta: float, least: int = 3) -> np.ndarray:
-    losses = np.asarray(losses, np.float64)
-    if losses.ndim < least or losses.shape[1] < 2 or not losses.size:
-        axes = "(chains, draws, data)" if least == 3 else "(chains, draws, ...)"
-        raise ValueError(f"{name} is a trace {axes} of two draws at least, but has shape {losses.shape}.")
-    if not np.isfinite(losses).all():
-        raise ValueError(f"{name} has numbers that are not finite. Leave out the chains that have diverged.")
+    losses = checked_trace(name, losses, least)
     if not nbeta > 0:
         raise ValueError(f"Invalid nbeta: {nbeta!r}. It is a number > 0, the temperature of the run.")
     return losses if least == 2 else losses.reshape(*losses.shape[:2], -1)

@@ -106,8 +106,8 @@ class Data:
         """How many of the next steps run one program, at most so many."""
         return most
 
-    def arguments(self, at: int = 0) -> Arguments:
-        """The arguments of a step, counted from the next one."""
+    def arguments(self) -> Arguments:
+        """The arguments of the next step."""
         return self._arguments
 
     def turn(self, skips: bool) -> Turn:
@@ -145,11 +145,15 @@ class Drawn(Data):
         check_batch_size(batch_size, data)
         self._args, self._kwargs, self._batch_size, self.draws = args, kwargs, batch_size, draws
         self._leaves, self._treedef = jax.tree.flatten(jax.tree.map(as_jax, data))
+        self._next: Arguments | None = None  # drawn once for each call
 
-    def arguments(self, at: int = 0) -> Arguments:
-        """The arguments of a step, counted from the next one."""
-        batch = _drawn(self.draws.drawn + at, self.draws.key, self._leaves, self._batch_size)
-        return with_value(self._args, self._kwargs, self._key, jax.tree.unflatten(self._treedef, batch))
+    def arguments(self) -> Arguments:
+        """The arguments of the next step."""
+        if self._next is None:
+            batch = _drawn(self.draws.drawn, self.draws.key, self._leaves, self._batch_size)
+            value = jax.tree.unflatten(self._treedef, batch)
+            self._next = with_value(self._args, self._kwargs, self._key, value)
+        return self._next
 
     def turn(self, skips: bool) -> Turn:
         """How the next steps follow from each other."""
@@ -161,7 +165,7 @@ class Drawn(Data):
 
     def advance(self, count: int) -> None:
         """Go on to the batches after so many steps."""
-        self.draws = self.draws._replace(drawn=self.draws.drawn + count)
+        self.draws, self._next = self.draws._replace(drawn=self.draws.drawn + count), None
 
 
 class Draws(NamedTuple):
@@ -194,19 +198,23 @@ class Arriving(Data):
 
     def ahead(self, most: int) -> int:
         """How many of the next steps run one program, at most so many."""
-        while self._error is None and (not self._ready or len(self._ready) < min(most, self._rows)):
+        while self._error is None and len(self._ready) < min(most, self._rows()):
             try:
                 self._ready.append(with_value(self._args, self._kwargs, self._key, self._next()))
             except BaseException as error:  # Ctrl-C too: the batches that came before are not lost
                 self._error = error
         if self._error is not None and not self._ready:
             raise self._error
-        program = self._ready[0].program
-        return sum(1 for _ in itertools.takewhile(lambda of: of.program == program, self._ready))
+        return len(self._alike())
 
-    def arguments(self, at: int = 0) -> Arguments:
-        """The arguments of a step, counted from the next one."""
-        return self._ready[at]
+    def _alike(self) -> list[Arguments]:
+        """The next of those that are there, as long as they run one program."""
+        program = self._ready[0].program
+        return list(itertools.takewhile(lambda of: of.program == program, self._ready))
+
+    def arguments(self) -> Arguments:
+        """The arguments of the next step."""
+        return self._ready[0]
 
     def turn(self, skips: bool) -> Turn:
         """How the next steps follow from each other."""
@@ -215,18 +223,19 @@ class Arriving(Data):
     def given(self) -> Any:
         """What all of the next steps are given."""
         first, (begin, end) = self._ready[0], self._ready[0].span(self._key)
-        rows = [of.traced[begin:end] for of in self._ready if of.program == first.program]
+        rows = [of.traced[begin:end] for of in self._alike()]
         # As many rows always: other shapes would be another program.
-        return first.traced, _stacked(rows + rows[-1:] * (self._rows - len(rows)))
+        return first.traced, _stacked(rows + rows[-1:] * (self._rows() - len(rows)))
 
     def advance(self, count: int) -> None:
         """Go on to the batches after so many steps."""
         for _ in range(count):
             self._ready.popleft()
 
-    @property
     def _rows(self) -> int:
-        """How many batches go to the device in one call."""
+        """How many batches go to the device in one call; one, as long as their size is not known."""
+        if not self._ready:
+            return 1
         begin, end = self._ready[0].span(self._key)
         size = sum(x.nbytes for x in map(jnp.asarray, self._ready[0].traced[begin:end]))
         return max(1, min(_BATCHES_AT_ONCE, _BYTES_AT_ONCE // max(size, 1)))

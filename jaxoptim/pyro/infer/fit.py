@@ -41,12 +41,12 @@ class Fit:
         guide: Callable[..., Any],
         optim: Any,
         loss: Any,
-        key: jax.Array | None,
-        params: dict[str, Parameter] | None,
-        init_params: Mapping[str, Any] | None,
         *,
-        skip_nonfinite: bool,
-        is_forward: bool,
+        key: jax.Array | None = None,
+        params: dict[str, Parameter] | None = None,
+        init_params: Mapping[str, Any] | None = None,
+        skip_nonfinite: bool = False,
+        forward_mode_differentiation: bool = False,
     ) -> None:
         for what, fn in (("model", model), ("guide", guide)):
             if not callable(fn):
@@ -64,7 +64,7 @@ class Fit:
         self.key = jax.random.key(0) if key is None else checked_key(key)
         self.mutable_state: dict[str, Any] = {}
         self._skip_nonfinite = bool(skip_nonfinite)
-        self._is_forward = bool(is_forward)
+        self._is_forward = bool(forward_mode_differentiation)
         self.losses = np.zeros(0, np.float32)
         self.num_steps = 0
         self._draws = Draws(jax.random.fold_in(_typed(self.key), 2))
@@ -164,10 +164,9 @@ class Fit:
                 plan.found = found = self._found(arguments, initial)
                 self._loaded.check_reached(arguments, found.sites)
                 plan.key = plan.key if self._begun else found.key
-                brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
                 if not self._begun and not self._shares:
                     self._params.check_names(found)
-                plan.all_params |= self._params.begun(found, initial, brought)
+                plan.all_params |= self._params.begun(found, initial, self._multi.brought())
                 plan.sites = found.sites | self._sites
                 plan.mutable = found.mutable | self._loaded.in_form(self.mutable_state, found.mutable)
                 reached = set(found.sites)

@@ -13,7 +13,6 @@ from jaxoptim.core.numerics import as_jax
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.objective import Discovery, Site
-from jaxoptim.pyro.infer.parameters import Parameters
 from jaxoptim.pyro.optim.state_trees import plain, shaped_like
 
 _ENTRIES = (
@@ -202,20 +201,6 @@ def loaded_mutable(saved: Mapping[str, Any], own: Mapping[str, Any], has_begun: 
 def in_form(saved: Any, like: Any, name: str) -> Any:
     """The value of a mutable site in the structure that the model gives it."""
     return shaped_like(saved, like, f"mutable state {name!r}")
-
-
-def saved_state(
-    params: Parameters, optimizer: dict[str, Any], key: Any, mutable: Mapping[str, Any], has_begun: bool
-) -> dict[str, Any]:
-    """The part of a state dict that is not about calls."""
-    return {
-        "params": {name: param.value for name, param in params.items()},
-        "optimizer": optimizer,
-        "key": key,
-        "mutable_state": plain(dict(mutable)),
-        "has_begun": has_begun,
-        "reached": sorted(params.reached),
-    }
 
 
 def sites_of(sites: Mapping[str, Site], params: Mapping[str, Parameter], loaded: Loaded) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxoptim import checkpoint
 from jaxoptim.interop.numpyro import by_path
 from jaxoptim.pyro.infer.objective import Site
-
-_DIVIDER = "$$$"
-"""What Pyro puts between the names of a module and of its parameter."""
+from jaxoptim.pyro.optim import files
+from jaxoptim.pyro.optim.optim import DIVIDER
 
 
 def loaded(path: str | os.PathLike[str]) -> Any:
@@ -29,14 +26,11 @@ def loaded(path: str | os.PathLike[str]) -> Any:
         ``ImportError`` for a file of Pyro's without torch; ``ValueError`` for another file of torch; what the loading
         raises.
     """
-    if not zipfile.is_zipfile(path):
-        return checkpoint.load(path)
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"{os.fspath(path)} was written by Pyro, and needs torch to be read. Run: pip install torch."
-        ) from error
+    return files.loaded(path, lambda torch: _read(path, torch))
+
+
+def _read(path: str | os.PathLike[str], torch: Any) -> Any:
+    """A parameter store of Pyro from its file."""
     try:
         allowed: list[Any] = [_class_of(name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
         with torch.serialization.safe_globals(allowed):
@@ -157,7 +151,7 @@ def unconstrained(sites: Mapping[str, Site], values: Mapping[str, Any], names: l
 
 def _leaf_of(name: str, known: Mapping[str, Any]) -> str:
     """The name here of what Pyro calls ``name``."""
-    for candidate in (name, name.replace(_DIVIDER, "."), name.replace(_DIVIDER, "$params.")):
+    for candidate in (name, name.replace(DIVIDER, "."), name.replace(DIVIDER, "$params.")):
         if candidate in known:
             return candidate
     raise KeyError(

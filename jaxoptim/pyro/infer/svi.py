@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,12 +27,11 @@ from jaxoptim.pyro.infer.saved import (
     check_params,
     checked_state,
     loaded_mutable,
-    saved_state,
     sites_of,
 )
 from jaxoptim.pyro.infer.stores import by_site, constrained_values, is_store, loaded, unconstrained
 from jaxoptim.pyro.optim.multi_optimizer import checked
-from jaxoptim.pyro.optim.torch_style import TorchStyle
+from jaxoptim.pyro.optim.state_trees import plain
 
 
 class SVI(Fit):
@@ -104,31 +103,6 @@ class SVI(Fit):
         >>> {name: round(float(value), 1) for name, value in sorted(svi.get_params().items())}
         {'loc': 1.0, 'scale': 0.7}
     """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        optim: Any,
-        loss: Any,
-        *,
-        key: jax.Array | None = None,
-        params: dict[str, Parameter] | None = None,
-        init_params: Mapping[str, Any] | None = None,
-        skip_nonfinite: bool = False,
-        forward_mode_differentiation: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            guide,
-            optim,
-            loss,
-            key,
-            params,
-            init_params,
-            skip_nonfinite=skip_nonfinite,
-            is_forward=forward_mode_differentiation,
-        )
 
     @property
     def optim(self) -> Any:
@@ -392,11 +366,15 @@ class SVI(Fit):
         Examples:
             See :meth:`load_state_dict`.
         """
-        optimizer = self._multi.state_dict(checked(self._params))
-        state = saved_state(self._params, optimizer, self.key, self.mutable_state, self._begun)
-        sites = sites_of(self._sites, self._params, self._loaded)
-        return state | {
-            "sites": sites,
+        params = checked(self._params)
+        return {
+            "params": {name: param.value for name, param in params.items()},
+            "optimizer": self._multi.state_dict(params),
+            "key": self.key,
+            "mutable_state": plain(dict(self.mutable_state)),
+            "has_begun": self._begun,
+            "reached": sorted(self._params.reached),
+            "sites": sites_of(self._sites, params, self._loaded),
             "calls": calls_of(self._programs, self._loaded),
             "store": self._store,
             "draws": self._draws._asdict(),
@@ -435,7 +413,7 @@ class SVI(Fit):
             return self._take_store(constrained_values(state_dict))
         state = checked_state(state_dict)
         key, values, own = checked_key(state["key"]), state["params"], dict(checked(self._params))
-        brought = self._multi.brought() if isinstance(self._multi, TorchStyle) else {}
+        brought = self._multi.brought()
         own |= {name: brought[name] for name in brought.keys() & values.keys()}
         check_params(values, own, self._begun)
         mutable = loaded_mutable(state["mutable_state"], self.mutable_state, self._begun)

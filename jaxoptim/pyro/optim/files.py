@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 from jaxoptim import checkpoint
 
 
-def loaded(filename: str | os.PathLike[str], map_location: Any) -> Any:
-    """What is in a file; one of Pyro's is read by ``torch.load(weights_only=True)``, which runs nothing.
+def loaded(filename: str | os.PathLike[str], read: Callable[[Any], Any]) -> Any:
+    """What is in a file; one of Pyro's is read by ``read(torch)``.
 
     Raises:
         ``ImportError`` for a file of Pyro's without torch; what the loading raises.
@@ -20,5 +21,7 @@ def loaded(filename: str | os.PathLike[str], map_location: Any) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"{os.fspath(filename)} was written by Pyro, and needs torch to be read.") from error
-    return torch.load(filename, map_location=map_location, weights_only=True)
+        raise ImportError(
+            f"{os.fspath(filename)} was written by Pyro, and needs torch to be read. Run: pip install torch."
+        ) from error
+    return read(torch)

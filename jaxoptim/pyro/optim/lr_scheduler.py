@@ -76,7 +76,6 @@ class PyroLRScheduler(PyroOptim):
         self.pt_scheduler_constructor = scheduler_constructor
         self.kwargs = {name: value for name, value in optim_args.items() if name not in ("optimizer", "optim_args")}
         self._schedulers: dict[str, LRScheduler] = {}
-        self._late: dict[str, list[Any]] = {}
         self._missed = weakref.WeakKeyDictionary[Parameter, list[Any]]()
         super().__init__(optim_args["optimizer"], optim_args["optim_args"], clip_args)
 
@@ -93,7 +92,8 @@ class PyroLRScheduler(PyroOptim):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Move all schedules on; to be called once an epoch. Before any parameter is known it does nothing.
 
-        A schedule that was loaded and waits for its parameter is moved on when that comes.
+        A schedule that was loaded and waits for its parameter is moved on when that comes; until then its state has the
+        arguments of these steps under ``"late"``.
 
         Args:
             args: what the scheduler's ``step`` takes, such as the loss for ``ReduceLROnPlateau``.
@@ -101,24 +101,10 @@ class PyroLRScheduler(PyroOptim):
         """
         for name in self._joint.members:
             self._schedulers[name].step(*args, **kwargs)
-        for name in self._waiting:
-            self._late.setdefault(name, []).append((args, kwargs))
+        for state in self._waiting.values():
+            state.setdefault("late", []).append((args, kwargs))
         for param in self._aside:
             self._missed.setdefault(param, []).append((args, kwargs))
-
-    def get_state(self) -> dict[str, Any]:
-        """The state of all parameters; see :meth:`PyroOptim.get_state`.
-
-        One that waits for its parameter has under ``"late"`` the arguments of the steps that its schedule has missed.
-        """
-        late = {name: [*self._waiting[name].get("late", ()), *steps] for name, steps in self._late.items()}
-        return {name: of | ({"late": late[name]} if name in late else {}) for name, of in super().get_state().items()}
-
-    def set_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what :meth:`get_state` gave; see :meth:`PyroOptim.set_state`."""
-        super().set_state(state_dict)
-        for name in state_dict:
-            self._late.pop(name, None)
 
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
         before = dict(self._schedulers)
@@ -156,7 +142,7 @@ class PyroLRScheduler(PyroOptim):
             raise ValueError(f"The state of {name!r} has no {missing[0]!r}: it is not of a scheduled optimizer.")
         restored(name, self._schedulers[name], state["scheduler"])
         super()._load(name, optimizer, state["optimizer"])
-        for args, kwargs in [*state.get("late", ()), *self._late.pop(name, [])]:
+        for args, kwargs in state.get("late", ()):
             self._schedulers[name].step(*args, **kwargs)
 
     def _resume(self, name: str, optimizer: Optimizer, param: Parameter) -> None:
@@ -170,5 +156,5 @@ class PyroLRScheduler(PyroOptim):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pt_scheduler_constructor, self.kwargs = state["pt_scheduler_constructor"], state["kwargs"]
-        self._schedulers, self._late, self._missed = {}, {}, weakref.WeakKeyDictionary()
+        self._schedulers, self._missed = {}, weakref.WeakKeyDictionary()
         super().__setstate__(state)

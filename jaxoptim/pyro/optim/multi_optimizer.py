@@ -184,6 +184,10 @@ class MultiOptimizer:
                 others.append((optimizer, its))
         return compiled, others
 
+    def brought(self) -> dict[str, Parameter]:
+        """The parameters that this optimizer puts in the places of others, by name."""
+        return {}
+
     def _check_whole(self, params: Params) -> None:
         """Raise for a name of this optimizer that reaches none of the parameters, which are all that there are."""
 

@@ -37,7 +37,7 @@ OptimArgs = Mapping[str, Any] | Callable[..., dict[str, Any]]
 Constructor = Callable[..., Optimizer]
 """A torch-style class, or a function ``(params, **options) -> optimizer``."""
 
-_DIVIDER = "$$$"
+DIVIDER = "$$$"
 """What Pyro puts between the names of a module and of its parameter."""
 
 
@@ -316,11 +316,11 @@ class PyroOptim:
     def _ask(self, name: str) -> tuple[dict[str, Any], Clip]:
         """The options and the clipping of a name."""
         if name not in self._asked:
-            module, _, own = name.partition(_DIVIDER)
+            module, _, own = name.partition(DIVIDER)
             pieces = (module, own or module)
             options = self.pt_optim_args
             if callable(options):
-                options = options(*pieces) if takes_two(options) else options(name.replace(_DIVIDER, "."))
+                options = options(*pieces) if takes_two(options) else options(name.replace(DIVIDER, "."))
                 check_dict("optim", name, options)
             clip = self.pt_clip_args
             if callable(clip):
@@ -481,7 +481,8 @@ class PyroOptim:
         Raises:
             See :meth:`set_state` and ``jaxoptim.checkpoint.load``; ``ImportError`` for a file of Pyro's without torch.
         """
-        self.set_state(loaded(filename, map_location))
+        # Read so, nothing in a file is run.
+        self.set_state(loaded(filename, lambda torch: torch.load(filename, map_location, weights_only=True)))
 
     def _saved(self, name: str) -> Any:
         """The state of one parameter; counts of each number that are all the same as one, as Pyro has them."""

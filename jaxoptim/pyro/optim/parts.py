@@ -111,15 +111,11 @@ def make_steps(
     Raises:
         loops.Changes: for a step from which no other can go on. Nothing is done then.
     """
-    updates, data, series = zip(*((part.update, part.data, _series(part)) for part in parts), strict=True)
-    options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
-    turn, carried, given, count = course
-    count = min(count, *(part.most for part in parts))
+    course, call = _looped(parts, loss, course, skip_nonfinite)
+    count = course.num_steps
 
     def run(taken: Any) -> Any:
-        new, *others = loops.minimize_many(
-            updates, loss, options, turn, data, series, taken, held, carried, given, count, programs.true()
-        )
+        new, *others = call(loops.minimize_many, taken, held)
         return new, others
 
     left, losses, made = _kept(parts, run)
@@ -146,9 +142,7 @@ def make_steps_of_fits(
         loops.Changes: for a step from which no other can go on; ``TypeError`` for options that decay, of steps that
             may be skipped. Nothing is done then.
     """
-    updates, data, series = zip(*((part.update, part.data, _series(part)) for part in parts), strict=True)
-    options, (turn, carried, given, count) = programs.StepOptions(skip_nonfinite=skip_nonfinite), course
-    count = min(count, *(part.most for part in parts))
+    course, call = _looped(parts, loss, course, skip_nonfinite)
     try:
         if skip_nonfinite and any(part.skipped is not None for part in parts):
             raise TypeError(
@@ -156,13 +150,30 @@ def make_steps_of_fits(
                 "them skips it. Give a rule with a schedule, such as rules.ClippedAdam(lr=..., lrd=...), or leave "
                 "skip_nonfinite out."
             )
-        new, left, losses, _ = loops.minimize_fits(
-            updates, loss, options, turn, data, tuple(leaves), carried, given, count, programs.true(), series
-        )
+        new, left, losses, _ = call(loops.minimize_fits, tuple(leaves), {})
     except BaseException:
         undo(parts)
         raise
-    return count, new, losses, left
+    return course.num_steps, new, losses, left
+
+
+def _looped(
+    parts: Sequence[Part], loss: Loss, course: loops.Course, skip_nonfinite: bool
+) -> tuple[loops.Course, Callable[..., Any]]:
+    """The course with no more steps than all parts can make, and a call of a program of it.
+
+    The call takes the program, the arrays of each owner, and the values of parameters that stay.
+    """
+    updates, data, series = zip(*((part.update, part.data, _series(part)) for part in parts), strict=True)
+    options = programs.StepOptions(skip_nonfinite=skip_nonfinite)
+    course = course._replace(num_steps=min(course.num_steps, *(part.most for part in parts)))
+
+    def call(program: Callable[..., Any], leaves: Any, held: dict[str, jax.Array]) -> Any:
+        turn, carried, given, count = course
+        always = programs.true()
+        return program(updates, loss, options, turn, data, series, leaves, held, carried, given, count, always)
+
+    return course, call
 
 
 def _kept(parts: Sequence[Part], run: Callable[[Any], tuple[Any, Any]]) -> Any:

@@ -117,14 +117,11 @@ class TorchStyle(MultiOptimizer):
         if type(storage) is not Storage or not is_plain or optimizer._has_step_hooks:
             return None
         slabs = storage.slabs()
-        names = {param: name for name, param in params.items() if param.requires_grad}
-        if (
-            slabs.transform is not None
-            or not names
-            or any(storage.labels.get(param) != names[param] for param in names)
-        ):
+        trained = {name: param for name, param in params.items() if param.requires_grad}
+        has_names = all(storage.labels.get(param) == name for name, param in trained.items())
+        if slabs.transform is not None or not trained or not has_names:
             return None
-        return [steps.slabs_part(slabs, tuple(names.values()), list(names))]
+        return [steps.slabs_part(slabs, tuple(trained), list(trained.values()))]
 
     def _make(self, params: Params) -> Optimizer:
         """The optimizer that the function makes."""

@@ -1,0 +1,11 @@
+"""Networks of the models that tests of variational inference fit."""
+
+from flax import linen as nn
+
+
+class Normalised(nn.Module):
+    """A network whose batch normalization keeps statistics."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
