@@ -37,6 +37,7 @@ from jaxoptim.core.signatures import bound as bound
 from jaxoptim.core.transform import OptState as OptState
 from jaxoptim.core.transform import factory as factory
 from jaxoptim.core.transform import init as init
+from jaxoptim.core.transform import noise_of_some as noise_of_some
 from jaxoptim.core.transform import step as step
 from jaxoptim.core.transform import transformation as transformation
 from jaxoptim.core.transform import update as update

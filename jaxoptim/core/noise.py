@@ -71,6 +71,35 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
     return _normal(key, tuple(map(operator.index, shape)), canonical, impl)
 
 
+def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl: str = "key") -> jax.Array:
+    """The numbers from ``start`` to ``stop`` of a vector of :func:`normal`, without the others.
+
+    Args:
+        key: One typed key. (Of another implementation than threefry2x32, ``"key"`` draws the whole vector.)
+        size: How many numbers the vector has.
+        start: The first of them.
+        stop: The one after the last.
+        dtype: float32 or float64.
+        impl: One of ``IMPLS``.
+
+    Returns:
+        ``(stop - start,)``.
+
+    Examples:
+        >>> import jax
+        >>> from jaxoptim.core.noise import normal, part_of_normal
+        >>> key = jax.random.key(0)
+        >>> bool((part_of_normal(key, 9, 2, 5, "float32") == normal(key, (9,), "float32")[2:5]).all())
+        True
+    """
+    if stop - start == size:
+        return normal(key, (size,), dtype, impl)
+    if size > 2**32 or (impl == "key" and jax.random.key_impl(key) != "threefry2x32"):
+        return normal(key, (size,), dtype, impl)[start:stop]
+    offsets = lax.iota(jnp.uint32, stop - start) + np.uint32(start)
+    return _numbers(jax.random.key_data(key), jnp.zeros_like(offsets), offsets, jnp.zeros((), dtype).dtype, impl)
+
+
 def fold_in(key: jax.Array, data: Any) -> jax.Array:
     """The key of ``jax.random.fold_in``, in a program that compiles faster on a CPU.
 
@@ -143,29 +172,31 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def _numbers(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
+    """The numbers at some offsets, which are in two words."""
+    if impl == "key":
+        high, low = _threefry((words[0], words[1]), high, low)
+        # JAX makes 32 bits of the 64 that it has in this way.
+        return _gaussian(high ^ low if dtype == jnp.float32 else _join(high, low), dtype)
+    # Arrays of both dtypes may be drawn with one key, but lanes differ.
+    lanes = (0, 0) if dtype == jnp.float32 else (1, 2)
+    high, low = (_hash(words, lane, high, low) for lane in lanes)
+    return _gaussian(high if dtype == jnp.float32 else _join(high, low), dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     if impl == "key" and jax.random.key_impl(key) != "threefry2x32":
         return jax.random.normal(key, shape, dtype)
     words = jax.random.key_data(key)
 
-    def numbers(words: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-        if impl == "key":
-            high, low = _threefry((words[0], words[1]), high, low)
-            # JAX makes 32 bits of the 64 that it has in this way.
-            return _gaussian(high ^ low if dtype == jnp.float32 else _join(high, low), dtype)
-        # Arrays of both dtypes may be drawn with one key, but lanes differ.
-        lanes = (0, 0) if dtype == jnp.float32 else (1, 2)
-        high, low = (_hash(words, lane, high, low) for lane in lanes)
-        return _gaussian(high if dtype == jnp.float32 else _join(high, low), dtype)
-
     def at_once(words: jax.Array) -> jax.Array:
-        return numbers(words, *_offsets(shape))
+        return _numbers(words, *_offsets(shape), dtype, impl)
 
     def in_parts(words: jax.Array) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
         starts = lax.iota(jnp.uint32, _PARTS) * np.uint32(part.size)
-        parts = lax.map(lambda start: numbers(words, jnp.zeros_like(part), start + part), starts)
+        parts = lax.map(lambda start: _numbers(words, jnp.zeros_like(part), start + part, dtype, impl), starts)
         return parts.reshape(-1)[:size].reshape(shape)
 
     # XLA's loops on a CPU use vector instructions along the last axis only, and without them a number takes seven times

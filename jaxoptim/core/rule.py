@@ -7,7 +7,7 @@ import dataclasses
 import math
 import operator
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import jax
@@ -352,8 +352,13 @@ class Rule(Hyperparameters, abc.ABC):
         """Return the state of the whole tree before the first update."""
         return {}
 
-    def draw_noise(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
-        """Return the noise of these arrays, by their numbers in the tree; only for rules that take ``noise``."""
+    def draw_noise(
+        self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
+    ) -> dict[int, jax.Array]:
+        """Return the noise of these arrays, by their numbers in the tree; only for rules that take ``noise``.
+
+        With ``only`` it is that of some of them, the same as with that of all.
+        """
         return {}
 
     def update_with(

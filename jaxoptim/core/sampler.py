@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import jax
@@ -94,21 +96,38 @@ class Sampler(Rule):
         # A copy, because whoever donates a state keeps the key.
         return {"key": jax.random.key(0) if self.key is None else jnp.copy(self.key)}
 
-    def draw_noise(self, shared: dict[str, Any], step: Any, likes: dict[int, Any]) -> dict[int, jax.Array]:
+    def draw_noise(
+        self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
+    ) -> dict[int, jax.Array]:
         key = noise.fold_in(shared["key"], step)
         drawn: dict[int, jax.Array] = {}
         small: dict[Any, list[int]] = {}
         for number, like in likes.items():
-            if like.size > _LARGE:  # made in the loop that uses it
-                drawn[number] = noise.normal(noise.fold_in(key, number), like.shape, like.dtype, self.noise_impl)
-            else:
+            if like.size <= _LARGE:
                 small.setdefault(like.dtype, []).append(number)
+            elif only is None or number in only:  # made in the loop that uses it
+                drawn[number] = noise.normal(noise.fold_in(key, number), like.shape, like.dtype, self.noise_impl)
         for dtype, numbers in small.items():
-            sizes = [likes[number].size for number in numbers]
-            together = noise.normal(noise.fold_in(key, _TOGETHER), (sum(sizes),), dtype, self.noise_impl)
-            parts = zip(numbers, split(together, sizes), strict=True)
-            drawn |= {number: part.reshape(likes[number].shape) for number, part in parts}
+            together = noise.fold_in(key, _TOGETHER)
+            ends = list(itertools.accumulate(likes[number].size for number in numbers))
+            start = 0
+            wanted = itertools.groupby(zip(numbers, ends, strict=True), lambda x: only is None or x[0] in only)
+            for is_wanted, run in wanted:
+                members, stops = zip(*run, strict=True)
+                if is_wanted:
+                    vector = noise.part_of_normal(together, ends[-1], start, stops[-1], dtype, self.noise_impl)
+                    parts = zip(members, split(vector, [likes[number].size for number in members]), strict=True)
+                    drawn |= {number: part.reshape(likes[number].shape) for number, part in parts}
+                start = stops[-1]
         return drawn
+
+    @property
+    def leaves_out_held(self) -> bool:
+        """Whether arrays that ``optimize_over`` holds may be left out of the tree: nothing else depends on them.
+
+        Chains then share them; a rule that does not say so here has them in every chain.
+        """
+        return False
 
     def update_with(
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any

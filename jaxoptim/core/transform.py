@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, ParamSpec
 
 import jax
@@ -461,6 +461,37 @@ def _updated(
     return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared, counts)
 
 
+def noise_of_some(rule: Rule, state: OptState, some: Any, whole: Any) -> Any:
+    """The noise that the next update of a tree would draw, for some of its arrays.
+
+    Args:
+        rule: a rule that takes ``noise``.
+        state: the state of ``some``, which shares its key and its count with that of the whole.
+        some: the tree with None in the place of the other arrays.
+        whole: the tree.
+
+    Returns:
+        A tree like ``some``, for :func:`step` by the name ``noise``.
+
+    Examples:
+        >>> import jax.numpy as jnp, jaxoptim
+        >>> from jaxoptim.core import noise_of_some
+        >>> rule, whole = jaxoptim.rules.SGLD(lr=1.0, nbeta=0.0), {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+        >>> some = whole | {"a": None}
+        >>> state = jaxoptim.init(rule, some)
+        >>> noise = noise_of_some(rule, state, some, whole)
+        >>> part, _ = jaxoptim.step(rule, some, some, state, noise=noise)
+        >>> both, _ = jaxoptim.step(rule, whole, whole, jaxoptim.init(rule, whole))
+        >>> part["a"], bool((part["b"] == both["b"]).all())
+        (None, True)
+    """
+    leaves, treedef = jax.tree.flatten(some, is_leaf=trees.is_leaf)
+    arrays = {number: x for number, x in enumerate(trees.leaves_like(whole, some, "whole", "some")) if x is not None}
+    only = {number for number, x in enumerate(leaves) if x is not None}
+    noise = _noise_of(rule, state.shared, optax.safe_increment(state.step), arrays, only)
+    return jax.tree.unflatten(treedef, [noise[at]["noise"] if at in only else None for at in range(len(leaves))])
+
+
 def _rules_at(rule: Rule, step: Any, count: Any, like: Any, like_what: str) -> list[Any]:
     """The rule of each leaf at update ``count``."""
     if not rule.by_parameter:
@@ -470,12 +501,14 @@ def _rules_at(rule: Rule, step: Any, count: Any, like: Any, like_what: str) -> l
     return [its if leaf is None else its.at_update(count) for its, leaf in pairs]
 
 
-def _noise_of(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:
+def _noise_of(
+    rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any], only: Collection[int] | None = None
+) -> dict[int, dict[str, Any]]:
     """Return the keyword ``noise`` of each array's update, or no keyword where its rule takes none."""
     likes = {number: as_computed(x) for number, x in arrays.items()}
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values()):
         noise = jax.eval_shape(lambda: rule.draw_noise(shared, step, likes))
     else:
-        noise = rule.draw_noise(shared, step, likes)
+        noise = rule.draw_noise(shared, step, likes, only)
     drawn = {number: {"noise": view_as_complex(x) if is_complex(arrays[number]) else x} for number, x in noise.items()}
     return {number: drawn.get(number, {}) for number in arrays}

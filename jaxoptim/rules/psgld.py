@@ -101,6 +101,10 @@ class PSGLD(Sampler):
         if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):
             raise ValueError(f"Invalid frozen_after: {self.frozen_after!r}. PSGLD takes an int >= 1, or None.")
 
+    @property
+    def leaves_out_held(self) -> bool:
+        return True
+
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         return {**zeros(param, "square_avg"), "initial_param": jnp.copy(param)}
 

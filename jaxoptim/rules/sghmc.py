@@ -103,6 +103,10 @@ class SGHMC(Sampler):
                 f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
             )
 
+    @property
+    def leaves_out_held(self) -> bool:
+        return True
+
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         return {"momentum": first_momentum(self, param, noise), "initial_param": jnp.copy(param)}
 

@@ -115,6 +115,12 @@ class SGLD(Sampler):
         names = [name for name in METRICS if getattr(self, name)]
         return [*names, "localization_loss"] if self.save_mala_vars else names
 
+    @property
+    def leaves_out_held(self) -> bool:
+        """Held arrays count in some metrics, and in what is kept before the mask."""
+        of_all = self.weight_norm or (self.grad_norm and self.metrics == "devinterp")
+        return not (of_all or self.save_noise or self.save_mala_vars)
+
     def init_shared(self) -> dict[str, Any]:
         return super().init_shared() | {name: jnp.zeros((), jnp.float32) for name in self.tracked}
 

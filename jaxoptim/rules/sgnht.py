@@ -109,6 +109,10 @@ class SGNHT(Sampler):
         return {"momentum": first_momentum(self, param, noise), "initial_param": jnp.copy(param)}
 
     @property
+    def leaves_out_held(self) -> bool:
+        return True
+
+    @property
     def two_pass(self) -> bool:
         """The thermostat of the splitting moves on between kick and friction."""
         return self.order == "badodab"

@@ -18,6 +18,7 @@ from jaxoptim.sampling.observables import Covariance as Covariance
 from jaxoptim.sampling.observables import Draw as Draw
 from jaxoptim.sampling.observables import MalaAcceptance as MalaAcceptance
 from jaxoptim.sampling.observables import Observable as Observable
+from jaxoptim.sampling.restrictions import preview as preview
 from jaxoptim.sampling.restrictions import slices as slices
 from jaxoptim.sampling.sample import Samples as Samples
 from jaxoptim.sampling.sample import sample as sample
@@ -25,3 +26,4 @@ from jaxoptim.sampling.singular import Estimate as Estimate
 from jaxoptim.sampling.singular import SingularLearning as SingularLearning
 from jaxoptim.sampling.singular import llc_of_two_temperatures as llc_of_two_temperatures
 from jaxoptim.sampling.singular import singular_learning as singular_learning
+from jaxoptim.sampling.transformers import restriction as restriction

@@ -15,7 +15,7 @@ from jaxoptim.core import Rule
 from jaxoptim.sampling.llc import arranged_in, check_initial_loss, initial_loss, temperature, tempered
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run
+from jaxoptim.sampling.run import SamplerLike, check_sampler, observed, prepare
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.target import problem
 
@@ -172,7 +172,7 @@ def calibrate(
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
     prepared = prepare(given, sampler, rules, count, options)
     init_loss = initial_loss(init_loss, given, options.size_at_once(data))
-    arranged = arranged_in((len(rates), len(strengths), options.num_chains), run(prepared))
+    arranged = arranged_in((len(rates), len(strengths), options.num_chains), observed(prepared))
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)
     good = first_divergence(loss) < 0

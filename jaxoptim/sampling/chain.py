@@ -11,10 +11,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxoptim.core import Rule, Sampler, init, step
+from jaxoptim.core import Rule, Sampler, init, noise_of_some, step
 from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
+from jaxoptim.sampling.held import joined, joined_state, state_without, without
 from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.target import Given, Target
@@ -64,7 +65,7 @@ class Chain(NamedTuple):
 
     Attributes:
         key: the key of the chain, from which every step's batch and noise follow.
-        params: the current parameters, the tree of the arrays that are sampled.
+        params: the current parameters, the tree of the arrays that are sampled, None for those that all chains share.
         state: the state of the sampler.
         memories: the state of each observable.
         traces: by name the values recorded at each draw; room for all of them is there from the start.
@@ -100,6 +101,8 @@ def init_chain(
     }
     if start_noise is not None:
         params = _moved(rule, params, fold_in(key, _START), start_noise)
+    if given.held is not None:
+        params, state = without(params, given.held), state_without(state, given.held)
     chain = Chain(key, params, state, memories, {})
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
@@ -143,27 +146,33 @@ def _chain_step(
     def mean(function: Callable[[Any], Any]) -> Any:
         return mean_over_parts(function, batch, spec.microbatches)
 
-    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(chain.params, part))
+    # By all arrays, as observables see it: what nothing uses is not computed.
+    params = joined(chain.params, given.held)
+    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(params, part))
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, is_draw, as_given, probes)
+    whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
+    draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:
         memories[name], values[name] = observable.update(chain.memories[name], draw)
     if rule is None:
-        updates, state = spec.transformation.update(grads, chain.state, chain.params)
-        params = optax.apply_updates(chain.params, updates)
+        updates, state = spec.transformation.update(grads, chain.state, params)
+        moved = optax.apply_updates(params, updates)
     else:
         probe = fold_in(fold_in(chain.key, _PROBES), t)
         extra = {}
         if _uses_curvature(rule):
-            extra["curvature"] = mean(lambda part: _curvature(lambda x: loss_of(x, part), chain.params, probe))
-        params, state = step(rule, chain.params, grads, chain.state, **extra)
+            curvature = mean(lambda part: _curvature(lambda x: loss_of(x, part), params, probe))
+            extra["curvature"] = without(curvature, given.held)
+        if given.held is not None:  # so that what chains share does not change the noise of what they move
+            extra["noise"] = noise_of_some(rule, chain.state, chain.params, params)
+        moved, state = step(rule, chain.params, without(grads, given.held), chain.state, **extra)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, params, state, memories, chain.traces), values
+    return Chain(chain.key, moved, state, memories, chain.traces), values
 
 
 def _moved(rule: Rule | None, params: Any, key: jax.Array, scale: Any) -> Any:

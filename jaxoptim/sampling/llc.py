@@ -19,7 +19,7 @@ from jaxoptim.sampling.doubts import Statistics, doubts, fall_to_warn_of, statis
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
+from jaxoptim.sampling.run import SamplerLike, check_sampler, observed, prepare, stacked
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.selections import named_selections, stacked_masks
 from jaxoptim.sampling.target import Problem, problem
@@ -212,9 +212,10 @@ def estimate_llc(
         init_loss: :math:`L(w^*)` (default None: the loss over all data, in batches of ``batch_size``, weighted by
             their sizes).
         selections: refined coefficients, of chains that move some parameters only: a list of masks (see
-            ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), or of regular expressions and predicates of the dotted
-            path that select whole arrays; all of them in one program. A mapping gives them names (default None: all
-            parameters).
+            ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), such as those of :func:`restriction`, or of regular
+            expressions and predicates of the dotted path that select whole arrays; all of them in one program. Arrays
+            that none of them selects are one copy for all chains, as :func:`sample` says. A mapping gives them names
+            (default None: all parameters).
         num_chains: as for :func:`sample` (default 10).
         num_draws: as for :func:`sample` (default 100).
         num_burnin_steps: as for :func:`sample` (default 0).
@@ -292,7 +293,7 @@ def estimate_llc(
     rules = tempered(sampler, count, nbeta, **changes)
     prepared = prepare(given, sampler, rules, count, options)
     init_loss = initial_loss(init_loss, given, options.size_at_once(data))
-    found = arranged_in((count, options.num_chains), run(prepared))
+    found = arranged_in((count, options.num_chains), observed(prepared))
     eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
     rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
     diverged = first_divergence(loss)

@@ -31,7 +31,7 @@ class Draw(NamedTuple):
         grads: its gradient, in the dtypes of ``arrays``.
         batch: the data of this step.
         sampler: the rule, its numbers those of this step, or the transformation.
-        state: the state of the sampler before the step.
+        state: the state of the sampler before the step; the slots of arrays that no chain moves are those of its start.
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
         as_given: puts such arrays into the module that they came in, in the dtypes that they had there.
         probes: by name the data sets of ``sample(..., probes=)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import trees
-from jaxoptim.core.modules import parts_of
+from jaxoptim.core.modules import trained_of
 from jaxoptim.optim.groups import predicate
 
 
@@ -43,8 +44,7 @@ def slices(params: Any, selection: Mapping[str, Any]) -> Any:
         >>> mask["attention"]["query"].astype(int).tolist(), bool(mask["mlp"])
         ([[1, 1, 0, 0, 0, 0]], False)
     """
-    found = parts_of(params)
-    arrays = params if found is None else found[1]
+    arrays = trained_of(params)
     names, leaves = trees.names(arrays), jax.tree.leaves(arrays, is_leaf=trees.is_leaf)
     masks = [None if leaf is None else np.asarray(False) for leaf in leaves]
     if not isinstance(selection, Mapping):
@@ -63,6 +63,44 @@ def slices(params: Any, selection: Mapping[str, Any]) -> Any:
             for part in parts if isinstance(parts, list) else [parts]:
                 masks[at] = masks[at] | _mask(names[at], np.shape(leaves[at]), part)
     return jax.tree.unflatten(jax.tree.structure(arrays, is_leaf=trees.is_leaf), masks)
+
+
+def preview(params: Any, mask: Any) -> str:
+    """Say what a mask selects: a line for each array of which it selects something, and one for all.
+
+    Args:
+        params: a pytree of arrays or a module, as for :func:`sample`.
+        mask: a tree of masks like it, None where all of an array is selected, such as :func:`restriction` and
+            :func:`slices` make.
+
+    Returns:
+        Lines of path, shape, and how many numbers are selected of how many.
+
+    Raises:
+        ``ValueError`` for a mask that is another tree.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim import sampling
+        >>> params = {"query": jnp.ones((4, 6)), "out": jnp.ones((6, 4))}
+        >>> print(sampling.preview(params, sampling.slices(params, {"query": (1, 3, 0)})))
+        query       (4, 6)  8 of 24
+        all arrays          8 of 48
+    """
+    arrays = trained_of(params)
+    leaves, masks = jax.tree.leaves(arrays, is_leaf=trees.is_leaf), trees.leaves_like(mask, arrays, "mask")
+    rows, chosen, total = [], 0, 0
+    for name, leaf, part in zip(trees.names(arrays), leaves, masks, strict=True):
+        if leaf is None:
+            continue
+        size, part = math.prod(np.shape(leaf)), np.asarray(True if part is None else part, bool)
+        count = int(np.broadcast_to(part, np.shape(leaf)).sum())
+        chosen, total = chosen + count, total + size
+        if count:
+            rows.append((name, str(np.shape(leaf)), f"{count} of {size}"))
+    rows.append(("all arrays", "", f"{chosen} of {total}"))
+    first, second = (max(len(row[at]) for row in rows) for at in (0, 1))
+    return "\n".join(f"{name:{first}}  {shape:{second}}  {count}" for name, shape, count in rows)
 
 
 def _mask(name: str, shape: tuple[int, ...], part: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
+from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 from jaxoptim.sampling.target import Problem
@@ -99,7 +100,9 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     given = given._replace(batch_key=options.batch_key)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
-    rules, params, given = chains.on_all(mesh, (rules, params, given))
+    params, given = chains.on_all(mesh, (params, given))
+    given = given._replace(held=held_arrays(rules, params))
+    rules = chains.on_all(mesh, with_small_masks(rules, given.held))
     noise = options.start_noise or None  # without any, none is drawn
     state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
     start, about = 0, None  # which is kept in every save of this run
@@ -118,7 +121,27 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    (target, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
+    state = _ended(prepared)
+    (target, _, given), count = prepared.problem, len(prepared.settings)
+    held, rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (given.held, given.rest))
+    return {**_observed(prepared, state), "params": target.params(joined(state.params, held), rest)}
+
+
+def observed(prepared: Run) -> dict[str, Any]:
+    """Take the steps that are left, for what :func:`run` returns without the final parameters.
+
+    Arrays that no chain moves are not copied for each.
+    """
+    return _observed(prepared, _ended(prepared))
+
+
+def _observed(prepared: Run, state: Chain) -> dict[str, Any]:
+    return chains.results(prepared.spec, prepared.options.num_draws, state)
+
+
+def _ended(prepared: Run) -> Chain:
+    """The chains after the steps that were left."""
+    (_, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
     thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws)
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
@@ -141,8 +164,7 @@ def run(prepared: Run) -> dict[str, Any]:
             raise
     if options.checkpoint is not None:
         saved.save(options.checkpoint, about, options, start, state)
-    rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings), *x.shape)), given.rest)
-    return {**chains.results(spec, options.num_draws, state), "params": target.params(state.params, rest)}
+    return state
 
 
 def room_for(num_draws: int) -> int:

@@ -121,6 +121,11 @@ def sample(
         draws rounded up to a power of two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all
         chains exist at once, with ``"map"`` those of one.
 
+        Arrays that the mask of a rule, ``optimize_over``, holds altogether are one copy for all chains, without slots
+        and gradients, as long as nothing depends on them that chains keep: they are in every chain if SGLD tracks
+        ``weight_norm``, or devinterp's ``grad_norm``, or has ``save_noise`` or ``save_mala_vars``. The noise of the
+        others is the same in both cases, the losses are to rounding. In ``Samples.params`` they are copied.
+
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for an unknown
         ``chain_method``, and for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss

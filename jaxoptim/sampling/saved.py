@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim import checkpoint
+from jaxoptim.core import trees
 from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
 from jaxoptim.sampling.losses import Losses
@@ -40,7 +41,8 @@ def description(
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
-    return {
+    held = {} if given.held is None else {"arrays that no chain moves": trees.array_names(given.held)}
+    return held | {
         "key": options.key,
         "num_chains": options.num_chains,
         "num_burnin_steps": options.num_burnin_steps,

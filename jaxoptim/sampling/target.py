@@ -29,12 +29,14 @@ class Given(NamedTuple):
         rest: the arrays of a module that are not sampled.
         probes: by name the data sets of observables; None if there are none.
         batch_key: the key from which the batches of all chains follow; None if each chain's follow from its own.
+        held: the arrays that no chain moves, in a tree like the parameters; None if chains keep all.
     """
 
     data: Any
     rest: Rest = Rest()
     probes: dict[str, Any] | None = None
     batch_key: jax.Array | None = None
+    held: Any = None
 
 
 class Target(NamedTuple):
