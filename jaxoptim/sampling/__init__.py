@@ -18,6 +18,7 @@ from jaxoptim.sampling.observables import Covariance as Covariance
 from jaxoptim.sampling.observables import Draw as Draw
 from jaxoptim.sampling.observables import MalaAcceptance as MalaAcceptance
 from jaxoptim.sampling.observables import Observable as Observable
+from jaxoptim.sampling.plateau import Setting as Setting
 from jaxoptim.sampling.restrictions import slices as slices
 from jaxoptim.sampling.sample import Samples as Samples
 from jaxoptim.sampling.sample import sample as sample
