@@ -238,7 +238,7 @@ def _check(baseline: Any, reference: Any, options: RunOptions) -> None:
         raise ValueError(f"Invalid baseline: {baseline!r}. It is one of {', '.join(map(repr, BASELINES))}.")
     if not options.probes:
         raise ValueError("There are no probes, the data x of the susceptibilities. Give probes={name: data}.")
-    if reference is not None and reference not in options.probes:
+    if reference is not None and reference not in list(options.probes):
         there = ", ".join(map(repr, options.probes))
         raise ValueError(f"Invalid reference: {reference!r}. It is one of the probes, {there}, or None.")
     if options.num_draws < 2:
