@@ -28,7 +28,9 @@ PUBLIC |= {f"pyro.optim.{name}": value for name, value in vars(pyro.optim).items
 MULTI = "MultiOptimizer PyroMultiOptimizer TorchMultiOptimizer MixedMultiOptimizer Newton as_multi_optimizer"
 PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name in MULTI.split()}
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
-SAMPLING = "sample estimate_llc calibrate default_nbeta mala_acceptance effective_sample_size mcse rhat"
+SAMPLING = (
+    "sample estimate_llc calibrate susceptibilities default_nbeta mala_acceptance effective_sample_size mcse rhat"
+)
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
 PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}
 PUBLIC |= {"testing.check_rule": testing.check_rule}

@@ -191,7 +191,15 @@ def refused(run, changes, error, match):
 
 
 calibrate = functools.partial(sampling.calibrate, lr=[0.01], localization=[1.0])
-RUNS = {"sample": sampling.sample, "estimate_llc": sampling.estimate_llc, "calibrate": calibrate}
+susceptibilities = functools.partial(
+    sampling.susceptibilities, probes={"few": {"x": DATA["x"][:3], "y": DATA["y"][:3]}}
+)
+RUNS = {
+    "sample": sampling.sample,
+    "estimate_llc": sampling.estimate_llc,
+    "calibrate": calibrate,
+    "susceptibilities": susceptibilities,
+}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -206,10 +214,11 @@ def test_estimates_refuse(case, run):
     refused(RUNS[run], *NUMBERS[case])
 
 
+@pytest.mark.parametrize("run", ["estimate_llc", "susceptibilities"])
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_selections_are_refused(case):
+def test_selections_are_refused(case, run):
     selections, *rest = SELECTIONS[case]
-    refused(sampling.estimate_llc, {"selections": selections}, *rest)
+    refused(RUNS[run], {"selections": selections}, *rest)
 
 
 def test_calibrate_refuses_a_transformation():

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule
-from jaxoptim.sampling.llc import arranged_in, check_initial_loss, initial_loss, temperature, tempered
+from jaxoptim.sampling.llc import check_initial_loss, initial_loss, temperature, tempered
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.plateau import Setting, flattest, rhats, usable
-from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run
+from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, prepare, run
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.target import problem
 

@@ -16,6 +16,7 @@ from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.microbatches import mean_over_parts
+from jaxoptim.sampling.minimum import full_loss
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.target import Given, Target
 
@@ -147,7 +148,13 @@ def _chain_step(
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
-    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, is_draw, as_given, probes)
+
+    def loss_of_all() -> Any:
+        if spec.batch_size is None:
+            return loss
+        return full_loss(spec.target, chain.params, given, spec.batch_size // spec.microbatches)
+
+    draw = Draw(chain.params, loss, grads, batch, sampler, chain.state, is_draw, as_given, probes, loss_of_all)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:

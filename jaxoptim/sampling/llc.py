@@ -15,11 +15,11 @@ import numpy as np
 from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
 from jaxoptim.sampling import diagnostics
-from jaxoptim.sampling.doubts import Statistics, doubts, fall_to_warn_of, statistics, warn
+from jaxoptim.sampling.doubts import Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
+from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, prepare, run, stacked
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.selections import named_selections, stacked_masks
 from jaxoptim.sampling.target import Problem, problem
@@ -284,12 +284,40 @@ def estimate_llc(
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)
-    names, selections = named_selections(selections, sampler)
-    nbeta = temperature("estimate_llc", nbeta, sampler, data)
+    names, chosen = named_selections(selections, sampler)
+    masks = None if chosen is None else stacked_masks(chosen, given.arrays)
+    several, lines = estimated("estimate_llc", given, sampler, options, nbeta, init_loss, names, masks)
+    warn(lines, stacklevel=2)
+    return several if masks is not None else several[0]
+
+
+def estimated(
+    caller: str,
+    given: Problem,
+    sampler: SamplerLike,
+    options: RunOptions,
+    nbeta: Any,
+    init_loss: Any,
+    names: tuple[str, ...] | None,
+    masks: Any,
+) -> tuple[LLC, list[str]]:
+    """The estimates of selections from one run, with an axis of selections, and the reasons to doubt them.
+
+    Args:
+        caller: what messages call the function that asks.
+        given: what is sampled.
+        sampler: the rule, or the transformation.
+        options: the keywords of the run.
+        nbeta: as for :func:`estimate_llc`.
+        init_loss: as for :func:`estimate_llc`.
+        names: of the selections, None if they have none.
+        masks: of the selections, stacked; None for one of all that the sampler moves.
+    """
+    data = given.given.data
+    nbeta = temperature(caller, nbeta, sampler, data)
     check_initial_loss(init_loss)
-    count = 1 if selections is None else len(selections)
-    changes = {} if selections is None else {"optimize_over": stacked_masks(selections, given.arrays)}
-    rules = tempered(sampler, count, nbeta, **changes)
+    count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
+    rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
     prepared = prepare(given, sampler, rules, count, options)
     init_loss = initial_loss(init_loss, given, options.size_at_once(data))
     found = arranged_in((count, options.num_chains), run(prepared))
@@ -297,9 +325,8 @@ def estimate_llc(
     rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
     diverged = first_divergence(loss)
     several = LLC(loss, init_loss, nbeta, diverged, found, names)
-    estimate = several if selections is not None else dataclasses.replace(several[0], names=None)
-    labels = None if selections is None else [f"selection {name!r}" for name in names or range(count)]
-    lines = _diverged(diverged, labels)
+    labels = None if masks is None else [f"selection {name!r}" for name in names or range(count)]
+    lines = divergence(diverged, labels)
     of_each = several._statistics()
     gradient = full_gradient(*given, options.size_at_once(data))
     steps = [
@@ -307,8 +334,7 @@ def estimate_llc(
         for i, x in enumerate(of_each)
     ]
     falls, norms = zip(*steps, strict=True)
-    warn(lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels), stacklevel=2)
-    return estimate
+    return several, lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels)
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
@@ -351,34 +377,6 @@ def _is_number(x: Any) -> bool:
     return (is_array and np.ndim(x) == 0 and x.dtype.kind in "fiu") or (
         isinstance(x, int | float) and not isinstance(x, bool)
     )
-
-
-def _diverged(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
-    """A line about the chains that have diverged; raises if all of a selection have."""
-    lost = np.argwhere(diverged >= 0)
-    if not len(lost):
-        return []
-    some = [
-        f"chain {chain}{'' if labels is None else f' of {labels[i]}'} at draw {diverged[i, chain]}"
-        for i, chain in lost[:5]
-    ]
-    many = f"{len(lost)} of {diverged.size} chains diverged: {', '.join(some)}{', ...' if len(lost) > 5 else ''}"
-    advice = (
-        "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
-        "sampling.sample with the same arguments returns all traces."
-    )
-    if (diverged >= 0).all(-1).any():
-        raise FloatingPointError(f"{many}. {advice}")
-    return [f"{many}; they are left out of the estimate. {advice}"]
-
-
-def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of a run with its chains arranged in ``shape``."""
-    return {
-        name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
-        for name, x in found.items()
-        if name != "params"
-    }
 
 
 def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> Any:

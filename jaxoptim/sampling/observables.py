@@ -35,6 +35,8 @@ class Draw(NamedTuple):
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
         as_given: puts such arrays into the module that they came in, in the dtypes that they had there.
         probes: by name the data sets of ``sample(..., probes=)``.
+        full_loss: returns the loss of all data at ``arrays``, in batches as large as the steps'. It costs a pass over
+            the data where steps take batches, so call it at draws only.
     """
 
     arrays: Any
@@ -46,6 +48,7 @@ class Draw(NamedTuple):
     is_recorded: jax.Array
     as_given: Callable[[Any], Any]
     probes: dict[str, Any]
+    full_loss: Callable[[], jax.Array]
 
     @property
     def params(self) -> Any:

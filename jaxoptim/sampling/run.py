@@ -145,6 +145,15 @@ def run(prepared: Run) -> dict[str, Any]:
     return {**chains.results(spec, options.num_draws, state), "params": target.params(state.params, rest)}
 
 
+def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a run with its chains arranged in ``shape``."""
+    return {
+        name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
+        for name, x in found.items()
+        if name != "params"
+    }
+
+
 def room_for(num_draws: int) -> int:
     """Return the number of draws that a program has room for: few sizes, so that few programs are compiled."""
     return max(64, 1 << (num_draws - 1).bit_length()) if num_draws <= 4096 else -(-num_draws // 4096) * 4096

@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim import checkpoint
 from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
+from jaxoptim.sampling.excess import ExcessLosses
 from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
@@ -37,6 +38,9 @@ def description(
             there[name] = of.value(as_given())
         elif isinstance(of, Losses):
             there[name] = of.value(as_given, given.probes or {})
+        elif isinstance(of, ExcessLosses):
+            losses = of.of_each(as_given, given.probes or {})
+            there[name] = losses, None if of.reference is None else losses[of.reference]
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
