@@ -28,5 +28,7 @@ from jaxoptim.sampling.sample import sample as sample
 from jaxoptim.sampling.singular import SingularLearning as SingularLearning
 from jaxoptim.sampling.singular import llc_of_two_temperatures as llc_of_two_temperatures
 from jaxoptim.sampling.singular import singular_learning as singular_learning
+from jaxoptim.sampling.sketches import Sketch as Sketch
+from jaxoptim.sampling.sketches import sketch as sketch
 from jaxoptim.sampling.susceptibilities import Susceptibilities as Susceptibilities
 from jaxoptim.sampling.susceptibilities import susceptibilities as susceptibilities
