@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -36,11 +38,16 @@ class _Boxed(Protocol):
 
 def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
     r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - w_0)`."""
-    terms = rule.nbeta * grad
+    return functools.reduce(operator.add, forces(rule, grad, slots, param).values())
+
+
+def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, jax.Array]:
+    """The terms of :func:`force` that are on, by name."""
+    terms = {"grad": rule.nbeta * grad}
     if enabled(rule.weight_decay):
-        terms = terms + rule.weight_decay * param
+        terms["weight_decay"] = rule.weight_decay * param
     if enabled(rule.localization):
-        terms = terms + rule.localization * (param - slots["initial_param"])
+        terms["localization"] = rule.localization * (param - slots["initial_param"])
     return terms
 
 
