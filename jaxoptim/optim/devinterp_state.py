@@ -56,7 +56,7 @@ def _group(group: Mapping[str, Any]) -> dict[str, Any]:
         "preconditioner": "identity",
         "optimize_over": None,
         **_preconditioner(group.get("preconditioner")),
-        "save_metrics": "metrics" in group,
+        "metrics": "components" if "metrics" in group else None,
     }
 
 

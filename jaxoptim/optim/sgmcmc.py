@@ -15,6 +15,7 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.prior import CompositePrior, GaussianPrior, Prior, Terms, centers_of, terms_of
 from jaxoptim.optim.sampler import Sampler, warn_user
 from jaxoptim.rules import sgmcmc as rules
+from jaxoptim.rules._components import COMPONENTS
 
 _KWARGS: dict[str, tuple[str, ...]] = {
     "identity": (),
@@ -24,25 +25,24 @@ _KWARGS: dict[str, tuple[str, ...]] = {
 """What the options of each preconditioner are called."""
 _GIVEN = ("prior", "mask", "preconditioner_kwargs")
 """What a group may be given by devinterp's names and keeps in the terms of the rule."""
-_MEASURED = (*rules.NORMS, *rules.PRODUCTS, rules.COUNT)
+_MEASURED = (*COMPONENTS, rules.COUNT)
 """What groups have of the last step."""
 
 
 class Metrics(NamedTuple):
     r"""What a step was made of: :math:`\Delta w = -(\text{grad} + \text{localization} + \text{decay}) + \text{noise}`.
 
-    The first seven are norms, the next three scalar products of the parts.
+    The first six are norms, the next three scalar products of the parts. devinterp has a norm of the prior too, the
+    root of the sum of two squares, which is none where both terms are on.
 
     Attributes:
         scaled_grad: of :math:`\tfrac{\epsilon}{2} M G\,n\beta g`.
         unscaled_grad: of :math:`\tfrac{\epsilon}{2} n\beta g`.
         localization: of :math:`\tfrac{\epsilon}{2} M G\,\gamma (w - c)`.
         weight_decay: of :math:`\tfrac{\epsilon}{2} M G\,\lambda w`.
-        prior: of the sum of these two. (devinterp takes the root of the sum of their squares, as if they were
-            orthogonal.)
         noise: of :math:`M \sqrt{\epsilon G}\,\sigma\xi`.
         distance: of :math:`w - w_0` before the step.
-        dot_grad_prior: of the first part with the prior.
+        dot_grad_prior: of the first part with the sum of the next two, the prior.
         dot_grad_noise: of the first part with the noise.
         dot_prior_noise: of the prior with the noise.
         numel: how many numbers moved.
@@ -52,7 +52,6 @@ class Metrics(NamedTuple):
     unscaled_grad: float
     localization: float
     weight_decay: float
-    prior: float
     noise: float
     distance: float
     dot_grad_prior: float
@@ -147,7 +146,6 @@ class SGMCMC(Sampler):
         "eps",
         "diffusion_factor",
         "optimize_over",
-        "save_metrics",
     }
 
     _center: Any = "initial"  # of groups that do not say
@@ -184,7 +182,7 @@ class SGMCMC(Sampler):
             **_conditioner(preconditioner, preconditioner_kwargs),
             "bounding_box_size": bounding_box_size,
             "optimize_over": mask,
-            "save_metrics": save_metrics,
+            "metrics": "components" if save_metrics else None,
             "key": key,
             "noise_impl": noise_impl,
         }
@@ -425,8 +423,8 @@ class SGMCMC(Sampler):
             >>> chain.get_metrics().scaled_grad, chain.get_metrics().distance
             (1.25, 0.0)
         """
-        columns, norms = list(zip(*self.iter_group_metrics(), strict=True)), len(rules.NORMS)
-        return Metrics._make([*(math.hypot(*x) for x in columns[:norms]), *map(sum, columns[norms:])])
+        columns = zip(_MEASURED, zip(*self.iter_group_metrics(), strict=True), strict=True)
+        return Metrics._make(math.hypot(*x) if name.endswith("_norm") else sum(x) for name, x in columns)
 
     def iter_group_metrics(self) -> Iterator[Metrics]:
         """What the last step was made of, for each group in turn; see :meth:`get_metrics`."""

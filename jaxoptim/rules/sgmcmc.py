@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +14,22 @@ from jaxoptim.core import (
     NonNegative,
     OptionalNonNegative,
     Positive,
-    Sampler,
     Slots,
     enabled,
     rule,
     sqrt,
 )
-from jaxoptim.rules._langevin import boxed, check_terms, force, forces, free, masked
+from jaxoptim.core.rule import assembled
+from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._langevin import boxed, check_terms, force, free, masked
 from jaxoptim.rules._terms import needed, zeros
 
-NORMS = (
-    "scaled_grad_norm",
-    "unscaled_grad_norm",
-    "localization_norm",
-    "weight_decay_norm",
-    "prior_norm",
-    "scaled_noise_norm",
-    "distance_norm",
-)
-PRODUCTS = ("grad_dot_prior", "grad_dot_noise", "prior_dot_noise")
 COUNT = "numel"
+"""How many numbers moved, one of the metrics."""
 
 
 @rule
-class SGMCMC(Sampler):
+class SGMCMC(PosteriorSampler):
     r"""The step of devinterp's ``SGMCMC``: SGLD with a preconditioner, which weighs loss, prior and noise.
 
     .. math::
@@ -64,13 +56,13 @@ class SGMCMC(Sampler):
         diffusion_factor: :math:`A \ge 0` of ``"nht"`` (default 0.01).
         bounding_box_size: :math:`b \ge 0`, of which zero lets nothing move, or None for no box (default None).
         optimize_over: mask :math:`M` of zeros and ones, as in :class:`SGLD` (default None).
-        save_metrics: measure each step (default False).
+        metrics: ``"components"`` measures the parts of each step, as :class:`PSGLD` (default None: nothing).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Slots:
         The center, if there is localization; ``square_avg`` of ``"rmsprop"``; ``initial_param``, if there is a box or
-        metrics. With metrics ``shared`` has those of :data:`NORMS` and :data:`PRODUCTS`, and how many numbers moved.
+        metrics. With metrics ``shared`` has them, and :data:`COUNT`; the norm of the unscaled gradient is not masked.
 
     Raises:
         As :class:`SGLD`.
@@ -88,22 +80,22 @@ class SGMCMC(Sampler):
     diffusion_factor: NonNegative = 0.01
     bounding_box_size: OptionalNonNegative = None
     optimize_over: ArraysByLeaf = None
-    save_metrics: bool = False
+    metrics: str | None = None
 
     box: ClassVar[str] = "clamp"
+    center: ClassVar[Any] = None  # type: ignore[misc]  # a slot has it
 
     def check(self) -> None:
         super().check()
-        check_terms(self, preconditioner=("identity", "rmsprop", "nht"))
+        check_terms(self, preconditioner=("identity", "rmsprop", "nht"), metrics=(None, "components"))
 
     def init_shared(self) -> dict[str, Any]:
-        metrics = {name: jnp.zeros((), jnp.float32) for name in (*NORMS, *PRODUCTS)} | {COUNT: jnp.zeros((), jnp.int32)}
-        return super().init_shared() | (metrics if self.save_metrics else {})
+        return super().init_shared() | ({} if self.metrics is None else {COUNT: jnp.zeros((), jnp.int32)})
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         kept = {
             self.center_slot: enabled(self.localization),
-            "initial_param": self.bounding_box_size is not None or self.save_metrics,
+            "initial_param": self.bounding_box_size is not None or self.metrics is not None,
         }
         averages = zeros(param, "square_avg") if self.preconditioner == "rmsprop" else {}
         return {name: jnp.copy(param) for name, is_kept in kept.items() if is_kept} | averages
@@ -117,29 +109,21 @@ class SGMCMC(Sampler):
         if self.preconditioner == "rmsprop":
             square_avg = self.alpha.ema(slots["square_avg"], grad**2)
             conditioner, slots = 1 / (self.eps + sqrt(square_avg)), slots | {"square_avg": square_avg}
-        rate, drift = self.lr / 2 * conditioner, force(self, grad, self._centred(slots), param)
+        rate, centred = self.lr / 2 * conditioner, self._centred(slots)
         shaken = masked(self, jnp.sqrt(self.lr * conditioner) * heat * noise)
-        inside, _ = boxed(self, param - masked(self, rate * drift) + shaken, slots)
-        return inside - param, slots | self._measured(grad, rate, shaken, slots, param)
+        moved = param - masked(self, rate * force(centred, grad, slots, param)) + shaken
+        inside, _ = boxed(self, moved, slots)
+        measured = centred.components(grad, slots, param, rate=rate, unscaled=self.lr / 2, noise=shaken)
+        if measured:
+            # devinterp leaves the mask out of this norm.
+            measured["unscaled_grad_norm"] = jnp.sum((self.lr / 2 * self.nbeta * grad) ** 2)
+            measured[COUNT] = jnp.asarray(free(self, param), jnp.int32)
+        return inside - param, slots | measured
 
-    def _centred(self, slots: Slots) -> Slots:
-        """The slots as the terms of the potential take them, which pull to ``initial_param``."""
-        return slots | {"initial_param": slots[self.center_slot]} if enabled(self.localization) else slots
-
-    def _measured(self, grad: jax.Array, rate: Any, shaken: jax.Array, slots: Slots, param: jax.Array) -> Slots:
-        """One array's part of what is summed for the metrics."""
-        if not self.save_metrics:
-            return {}
-        terms, none = forces(self, grad, self._centred(slots), param), jnp.zeros_like(param)
-        descent, pull, decay = (
-            masked(self, rate * terms.get(name, none)) for name in ("grad", "localization", "weight_decay")
-        )
-        prior, away = pull + decay, param - slots["initial_param"]
-        norms = (descent, self.lr / 2 * terms["grad"], pull, decay, prior, shaken, away)
-        products = (descent * prior, descent * shaken, prior * shaken)
-        sums = map(jnp.sum, (*(x**2 for x in norms), *products))
-        return {**dict(zip((*NORMS, *PRODUCTS), sums, strict=True)), COUNT: jnp.asarray(free(self, param), jnp.int32)}
+    def _centred(self, slots: Slots) -> Self:
+        """The rule with the center that the slots hold."""
+        return assembled(type(self), vars(self) | {"center": slots.get(self.center_slot)})
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
-        norms = {name: jnp.sqrt(x) for name, x in sums.items() if name in NORMS}
-        return shared | {name: x if name == COUNT else x.astype(jnp.float32) for name, x in (sums | norms).items()}
+        counted = {COUNT: sums[COUNT]} if COUNT in sums else {}
+        return super().update_shared(shared, sums) | counted

@@ -25,3 +25,5 @@ from jaxoptim.sampling.singular import Estimate as Estimate
 from jaxoptim.sampling.singular import SingularLearning as SingularLearning
 from jaxoptim.sampling.singular import llc_of_two_temperatures as llc_of_two_temperatures
 from jaxoptim.sampling.singular import singular_learning as singular_learning
+from jaxoptim.sampling.sketches import Sketch as Sketch
+from jaxoptim.sampling.sketches import sketch as sketch

@@ -200,6 +200,8 @@ def estimate_llc(
         \hat\lambda(w^*) = n\beta\,\left(E_w[L(w)] - L(w^*)\right), \qquad
         p(w) \propto \exp\left(-n\beta\,L(w) - \tfrac{\gamma}{2}\|w - w^*\|^2\right)
 
+    A ``center`` of the sampler takes the place of :math:`w^*` in the localization.
+
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the mean loss L.
         params: :math:`w^*`, where every chain begins: arrays or a module, as for :func:`sample`.

@@ -96,13 +96,14 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
         if param is None:
             found.append(None)
             continue
-        # The start is the center of localization, whose force is zero there.
         wide = param.astype(computing_dtype(param.dtype))
         decay, localization, mask, size = (0, 0, None, None) if one is None else (getattr(one, x) for x in _PRIOR)
+        center = getattr(one, "center", None)  # by default the start, where the force of localization is zero
         mask = 1 if mask is None else jnp.asarray(mask).astype(wide.real.dtype)
         size = size if one is not None and has_box(one) else None
-        down = mask * (nbeta * grad + decay * wide)
-        found.append((wide, down, decay, localization, mask, size))
+        away = 0 if center is None else wide - jnp.asarray(center, wide.dtype)
+        down = mask * (nbeta * grad + decay * wide + localization * away)
+        found.append((wide, down, decay, localization, mask, size, away))
         squares, norm = squares + jnp.sum(jnp.abs(down) ** 2), norm + jnp.sum(jnp.abs(mask * grad) ** 2)
     length = jnp.where(squares > 0, 2 * wanted / jnp.where(squares > 0, squares, 1), 0)
     shifted: list[Any] = []
@@ -111,10 +112,10 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
         if cell is None:
             shifted.append(None)
             continue
-        wide, down, decay, localization, mask, size = cell
+        wide, down, decay, localization, mask, size, away = cell
         step = -(length * down).astype(wide.dtype)
         step = step if size is None else jnp.clip(step, -size, size)
         rise += jnp.sum(mask * decay / 2 * (jnp.abs(wide + step) ** 2 - jnp.abs(wide) ** 2))
-        rise += jnp.sum(localization / 2 * jnp.abs(step) ** 2)
+        rise += jnp.sum(localization / 2 * (jnp.abs(away + step) ** 2 - jnp.abs(away) ** 2))
         shifted.append((wide + step).astype(leaf.dtype))
     return jax.tree.unflatten(treedef, shifted), rise, jnp.sqrt(norm)

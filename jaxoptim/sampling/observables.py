@@ -80,6 +80,15 @@ class Observable:
         return trace
 
 
+def at_draws(draw: Draw, value: Callable[[], Any]) -> Any:
+    """What a function returns, computed at the draws only; zeros elsewhere.
+
+    It makes its own ``draw.params``: the variables of an nnx module may be changed only by the trace that made them.
+    """
+    like = jax.eval_shape(value)
+    return lax.cond(draw.is_recorded, value, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+
+
 @dataclasses.dataclass(frozen=True)
 class Function(Observable):
     """A function of the parameters, computed at the draws only."""
@@ -93,17 +102,14 @@ class Function(Observable):
         return jax.tree.map(jnp.asarray, value if parts is None else parts.trained)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        # The variables of an nnx module may be changed only by the trace in which they were made.
-        like = jax.eval_shape(lambda: self.value(draw.params))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return memory, lax.cond(draw.is_recorded, lambda: self.value(draw.params), lambda: nothing)
+        return memory, at_draws(draw, lambda: self.value(draw.params))
 
 
 @dataclasses.dataclass(frozen=True)
 class MalaAcceptance(Observable):
     r"""The rate at which a Metropolis test would accept the steps; see :func:`mala_acceptance`.
 
-    The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2` with the loss of each
+    The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2` with the loss of each
     step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no
     part. For the rule ``SGLD`` with ``noise_level=1``; a step that a box has changed counts as if it had not.
 

@@ -13,6 +13,7 @@ import optax
 
 from jaxoptim.core import Hyperparameters, Rule, Sampler
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.modules import trained_of
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
@@ -40,6 +41,8 @@ def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
     if not isinstance(sampler, Rule):
         return None
     rule = sampler.replace(key=None) if isinstance(sampler, Sampler) else sampler
+    if (center := getattr(rule, "center", None)) is not None:
+        rule = rule.replace(center=trained_of(center))
 
     def repeated(x: Any) -> jax.Array:
         x = strong(x)

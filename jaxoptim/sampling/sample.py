@@ -89,7 +89,7 @@ def sample(
         num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
         start_noise: :math:`s \ge 0`: each chain begins at the parameters plus noise :math:`s\,N(0, 1)` of its own,
             where a rule's mask lets them move, and in its box (of a transformation neither is known: all of them).
-            The center of the sampler's localization stays at the parameters. Chains that begin further apart than the
+            The center of the sampler's localization stays where it is. Chains that begin further apart than the
             draws are, and agree after burn-in, are what :math:`\hat R` is made for (default 0: all begin at one point).
         batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
         microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the

@@ -16,6 +16,7 @@ from jaxoptim.sampling.chain import Chain, ChainSpec
 from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.sketches import Sketch
 from jaxoptim.sampling.target import Given
 
 
@@ -49,7 +50,9 @@ def description(
         "batch_size": options.batch_size,
         "microbatches": options.microbatches,
         "same_batches": options.same_batches,
-        "observables": [[name, type(of).__name__] for name, of in spec.observables],
+        "observables": [
+            [name, repr(of) if isinstance(of, Sketch) else type(of).__name__] for name, of in spec.observables
+        ],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
