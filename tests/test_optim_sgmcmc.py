@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sgmcmc_live as live
@@ -31,10 +32,13 @@ def results(tmp_path_factory):
     """What a process with devinterp 2.0.1, of which only the optimizers are used, has found."""
     folder = tmp_path_factory.mktemp("devinterp")
     packages, found = folder / "packages", folder / "results"
-    install = ["pip", "install", "--quiet", "--no-deps", "--target", str(packages), "devinterp==2.0.1"]
-    installed = subprocess.run([sys.executable, "-m", *install], capture_output=True, text=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", "--timeout", "20"]
+    install += ["--disable-pip-version-check", "--target", str(packages), "devinterp==2.0.1"]
+    installed = subprocess.run(install, capture_output=True, text=True)
     if installed.returncode:
-        pytest.skip(f"devinterp 2.0.1 cannot be installed from a package index: {installed.stderr.strip()[-300:]}")
+        pytest.skip(
+            f"devinterp 2.0.1 cannot be installed from a package index: {installed.stderr.strip().splitlines()[-1:]}"
+        )
     here = Path(__file__).parent
     path = os.pathsep.join([str(packages), str(here.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "JAX_ENABLE_X64": "1"}
@@ -214,6 +218,27 @@ def test_a_copy_continues_to_the_last_bit(kept, options, tmp_path):
         chain.step(GRADS)
         other.step(GRADS)
     chex.assert_trees_all_equal(chain.params, other.params)
+
+
+def test_it_goes_to_the_pure_face_and_back():
+    chain = optim.SGMCMC(PARAMS, lr=0.1, prior=CENTER, mask=MASK, key=KEY, **RMSPROP)
+    chain.step(GRADS)
+    other = copy.deepcopy(chain)
+    tx, params, state = other.to_functional()
+    updates, state = tx.update(GRADS, state, params)
+    other.from_functional(optax.apply_updates(params, updates), state)
+    for _ in range(2):
+        chain.step(GRADS)
+    other.step(GRADS)
+    chex.assert_trees_all_close(chain.params, other.params, rtol=1e-5, atol=1e-6)
+
+
+def test_a_localization_may_be_switched_off_and_on():
+    chain = optim.SGMCMC(jnp.ones(2), lr=0.5, noise_level=0.0, prior=2.0)
+    for strength, end in ((2.0, 0.5), (0.0, 0.0), (2.0, 0.0)):
+        chain.param_groups[0]["localization"] = strength
+        chain.step(jnp.full(2, 2.0))
+        assert chain.params.tolist() == [end] * 2
 
 
 def test_state_has_devinterps_layout():
