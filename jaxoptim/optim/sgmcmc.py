@@ -106,10 +106,10 @@ class SGMCMC(Sampler):
         wrt: see :class:`Optimizer`.
 
     State has devinterp's names: ``prior_center`` (of a composite ``prior_center_0``, ``prior_center_1``) if there is
-    localization, ``square_avg`` of ``"rmsprop"``, and ``initial_param`` with a box or metrics. A localization that is first
-    switched on later pulls to where the parameters are then. :meth:`load_state_dict` takes devinterp's state dict as it
-    is. devinterp keeps priors and preconditioners as Python objects in its groups, which no other side can make: after
-    it has loaded ours, put the objects that its groups had before back into them.
+    localization, ``square_avg`` of ``"rmsprop"``, and ``initial_param`` with a box or metrics. A localization that is
+    first switched on later pulls to where the parameters are then. :meth:`load_state_dict` takes devinterp's state dict
+    as it is. devinterp keeps priors and preconditioners as Python objects in its groups, which no other side can make:
+    after it has loaded ours, put the objects that its groups had before back into them.
 
     Differences from devinterp:
         A sign that is wrong is an error (there it is taken, or for a prior of a factory left out). A mask broadcasts.
