@@ -188,9 +188,9 @@ class SamplerStorage(WholeStorage):
             self._others.pop(param, None)
             if others := {name: x for name, x in states[param].items() if name not in (*names, "step")}:
                 self._others[param] = others
-        if not began and not any(slots):
-            return None
         group = section.group
+        if not (began or any(slots) or "step" in group):
+            return None
         known = {name: x for name, x in group.items() if x is not None and not isinstance(x, bool)}
         shared = {name: known.get(name, x) for name, x in rule.init_shared().items()}
         return self._loaded(at, group.get("step", 0), slots, shared)
@@ -272,6 +272,14 @@ def _each_by_name(rule: Rule, field: str, names: Sequence[str]) -> Any:
     return OrderedDict(zip(names, leaves, strict=True))
 
 
+def warn_user(message: str) -> None:
+    """Warn at the line outside of this library that the call came from."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
+
+
 class Sampler(Optimizer):
     r"""The base of the torch-style samplers: an optimizer whose rule draws noise.
 
@@ -339,18 +347,15 @@ class Sampler(Optimizer):
     _has_warned = False
 
     def _warn_of_rounding(self) -> None:
-        """Warn, once, of parameters whose dtype loses small steps; the warning points to the user's line."""
+        """Warn, once, of parameters whose dtype loses small steps."""
         coarse = [param for param in self._storage.parameters() if param.requires_grad and is_low(param.dtype)]
         if not coarse or self._has_warned:
             return
-        self._has_warned, level = True, 1
-        while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
-            level += 1
-        warnings.warn(
+        self._has_warned = True
+        warn_user(
             f"{type(self).__name__} rounds each step to the parameter's dtype, {coarse[0].dtype}, which loses small "
             "steps: the chain samples from another distribution, or stands still. Give float32 parameters and cast "
-            "them in the loss, as jaxoptim.sampling.sample does.",
-            stacklevel=level + 1,
+            "them in the loss, as jaxoptim.sampling.sample does."
         )
 
     def _add(self, group: dict[str, Any]) -> None:
