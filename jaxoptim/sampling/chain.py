@@ -12,11 +12,11 @@ import optax
 from jax import lax
 
 from jaxoptim.core import Rule, Sampler, init, step
-from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
@@ -132,7 +132,7 @@ def _chain_step(
 ) -> tuple[Chain, Any]:
     """Return the chain after one step, and the values that the step would record."""
     batch_key = chain.key if given.batch_key is None else given.batch_key
-    batch = batch_at(t, batch_key, given.data, spec.batch_size)
+    batch = batch_of(given.data, t, batch_key, spec.batch_size)
 
     def as_given(params: Any) -> Any:
         return spec.target.params(params, given.rest)

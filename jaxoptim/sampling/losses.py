@@ -71,6 +71,9 @@ class Losses(Observable):
         like = jax.eval_shape(here)
         return memory, lax.cond(draw.is_recorded, here, lambda: jnp.zeros(like.shape, like.dtype))
 
+    def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
+        return f"loss_{name}", ("draw", f"batch_{name}", "token_pos")
+
     def value(self, params: Callable[[], Any], probes: Mapping[str, Any]) -> jax.Array:
         """The loss of each datum at the parameters that ``params()`` returns."""
         if self.probe not in probes:

@@ -19,7 +19,7 @@ from jaxoptim.sampling.observables import Function, Observable
 METHODS = ("auto", "vmap", "map")
 
 # The chains fold their numbers into the key of a run; what they share has its keys from the other end.
-_BATCHES = np.uint32(2**32 - 1)
+_BATCHES, _REFERENCES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,21 @@ class RunOptions:
         """The key from which the batches of all chains follow; None if each chain's follow from its own."""
         return fold_in(self.key, _BATCHES) if self.same_batches else None
 
+    @property
+    def reference_key(self) -> jax.Array:
+        """The key of the batches that stand for all data."""
+        return fold_in(self.key, _REFERENCES)
+
     def size_at_once(self, data: Any) -> int | None:
         """How many data the loss is evaluated on at once; None for all."""
         if self.microbatches == 1:
             return self.batch_size
         return (self.batch_size or size_of(data)) // self.microbatches
+
+    @property
+    def axes(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """By name what observables are called where axes have names; see ``Observable.axes``."""
+        return {name: of.axes(name) for name, of in self.watched()}
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""

@@ -91,7 +91,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
-    target, params, given = problem
+    target, params, given = problem[:3]
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
@@ -100,15 +100,17 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, given = chains.on_all(mesh, (rules, params, given))
+    problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
     state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
     start, about = 0, None  # which is kept in every save of this run
     if options.checkpoint is not None:
-        about = saved.description(options, spec, num_settings, sampler, rules, params, given)
+        about = saved.description(options, spec, num_settings, sampler, rules, problem)
     if options.checkpoint is not None and os.path.exists(options.checkpoint):
         start, state = saved.load(options.checkpoint, about, options, state)
-    placed = Problem(target, params, given)
-    return Run(placed, spec, method, mesh, rules, settings, options, about, start, state)
+    if problem.stream is not None:
+        problem.stream.skip(start)
+    return Run(problem, spec, method, mesh, rules, settings, options, about, start, state)
 
 
 def run(prepared: Run) -> dict[str, Any]:
@@ -118,13 +120,16 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    (target, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
+    (target, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state = prepared
     thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws)
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
             while start < options.num_steps:
-                stop, before = min(start + piece, options.num_steps), time.monotonic()
+                count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
+                stop = min(start + count, options.num_steps)
+                if stream is not None:
+                    given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
                 with Uninterrupted():  # until what has become of the donated chains is kept
                     state = chains.run_steps(spec, method, mesh, rules, settings, state, given, thinning, start, stop)
                     jax.block_until_ready(state.traces)
