@@ -44,10 +44,17 @@ class ChainSpec(NamedTuple):
 
 
 class Thinning(NamedTuple):
-    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile."""
+    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile.
+
+    Attributes:
+        num_burnin_steps: the steps before.
+        num_steps_bw_draws: the steps for each draw.
+        first: the draw that is written down first; those before have left the device.
+    """
 
     num_burnin_steps: Any
     num_steps_bw_draws: Any
+    first: Any = 0
 
     def is_draw(self, step: Any) -> Any:
         """Whether a step is the last one before a draw is written down."""
@@ -55,8 +62,8 @@ class Thinning(NamedTuple):
         return (past >= 0) & ((past + 1) % self.num_steps_bw_draws == 0)
 
     def draw_at(self, step: Any) -> Any:
-        """The draw to which a step belongs; the last of its steps overwrites what the others have written."""
-        return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
+        """Where the draw of a step is written down; the last of its steps overwrites what the others have written."""
+        return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws - self.first
 
 
 class Chain(NamedTuple):

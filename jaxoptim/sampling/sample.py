@@ -90,6 +90,7 @@ def sample(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    store: str | os.PathLike[str] | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -158,6 +159,12 @@ def sample(
             what the steps so far have taken is skipped. That its first batch is the same is checked.
         probes: by name data sets for observables, each a pytree of arrays whose first axes run over its data (default
             None). They are arguments of the program, as the data are: see :class:`Losses`, and ``Draw.probes``.
+        store: a folder on disk that grows by the draws, of which the device then holds no more than 64 MiB (or one, if
+            that is larger); the host holds as much until it writes. It is the zarr group of :meth:`Samples.to_xarray`,
+            or, where zarr and xarray are not installed or the name ends in ``.safetensors``, a file of safetensors for
+            each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
+            with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,
+            NumPy's arrays in the memory of the host (default None).
 
     Returns:
         :class:`Samples`.
@@ -165,15 +172,15 @@ def sample(
     Memory:
         Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
         two), all of them in float32 at least, what its observables remember, and what is written down at each draw, the
-        draws rounded up to a power of two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all
-        chains exist at once, with ``"map"`` those of one.
+        draws rounded up to a power of two (beyond 4096 to a multiple of it); with a ``store`` those of a piece. With
+        ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
 
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for batches of different
-        shapes, or that end before the last step, for an unknown ``chain_method``, and for a checkpoint of another run;
-        ``TypeError`` for a key that is not typed, for a loss that is not a real scalar, for what is no sampler, for a
-        ``batch_size`` of batches, and for a module among other parameters. A chain that diverges raises nothing: see
-        ``Samples.diverged``.
+        shapes, or that end before the last step, for an unknown ``chain_method``, and for a checkpoint or a store of
+        another run; ``TypeError`` for a key that is not typed, for a loss that is not a real scalar, for what is no
+        sampler, for a ``batch_size`` of batches, and for a module among other parameters. A chain that diverges raises
+        nothing: see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
@@ -206,6 +213,7 @@ def sample(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        store=store,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)

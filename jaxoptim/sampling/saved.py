@@ -51,6 +51,7 @@ def description(
         "batch_size": options.batch_size,
         "microbatches": options.microbatches,
         "same_batches": options.same_batches,
+        "store": options.store is not None,
         "observables": [[name, type(of).__name__] for name, of in spec.observables],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
@@ -78,8 +79,9 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
     content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
+    there = {"store": False} | content["run"]  # of which older files say nothing
     for name, mine in about.items():
-        if not _equal(content["run"].get(name), mine):
+        if not _equal(there.get(name), mine):
             raise ValueError(
                 f"The checkpoint {path} is of another run: its {name} is not what was given. Give what it was made "
                 "with, or another path."
