@@ -159,6 +159,16 @@ def test_a_store_and_a_checkpoint(tmp_path):
     assert not (tmp_path / "run.safetensors.run").exists()
 
 
+def test_batches_that_come_and_a_store(tmp_path):
+    def batches():
+        return iter([X + number for number in range(100)])
+
+    run = functools.partial(sampling.sample, loss, jnp.ones(2), SGLD)
+    expected = run(batches(), **FEW)
+    run(batches(), store=tmp_path / "run.zarr", **FEW | {"num_draws": 7})
+    same(run(batches(), store=tmp_path / "run.zarr", **FEW), expected)
+
+
 @pytest.mark.parametrize(
     ("path", "error", "match"),
     [
