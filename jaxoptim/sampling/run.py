@@ -137,7 +137,7 @@ def run(prepared: Run) -> dict[str, Any]:
 
     def save() -> None:
         if store is not None:
-            store.write()
+            store.take(start, state.traces)
         if options.saved_at is not None:
             saved.save(options.saved_at, about, options, start, state)
 
@@ -157,10 +157,10 @@ def run(prepared: Run) -> dict[str, Any]:
                     state = chains.run_steps(spec, method, mesh, rules, settings, state, given, thinning, start, stop)
                     jax.block_until_ready(state.traces)
                     start = stop
-                    if store is not None:
-                        store.take(start, state.traces)
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:
                     piece *= 2
+                if store is not None and start == store.limit():
+                    store.take(start, state.traces)
                 show(start)
                 if options.saved_at is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
                     save()

@@ -160,7 +160,7 @@ def sample(
         probes: by name data sets for observables, each a pytree of arrays whose first axes run over its data (default
             None). They are arguments of the program, as the data are: see :class:`Losses`, and ``Draw.probes``.
         store: a folder on disk that grows by the draws, of which the device then holds no more than 64 MiB (or one, if
-            that is larger); the host holds as much until it writes. It is the zarr group of :meth:`Samples.to_xarray`,
+            that is larger). It is the zarr group of :meth:`Samples.to_xarray`,
             or, where zarr and xarray are not installed or the name ends in ``.safetensors``, a file of safetensors for
             each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
             with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,

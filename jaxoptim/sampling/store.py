@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxoptim import checkpoint
+from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.sampling.labelled import OF_THE_LOSS, labelled, required_xarray
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
@@ -56,7 +57,9 @@ class ZarrFiles:
         """Shorten each array along its axis of draws."""
         for array in self._arrays("r+").values():
             sizes = zip(array.metadata.dimension_names, array.shape, strict=True)
-            array.resize(tuple(min(size, draws) if dim == "draw" else size for dim, size in sizes))
+            shape = tuple(min(size, draws) if dim == "draw" else size for dim, size in sizes)
+            if shape != array.shape:
+                array.resize(shape)
 
     def append(self, first: int, block: Variables) -> None:
         """Append along the axis of draws."""
@@ -150,10 +153,10 @@ class Store:
     Args:
         options: the keywords of the run.
         room: how many draws the device has room for.
-        step: where the run stands; what the store has beyond is left out.
+        step: where the run stands; what the store has beyond is made again.
 
     Attributes:
-        taken: how many draws have left the device.
+        taken: how many draws are on disk, and no more on the device.
 
     Raises:
         ``ValueError`` for a store that has fewer draws than its run has made.
@@ -163,36 +166,28 @@ class Store:
         path: Any = options.store
         self._files, self._options, self._room = files_at(path), options, room
         self._axes = {name: _axes_of_trace(name, of) for name, of in options.watched()} | {"loss": OF_THE_LOSS}
-        self.taken = self._written = self._done(step)
-        self._blocks: list[Any] = []
+        self.taken = self._done(step)
         there = self._files.length()
         if there < self.taken:
             raise ValueError(
                 f"The store {path} has {there} draws, but its run has made {self.taken}. Give another path, or remove "
                 f"{options.saved_at} to begin anew."
             )
-        if there > self.taken:
-            self._files.cut(self.taken)
 
     def limit(self) -> int:
         """The step at which the room on the device is full."""
         return self._options.num_burnin_steps + (self.taken + self._room) * self._options.num_steps_bw_draws
 
     def take(self, step: int, traces: Any) -> None:
-        """Take the draws that are whole at a step from the device."""
+        """Write the draws that are whole at a step and still on the device."""
         count = self._done(step) - self.taken
         if count:
-            self._blocks.append(jax.tree.map(lambda x: np.asarray(x)[:, :count].copy(), traces))
-            self.taken += count
-        if self.taken - self._written >= self._room:
-            self.write()
-
-    def write(self) -> None:
-        """Bring to the disk what is on the host."""
-        if self._blocks:
-            block = jax.tree.map(lambda *x: np.concatenate(x, 1), *self._blocks)
-            self._files.append(self._written, labelled(block, self._axes))
-            self._written, self._blocks = self.taken, []
+            block = jax.tree.map(lambda x: np.asarray(x)[:, :count], traces)
+            with Uninterrupted():  # until it is known what is on disk
+                if self.taken:  # a block that was not written whole, or that no save of the chains knows of
+                    self._files.cut(self.taken)
+                self._files.append(self.taken, labelled(block, self._axes))
+                self.taken += count
 
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
         """All draws, as the device's traces are but for their number."""
