@@ -106,7 +106,7 @@ def test_readme_snippets_run_in_order(tmp_path, monkeypatch):
 def test_import_needs_only_jax_optax_and_numpy():
     code = (
         "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "
-        "'sklearn', 'safetensors', 'chex'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+        "'sklearn', 'safetensors', 'chex', 'xarray', 'zarr'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

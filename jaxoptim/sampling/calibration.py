@@ -18,6 +18,7 @@ from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.plateau import Setting, flattest, rhats, usable
 from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, prepare, run
 from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.streams import NUM_REFERENCES
 from jaxoptim.sampling.target import problem
 
 
@@ -219,13 +220,13 @@ def calibrate(
         start_noise=start_noise,
     )
     check_sampler(sampler)
-    given = problem(loss_fn, params, data, options)
+    given = problem(loss_fn, params, data, options, NUM_REFERENCES)
     if not isinstance(sampler, Rule):
         raise TypeError(
             "calibrate sets lr, localization and nbeta of a rule, but the sampler is a transformation. Give a rule, "
             "such as jaxoptim.rules.SGLD()."
         )
-    nbeta = temperature("calibrate", nbeta, sampler, data)
+    nbeta = temperature("calibrate", nbeta, sampler, given)
     check_initial_loss(init_loss)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
@@ -235,7 +236,7 @@ def calibrate(
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
     prepared = prepare(given, sampler, rules, count, options)
-    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
     arranged = arranged_in((len(rates), len(strengths), options.num_chains), run(prepared))
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)

@@ -22,6 +22,7 @@ from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, prepare, run, stacked
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.selections import named_selections, stacked_masks
+from jaxoptim.sampling.streams import NUM_REFERENCES
 from jaxoptim.sampling.target import Problem, problem
 
 
@@ -207,12 +208,15 @@ def estimate_llc(
         params: :math:`w^*`, where every chain begins: arrays or a module, as for :func:`sample`.
         sampler: a rule, whose ``nbeta`` is replaced, such as ``rules.SGLD(lr=1e-4, localization=100.0)``; or a
             transformation, which has its ``nbeta`` already.
-        data: a pytree of arrays whose first axes run over the data (default None).
+        data: a pytree of arrays whose first axes run over the data, an iterable of batches, or a function
+            ``key -> batch``, as for :func:`sample` (default None).
         nbeta: :math:`n\beta > 0` (default None: the rule's own if that is not 1, else :func:`default_nbeta` of the
-            number of data).
+            number of data, which an iterable and a function do not tell).
         key: a typed JAX key.
         init_loss: :math:`L(w^*)` (default None: the loss over all data, in batches of ``batch_size``, weighted by
-            their sizes).
+            their sizes; of an iterable over its first 32 batches, those of its first epoch at the most, which stay on
+            the host; of a function over 32 batches of keys of their own. They stand for all data in the warnings too.
+            Where you have the loss of all data, give it).
         selections: refined coefficients, of chains that move some parameters only: a list of masks (see
             ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), or of regular expressions and predicates of the dotted
             path that select whole arrays; all of them in one program. A mapping gives them names (default None: all
@@ -285,7 +289,7 @@ def estimate_llc(
         start_noise=start_noise,
     )
     check_sampler(sampler)
-    given = problem(loss_fn, params, data, options)
+    given = problem(loss_fn, params, data, options, NUM_REFERENCES)
     names, chosen = named_selections(selections, sampler)
     masks = None if chosen is None else stacked_masks(chosen, given.arrays)
     several, lines = estimated("estimate_llc", given, sampler, options, nbeta, init_loss, names, masks)
@@ -315,13 +319,12 @@ def estimated(
         names: of the selections, None if they have none.
         masks: of the selections, stacked; None for one of all that the sampler moves.
     """
-    data = given.given.data
-    nbeta = temperature(caller, nbeta, sampler, data)
+    nbeta = temperature(caller, nbeta, sampler, given)
     check_initial_loss(init_loss)
     count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
     rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
     prepared = prepare(given, sampler, rules, count, options)
-    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
     found = arranged_in((count, options.num_chains), run(prepared))
     eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
     rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
@@ -330,24 +333,29 @@ def estimated(
     labels = None if masks is None else [f"selection {name!r}" for name in names or range(count)]
     lines = divergence(diverged, labels)
     of_each = several._statistics()
-    gradient = full_gradient(*given, options.size_at_once(data))
+    size = options.size_at_once(given.example)
+    gradient = full_gradient(given, size)
     steps = [
-        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, options.size_at_once(data))
+        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, size)
         for i, x in enumerate(of_each)
     ]
     falls, norms = zip(*steps, strict=True)
     return several, lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels)
 
 
-def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
+def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:
     """The inverse temperature: what was given, here or to the rule, or the default of the number of data."""
     own = getattr(sampler, "nbeta", 1.0)
     if nbeta is None and (callable(own) or np.ndim(own) or own != 1.0):
         nbeta = own
     if nbeta is None:
-        if data is None:
+        if given.stream is not None:
+            raise ValueError(
+                f"{caller} cannot count the data of {given.stream.kind}: give nbeta, such as default_nbeta(n)."
+            )
+        if given.given.data is None:
             raise ValueError(f"{caller} has no data to count: give nbeta, such as default_nbeta(n).")
-        return default_nbeta(size_of(data))
+        return default_nbeta(size_of(given.given.data))
     if not _is_number(nbeta) or not 0 < nbeta < math.inf:
         raise ValueError(f"Invalid nbeta: {nbeta!r:.80}. It is a finite number > 0; a coefficient has one temperature.")
     return float(nbeta)
@@ -364,7 +372,7 @@ def check_initial_loss(init_loss: Any) -> None:
 
 def initial_loss(init_loss: Any, given: Problem, batch_size: int | None) -> float:
     """The loss to compare with: what was given, or that of all data at the parameters."""
-    value = float(full_loss(*given, batch_size) if init_loss is None else init_loss)
+    value = full_loss(given, given.arrays, batch_size) if init_loss is None else float(init_loss)
     if not math.isfinite(value):
         raise ValueError(
             f"The loss of all data at params is {value}, with which no other loss can be compared. Give params and "

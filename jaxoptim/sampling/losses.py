@@ -67,6 +67,9 @@ class Losses(Observable):
         # A module is a new one for each batch: its variables may be changed only by the trace in which they were made.
         return memory, at_draws(draw, lambda: self.value(lambda: draw.params, draw.probes))
 
+    def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
+        return f"loss_{name}", ("draw", f"batch_{name}", "token_pos")
+
     def value(self, params: Callable[[], Any], probes: Mapping[str, Any]) -> jax.Array:
         """The loss of each datum at the parameters that ``params()`` returns."""
         if self.probe not in probes:

@@ -82,6 +82,14 @@ class Observable:
         """Return the result of a chain: by default the recorded arrays, ``(draws, ...)``."""
         return trace
 
+    def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Return what ``Samples.to_xarray`` calls the result, and the names of its axes behind that of chains.
+
+        By default it has the name that it is given, and an axis ``"draw"`` unless :meth:`result` is another. Axes that
+        are left out get names of their own.
+        """
+        return name, ("draw",) if type(self).result is Observable.result else ()
+
 
 def at_draws(draw: Draw, value: Callable[[], Any]) -> Any:
     """What a function returns, computed at the draws only; zeros elsewhere.

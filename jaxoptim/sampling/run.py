@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from typing import Any, NamedTuple, TypeAlias
@@ -20,6 +21,7 @@ from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
+from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
 from jaxoptim.sampling.target import Problem
 
 SamplerLike: TypeAlias = Rule | optax.GradientTransformation
@@ -84,6 +86,7 @@ class Run(NamedTuple):
     about: Any
     start: int
     state: Chain
+    store: Store | None
 
 
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
@@ -94,7 +97,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
-    target, params, given = problem
+    target, params, given = problem[:3]
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
@@ -103,15 +106,27 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     rules, params, given = chains.on_all(mesh, (rules, params, given))
+    problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
-    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
+    begun = mesh, rules, settings, options.key, numbers, params, given, noise
+    if options.store is not None:
+        one = jax.eval_shape(functools.partial(chains.init_chains, spec._replace(room=1), mesh), *begun[1:])
+        spec = spec._replace(room=room_of_a_piece(room, one.traces))
+    state = chains.init_chains(spec, *begun)
     start, about = 0, None  # which is kept in every save of this run
-    if options.checkpoint is not None:
-        about = saved.description(options, spec, num_settings, sampler, rules, params, given)
-    if options.checkpoint is not None and os.path.exists(options.checkpoint):
-        start, state = saved.load(options.checkpoint, about, options, state)
-    placed = Problem(target, params, given)
-    return Run(placed, spec, method, mesh, rules, settings, options, about, start, state)
+    if options.saved_at is not None:
+        about = saved.description(options, spec, num_settings, sampler, rules, problem)
+    if options.saved_at is not None and os.path.exists(options.saved_at):
+        start, state = saved.load(options.saved_at, about, options, state)
+    elif options.store is not None and os.path.exists(options.store):
+        raise ValueError(
+            f"The store {options.store} exists, but there is no {options.saved_at}, which says of what run it is. Give "
+            "another path, or remove it."
+        )
+    if problem.stream is not None:
+        problem.stream.skip(start)
+    store = None if options.store is None else Store(options, spec.room, start)
+    return Run(problem, spec, method, mesh, rules, settings, options, about, start, state, store)
 
 
 def run(prepared: Run) -> dict[str, Any]:
@@ -121,31 +136,59 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    (target, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
-    thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws)
+    (target, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state, store = prepared
+
+    def save() -> None:
+        if store is not None:
+            store.take(start, state.traces)
+        if options.saved_at is not None:
+            saved.save(options.saved_at, about, options, start, state)
+
+    if store is not None and not start:
+        save()  # before there are draws, which are not known without it
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
             while start < options.num_steps:
-                stop, before = min(start + piece, options.num_steps), time.monotonic()
+                count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
+                stop = min(start + count, options.num_steps, *([] if store is None else [store.limit()]))
+                if stream is not None:
+                    given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
+                first = 0 if store is None else store.taken
+                thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws, first)
                 with Uninterrupted():  # until what has become of the donated chains is kept
                     state = chains.run_steps(spec, method, mesh, rules, settings, state, given, thinning, start, stop)
                     jax.block_until_ready(state.traces)
                     start = stop
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:
                     piece *= 2
+                if store is not None and start == store.limit():
+                    store.take(start, state.traces)
                 show(start)
-                if options.checkpoint is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
-                    saved.save(options.checkpoint, about, options, start, state)
+                if options.saved_at is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
+                    save()
                     last_save = time.monotonic()
         except KeyboardInterrupt:
-            if options.checkpoint is not None:
-                saved.save(options.checkpoint, about, options, start, state)
+            save()
             raise
-    if options.checkpoint is not None:
-        saved.save(options.checkpoint, about, options, start, state)
+    save()
     rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(settings), *x.shape)), given.rest)
-    return {**chains.results(spec, options.num_draws, state), "params": target.params(state.params, rest)}
+    found = chains.results(spec, options.num_draws, state) if store is None else _stored(spec, options, state, store)
+    return {**found, "params": target.params(state.params, rest)}
+
+
+def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) -> dict[str, Any]:
+    """The results of chains whose traces are in a store: on the host, but for those that observables make of them."""
+    traces = store.traces(state.traces)
+    made = tuple((name, of) for name, of in spec.observables if is_made(of))
+    names = dict(made).keys()
+    found = {name: x for name, x in traces.items() if name not in names}
+    if made:
+        memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
+        kept = state._replace(memories=memories, traces=own)
+        found |= chains.results(spec._replace(observables=made), options.num_draws, kept)
+    store.finish(found)
+    return found
 
 
 def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.response import Response
 from jaxoptim.sampling.run import SamplerLike, check_sampler
 from jaxoptim.sampling.selections import named_selections, stacked_masks
+from jaxoptim.sampling.streams import NUM_REFERENCES
 from jaxoptim.sampling.target import Given, Target, problem
 
 BASELINES = ("full", "component")
@@ -199,8 +200,8 @@ def susceptibilities(
         start_noise=start_noise,
     )
     check_sampler(sampler)
-    given = problem(loss_fn, params, data, options)
-    _check(baseline, reference, options)
+    given = problem(loss_fn, params, data, options, NUM_REFERENCES)
+    _check(baseline, reference, options, given.stream is not None)
     losses = _losses(loss_fn, loss_of_each, probe_batch_size, options.probes, given.given.data is not None)
     names, chosen = named_selections(selections, sampler)
     asked: tuple[str, ...] = (_ALL,)
@@ -213,7 +214,7 @@ def susceptibilities(
     options = dataclasses.replace(options, observables=watched)
     llc, lines = estimated("susceptibilities", given, sampler, options, nbeta, None, names, masks)
     moments, good = llc.observables.pop(_NAME), llc.diverged < 0
-    init_loss = llc.init_loss if reference is None else _mean_loss(_of(reference, losses), *given)
+    init_loss = llc.init_loss if reference is None else _mean_loss(_of(reference, losses), *given[:3])
     chi, std_error, of_probes = {}, {}, []
     for probe in options.probes or {}:
         of = moments[probe]
@@ -232,7 +233,7 @@ def susceptibilities(
     return Susceptibilities(chi, std_error, response, asked, baseline, llc if chosen is not None else llc[0])
 
 
-def _check(baseline: Any, reference: Any, options: RunOptions) -> None:
+def _check(baseline: Any, reference: Any, options: RunOptions, has_stream: bool) -> None:
     """Raise for what is no baseline, no probe, and for draws that have no covariance."""
     if baseline not in BASELINES:
         raise ValueError(f"Invalid baseline: {baseline!r}. It is one of {', '.join(map(repr, BASELINES))}.")
@@ -241,6 +242,11 @@ def _check(baseline: Any, reference: Any, options: RunOptions) -> None:
     if reference is not None and reference not in list(options.probes):
         there = ", ".join(map(repr, options.probes))
         raise ValueError(f"Invalid reference: {reference!r}. It is one of the probes, {there}, or None.")
+    if reference is None and has_stream:
+        raise ValueError(
+            "The loss of all data is asked for at each draw, but data come in batches that are not kept. Give "
+            "reference=, the probe whose mean loss takes its place."
+        )
     if options.num_draws < 2:
         raise ValueError(f"Invalid num_draws: {options.num_draws}. Covariances are of two draws at least.")
     if _NAME in (options.observables or {}):
