@@ -15,6 +15,7 @@ from jaxoptim.core import Rule, Sampler, init, step
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.microbatches import mean_over_parts
+from jaxoptim.sampling.minimum import loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.target import Given, Target
