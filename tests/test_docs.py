@@ -28,7 +28,9 @@ PUBLIC |= {f"pyro.optim.{name}": value for name, value in vars(pyro.optim).items
 MULTI = "MultiOptimizer PyroMultiOptimizer TorchMultiOptimizer MixedMultiOptimizer Newton as_multi_optimizer"
 PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name in MULTI.split()}
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
-SAMPLING = "sample estimate_llc calibrate default_nbeta mala_acceptance effective_sample_size mcse rhat"
+SAMPLING = (
+    "sample estimate_llc calibrate susceptibilities default_nbeta mala_acceptance effective_sample_size mcse rhat"
+)
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
 PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}
 PUBLIC |= {"testing.check_rule": testing.check_rule}
@@ -104,7 +106,7 @@ def test_readme_snippets_run_in_order(tmp_path, monkeypatch):
 def test_import_needs_only_jax_optax_and_numpy():
     code = (
         "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "
-        "'sklearn', 'safetensors', 'chex'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+        "'sklearn', 'safetensors', 'chex', 'xarray', 'zarr'}; sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

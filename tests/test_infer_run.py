@@ -145,6 +145,24 @@ def test_any_number_of_steps_is_one_program_and_the_model_is_not_traced_again():
     assert (len(traces), loops.minimize_many._cache_size()) == (before, programs)
 
 
+@pytest.mark.parametrize("num_data", [12, 150], ids=["one thread", "many"])
+def test_losses_of_more_steps_than_a_block(num_data):
+    def model(data):
+        mean = numpyro.sample("mean", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+        with numpyro.plate("n", num_data):
+            numpyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=data)
+
+    data = jnp.asarray(np.resize(DATA, (num_data, 2)))
+    assert (data.nbytes > 4 * loops.BLOCK) == (num_data > 12)
+    run, loop = pairs(OPTIMIZERS["rule"], model)
+    steps = loops.BLOCK + 20
+    run.run(1, data, progress_bar=False)
+    loop.step(data)
+    losses = run.run(steps, data, progress_bar=False)
+    np.testing.assert_array_equal(losses, [np.float32(loop.step(data)) for _ in range(steps)])
+    assert_same(run, loop)
+
+
 def test_options_that_decay_are_one_program_from_the_first_step_on():
     traces = []
 

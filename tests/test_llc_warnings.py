@@ -109,7 +109,7 @@ def test_calibrate_warns_of_nothing():
 def fall(rule, start, wanted, nbeta=10.0, loss=quadratic, data=None, batch_size=None):
     given = problem(loss, start, data, RunOptions(KEY, batch_size=batch_size))
     stacked = None if rule is None else jax.tree.map(lambda x: jnp.broadcast_to(x, (1, *jnp.shape(x))), rule)
-    gradient = minimum.full_gradient(*given, batch_size)
+    gradient = minimum.full_gradient(given, batch_size)
     return minimum.descent(given, stacked, 0, nbeta, gradient, wanted, batch_size)
 
 

@@ -134,8 +134,8 @@ def saves(options):
 
 SAMPLERS = {
     "SGLD": (optim.SGLD, rules.SGLD, {"noise_norm": True}),
-    "SGNHT": (optim.SGNHT, rules.SGNHT, {}),
-    "SGHMC": (optim.SGHMC, rules.SGHMC, {}),
+    "SGNHT": (optim.SGNHT, rules.SGNHT, {"metrics": "components"}),
+    "SGHMC": (optim.SGHMC, rules.SGHMC, {"localization": 2.0, "center": {"a": jnp.arange(3.0), "b": None}}),
     "PSGLD": (optim.PSGLD, rules.PSGLD, {}),
 }
 
@@ -217,6 +217,30 @@ def test_masks_go_by_name_and_metrics_may_be_switched():
     ):
         with pytest.raises(ValueError, match=match):
             optim.SGLD(PARAMS, nbeta=2.0, optimize_over=masks).step(PARAMS)
+
+
+def test_centers_go_by_name_or_in_order_and_parts_are_entries_of_the_groups():
+    options = {"lr": 0.1, "nbeta": 0.0, "noise_level": 0.0, "localization": 4.0, "metrics": "components"}
+    ends = []
+    for params, center in (
+        (PARAMS, {"b": None, "a": 3 * np.ones(3)}),
+        ([optim.Parameter(x) for x in PARAMS.values()], [np.full(3, 3.0), None]),
+    ):
+        with pytest.warns(UserWarning, match="noise_level"):
+            chain = optim.SGLD(params, center=center, **options)
+        chain.step(PARAMS if params is PARAMS else list(PARAMS.values()))
+        again = pickle.loads(pickle.dumps(chain))
+        assert float(again.param_groups[0]["localization_norm"]) == pytest.approx(0.2 * 2 * np.sqrt(3))
+        assert float(chain.param_groups[0]["scaled_noise_norm"]) == 0
+        ends.append(chain.params["a"] if params is PARAMS else params[0].value)
+    np.testing.assert_allclose(ends, np.full((2, 3), 1.4), rtol=1e-6)
+    for center, match in (
+        ({"a": np.ones(3), "z": None}, "center has centers by name, but"),
+        ([np.ones(3)], "has 1 centers, but the group has 2 parameters. Give one for each"),
+        ({"a": np.ones(2), "b": None}, "center of 'a' has shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            optim.SGLD(PARAMS, center=center, nbeta=2.0).step(PARAMS)
 
 
 def test_minimize_hooks_and_closures():

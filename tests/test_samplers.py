@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 import jaxoptim
 from comparisons import assert_same
 from jaxoptim import checkpoint, rules
+from jaxoptim.rules._components import COMPONENTS
 from parity import TORCH_DTYPES, rms_error
 from test_parity import CHANCE
 
@@ -316,7 +317,27 @@ def test_every_number_may_be_a_schedule(sampler):
 
 
 def gradient_of_the_potential(o, w, w0, grad):
-    return o["nbeta"] * grad + o.get("weight_decay", 0) * w + o.get("localization", 0) * (w - w0)
+    return o["nbeta"] * grad + o.get("weight_decay", 0) * w + o.get("localization", 0) * (w - o.get("center", w0))
+
+
+def components(o, w, w0, grad, mask, rate, noise, unscaled=None):
+    """The norms of the parts of a step that moves by ``-rate * force + noise``, and their products, if asked for."""
+    if o.get("metrics") != "components":
+        return {}
+    unscaled = rate if unscaled is None else unscaled
+    a, pull = rate * mask * o["nbeta"] * grad, rate * mask * o.get("localization", 0) * (w - o.get("center", w0))
+    decay, n, norm = rate * mask * o.get("weight_decay", 0) * w, mask * noise, np.linalg.norm
+    return {
+        "scaled_grad_norm": norm(a),
+        "unscaled_grad_norm": norm(unscaled * mask * o["nbeta"] * grad),
+        "localization_norm": norm(pull),
+        "weight_decay_norm": norm(decay),
+        "scaled_noise_norm": norm(n),
+        "distance_norm": norm(mask * (w - w0)),
+        "grad_dot_prior": a @ (pull + decay),
+        "grad_dot_noise": a @ n,
+        "prior_dot_noise": (pull + decay) @ n,
+    }
 
 
 def into_the_box(o, w, w0):
@@ -333,7 +354,8 @@ def into_the_box(o, w, w0):
 
 def numpy_sgld(o, w, w0, memory, grad, noise, t, mask, curvature):
     drift = -o["lr"] / 2 * gradient_of_the_potential(o, w, w0, grad)
-    return into_the_box(o, w + mask * (drift + np.sqrt(o["lr"]) * noise), w0)[0], {}
+    parts = components(o, w, w0, grad, mask, o["lr"] / 2, np.sqrt(o["lr"]) * noise)
+    return into_the_box(o, w + mask * (drift + np.sqrt(o["lr"]) * noise), w0)[0], parts
 
 
 def numpy_sghmc(o, w, w0, memory, grad, noise, t, mask, curvature):
@@ -341,13 +363,16 @@ def numpy_sghmc(o, w, w0, memory, grad, noise, t, mask, curvature):
     kick, noise = -lr * mask * gradient_of_the_potential(o, w, w0, grad), mask * noise
     if o.get("order") == "baoab":
         half = v + kick
-        v = np.exp(-alpha) * half + np.sqrt(lr * (1 - beta / alpha) * (1 - np.exp(-2 * alpha))) * noise
-        w = w + half / 2 + v / 2
+        shaken = np.sqrt(lr * (1 - beta / alpha) * (1 - np.exp(-2 * alpha))) * noise
+        v = np.exp(-alpha) * half + shaken
+        new, rate, shaken = w + half / 2 + v / 2, lr / 2 + lr * np.exp(-alpha) / 2, shaken / 2
     else:
-        v = (1 - alpha) * v + kick + np.sqrt(2 * (alpha - beta) * lr) * noise
-        w = w + v
-    w, sign = into_the_box(o, w, w0)
-    return w, {"momentum": v * sign}
+        shaken = np.sqrt(2 * (alpha - beta) * lr) * noise
+        v = (1 - alpha) * v + kick + shaken
+        new, rate = w + v, lr
+    parts = components(o, w, w0, grad, mask, rate, shaken, lr)
+    w, sign = into_the_box(o, new, w0)
+    return w, {"momentum": v * sign, **parts}
 
 
 def numpy_sgnht(o, w, w0, memory, grad, noise, t, mask, curvature):
@@ -358,16 +383,19 @@ def numpy_sgnht(o, w, w0, memory, grad, noise, t, mask, curvature):
         half = v + kick
         xi = np.float32(xi + (np.sum(half**2) / count - lr) / 2)
         friction = float(xi)
-        v = np.exp(-friction) * half + np.sqrt(lr * a * (1 - np.exp(-2 * friction)) / friction) * noise
-        w = w + half / 2 + v / 2
+        shaken = np.sqrt(lr * a * (1 - np.exp(-2 * friction)) / friction) * noise
+        v = np.exp(-friction) * half + shaken
+        new, rate, shaken = w + half / 2 + v / 2, lr / 2 + lr * np.exp(-friction) / 2, shaken / 2
         xi = np.float32(xi + (np.sum(v**2) / count - lr) / 2)
     else:
         shaken = np.sqrt(2 * lr * a) * noise
-        v = (1 - float(xi)) * v + kick + shaken if order == "ding" else (1 - float(xi)) * (v + kick) + shaken
-        w = w + v
+        keeps = 1 - float(xi)
+        v = keeps * v + kick + shaken if order == "ding" else keeps * (v + kick) + shaken
+        new, rate = w + v, lr if order == "ding" else keeps * lr
         xi = np.float32(xi + (np.sum(v**2) / count - lr))
-    w, sign = into_the_box(o, w, w0)
-    return w, {"momentum": v * sign, "thermostat": xi}
+    parts = components(o, w, w0, grad, mask, rate, shaken, lr)
+    w, sign = into_the_box(o, new, w0)
+    return w, {"momentum": v * sign, "thermostat": xi, **parts}
 
 
 def numpy_psgld(o, w, w0, memory, grad, noise, t, mask, curvature):
@@ -380,19 +408,21 @@ def numpy_psgld(o, w, w0, memory, grad, noise, t, mask, curvature):
     if o.get("gamma") and t <= last:
         slope_of_v = 2 * (1 - alpha) * grad * curvature / (1 - alpha**t if o.get("bias_correction") else 1)
         drift -= -(g**2) * slope_of_v / (2 * np.sqrt(corrected))
+    parts = components(o, w, w0, grad, mask, lr / 2 * g, np.sqrt(lr * g) * noise, lr / 2)
     w = into_the_box(o, w + mask * (-lr / 2 * drift + np.sqrt(lr * g) * noise), w0)[0]
-    return w, {"square_avg": v}
+    return w, {"square_avg": v, **parts}
 
 
 PULLED = {"localization": 2.0, "weight_decay": 0.3}
 SMALL = ((6, 4), (5,), ())
+MEASURED = {"center": True, "metrics": "components", "optimize_over": True, **PULLED}
 TWINS = {
-    "SGLD in a reflecting box": (
+    "SGLD in a reflecting box, all": (
         rules.SGLD,
         numpy_sgld,
-        {"lr": 0.5, "bounding_box_size": 0.1, "box": "reflect"} | PULLED,
+        {"lr": 0.5, "bounding_box_size": 0.1, "box": "reflect"} | MEASURED,
     ),
-    "SGNHT with a mask": (rules.SGNHT, numpy_sgnht, {"lr": 0.02, "optimize_over": True, **PULLED}),
+    "SGNHT with a mask": (rules.SGNHT, numpy_sgnht, {"lr": 0.02, **MEASURED}),
     "SGNHT in a reflecting box": (
         rules.SGNHT,
         numpy_sgnht,
@@ -402,28 +432,26 @@ TWINS = {
     "SGNHT of Ding, all": (
         rules.SGNHT,
         numpy_sgnht,
-        {"lr": 0.02, "diffusion_factor": 0.1, "order": "ding", "bounding_box_size": 0.3, "optimize_over": True}
-        | PULLED,
+        {"lr": 0.02, "diffusion_factor": 0.1, "order": "ding", "bounding_box_size": 0.3} | MEASURED,
     ),
     "BADODAB": (rules.SGNHT, numpy_sgnht, {"lr": 0.02, "diffusion_factor": 0.1, "order": "badodab"}),
     "BADODAB, all": (
         rules.SGNHT,
         numpy_sgnht,
-        {"lr": 0.02, "diffusion_factor": 0.1, "order": "badodab", "bounding_box_size": 0.3, "optimize_over": True}
-        | {"box": "reflect", **PULLED},
+        {"lr": 0.02, "diffusion_factor": 0.1, "order": "badodab", "bounding_box_size": 0.3}
+        | {"box": "reflect", **MEASURED},
     ),
     "SGHMC": (rules.SGHMC, numpy_sghmc, {"lr": 0.02, "alpha": 0.2, "beta": 0.05}),
     "SGHMC, all": (
         rules.SGHMC,
         numpy_sghmc,
-        {"lr": 0.02, "alpha": 0.2, "bounding_box_size": 0.2, "optimize_over": True} | PULLED,
+        {"lr": 0.02, "alpha": 0.2, "bounding_box_size": 0.2} | MEASURED,
     ),
     "BAOAB": (rules.SGHMC, numpy_sghmc, {"lr": 0.02, "alpha": 0.2, "beta": 0.05, "order": "baoab"}),
     "BAOAB, all": (
         rules.SGHMC,
         numpy_sghmc,
-        {"lr": 0.02, "alpha": 0.2, "order": "baoab", "bounding_box_size": 0.2, "box": "reflect", "optimize_over": True}
-        | PULLED,
+        {"lr": 0.02, "alpha": 0.2, "order": "baoab", "bounding_box_size": 0.2, "box": "reflect"} | MEASURED,
     ),
     "PSGLD": (rules.PSGLD, numpy_psgld, {"lr": 0.02, "alpha": 0.9, "eps": 0.1}),
     "PSGLD with bias correction": (
@@ -441,11 +469,12 @@ TWINS = {
         rules.PSGLD,
         numpy_psgld,
         {"lr": 0.02, "alpha": 0.8, "eps": 0.5, "gamma": True, "bias_correction": True, "frozen_after": 100}
-        | {"bounding_box_size": 0.3, "box": "reflect", "optimize_over": True, **PULLED},
+        | {"bounding_box_size": 0.3, "box": "reflect", **MEASURED},
     ),
 }
 TWIN_DEFAULTS = {"nbeta": 3.0, "diffusion_factor": 0.01}
 SMALL_MASKS = [(np.arange(24).reshape(6, 4) % 3 > 0), np.array([1, 0, 1, 1, 0]), None]
+SMALL_CENTERS = [np.linspace(-1.0, 1.0, 24).reshape(6, 4), None, np.array(0.7)]
 
 
 def joined(arrays, axes=0):
@@ -458,6 +487,8 @@ def run_numpy(twin, o):
     w0, kicks, noise, curvature = joined(start), joined(kicks, 1), joined(noise, 1), np.cos(joined(kicks, 1))
     shown = [np.ones(shape) if m is None else m for m, shape in zip(SMALL_MASKS, SMALL, strict=True)]
     mask = joined(shown).astype(float) if "optimize_over" in o else np.ones_like(w0)
+    if "center" in o:
+        o = o | {"center": joined([x if c is None else c for x, c in zip(start, SMALL_CENTERS, strict=True)])}
     w, found = w0, []
     memory = {"momentum": np.sqrt(o["lr"]) * noise[0], "thermostat": np.float32(o["diffusion_factor"])}
     memory = {} if twin in (numpy_sgld, numpy_psgld) else memory
@@ -474,6 +505,8 @@ def run_twins(rule, twin, options):
     fields = {name: x for name, x in o.items() if name in rule.specs or name in options}
     if "optimize_over" in options:
         fields["optimize_over"] = SMALL_MASKS
+    if "center" in options:
+        fields["center"] = SMALL_CENTERS
     given = {"curvature": [jnp.asarray(np.cos(x)) for x in problem(SMALL)[1]]} if o.get("gamma") else {}
     seen = run_ours(rule(**fields), SMALL, **given)
     return {name: joined(x, 1) if isinstance(x, list) else x for name, x in seen.items()}, run_numpy(twin, o)
@@ -487,7 +520,7 @@ def test_float64_agrees_with_the_paper(rule, twin, options, x64):
     ours, expected = run_twins(rule, twin, options)
     assert expected.keys() == ours.keys() - {"initial_param"}
     for name, x in expected.items():
-        assert error(ours[name], x) < 1e-12, name
+        assert error(ours[name], x) < (FLOAT32 if name in COMPONENTS else 1e-12), name
 
 
 # The noise.
@@ -616,7 +649,12 @@ def test_complex_parameters_are_pairs_of_real_ones(sampler):
     rule = sampler(key=KEY, bounding_box_size=0.1, localization=2.0, weight_decay=0.5, lr=0.05)
     masked = rule.replace(optimize_over=[jnp.array([1.0, 0.0, 1.0])])
     pairs_masked = rule.replace(optimize_over=[jnp.array([[1.0], [0.0], [1.0]])])
-    for of_complex, of_pairs in ((rule, rule), (masked, pairs_masked)):
+    c = jnp.array([2j, 1 + 0j, -1 + 3j])
+    centered, pairs_centered = (
+        masked.replace(center=[c]),
+        pairs_masked.replace(center=[jnp.stack([c.real, c.imag], -1)]),
+    )
+    for of_complex, of_pairs in ((rule, rule), (masked, pairs_masked), (centered, pairs_centered)):
         params, pairs = [jnp.array([1 + 2j, 3 - 1j, -1j])], [jnp.array([[1.0, 2.0], [3.0, -1.0], [0.0, -1.0]])]
         state, state_of_pairs = jaxoptim.init(of_complex, params), jaxoptim.init(of_pairs, pairs)
         for _ in range(2):
@@ -660,6 +698,73 @@ def test_scaled_metrics_are_the_norms_of_what_moves():
         assert state.shared[name].dtype == jnp.float32
 
 
+# The parts of a step.
+
+
+def friction_before(rule, state, count):
+    """The friction that acted in the step of BADODAB that led to a state."""
+    excess = np.sum(np.square(state.slots["momentum"])) / count - float(rule.lr)
+    return float(state.shared["thermostat"]) - excess / 2
+
+
+KEPT = {
+    "SGLD": (rules.SGLD(lr=0.3, noise_level=0.5), lambda rule, before, after: 0),
+    "PSGLD": (rules.PSGLD(lr=0.3), lambda rule, before, after: 0),
+    "Euler": (rules.SGHMC(lr=0.1, alpha=0.4, beta=0.1), lambda rule, before, after: 0.6),
+    "BAOAB": (rules.SGHMC(lr=0.1, alpha=0.4, order="baoab"), lambda rule, before, after: (1 + np.exp(-0.4)) / 2),
+    "kick and friction": (
+        rules.SGNHT(lr=0.1, diffusion_factor=0.25),
+        lambda rule, before, after: 1 - float(before.shared["thermostat"]),
+    ),
+    "Ding": (
+        rules.SGNHT(lr=0.1, diffusion_factor=0.25, order="ding"),
+        lambda rule, before, after: 1 - float(before.shared["thermostat"]),
+    ),
+    "BADODAB": (
+        rules.SGNHT(lr=0.1, diffusion_factor=0.25, order="badodab"),
+        lambda rule, before, after: (1 + np.exp(-friction_before(rule, after, 4))) / 2,
+    ),
+}
+ALONE = {
+    "gradient": "scaled_grad_norm",
+    "localization": "localization_norm",
+    "weight_decay": "weight_decay_norm",
+    "noise": "scaled_noise_norm",
+}
+
+
+@pytest.mark.parametrize(("rule", "kept"), KEPT.values(), ids=KEPT)
+def test_the_parts_of_a_step_sum_to_it(rule, kept, x64):
+    """Each alone is the whole but for the momentum there was, and so are all together, with the products."""
+    mask, start = np.array([1.0, 1.0, 0.0, 1.0, 1.0]), np.linspace(-1.0, 2.0, 5)
+    rule = rule.replace(
+        nbeta=3.0, metrics="components", optimize_over=[mask], center=[np.full(5, -0.5)],
+        localization=jnp.array(2.0), weight_decay=jnp.array(0.5),
+    )  # fmt: skip
+    state = jaxoptim.init(rule, [jnp.asarray(start)])
+    if "momentum" in state.slots:
+        state = state._replace(slots=state.slots | {"momentum": [jnp.asarray(mask * np.linspace(0.3, -0.2, 5))]})
+    for on in (*ALONE, "together"):
+        of = rule.replace(
+            localization=jnp.array(2.0 * (on in ("localization", "together"))),
+            weight_decay=jnp.array(0.5 * (on == "weight_decay")),
+        )
+        grad, noise = (
+            x * (on in (name, "together"))
+            for name, x in (("gradient", np.cos(3 * start)), ("noise", np.sin(5 * start)))
+        )
+        (new,), after = step(of, [jnp.asarray(start)], [jnp.asarray(grad)], state, noise=[jnp.asarray(noise)])
+        momentum = np.asarray(state.slots["momentum"][0]) if "momentum" in state.slots else 0
+        size = np.linalg.norm(new - start - kept(of, state, after) * momentum)
+        a, _, pull, decay, n, away, with_prior, with_noise, of_prior = (float(after.shared[x]) for x in COMPONENTS)
+        together = a**2 + pull**2 + decay**2 + n**2 + 2 * (with_prior - with_noise - of_prior)
+        assert together == pytest.approx(size**2, rel=1e-6)
+        assert away == 0
+        if on in ALONE:
+            assert [name for name, x in zip(COMPONENTS, (a, 0, pull, decay, n), strict=False) if x] == [ALONE[on]]
+    assert min(abs(x) for x in (with_prior, with_noise, of_prior)) > 0.01 * size**2
+
+
 # What JAX does with it.
 
 
@@ -695,13 +800,14 @@ def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     coefficients = {"localization": 1.0, "weight_decay": 0.1, "bounding_box_size": 0.5, "lr": 0.01, "nbeta": 2.0}
     more = {"noise_level": 0.5, "diffusion_factor": 0.1, "alpha": 0.5, "beta": 0.01, "eps": 0.2}
     numbers = coefficients | {name: x for name, x in more.items() if name in sampler.specs}
-    assert numbers.keys() == sampler.specs.keys() - {"optimize_over", "key"}
-    rule = sampler(key=KEY, **numbers)
+    assert numbers.keys() == sampler.specs.keys() - {"optimize_over", "key", "center"}
+    rule = sampler(key=KEY, center=PARAMS, **numbers)
     state = jaxoptim.init(rule, PARAMS)
     for factor in (1, 0.5, np.float32(0.25)):
-        changed = sampler(key=jax.random.key(3), **{name: x * factor for name, x in numbers.items()})
+        center = jax.tree.map(lambda x, factor=factor: factor * x, PARAMS)
+        changed = sampler(key=jax.random.key(3), center=center, **{name: x * factor for name, x in numbers.items()})
         counted(changed, PARAMS, PARAMS, state)
-    counted(sampler(key=KEY, **(numbers | {"lr": 1})), PARAMS, PARAMS, state)
+    counted(sampler(key=KEY, center=PARAMS, **(numbers | {"lr": 1})), PARAMS, PARAMS, state)
     assert len(compiled) == 1
 
 
@@ -857,7 +963,8 @@ def test_numbers_out_of_range(sampler, name, value):
 
 CHOICES = [
     *((sampler, "box", "'clamp' or 'reflect'") for sampler in SAMPLERS.values()),
-    (rules.SGLD, "metrics", "'devinterp' or 'scaled'"),
+    *((sampler, "metrics", "None or 'components'") for sampler in SAMPLERS.values() if sampler is not rules.SGLD),
+    (rules.SGLD, "metrics", "'devinterp' or 'scaled' or 'components'"),
     (rules.SGNHT, "order", "'kick_friction'.*'ding'.*'badodab'"),
     (rules.SGHMC, "order", "'euler' or 'baoab'"),
 ]

@@ -41,17 +41,20 @@ class Batches:
         yield DATA
 
 
+class UnhashableBatches:
+    """A function of keys that cannot name a program."""
+
+    __hash__ = None
+
+    def __call__(self, key):
+        return DATA
+
+
 def tensors():
     return torch.utils.data.TensorDataset(torch.ones(10, 2), torch.ones(10))
 
 
-def endless():
-    while True:
-        yield DATA
-
-
-COLLECT = r"batches of one epoch: jax\.tree\.map\(lambda \*x: np\.concatenate\(x\), \*data\)\. .*not supported yet"
-EXAMPLES = r"its examples: jax\.tree\.map\(lambda \*x: np\.stack\(x\), \*data\)\. .*not supported yet"
+EXAMPLES = r"gives examples one by one.* a loader.*its examples: jax\.tree\.map\(lambda \*x: np\.stack\(x\), \*data\)\."
 NOT_ARRAYS = r"data is a pytree of arrays whose first axes run over the data\. Give arrays"
 A_RULE = r"Give a rule: jaxoptim\.rules\.SGLD\(lr=1e-4\)"
 
@@ -93,26 +96,48 @@ PARAMS = {
     ),
 }
 INPUTS = {
-    "DataLoader": (
-        lambda: torch.utils.data.DataLoader(tensors(), batch_size=5),
-        TypeError,
-        f"a DataLoader, .*{COLLECT}",
-    ),
-    "endless generator": (endless, TypeError, f"data is a generator, but data are arrays, .*{COLLECT}"),
-    "iterator": (lambda: iter([DATA]), TypeError, COLLECT),
-    "iterable": (Batches, TypeError, COLLECT),
-    "loader inside": (lambda: {"x": DATA["x"], "y": Batches()}, TypeError, f"data: 'y' is a Batches, .*{COLLECT}"),
+    "loader inside": (lambda: {"x": DATA["x"], "y": Batches()}, TypeError, "'y' is a Batches, .* one iterable.*Zip"),
     "Dataset": (tensors, TypeError, f"data is a TensorDataset, .*{EXAMPLES}"),
     "texts": (lambda: ["a", "b"], TypeError, f"data: '0' is a str, .*{NOT_ARRAYS}"),
     "text": (lambda: "data", TypeError, f"data is a str, .*{NOT_ARRAYS}"),
     "numbers": (lambda: [1.0, 2.0], TypeError, f"data: '0' is a float, .*{NOT_ARRAYS}"),
     "scalar": (lambda: jnp.ones(()), TypeError, f"data is a scalar, .*{NOT_ARRAYS}"),
     "none inside": (lambda: DATA | {"y": None}, TypeError, f"data: 'y' is None, .*{NOT_ARRAYS}"),
-    "function": (lambda: fit, TypeError, f"data is a function, .*{NOT_ARRAYS}"),
+    "function": (
+        lambda: fit,
+        TypeError,
+        r"called as data\(key\), .*missing a required argument: 'batch'. Take one typed",
+    ),
     "array of texts": (lambda: DATA | {"y": np.array(["a"] * 10)}, TypeError, "data: 'y' has dtype <U1, .*Encode it"),
     "array of objects": (lambda: DATA | {"y": np.array([None] * 10)}, TypeError, "data: 'y' has dtype object"),
     "of length 0": (lambda: jax.tree.map(lambda x: x[:0], DATA), ValueError, "arrays of length 0. Give at least one"),
     "missing": (lambda: None, TypeError, r"As there are no data, the loss is called as loss_fn\(params\), .*Give data"),
+}
+STREAMS = {
+    "batch_size": (
+        {"data": Batches, "batch_size": 4},
+        TypeError,
+        "an iterable of batches, so batch_size is None, but got 4. Make them of that size",
+    ),
+    "batch_size of a function": (
+        {"data": lambda: lambda key: DATA, "batch_size": 4},
+        TypeError,
+        "a function that makes batches, so batch_size is None",
+    ),
+    "empty": ({"data": lambda: iter([])}, ValueError, "data is an iterable without batches"),
+    "of numbers": ({"data": lambda: iter([1.0])}, TypeError, "a batch of data is a float, .*Give arrays"),
+    "of scalars": ({"data": lambda: lambda key: jnp.ones(())}, TypeError, r"what data\(key\) returns is a scalar"),
+    "of NumPy": (
+        {"data": lambda: lambda key: np.ones(3) * float(jax.random.normal(key))},
+        TypeError,
+        r"data is compiled, but needs the value of an array.*jax\.numpy",
+    ),
+    "not hashable": ({"data": lambda: UnhashableBatches()}, TypeError, "UnhashableBatches is not hashable. Wrap it"),
+    "microbatches": (
+        {"data": Batches, "microbatches": 3},
+        ValueError,
+        "Invalid microbatches: 3. It divides batch_size, which is 10",
+    ),
 }
 SAMPLERS = {
     "none": (None, f"but got None. {A_RULE}"),
@@ -144,6 +169,7 @@ WRONG = {f"loss: {name}": ({"loss_fn": of[0]}, *of[1:]) for name, of in LOSSES.i
 WRONG |= {f"params: {name}": ({"params": of[0]}, *of[1:]) for name, of in PARAMS.items()}
 WRONG |= {f"data: {name}": ({"data": of[0]}, *of[1:]) for name, of in INPUTS.items()}
 WRONG |= {f"sampler: {name}": ({"sampler": of[0]}, TypeError, of[1]) for name, of in SAMPLERS.items()}
+WRONG |= {f"stream: {name}": of for name, of in STREAMS.items()}
 WRONG |= KEYWORDS
 
 NUMBERS = {
@@ -191,7 +217,15 @@ def refused(run, changes, error, match):
 
 
 calibrate = functools.partial(sampling.calibrate, lr=[0.01], localization=[1.0])
-RUNS = {"sample": sampling.sample, "estimate_llc": sampling.estimate_llc, "calibrate": calibrate}
+susceptibilities = functools.partial(
+    sampling.susceptibilities, probes={"few": {"x": DATA["x"][:3], "y": DATA["y"][:3]}}
+)
+RUNS = {
+    "sample": sampling.sample,
+    "estimate_llc": sampling.estimate_llc,
+    "calibrate": calibrate,
+    "susceptibilities": susceptibilities,
+}
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -206,10 +240,11 @@ def test_estimates_refuse(case, run):
     refused(RUNS[run], *NUMBERS[case])
 
 
+@pytest.mark.parametrize("run", ["estimate_llc", "susceptibilities"])
 @pytest.mark.parametrize("case", SELECTIONS)
-def test_selections_are_refused(case):
+def test_selections_are_refused(case, run):
     selections, *rest = SELECTIONS[case]
-    refused(sampling.estimate_llc, {"selections": selections}, *rest)
+    refused(RUNS[run], {"selections": selections}, *rest)
 
 
 def test_calibrate_refuses_a_transformation():
@@ -217,15 +252,12 @@ def test_calibrate_refuses_a_transformation():
     refused(calibrate, changes, TypeError, "sets lr, localization and nbeta of a rule, .*such as jaxoptim.rules.SGLD")
 
 
-def test_the_advice_on_loaders_works():
+def test_the_advice_on_examples_works():
+    stacked = jax.tree.map(lambda *x: np.stack(x), *tensors())
+    assert [x.shape for x in stacked] == [(10, 2), (10,)]
     loader = torch.utils.data.DataLoader(tensors(), batch_size=5)
-    joined, stacked = (
-        jax.tree.map(lambda *x: np.concatenate(x), *loader),
-        jax.tree.map(lambda *x: np.stack(x), *tensors()),
-    )
-    for data in (joined, stacked):
-        assert [x.shape for x in data] == [(10, 2), (10,)]
-    sampling.sample(lambda w, batch: jnp.mean(batch[0]) * w**2, jnp.ones(()), SGLD, joined, key=KEY, num_draws=3)
+    for data in (stacked, loader):
+        sampling.sample(lambda w, batch: jnp.mean(batch[0]) * w**2, jnp.ones(()), SGLD, data, key=KEY, num_draws=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,55 @@ def test_two_temperatures_give_the_coefficient_without_a_loss_to_compare_with():
     assert found.error < 0.1
     other = sampling.llc_of_two_temperatures(runs[1].losses.mean(2), 200.0, runs[0].losses.mean(2), 50.0)
     np.testing.assert_allclose(other.value, found.value)
+
+
+def walked(h, nbeta, lr, *, localization=0.0, burnin=100, start=0.0, draws=500, chains=8):
+    """nbeta-free losses of chains of SGLD on sum(h w^2) / 2, each draw 5 steps after the last, of a datum (no axis)."""
+    rng, h = np.random.default_rng(2), np.asarray(h)
+    w, losses = np.full((chains, len(h)), start), []
+    for step in range(burnin + 5 * draws):
+        if step >= burnin and step % 5 == 0:
+            losses.append((h * w**2).sum(1) / 2)
+        force = nbeta * h * w + localization * (w - start)
+        w = w - lr / 2 * force + math.sqrt(lr) * rng.normal(size=w.shape)
+    return np.stack(losses, 1)[..., None]
+
+
+H = np.array([1.0, 2.0, 4.0])
+RUNS = {
+    "good": ({"lr": 0.01}, None),
+    "a long step": ({"lr": 0.06}, "the mean above init_loss, 2."),
+    "held": ({"lr": 0.01, "localization": 20.0}, "the mean above init_loss, 0."),
+    "no burn-in": ({"lr": 1e-4, "burnin": 0, "start": 3.0}, "the mean above init_loss, "),
+    "few chains": ({"lr": 0.06, "chains": 1}, None),
+}
+
+
+@pytest.mark.parametrize(("options", "text"), RUNS.values(), ids=RUNS)
+def test_the_coefficients_from_mean_and_variance_disagree_where_a_run_is_set_badly(options, text):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = sampling.singular_learning(walked(H, 10.0, **options), 10.0, init_loss=0.0)
+    messages = [str(one.message) for one in caught]
+    assert len(messages) == (text is not None), (found, messages)
+    for one in caught:
+        assert one.category is sampling.LLCWarning
+        assert one.filename == __file__
+    for message in messages:
+        assert text in message
+        assert f"from the variance, {found.llc_of_variance.value:.3g} +- " in message
+        assert "\n" not in message
+        assert len(message) <= 300
+
+
+@pytest.mark.parametrize("burnin", [500, 0], ids=["good", "no burn-in"])
+def test_two_temperatures_disagree_with_the_variances_before_the_chains_are_stationary(burnin):
+    runs = [walked(H, nbeta, 0.1 / nbeta, burnin=burnin, start=3.0) for nbeta in (10.0, 20.0)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampling.llc_of_two_temperatures(runs[0], 10.0, runs[1], 20.0)
+    texts = [str(one.message) for one in caught]
+    assert ["The learning coefficient from two temperatures, " in text for text in texts] == [True] * (burnin == 0)
 
 
 def test_numbers_without_a_loss_to_compare_with_and_of_one_chain():

@@ -28,6 +28,7 @@ from jaxoptim.core.rule import Positive as Positive
 from jaxoptim.core.rule import Rule as Rule
 from jaxoptim.core.rule import Scalar as Scalar
 from jaxoptim.core.rule import Slots as Slots
+from jaxoptim.core.rule import ValuesByLeaf as ValuesByLeaf
 from jaxoptim.core.rule import as_pytree as as_pytree
 from jaxoptim.core.rule import enabled as enabled
 from jaxoptim.core.rule import is_known as is_known

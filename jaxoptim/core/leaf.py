@@ -115,10 +115,11 @@ def by_leaf(rule: Rule, like: Any, like_what: str) -> list[Any]:
             own = [mine | {field: number} for mine, number in zip(own, numbers, strict=True)]
         if value is None or not (isinstance(spec, Traced) and spec.by_leaf):
             continue
-        one_for_all = jax.tree_util.all_leaves([value])
+        one_for_all = jax.tree_util.all_leaves([value]) and not spec.is_value
         parts = [value] * len(leaves) if one_for_all else trees.leaves_like(value, like, field, like_what)
+        fitted = _value if spec.is_value else _broadcasting
         for mine, name, leaf, part in zip(own, trees.names(like), leaves, parts, strict=True):
-            mine[field] = None if leaf is None or part is None else _broadcasting(field, name, part, leaf)
+            mine[field] = None if leaf is None or part is None else fitted(field, name, part, leaf)
     rules = [assembled(type(rule), vars(rule) | mine) if mine else rule for mine in own]
     if by_parameter:
         for its, leaf in zip(rules, leaves, strict=True):
@@ -169,6 +170,15 @@ def _broadcasting(field: str, name: str, part: Any, like: Any) -> Any:
             f"{field} has shape {shape} for {name!r}, which does not broadcast to the parameter's {tuple(like.shape)}. "
             "Give one array for all parameters, or a tree like them."
         )
+    return part
+
+
+def _value(field: str, name: str, part: Any, like: Any) -> Any:
+    """An array that another one could be."""
+    part = trees.check_array(f"{field} of", name, part)
+    trees.check_shape(field, name, part, like)
+    if is_complex(part) and not is_complex(like):
+        raise TypeError(f"The {field} of {name!r} is complex, the parameter is not. Give the real part.")
     return part
 
 
@@ -329,6 +339,13 @@ def summed(scalars: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
 
 def _with_pairs(rule: Rule) -> Rule:
     """The rule of a complex array, whose own arrays have an axis more for real and imaginary parts."""
-    fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
-    arrays = {name: jnp.asarray(getattr(rule, name))[..., None] for name in fields if getattr(rule, name) is not None}
+
+    def paired(spec: Traced, x: jax.Array) -> jax.Array:
+        return view_as_real(x.astype(jnp.promote_types(x.dtype, jnp.complex64))) if spec.is_value else x[..., None]
+
+    arrays = {
+        name: paired(spec, jnp.asarray(getattr(rule, name)))
+        for name, spec in rule.specs.items()
+        if isinstance(spec, Traced) and spec.by_leaf and getattr(rule, name) is not None
+    }
     return assembled(type(rule), vars(rule) | arrays)

@@ -230,6 +230,12 @@ def trained_of(params: Any) -> Any:
     return params if parts is None else parts.trained
 
 
+def anew(params: Any) -> Any:
+    """The same parameters, of a module a new one: what it counts may be changed in the trace where it was made only."""
+    parts = parts_of(params)
+    return params if parts is None else parts.definition.joined(parts.trained, parts.rest)
+
+
 def is_nnx(params: Any) -> bool:
     """Whether something is a module of nnx."""
     return _is_of("flax.nnx", params)

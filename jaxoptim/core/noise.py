@@ -145,7 +145,7 @@ def words(key: jax.Array, count: int) -> jax.Array:
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (count,))
     data = jax.random.key_data(key)
-    high, low = _threefry((data[0], data[1]), *_offsets((count,)))
+    high, low = _threefry((data[0], data[1]), *offsets((count,)))
     return high ^ low
 
 
@@ -180,7 +180,7 @@ def _numbers(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype,
         return _gaussian(high ^ low if dtype == jnp.float32 else _join(high, low), dtype)
     # Arrays of both dtypes may be drawn with one key, but lanes differ.
     lanes = (0, 0) if dtype == jnp.float32 else (1, 2)
-    high, low = (_hash(words, lane, high, low) for lane in lanes)
+    high, low = (hashed(words, lane, high, low) for lane in lanes)
     return _gaussian(high if dtype == jnp.float32 else _join(high, low), dtype)
 
 
@@ -191,7 +191,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) 
     words = jax.random.key_data(key)
 
     def at_once(words: jax.Array) -> jax.Array:
-        return _numbers(words, *_offsets(shape), dtype, impl)
+        return _numbers(words, *offsets(shape), dtype, impl)
 
     def in_parts(words: jax.Array) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
@@ -207,8 +207,8 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) 
     return at_once(words)
 
 
-def _offsets(shape: tuple[int, ...]) -> _Words:
-    """The row-major offset of each element of an array, counted past 32 bits only where it gets there."""
+def offsets(shape: tuple[int, ...]) -> _Words:
+    """Return the row-major offset of each element of an array, counted past 32 bits only where it gets there."""
     if math.prod(shape) > 2**32:
         with jax.enable_x64(True):
             offset = offset_in(shape, jnp.uint64)
@@ -238,8 +238,11 @@ def _threefry(key: _Words, high: Any, low: Any) -> _Words:
     return high, low
 
 
-def _hash(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.Array:
-    """A keyed hash of a counter of two words, in one word; lanes are independent."""
+def hashed(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.Array:
+    """Return a keyed hash of a counter of two words, in one word.
+
+    Lanes are independent: 0 is of noise in float32, 1 and 2 of noise in float64, 3 of sketches.
+    """
     words = jnp.pad(words, (0, -words.size % 2)).reshape(-1, 2)
     key = (words[0, 0], words[0, 1])
     for more in words[1:]:

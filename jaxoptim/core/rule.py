@@ -60,9 +60,11 @@ class Traced:
 
     Attributes:
         by_leaf: it is one array for all parameters, or a tree like theirs; the rule of each sees its own.
+        is_value: each is a value that its parameter may have, of its shape, and not one that broadcasts.
     """
 
     by_leaf: bool = False
+    is_value: bool = False
 
 
 Scalar = Annotated[Any, Numeric()]
@@ -89,6 +91,8 @@ Arrays = Annotated[Any, Traced()]
 """A pytree of arrays."""
 ArraysByLeaf = Annotated[Any, Traced(by_leaf=True)]
 """An array for all parameters, or a tree like theirs."""
+ValuesByLeaf = Annotated[Any, Traced(by_leaf=True, is_value=True)]
+"""A tree of values of the parameters, None in the place of some."""
 
 
 class Off(float):

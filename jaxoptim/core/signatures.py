@@ -18,3 +18,16 @@ def bound(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> di
         raise TypeError(f"{name}() {error}. It takes {', '.join(signature.parameters)}.") from None
     arguments.apply_defaults()
     return arguments.arguments
+
+
+def mismatch(function: Any, count: int) -> TypeError | None:
+    """Why a function cannot be called with so many arguments; None if it can, or does not tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*[None] * count)
+    except TypeError as error:
+        return error
+    return None

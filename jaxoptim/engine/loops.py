@@ -16,6 +16,10 @@ from jaxoptim.engine.update import Update
 CAPACITY = 4096
 """So many steps one call makes at most. The number of them is data: any number runs the same program."""
 
+BLOCK = 128
+"""XLA runs a loop in one thread, and several times as fast, whose arrays have at most so many numbers of float32.
+Losses leave it in blocks of that size."""
+
 
 class Changes(Exception):
     """A step returns other shapes or structures than it was given, so that no loop can go on from them."""
@@ -117,13 +121,22 @@ def _many(
         raise Changes
 
     def body(at: Any, state: Any) -> Any:
-        leaves, carried, losses, taken = state
+        leaves, carried, taken, losses = state
         leaves, carried, value = step(at, taken, leaves, carried, constant)
         is_taken = jnp.isfinite(value) if options.may_skip else True
-        return leaves, carried, losses.at[at].set(value), taken + is_taken
+        return leaves, carried, taken + is_taken, losses.at[at % losses.size].set(value)
 
-    losses = jnp.zeros(CAPACITY, value.dtype)
-    leaves, carried, losses, taken = jax.lax.fori_loop(0, num_steps, body, (*start, losses, jnp.int32(0)))
+    def block(number: Any, state: Any) -> Any:
+        *state, losses = state
+        begin = number * BLOCK
+        few = jnp.zeros(BLOCK, losses.dtype)
+        *state, few = jax.lax.fori_loop(begin, jnp.minimum(begin + BLOCK, num_steps), body, (*state, few))
+        return *state, jax.lax.dynamic_update_slice(losses, few, (begin,))
+
+    all_small = all(x.nbytes <= 4 * BLOCK for x in jax.tree.leaves((start, constant)))
+    count, some = (-(-num_steps // BLOCK), block) if all_small else (num_steps, body)
+    state = (*start, jnp.int32(0), jnp.zeros(CAPACITY, value.dtype))
+    leaves, carried, taken, losses = jax.lax.fori_loop(0, count, some, state)
     return list(leaves), carried, losses, taken
 
 

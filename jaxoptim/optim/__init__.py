@@ -32,3 +32,4 @@ from jaxoptim.optim.optimizer import register_optimizer_step_post_hook as regist
 from jaxoptim.optim.optimizer import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 from jaxoptim.optim.parameter import Parameter as Parameter
 from jaxoptim.optim.sampler import Sampler as Sampler
+from jaxoptim.optim.sgmcmc import SGMCMC as SGMCMC

@@ -200,7 +200,8 @@ class SGLD(MeasuredSampler):
     ``opt.weight_norm``, ``opt.distance`` and ``opt.lr`` are those of the first group. ``opt.noise`` (a list of arrays
     for each group), ``opt.dws`` (a list) and ``opt.localization_loss`` (summed over the groups) are of the last step.
     ``temperature`` is an old name of ``nbeta``, which it overrides. ``optimize_over`` of a group is a mask that
-    broadcasts to all its parameters, or a tree or list with one for each.
+    broadcasts to all its parameters, or a tree or list with one for each; ``center`` is such a tree
+    or list.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -214,7 +215,7 @@ class SGLD(MeasuredSampler):
     rule = rules.SGLD
     _arguments = (
         "lr noise_level weight_decay localization nbeta bounding_box_size save_noise save_mala_vars optimize_over "
-        "noise_norm grad_norm weight_norm distance temperature * box metrics key noise_impl"
+        "noise_norm grad_norm weight_norm distance temperature * box metrics center key noise_impl"
     )
 
 
@@ -236,7 +237,7 @@ class SGNHT(ThermostatSampler):
     rule = rules.SGNHT
     _arguments = (
         "lr diffusion_factor bounding_box_size save_noise save_mala_vars nbeta "
-        "* weight_decay localization optimize_over box order key noise_impl"
+        "* weight_decay localization optimize_over box order metrics center key noise_impl"
     )
 
 

@@ -141,27 +141,28 @@ class SGLD(MeasuredSampler):
         localization: Number = 0.0, nbeta: Number = 1.0, bounding_box_size: Number | None = None,
         save_noise: bool = False, save_mala_vars: bool = False, optimize_over: Any = None, noise_norm: bool = False,
         grad_norm: bool = False, weight_norm: bool = False, distance: bool = False, temperature: float | None = None, *,
-        box: str = 'clamp', metrics: str = 'devinterp', key: Any = None, noise_impl: str = 'key',
+        box: str = 'clamp', metrics: str = 'devinterp', center: Any = None, key: Any = None, noise_impl: str = 'key',
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None) -> None: ...
 
 class SGNHT(ThermostatSampler):
     def __init__(self, params: Any, lr: Number = 0.01, diffusion_factor: Number = 0.01,
         bounding_box_size: Number | None = None, save_noise: bool = False, save_mala_vars: bool = False,
         nbeta: Number = 1.0, *, weight_decay: Number = 0.0, localization: Number = 0.0, optimize_over: Any = None,
-        box: str = 'clamp', order: str = 'kick_friction', key: Any = None, noise_impl: str = 'key',
-        groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None) -> None: ...
+        box: str = 'clamp', order: str = 'kick_friction', metrics: str | None = None, center: Any = None,
+        key: Any = None, noise_impl: str = 'key', groups: Groups | None = None, frozen: Selectors | None = None,
+        wrt: Any = None) -> None: ...
 
 class PSGLD(Sampler):
     def __init__(self, params: Any, lr: Number = 0.01, alpha: Number = 0.99, eps: Number = 0.1,
         weight_decay: Number = 0.0, localization: Number = 0.0, nbeta: Number = 1.0,
         bounding_box_size: Number | None = None, optimize_over: Any = None, bias_correction: bool = False,
-        frozen_after: int | None = None, gamma: bool = False, box: str = 'clamp', *, key: Any = None,
-        noise_impl: str = 'key', groups: Groups | None = None, frozen: Selectors | None = None,
-        wrt: Any = None) -> None: ...
+        frozen_after: int | None = None, gamma: bool = False, box: str = 'clamp', metrics: str | None = None,
+        center: Any = None, *, key: Any = None, noise_impl: str = 'key', groups: Groups | None = None,
+        frozen: Selectors | None = None, wrt: Any = None) -> None: ...
 
 class SGHMC(Sampler):
     def __init__(self, params: Any, lr: Number = 0.01, alpha: Number = 0.1, beta: Number = 0.0, nbeta: Number = 1.0,
         weight_decay: Number = 0.0, localization: Number = 0.0, bounding_box_size: Number | None = None,
-        optimize_over: Any = None, box: str = 'clamp', order: str = 'euler', *, key: Any = None,
-        noise_impl: str = 'key', groups: Groups | None = None, frozen: Selectors | None = None,
-        wrt: Any = None) -> None: ...
+        optimize_over: Any = None, box: str = 'clamp', order: str = 'euler', metrics: str | None = None,
+        center: Any = None, *, key: Any = None, noise_impl: str = 'key', groups: Groups | None = None,
+        frozen: Selectors | None = None, wrt: Any = None) -> None: ...

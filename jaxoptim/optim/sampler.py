@@ -18,7 +18,7 @@ from jaxoptim.core import OptState, Rule, as_jax, init, trees
 from jaxoptim.core.noise import check_key, is_key
 from jaxoptim.core.numerics import placed_like
 from jaxoptim.core.precision import is_low
-from jaxoptim.core.rule import assembled
+from jaxoptim.core.rule import Traced, assembled
 from jaxoptim.engine import programs
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Minimization
@@ -188,9 +188,9 @@ class SamplerStorage(WholeStorage):
             self._others.pop(param, None)
             if others := {name: x for name, x in states[param].items() if name not in (*names, "step")}:
                 self._others[param] = others
-        if not began and not any(slots):
-            return None
         group = section.group
+        if not (began or any(slots) or "step" in group):
+            return None
         known = {name: x for name, x in group.items() if x is not None and not isinstance(x, bool)}
         shared = {name: known.get(name, x) for name, x in rule.init_shared().items()}
         return self._loaded(at, group.get("step", 0), slots, shared)
@@ -220,7 +220,7 @@ class SamplerStorage(WholeStorage):
         self.numbers = Numbers([assembled(type(rule), vars(rule) | {"key": None}) for rule in rules])
 
     def rule_at(self, at: int) -> Rule:
-        """The rule that a section follows, its masks by the names of the parameters."""
+        """The rule that a section follows, its masks and its center by the names of the parameters."""
         return _by_name(super().rule_at(at), [self.labels[param] for param in self.sections[at].params])
 
     def _option(self, group: Group, name: str) -> Any:
@@ -236,27 +236,48 @@ def _is_count(step: Any) -> bool:
     return isinstance(step, jax.Array) and step.dtype == jnp.int32
 
 
-def _by_name(rule: Any, names: Sequence[str]) -> Any:
-    """A rule whose masks, if there is one for each parameter, are a dict by names."""
-    masks = rule.optimize_over
-    if masks is None or jax.tree_util.all_leaves([masks]):
-        return rule
-    leaves = jax.tree.leaves(masks, is_leaf=trees.is_leaf)
-    if not isinstance(masks, list | tuple):
-        of_name = dict(zip(trees.names(masks), leaves, strict=True))
+def _by_name(rule: Rule, names: Sequence[str]) -> Rule:
+    """A rule whose masks, and whose center, are a dict by names if there is one for each parameter."""
+    own = {name: _each_by_name(rule, name, names) for name in _by_leaf_fields(rule)}
+    return assembled(type(rule), vars(rule) | own)
+
+
+def _by_leaf_fields(rule: Rule | type[Rule]) -> list[str]:
+    """The hyperparameters that may be a tree like the parameters."""
+    return [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
+
+
+def _each_by_name(rule: Rule, field: str, names: Sequence[str]) -> Any:
+    """A hyperparameter as a dict by the names of the parameters, unless it is one for all of them."""
+    value = getattr(rule, field)
+    is_leaf = jax.tree_util.all_leaves([value])
+    if value is None or (is_leaf and not rule.specs[field].is_value):
+        return value
+    what = "centers" if rule.specs[field].is_value else "masks"
+    leaves = jax.tree.leaves(value, is_leaf=trees.is_leaf)
+    if not is_leaf and not isinstance(value, list | tuple):
+        of_name = dict(zip(trees.names(value), leaves, strict=True))
         if of_name.keys() != set(names):
             odd = sorted(of_name.keys() ^ set(names))
             raise ValueError(
-                f"optimize_over has masks by name, but {odd[0]!r} is not both there and among the parameters of the "
+                f"{field} has {what} by name, but {odd[0]!r} is not both there and among the parameters of the "
                 f"group, {', '.join(names)}. Give one for each of them, or a list in their order."
             )
         leaves = [of_name[name] for name in names]
     if len(leaves) != len(names):
+        others = "" if rule.specs[field].is_value else "one mask that broadcasts to all of them, or "
         raise ValueError(
-            f"optimize_over has {len(leaves)} masks, but the group has {len(names)} parameters. Give one mask that "
-            "broadcasts to all of them, or one for each."
+            f"{field} has {len(leaves)} {what}, but the group has {len(names)} parameters. Give {others}one for each."
         )
-    return assembled(type(rule), vars(rule) | {"optimize_over": OrderedDict(zip(names, leaves, strict=True))})
+    return OrderedDict(zip(names, leaves, strict=True))
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line outside of this library that the call came from."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
+        level += 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 class Sampler(Optimizer):
@@ -304,7 +325,7 @@ class Sampler(Optimizer):
     step_type: ClassVar[type | None] = None
     starts_at_once: ClassVar[bool] = True
     storage_class: ClassVar[type[Storage]] = SamplerStorage
-    may_lack: ClassVar[frozenset[str]] = frozenset(("key", "noise_impl", "step", "box"))
+    may_lack: ClassVar[frozenset[str]] = frozenset(("key", "noise_impl", "step", "box", "metrics", "center"))
 
     def __init__(
         self,
@@ -326,18 +347,15 @@ class Sampler(Optimizer):
     _has_warned = False
 
     def _warn_of_rounding(self) -> None:
-        """Warn, once, of parameters whose dtype loses small steps; the warning points to the user's line."""
+        """Warn, once, of parameters whose dtype loses small steps."""
         coarse = [param for param in self._storage.parameters() if param.requires_grad and is_low(param.dtype)]
         if not coarse or self._has_warned:
             return
-        self._has_warned, level = True, 1
-        while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
-            level += 1
-        warnings.warn(
+        self._has_warned = True
+        warn_user(
             f"{type(self).__name__} rounds each step to the parameter's dtype, {coarse[0].dtype}, which loses small "
             "steps: the chain samples from another distribution, or stands still. Give float32 parameters and cast "
-            "them in the loss, as jaxoptim.sampling.sample does.",
-            stacklevel=level + 1,
+            "them in the loss, as jaxoptim.sampling.sample does."
         )
 
     def _add(self, group: dict[str, Any]) -> None:
@@ -345,11 +363,9 @@ class Sampler(Optimizer):
         if number and "key" not in group:
             # No step counts so far up, so that no other noise has this key.
             group["key"] = jax.random.fold_in(self.defaults["key"], np.uint32(2**32 - number))
-        if group.get("optimize_over", self.defaults.get("optimize_over")) is not None:
-            group.setdefault("optimize_over", self.defaults["optimize_over"])
-            group["optimize_over"] = jax.tree.map(
-                lambda mask: jnp.asarray(trees.owned_arrays(mask)), group["optimize_over"]
-            )
+        for name in _by_leaf_fields(self.rule):
+            if (value := group.get(name, self.defaults.get(name))) is not None:
+                group[name] = jax.tree.map(lambda x: jnp.asarray(trees.owned_arrays(x)), value)
         super()._add(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -388,11 +404,12 @@ class Sampler(Optimizer):
     def _pure_rule(self, part: Part) -> Rule:
         rule: Any = super()._pure_rule(part)
         rule = rule.replace(key=part.group["key"])
-        if not isinstance(rule.optimize_over, OrderedDict):
-            return rule
-        mask_of = dict(zip(part.params, rule.optimize_over.values(), strict=True))
-        tree = jax.tree.map(lambda param: mask_of.get(param, optax.MaskedNode()), self._storage.tree())
-        return assembled(type(rule), vars(rule) | {"optimize_over": tree})
+        whole = {}
+        for name in _by_leaf_fields(rule):
+            if isinstance(value := getattr(rule, name), OrderedDict):
+                of = dict(zip(part.params, value.values(), strict=True))
+                whole[name] = jax.tree.map(lambda param, of=of: of.get(param, optax.MaskedNode()), self._storage.tree())
+        return assembled(type(rule), vars(rule) | whole)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"fixed": self.fixed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -14,8 +14,6 @@ from jaxoptim.rules.sgld import METRICS
 
 class MeasuredSampler(Sampler):
     """A sampler that may track metrics and keep the noise and the gradient of its last step."""
-
-    may_lack: ClassVar[frozenset[str]] = Sampler.may_lack | {"metrics"}
 
     def __init__(
         self,

@@ -6,6 +6,8 @@ The constructor takes the hyperparameters of the rule, and the groups keep them.
   rule's, a flag of torch, or a keyword of the base class's constructor, which it goes to.
 - ``_keys``: what the groups keep, in the parent's order, where that is another one.
 - ``_example``: where a step along a gradient of 1 leads from 1, with 0.1 for the first option.
+
+A docstring that has the arguments stays as it is.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def complete(cls: Any) -> None:
     """Give an optimizer what it does not have of its own."""
     if "__init__" not in vars(cls):
         _construct(cls)
-    _document(cls)
+    if "Args:" not in (vars(cls).get("__doc__") or ""):
+        _document(cls)
 
 
 def _construct(cls: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Slots, enabled, full_like, is_known
+from jaxoptim.core.modules import trained_of
 
 
 class _Potential(Protocol):
@@ -21,6 +24,8 @@ class _Potential(Protocol):
     def weight_decay(self) -> Any: ...
     @property
     def localization(self) -> Any: ...
+    @property
+    def center(self) -> Any: ...
     @property
     def optimize_over(self) -> Any: ...
 
@@ -35,17 +40,22 @@ class _Boxed(Protocol):
 
 
 def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
-    r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - w_0)`."""
-    terms = rule.nbeta * grad
+    r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
+    return functools.reduce(operator.add, forces(rule, grad, slots, param).values())
+
+
+def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, jax.Array]:
+    """The terms of :func:`force` that are on, by name."""
+    terms = {"grad": rule.nbeta * grad}
     if enabled(rule.weight_decay):
-        terms = terms + rule.weight_decay * param
+        terms["weight_decay"] = rule.weight_decay * param
     if enabled(rule.localization):
-        terms = terms + rule.localization * (param - slots["initial_param"])
+        terms["localization"] = rule.localization * from_center(rule, slots, param)
     return terms
 
 
 def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> Any:
-    r"""One array's part of :math:`n\beta L + \lambda \|w\|^2/2 + \gamma \|w - w_0\|^2/2`, ``loss`` being its part of L.
+    r"""One array's part of :math:`n\beta L + \lambda \|w\|^2/2 + \gamma \|w - c\|^2/2`, ``loss`` being its part of L.
 
     Where the mask is zero the array does not move, and what it adds is a constant that is left out.
     """
@@ -53,8 +63,13 @@ def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> An
     if enabled(rule.weight_decay):
         total = total + rule.weight_decay / 2 * jnp.sum(masked(rule, param) ** 2)
     if enabled(rule.localization):
-        total = total + rule.localization / 2 * jnp.sum(masked(rule, param - slots["initial_param"]) ** 2)
+        total = total + rule.localization / 2 * jnp.sum(masked(rule, from_center(rule, slots, param)) ** 2)
     return total
+
+
+def from_center(rule: _Potential, slots: Slots, param: jax.Array) -> jax.Array:
+    """How far a position is from the center of localization: that of the rule, else where the array began."""
+    return param - (slots["initial_param"] if rule.center is None else jnp.asarray(rule.center, param.dtype))
 
 
 def masked(rule: _Potential, x: jax.Array) -> jax.Array:
@@ -93,9 +108,10 @@ def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]
     return center + jnp.where(outward, phase - size, 3 * size - phase), jnp.where(outward, 1, -1)
 
 
-def check_terms(rule: Any, **choices: Sequence[str]) -> None:
-    """Raise for a mask, a box, or one of the other switches, that is not allowed."""
+def check_terms(rule: Any, **choices: Sequence[str | None]) -> None:
+    """Raise for a mask, a center, a box, or one of the other switches, that is not allowed."""
     _check_mask(rule)
+    _check_center(rule)
     for field, allowed in {"box": ("clamp", "reflect"), **choices}.items():
         _check_choice(rule, field, allowed)
 
@@ -112,7 +128,21 @@ def _check_mask(rule: Any) -> None:
             )
 
 
-def _check_choice(rule: Any, field: str, allowed: Sequence[str]) -> None:
+def _check_center(rule: Any) -> None:
+    """Raise for a center of anything else than finite numbers, as far as they are known."""
+    for leaf in jax.tree.leaves(trained_of(rule.center)):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not (callable(leaf) or is_known(leaf)):
+            continue
+        is_array = hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+        if not is_array or not np.isfinite(leaf).all():
+            what = "numbers that are not finite" if is_array else f"a {type(leaf).__name__} in it"
+            raise ValueError(
+                f"Invalid center, with {what}. {type(rule).__name__} takes a tree like the parameters, of finite "
+                "numbers, with None where the center is the start."
+            )
+
+
+def _check_choice(rule: Any, field: str, allowed: Sequence[str | None]) -> None:
     """Raise for a switch that is none of these."""
     if getattr(rule, field) not in allowed:
         raise ValueError(
@@ -125,13 +155,13 @@ def first_momentum(rule: Any, param: jax.Array, noise: jax.Array) -> jax.Array:
     return full_like(param) + masked(rule, jnp.sqrt(rule.lr) * noise)
 
 
-def relaxed(momentum: jax.Array, friction: jax.Array, noise: jax.Array, heat: Any) -> jax.Array:
-    r"""The momentum after a unit of time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`, solved exactly.
+def relaxation(friction: jax.Array, noise: jax.Array, heat: Any) -> tuple[jax.Array, jax.Array]:
+    r"""What a momentum keeps, and what it gets, in a unit of time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`.
 
-    .. math:: e^{-\xi} v + \sqrt{h\,(1 - e^{-2\xi})/\xi}\;\zeta,
+    .. math:: v \leftarrow e^{-\xi} v + \sqrt{h\,(1 - e^{-2\xi})/\xi}\;\zeta,
 
     where the root tends to :math:`\sqrt{2h}` as :math:`\xi \to 0`.
     """
     at_zero = friction == 0
     rate = jnp.where(at_zero, 2.0, -jnp.expm1(-2 * friction) / jnp.where(at_zero, 1.0, friction))
-    return jnp.exp(-friction) * momentum + jnp.sqrt(heat * rate) * noise
+    return jnp.exp(-friction), jnp.sqrt(heat * rate) * noise

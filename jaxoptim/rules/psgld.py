@@ -14,18 +14,19 @@ from jaxoptim.core import (
     NonNegative,
     OptionalCoefficient,
     Positive,
-    Sampler,
     Slots,
+    ValuesByLeaf,
     factory,
     rule,
     sqrt,
 )
+from jaxoptim.rules._components import PosteriorSampler
 from jaxoptim.rules._langevin import boxed, check_terms, force, masked
 from jaxoptim.rules._terms import needed, zeros
 
 
 @rule
-class PSGLD(Sampler):
+class PSGLD(PosteriorSampler):
     r"""pSGLD: SGLD with RMSprop's preconditioner.
 
     .. math::
@@ -48,7 +49,7 @@ class PSGLD(Sampler):
         alpha: decay rate :math:`\alpha` in [0, 1) (default 0.99).
         eps: :math:`\delta > 0` (default 0.1). Where the gradient vanishes, G is its inverse.
         weight_decay: :math:`\lambda \ge 0` (default 0).
-        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the center :math:`c` (default 0).
         nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1).
         bounding_box_size: :math:`b > 0`, or None for no box (default None).
         optimize_over: mask of zeros and ones, as in :class:`SGLD` (default None).
@@ -56,8 +57,17 @@ class PSGLD(Sampler):
         frozen_after: the number of updates that renew V, or None for all (default None).
         gamma: add the correction :math:`\Gamma` (default False).
         box: ``"clamp"`` or ``"reflect"``, as in :class:`SGLD` (default ``"clamp"``).
+        metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
+        center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Components:
+        Of the step :math:`w_{t+1} - w_t = -a - \ell - d + n`, up to the box and the correction
+        :math:`M\tfrac{\epsilon}{2}\Gamma_t`, ``metrics="components"`` keeps what :class:`SGLD` names, with
+        :math:`a = M\tfrac{\epsilon}{2} G_t\,n\beta\nabla L`, the same factors in :math:`\ell` and :math:`d`, and
+        :math:`n = M\sqrt{\epsilon G_t}\,\xi_t`. ``unscaled_grad_norm`` is
+        :math:`\|M\tfrac{\epsilon}{2} n\beta\nabla L\|`.
 
     Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
 
@@ -91,12 +101,14 @@ class PSGLD(Sampler):
     frozen_after: int | None = None
     gamma: bool = False
     box: str = "clamp"
+    metrics: str | None = None
+    center: ValuesByLeaf = None
 
     takes: ClassVar[tuple[str, ...]] = ("noise", "curvature")
 
     def check(self) -> None:
         super().check()
-        check_terms(self)
+        check_terms(self, metrics=(None, "components"))
         after = self.frozen_after
         if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):
             raise ValueError(f"Invalid frozen_after: {self.frozen_after!r}. PSGLD takes an int >= 1, or None.")
@@ -132,9 +144,13 @@ class PSGLD(Sampler):
             # At a root of zero the gradient is zero, and so is the slope.
             bend = jnp.where(root > 0, slope / jnp.where(root > 0, root, 1), 0)
             drift = drift + jnp.where(moving, conditioner**2 * bend, 0)
-        moved = param + masked(self, -self.lr / 2 * drift + jnp.sqrt(self.lr * conditioner) * noise)
+        rate, shaken = self.lr / 2, jnp.sqrt(self.lr * conditioner) * noise
+        moved = param + masked(self, -rate * drift + shaken)
         inside, _ = boxed(self, moved, slots)
-        return inside - param, {**slots, "square_avg": square_avg}
+        measured = self.components(
+            grad, slots, param, rate=rate * conditioner, unscaled=rate, noise=masked(self, shaken)
+        )
+        return inside - param, {**slots, "square_avg": square_avg, **measured}
 
     def _known(self, curvature: Any) -> jax.Array:
         if curvature is None:

@@ -14,21 +14,22 @@ from jaxoptim.core import (
     NonNegative,
     OptionalCoefficient,
     Positive,
-    Sampler,
     Slots,
+    ValuesByLeaf,
     factory,
     is_known,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, masked, relaxed
+from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, masked, relaxation
 from jaxoptim.rules._terms import needed
 
 
 @rule
-class SGHMC(Sampler):
+class SGHMC(PosteriorSampler):
     r"""SGHMC: Langevin dynamics with momentum and a constant friction.
 
-    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2`, a mask :math:`M`, and
+    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2`, a mask :math:`M`, and
     ``order="euler"``, which is the paper's:
 
     .. math::
@@ -53,14 +54,28 @@ class SGHMC(Sampler):
             up for, half its variance times :math:`\epsilon` (default 0).
         nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1).
         weight_decay: :math:`\lambda \ge 0` (default 0).
-        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the center :math:`c` (default 0).
         bounding_box_size: :math:`b > 0`, or None for no box (default None). A momentum that leads out of it changes
             its sign.
         optimize_over: mask of zeros and ones, as in :class:`SGLD` (default None).
         box: ``"clamp"`` or ``"reflect"``, as in :class:`SGLD` (default ``"clamp"``).
         order: ``"euler"`` or ``"baoab"`` (default ``"euler"``).
+        metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
+        center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Components:
+        Of the step :math:`w_{t+1} - w_t = m - a - \ell - d + n`, up to the box, ``metrics="components"`` keeps what
+        :class:`SGLD` names, with :math:`a = M\rho\epsilon\,n\beta\nabla L`, :math:`\ell = M\rho\epsilon\gamma(w_t - c)`
+        and :math:`d = M\rho\epsilon\lambda w_t`: what the force of this step moves the parameters by in this step.
+        The momentum before the step moves them by m; what it keeps of force and noise moves them in steps to come.
+        ``unscaled_grad_norm`` is :math:`\|M\epsilon\,n\beta\nabla L\|`, what the momentum gets.
+
+        - ``"euler"``: :math:`\rho = 1`, :math:`n = \sqrt{2(\alpha - \hat\beta)\epsilon}\,M\zeta`,
+          :math:`m = (1 - \alpha) v_t`;
+        - ``"baoab"``: :math:`\rho = (1 + e^{-\alpha})/2`, n half of what the momentum gets as noise,
+          :math:`m = \rho v_t`.
 
     Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
 
@@ -94,10 +109,12 @@ class SGHMC(Sampler):
     optimize_over: ArraysByLeaf = None
     box: str = "clamp"
     order: str = "euler"
+    metrics: str | None = None
+    center: ValuesByLeaf = None
 
     def check(self) -> None:
         super().check()
-        check_terms(self, order=("euler", "baoab"))
+        check_terms(self, metrics=(None, "components"), order=("euler", "baoab"))
         if is_known(self.alpha) and is_known(self.beta) and np.any(np.asarray(self.beta) > np.asarray(self.alpha)):
             raise ValueError(
                 f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
@@ -117,13 +134,16 @@ class SGHMC(Sampler):
         kicked = slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
         heat = self.lr * (self.alpha - self.beta)
         if self.order == "baoab":
-            momentum = relaxed(kicked, self.alpha, noise, heat)
-            moved = param + (kicked + momentum) / 2
+            keeps, shaken = relaxation(self.alpha, noise, heat)
+            momentum = keeps * kicked + shaken
+            moved, rate, shaken = param + (kicked + momentum) / 2, self.lr * (1 + keeps) / 2, shaken / 2
         else:
-            momentum = kicked - self.alpha * slots["momentum"] + jnp.sqrt(2 * heat) * noise
-            moved = param + momentum
+            shaken = jnp.sqrt(2 * heat) * noise
+            momentum = kicked - self.alpha * slots["momentum"] + shaken
+            moved, rate = param + momentum, self.lr
         inside, sign = boxed(self, moved, slots)
-        return inside - param, {**slots, "momentum": momentum * sign}
+        measured = self.components(grad, slots, param, rate=rate, unscaled=self.lr, noise=shaken)
+        return inside - param, {**slots, "momentum": momentum * sign, **measured}
 
 
 sghmc = factory(SGHMC, "sghmc")

@@ -12,35 +12,36 @@ from jaxoptim.core import (
     Coefficient,
     NonNegative,
     OptionalCoefficient,
-    Sampler,
     Slots,
+    ValuesByLeaf,
     factory,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_terms, force, masked
+from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._langevin import boxed, check_terms, force, from_center, masked
 from jaxoptim.rules._terms import needed, zeros
 
 METRICS = ("noise_norm", "grad_norm", "weight_norm", "distance")
 
 
 @rule
-class SGLD(Sampler):
+class SGLD(PosteriorSampler):
     r"""SGLD: gradient descent on a potential, with noise that makes it sample from the posterior.
 
     .. math::
-        U(w) &= n\beta\,L(w) + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2 \\
+        U(w) &= n\beta\,L(w) + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2 \\
         w_{t+1} &= w_t + M\left(-\tfrac{\epsilon}{2}\,\nabla U(w_t) + \sqrt{\epsilon}\,\sigma\,\xi_t\right),
         \qquad \xi_t \sim N(0, 1)
 
     samples :math:`p(w) \propto e^{-U(w)}` as :math:`\epsilon \to 0`; the gradient given is that of the mean loss
-    :math:`L`. Then :math:`w_{t+1}` is brought into the box :math:`|w - w_0| \le b`. Elsewhere
-    :math:`\epsilon/2` is called the step size.
+    :math:`L`. Then :math:`w_{t+1}` is brought into the box :math:`|w - w_0| \le b` about the initial parameters.
+    Elsewhere :math:`\epsilon/2` is called the step size.
 
     Args:
         lr: step size :math:`\epsilon \ge 0` (default 0.01).
         noise_level: :math:`\sigma \ge 0`; only 1 samples from the posterior (default 1).
         weight_decay: :math:`\lambda \ge 0`, toward zero (default 0).
-        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the center :math:`c` (default 0).
         nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1; see
             :func:`jaxoptim.sampling.default_nbeta`).
         bounding_box_size: :math:`b > 0`, or None for no box (default None).
@@ -58,9 +59,28 @@ class SGLD(Sampler):
             ``"clamp"``).
         metrics: ``"devinterp"`` tracks the four as above, ``"scaled"`` what moves the parameters:
             :math:`\|M\sqrt{\epsilon}\sigma\xi_t\|`, :math:`\|M\tfrac{\epsilon}{2} n\beta\nabla L\|`,
-            :math:`\|w_{t+1}\|` in the box, :math:`\|M(w_t - w_0)\|` (default ``"devinterp"``).
+            :math:`\|w_{t+1}\|` in the box, :math:`\|M(w_t - w_0)\|`. ``"components"`` tracks the four as
+            ``"scaled"``, and always the nine below (default ``"devinterp"``).
+        center: :math:`c`, a tree of arrays like the parameters, None in the place of those that are pulled toward
+            :math:`w_0` (default None: all of them). A module, for :func:`jaxoptim.sampling.sample`, stands for its
+            arrays. Without localization it has no effect. Another center compiles nothing anew.
         key: a typed JAX key (default None: ``jax.random.key(0)``). Two samplers with one key draw the same noise.
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Components:
+        Of the step :math:`w_{t+1} - w_t = -a - \ell - d + n`, up to the box, ``metrics="components"`` keeps
+
+        - ``scaled_grad_norm`` and ``unscaled_grad_norm``: :math:`\|a\|`, with
+          :math:`a = M\tfrac{\epsilon}{2} n\beta\nabla L`,
+        - ``localization_norm``: :math:`\|\ell\|`, with :math:`\ell = M\tfrac{\epsilon}{2}\gamma(w_t - c)`,
+        - ``weight_decay_norm``: :math:`\|d\|`, with :math:`d = M\tfrac{\epsilon}{2}\lambda w_t`,
+        - ``scaled_noise_norm``: :math:`\|n\|`, with :math:`n = M\sqrt{\epsilon}\sigma\xi_t`,
+        - ``distance_norm``: :math:`\|M(w_t - w_0)\|`,
+        - ``grad_dot_prior``, ``grad_dot_noise``, ``prior_dot_noise``: :math:`a \cdot (\ell + d)`,
+          :math:`a \cdot n` and :math:`(\ell + d) \cdot n`,
+
+        over all arrays that have a gradient, complex numbers as pairs. In the mean
+        :math:`\|n\|^2 = \epsilon\sigma^2` times the numbers that move, and the products with n are zero.
 
     Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
 
@@ -74,7 +94,7 @@ class SGLD(Sampler):
 
     Raises:
         ``ValueError`` for a number out of range, for an unknown ``box`` or ``metrics``, for a mask that does not
-        broadcast, or for missing ``params`` in an update.
+        broadcast, for a center of another structure or shape, or for missing ``params`` in an update.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Lau, Furman, Wang,
@@ -104,14 +124,15 @@ class SGLD(Sampler):
     distance: bool = False
     box: str = "clamp"
     metrics: str = "devinterp"
+    center: ValuesByLeaf = None
 
     def check(self) -> None:
         super().check()
-        check_terms(self, metrics=("devinterp", "scaled"))
+        check_terms(self, metrics=("devinterp", "scaled", "components"))
 
     @property
     def tracked(self) -> list[str]:
-        """The names of the metrics in ``shared``."""
+        """The names of the metrics in ``shared`` that have switches of their own."""
         names = [name for name in METRICS if getattr(self, name)]
         return [*names, "localization_loss"] if self.save_mala_vars else names
 
@@ -132,33 +153,34 @@ class SGLD(Sampler):
         self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, noise: jax.Array, shared: dict[str, Any]
     ) -> tuple[jax.Array, Slots]:
         param = needed(self, param)
-        noise = self.noise_level * noise
-        drift = force(self, grad, slots, param)
-        moved = param + masked(self, -self.lr / 2 * drift + jnp.sqrt(self.lr) * noise)
+        noise, rate = self.noise_level * noise, self.lr / 2
+        drift, shaken = force(self, grad, slots, param), jnp.sqrt(self.lr) * noise
+        moved = param + masked(self, -rate * drift + shaken)
         inside, _ = boxed(self, moved, slots)
         kept = {"noise": noise, "dws": drift}
         return inside - param, {
             **slots,
             **{name: kept[name] for name in kept.keys() & slots.keys()},
             **self._squares(grad, slots, param, noise, moved, inside),
+            **self.components(grad, slots, param, rate=rate, unscaled=rate, noise=masked(self, shaken)),
         }
 
     def _squares(self, grad: Any, slots: Slots, param: Any, noise: Any, moved: Any, inside: Any) -> Slots:
-        """One array's part of what is summed for the metrics."""
+        """One array's part of what is summed for the metrics with switches."""
         pull, away = self.lr / 2 * self.nbeta * grad, param - slots["initial_param"]
-        held = self.localization * jnp.sum(masked(self, away) ** 2)
-        if self.metrics == "scaled":
-            vectors = masked(self, jnp.sqrt(self.lr) * noise), masked(self, pull), inside, masked(self, away)
-        else:
+        if self.metrics == "devinterp":
             vectors = masked(self, noise), pull, moved, self.localization * away
+        else:
+            vectors = masked(self, jnp.sqrt(self.lr) * noise), masked(self, pull), inside, masked(self, away)
         sums = {name: jnp.sum(x**2) for name, x in zip(METRICS, vectors, strict=True)}
         if self.save_mala_vars and self.metrics == "devinterp":
-            sums["distance"] = self.lr * jnp.sqrt(held)
+            sums["distance"] = self.lr * jnp.sqrt(self.localization * jnp.sum(masked(self, away) ** 2))
+        held = self.localization * jnp.sum(masked(self, from_center(self, slots, param)) ** 2)
         return {name: (sums | {"localization_loss": held / 2})[name] for name in self.tracked}
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
-        norms = {name: jnp.sqrt(total) for name, total in sums.items() if name in METRICS}
-        return shared | {name: x.astype(jnp.float32) for name, x in (sums | norms).items()}
+        found = {name: jnp.sqrt(sums[name]) if name in METRICS else sums[name] for name in self.tracked}
+        return super().update_shared(shared, sums) | {name: x.astype(jnp.float32) for name, x in found.items()}
 
 
 sgld = factory(SGLD, "sgld")

@@ -12,20 +12,21 @@ from jaxoptim.core import (
     Coefficient,
     NonNegative,
     OptionalCoefficient,
-    Sampler,
     Slots,
+    ValuesByLeaf,
     factory,
     rule,
 )
-from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, free, masked, relaxed
+from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, free, masked, relaxation
 from jaxoptim.rules._terms import needed
 
 
 @rule
-class SGNHT(Sampler):
+class SGNHT(PosteriorSampler):
     r"""SGNHT: Langevin dynamics with momentum, whose friction adapts until the momentum has the right temperature.
 
-    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2`, a mask :math:`M`, and
+    With :math:`U = n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2`, a mask :math:`M`, and
     ``order="kick_friction"``, which is devinterp's:
 
     .. math::
@@ -52,12 +53,23 @@ class SGNHT(Sampler):
             its sign.
         nbeta: inverse temperature :math:`n\beta \ge 0` times the number of data (default 1).
         weight_decay: :math:`\lambda \ge 0` (default 0).
-        localization: :math:`\gamma \ge 0`, toward the initial parameters :math:`w_0` (default 0).
+        localization: :math:`\gamma \ge 0`, toward the center :math:`c` (default 0).
         optimize_over: mask of zeros and ones, as in :class:`SGLD` (default None).
         box: ``"clamp"`` or ``"reflect"``, as in :class:`SGLD` (default ``"clamp"``).
         order: ``"kick_friction"``, ``"ding"`` or ``"badodab"`` (default ``"kick_friction"``).
+        metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
+        center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+
+    Components:
+        Of the step :math:`w_{t+1} - w_t = m - a - \ell - d + n`, up to the box, ``metrics="components"`` keeps what
+        :class:`SGHMC` does, where :math:`\xi` is the friction that acts in this step:
+
+        - ``"kick_friction"``: :math:`\rho = 1 - \xi`, :math:`n = \sqrt{2\epsilon A}\,M\zeta`, :math:`m = \rho v_t`;
+        - ``"ding"``: :math:`\rho = 1`, the same n, :math:`m = (1 - \xi) v_t`;
+        - ``"badodab"``: :math:`\rho = (1 + e^{-\xi})/2`, n half of what the momentum gets as noise,
+          :math:`m = \rho v_t`.
 
     Parameters of float16 and bfloat16 lose small steps: see :class:`jaxoptim.Sampler`.
 
@@ -95,12 +107,14 @@ class SGNHT(Sampler):
     optimize_over: ArraysByLeaf = None
     box: str = "clamp"
     order: str = "kick_friction"
+    metrics: str | None = None
+    center: ValuesByLeaf = None
 
     of_tree: ClassVar[tuple[str, ...]] = ("diffusion_factor",)
 
     def check(self) -> None:
         super().check()
-        check_terms(self, order=("kick_friction", "ding", "badodab"))
+        check_terms(self, metrics=(None, "components"), order=("kick_friction", "ding", "badodab"))
 
     def init_shared(self) -> dict[str, Any]:
         return super().init_shared() | {"thermostat": jnp.asarray(self.at(0).diffusion_factor, jnp.float32)}
@@ -133,17 +147,19 @@ class SGNHT(Sampler):
         kicked = self._kicked(grad, slots, param)
         shaken = jnp.sqrt(2 * self.lr * self.diffusion_factor) * masked(self, noise)
         if self.order == "badodab":
-            momentum = relaxed(kicked, friction, masked(self, noise), self.lr * self.diffusion_factor)
-            moved = param + (kicked + momentum) / 2
+            keeps, shaken = relaxation(friction, masked(self, noise), self.lr * self.diffusion_factor)
+            momentum = keeps * kicked + shaken
+            moved, rate, shaken = param + (kicked + momentum) / 2, self.lr * (1 + keeps) / 2, shaken / 2
         elif self.order == "ding":
             momentum = kicked - friction * slots["momentum"] + shaken
-            moved = param + momentum
+            moved, rate = param + momentum, self.lr
         else:
             momentum = kicked - friction * kicked + shaken
-            moved = param + momentum
+            moved, rate = param + momentum, self.lr * (1 - friction)
         energy = self._energy(momentum, half=self.two_pass)
         inside, sign = boxed(self, moved, slots)
-        return inside - param, {**slots, "momentum": momentum * sign, **energy}
+        measured = self.components(grad, slots, param, rate=rate, unscaled=self.lr, noise=shaken)
+        return inside - param, {**slots, "momentum": momentum * sign, **energy, **measured}
 
     def _kicked(self, grad: jax.Array, slots: Slots, param: jax.Array) -> jax.Array:
         return slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
@@ -156,7 +172,8 @@ class SGNHT(Sampler):
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
         rise = jnp.where(sums["count"] > 0, sums["excess"] / jnp.maximum(sums["count"], 1), 0)
-        return shared | {"thermostat": (shared["thermostat"] + rise).astype(jnp.float32)}
+        thermostat = (shared["thermostat"] + rise).astype(jnp.float32)
+        return super().update_shared(shared, sums) | {"thermostat": thermostat}
 
 
 sgnht = factory(SGNHT, "sgnht")

@@ -9,6 +9,7 @@ from jaxoptim.sampling.diagnostics import rhat as rhat
 from jaxoptim.sampling.doubts import LLCWarning as LLCWarning
 from jaxoptim.sampling.influence import Influence as Influence
 from jaxoptim.sampling.influence import influence as influence
+from jaxoptim.sampling.jackknife import Estimate as Estimate
 from jaxoptim.sampling.llc import LLC as LLC
 from jaxoptim.sampling.llc import default_nbeta as default_nbeta
 from jaxoptim.sampling.llc import estimate_llc as estimate_llc
@@ -18,12 +19,18 @@ from jaxoptim.sampling.observables import Covariance as Covariance
 from jaxoptim.sampling.observables import Draw as Draw
 from jaxoptim.sampling.observables import MalaAcceptance as MalaAcceptance
 from jaxoptim.sampling.observables import Observable as Observable
+from jaxoptim.sampling.plateau import Setting as Setting
+from jaxoptim.sampling.response import Response as Response
+from jaxoptim.sampling.response import SingularVectors as SingularVectors
 from jaxoptim.sampling.restrictions import preview as preview
 from jaxoptim.sampling.restrictions import slices as slices
 from jaxoptim.sampling.sample import Samples as Samples
 from jaxoptim.sampling.sample import sample as sample
-from jaxoptim.sampling.singular import Estimate as Estimate
 from jaxoptim.sampling.singular import SingularLearning as SingularLearning
 from jaxoptim.sampling.singular import llc_of_two_temperatures as llc_of_two_temperatures
 from jaxoptim.sampling.singular import singular_learning as singular_learning
+from jaxoptim.sampling.sketches import Sketch as Sketch
+from jaxoptim.sampling.sketches import sketch as sketch
+from jaxoptim.sampling.susceptibilities import Susceptibilities as Susceptibilities
+from jaxoptim.sampling.susceptibilities import susceptibilities as susceptibilities
 from jaxoptim.sampling.transformers import restriction as restriction

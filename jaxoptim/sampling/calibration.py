@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule
-from jaxoptim.sampling.llc import arranged_in, check_initial_loss, initial_loss, temperature, tempered
+from jaxoptim.sampling.llc import check_initial_loss, initial_loss, temperature, tempered
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, check_sampler, observed, prepare
+from jaxoptim.sampling.plateau import Setting, flattest, rhats, usable
+from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, observed, prepare
 from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.streams import NUM_REFERENCES
 from jaxoptim.sampling.target import problem
 
 
@@ -49,6 +51,56 @@ class Calibration:
             f"Calibration(lr={self.lr.tolist()}, localization={self.localization.tolist()}, mean={self.mean.tolist()})"
         )
 
+    def __str__(self) -> str:
+        """The settings in a table, a line each; ``print`` shows it, with a star at the best."""
+        best = _best(self)
+        lines = [f"  {'lr':>10}{'localization':>14}{'mean':>12}{'std':>12}{'diverged':>10}{'R-hat':>8}"]
+        for of in self.settings:
+            star = "*" if of == best else " "
+            rhat = "" if np.isnan(of.rhat) else f"{of.rhat:.3f}"
+            lines.append(
+                f"{star} {of.lr:>10.3g}{of.localization:>14.3g}{of.mean:>12.4g}{of.std:>12.3g}"
+                f"{of.diverged:>10.0%}{rhat:>8}"
+            )
+        return "\n".join(lines)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All settings, those of the first step size first."""
+        rhat = rhats(self.trace)
+        return [
+            Setting(
+                *(float(x) for x in (self.lr[i], self.localization[j], self.mean[i, j], self.std[i, j])),
+                *(float(x) for x in (self.diverged[i, j], rhat[i, j])),
+            )
+            for i, j in np.ndindex(*self.mean.shape)
+        ]
+
+    @property
+    def best(self) -> Setting:
+        r"""The setting whose estimate depends least on the step size.
+
+        Of the settings without a diverged chain, with R-hat at most 1.1 (where it is known) and an estimate positive
+        beyond two errors, it is the one with the smallest bound on :math:`|d \log\hat\lambda / d \log\epsilon|`: the
+        larger one of the differences to the next smaller and larger step size, with two standard errors between chains
+        added. A step too small has not arrived, there the slope is near 1; one too large has an error of its own. Of
+        equals it is one between two others, then the larger step. With a single step size for each localization it is
+        the setting with the smallest relative error.
+
+        Raises:
+            ``ValueError`` where no setting has an estimate.
+
+        Examples:
+            See :func:`calibrate`.
+        """
+        best = _best(self)
+        if best is None:
+            raise ValueError(
+                "No setting has an estimate: in each a chain has diverged, R-hat is above 1.1 or the mean is not "
+                "positive. Print the calibration, and give smaller or larger lr, or more draws."
+            )
+        return best
+
     def plot(self, *, ax: Any = None) -> Any:
         """Draw the estimates against the step size, one line for each localization, with matplotlib.
 
@@ -69,6 +121,17 @@ class Calibration:
         from jaxoptim.sampling.plotting import plot_sweep
 
         return plot_sweep(self, ax)
+
+
+def _best(sweep: Calibration) -> Setting | None:
+    """What :attr:`Calibration.best` says, None where there is none."""
+    number = np.maximum(1, np.round((1 - sweep.diverged) * sweep.trace.shape[2]))
+    error = np.nan_to_num(sweep.std) / np.sqrt(number)  # one chain has no error between chains
+    is_usable = usable(sweep.mean, error, sweep.diverged, rhats(sweep.trace))
+    if not is_usable.any():
+        return None
+    row, column = flattest(sweep.lr, sweep.mean, error, is_usable)
+    return sweep.settings[row * len(sweep.localization) + column]
 
 
 def calibrate(
@@ -133,10 +196,12 @@ def calibrate(
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim import rules, sampling
-        >>> sweep = sampling.calibrate(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(), lr=[1e-4, 1e-3, 1.0],
+        >>> sweep = sampling.calibrate(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(), lr=[1e-3, 1e-2, 1.0],
         ...                            localization=[0.0, 10.0], nbeta=100.0, key=jax.random.key(0), num_chains=4)
         >>> sweep.mean.shape, sweep.diverged[-1].tolist()
         ((3, 2), [1.0, 1.0])
+        >>> sweep.best.lr
+        0.01
     """
     options = RunOptions(
         key,
@@ -155,13 +220,13 @@ def calibrate(
         start_noise=start_noise,
     )
     check_sampler(sampler)
-    given = problem(loss_fn, params, data, options)
+    given = problem(loss_fn, params, data, options, NUM_REFERENCES)
     if not isinstance(sampler, Rule):
         raise TypeError(
             "calibrate sets lr, localization and nbeta of a rule, but the sampler is a transformation. Give a rule, "
             "such as jaxoptim.rules.SGLD()."
         )
-    nbeta = temperature("calibrate", nbeta, sampler, data)
+    nbeta = temperature("calibrate", nbeta, sampler, given)
     check_initial_loss(init_loss)
     rates, strengths = np.asarray(lr, float).reshape(-1), np.asarray(localization, float).reshape(-1)
     for name, values in (("lr", rates), ("localization", strengths)):
@@ -171,7 +236,7 @@ def calibrate(
     count = len(grid[0])
     rules = tempered(sampler, count, nbeta, lr=jnp.asarray(grid[0]), localization=jnp.asarray(grid[1]))
     prepared = prepare(given, sampler, rules, count, options)
-    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
     arranged = arranged_in((len(rates), len(strengths), options.num_chains), observed(prepared))
     loss = arranged.pop("loss").astype(np.float64)
     trace = nbeta * (loss - init_loss)

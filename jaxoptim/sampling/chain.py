@@ -12,12 +12,13 @@ import optax
 from jax import lax
 
 from jaxoptim.core import Rule, Sampler, init, noise_of_some, step
-from jaxoptim.core.batches import batch_at
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.held import joined, joined_state, state_without, without
 from jaxoptim.sampling.microbatches import mean_over_parts
+from jaxoptim.sampling.minimum import loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
@@ -45,10 +46,17 @@ class ChainSpec(NamedTuple):
 
 
 class Thinning(NamedTuple):
-    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile."""
+    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile.
+
+    Attributes:
+        num_burnin_steps: the steps before.
+        num_steps_bw_draws: the steps for each draw.
+        first: the draw that is written down first; those before have left the device.
+    """
 
     num_burnin_steps: Any
     num_steps_bw_draws: Any
+    first: Any = 0
 
     def is_draw(self, step: Any) -> Any:
         """Whether a step is the last one before a draw is written down."""
@@ -56,8 +64,8 @@ class Thinning(NamedTuple):
         return (past >= 0) & ((past + 1) % self.num_steps_bw_draws == 0)
 
     def draw_at(self, step: Any) -> Any:
-        """The draw to which a step belongs; the last of its steps overwrites what the others have written."""
-        return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
+        """Where the draw of a step is written down; the last of its steps overwrites what the others have written."""
+        return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws - self.first
 
 
 class Chain(NamedTuple):
@@ -135,7 +143,7 @@ def _chain_step(
 ) -> tuple[Chain, Any]:
     """Return the chain after one step, and the values that the step would record."""
     batch_key = chain.key if given.batch_key is None else given.batch_key
-    batch = batch_at(t, batch_key, given.data, spec.batch_size)
+    batch = batch_of(given.data, t, batch_key, spec.batch_size)
 
     def as_given(params: Any) -> Any:
         return spec.target.params(params, given.rest)
@@ -152,8 +160,14 @@ def _chain_step(
     grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
+
+    def full_loss() -> Any:
+        if spec.batch_size is None:
+            return loss
+        return loss_of_all(spec.target, params, given, spec.batch_size // spec.microbatches)
+
     whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
-    draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes)
+    draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes, full_loss)
     values: dict[str, Any] = {"loss": loss}
     memories = {}
     for name, observable in spec.observables:

@@ -18,6 +18,7 @@ from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
+from jaxoptim.sampling.streams import of_chain
 from jaxoptim.sampling.target import Given
 
 _SMALL = 2048
@@ -91,10 +92,14 @@ def run_steps(
 ) -> Chain:
     """Return chains after the steps from ``start`` to ``stop``."""
 
-    def one(setting: Any, state: Chain, rules: Any, given: Given, thinning: Thinning, start: Any, stop: Any) -> Chain:
+    def one(
+        setting: Any, number: Any, state: Chain, rules: Any, given: Given, thinning: Thinning, start: Any, stop: Any
+    ) -> Chain:
+        given = given._replace(data=of_chain(given.data, number))
         return chain.run_steps(spec, _setting(rules, setting), given, thinning, state, start, stop)
 
-    return _over_chains(one, method, mesh, (settings, chains), (rules, given, thinning, start, stop))
+    mapped = settings, jnp.arange(len(settings)), chains
+    return _over_chains(one, method, mesh, mapped, (rules, given, thinning, start, stop))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_draws"))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxoptim.core.modules import anew
 from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Draw, Function, Moments, Observable
 
@@ -42,7 +43,7 @@ class CrossCovariance(Observable):
     y: Losses | Callable[[Any], Any] | None = None
 
     def begin(self, params: Any, probes: Mapping[str, Any]) -> Any:
-        return Moments.none(*jax.eval_shape(lambda: self._values(lambda: params, probes)))
+        return Moments.none(*jax.eval_shape(lambda: self._values(lambda: anew(params), probes)))
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         def observed() -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxoptim.sampling import diagnostics
+from jaxoptim.sampling.jackknife import Estimate
 
 FEWEST_DRAWS = 100
 """Effective draws below which neither an error nor R-hat means much."""
@@ -21,7 +22,9 @@ ONE_PARAMETER = 0.5
 
 
 class LLCWarning(UserWarning):
-    """An estimate of a local learning coefficient that is no answer; see :func:`estimate_llc` for its reasons.
+    """An estimate of a local learning coefficient that is no answer.
+
+    See :func:`estimate_llc`, :func:`singular_learning` and :func:`llc_of_two_temperatures` for its reasons.
 
     Examples:
         >>> import warnings
@@ -67,6 +70,25 @@ def statistics(trace: np.ndarray) -> Statistics:
 def fall_to_warn_of(mean: float) -> float:
     """The fall of the potential on a step down its gradient from which parameters are far from a minimum."""
     return OF_ESTIMATE * max(abs(mean), ONE_PARAMETER)
+
+
+def divergence(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
+    """A line about the chains that have diverged; raises if all of a selection have."""
+    lost = np.argwhere(diverged >= 0)
+    if not len(lost):
+        return []
+    some = [
+        f"chain {chain}{'' if labels is None else f' of {labels[i]}'} at draw {diverged[i, chain]}"
+        for i, chain in lost[:5]
+    ]
+    many = f"{len(lost)} of {diverged.size} chains diverged: {', '.join(some)}{', ...' if len(lost) > 5 else ''}"
+    advice = (
+        "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
+        "sampling.sample with the same arguments returns all traces."
+    )
+    if (diverged >= 0).all(-1).any():
+        raise FloatingPointError(f"{many}. {advice}")
+    return [f"{many}; they are left out of the estimate. {advice}"]
 
 
 def doubts(
@@ -127,6 +149,26 @@ def doubts(
         "Raise num_draws, num_steps_bw_draws or lr.",
     )
     return lines
+
+
+def disagreement(estimate: Estimate, name: str, other: Estimate, other_name: str, gap: Estimate) -> list[str]:
+    """A line about two estimates of one coefficient that differ by more than their errors allow, and by a fifth.
+
+    Args:
+        estimate: the one that is asked for.
+        name: what it is made from.
+        other: another.
+        other_name: what that is made from.
+        gap: their difference, whose error knows what both have in common.
+    """
+    # By a little they differ for every finite step, and with every localization.
+    if not abs(gap.value) > max(3 * gap.error, fall_to_warn_of(estimate.value)):
+        return []
+    one, another = (f"{x.value:.3g} +- {x.error:.2g}" for x in (estimate, other))
+    return [
+        f"The learning coefficient from {name}, {one}, and that from {other_name}, {another}, disagree beyond their "
+        "errors. Raise num_burnin_steps, or lower lr or localization."
+    ]
 
 
 def warn(lines: Sequence[str], stacklevel: int) -> None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.sampling.jackknife import jackknife_error
+
 KINDS, CHAINS = ("covariance", "correlation"), ("within", "pooled", "mean")
 _BLOCK = 2**22
 """So many numbers the products of one block have, for all chains together."""
@@ -103,10 +105,7 @@ def _block(x: jax.Array, y: jax.Array, kind: str, chains: str) -> tuple[jax.Arra
             both / jnp.sqrt(a[..., :, None] * b[..., None, :])
             for both, a, b in zip((value, others), of_x, of_y, strict=True)
         )
-    count = len(others)
-    if count == 1:
-        return value, jnp.full_like(value, jnp.nan)
-    return value, jnp.sqrt(jnp.sum((others - others.mean(0)) ** 2, 0) * (count - 1) / count)
+    return value, jackknife_error(others)
 
 
 def _covariances(

@@ -15,13 +15,14 @@ import numpy as np
 from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
 from jaxoptim.sampling import diagnostics
-from jaxoptim.sampling.doubts import Statistics, doubts, fall_to_warn_of, statistics, warn
+from jaxoptim.sampling.doubts import Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.run import SamplerLike, check_sampler, observed, prepare, stacked
+from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, observed, prepare, stacked
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.selections import named_selections, stacked_masks
+from jaxoptim.sampling.streams import NUM_REFERENCES
 from jaxoptim.sampling.target import Problem, problem
 
 
@@ -200,17 +201,22 @@ def estimate_llc(
         \hat\lambda(w^*) = n\beta\,\left(E_w[L(w)] - L(w^*)\right), \qquad
         p(w) \propto \exp\left(-n\beta\,L(w) - \tfrac{\gamma}{2}\|w - w^*\|^2\right)
 
+    A ``center`` of the sampler takes the place of :math:`w^*` in the localization.
+
     Args:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data: the mean loss L.
         params: :math:`w^*`, where every chain begins: arrays or a module, as for :func:`sample`.
         sampler: a rule, whose ``nbeta`` is replaced, such as ``rules.SGLD(lr=1e-4, localization=100.0)``; or a
             transformation, which has its ``nbeta`` already.
-        data: a pytree of arrays whose first axes run over the data (default None).
+        data: a pytree of arrays whose first axes run over the data, an iterable of batches, or a function
+            ``key -> batch``, as for :func:`sample` (default None).
         nbeta: :math:`n\beta > 0` (default None: the rule's own if that is not 1, else :func:`default_nbeta` of the
-            number of data).
+            number of data, which an iterable and a function do not tell).
         key: a typed JAX key.
         init_loss: :math:`L(w^*)` (default None: the loss over all data, in batches of ``batch_size``, weighted by
-            their sizes).
+            their sizes; of an iterable over its first 32 batches, those of its first epoch at the most, which stay on
+            the host; of a function over 32 batches of keys of their own. They stand for all data in the warnings too.
+            Where you have the loss of all data, give it).
         selections: refined coefficients, of chains that move some parameters only: a list of masks (see
             ``optimize_over`` of :class:`jaxoptim.rules.SGLD`), such as those of :func:`restriction`, or of regular
             expressions and predicates of the dotted path that select whole arrays; all of them in one program. Arrays
@@ -284,43 +290,73 @@ def estimate_llc(
         start_noise=start_noise,
     )
     check_sampler(sampler)
-    given = problem(loss_fn, params, data, options)
-    names, selections = named_selections(selections, sampler)
-    nbeta = temperature("estimate_llc", nbeta, sampler, data)
+    given = problem(loss_fn, params, data, options, NUM_REFERENCES)
+    names, chosen = named_selections(selections, sampler)
+    masks = None if chosen is None else stacked_masks(chosen, given.arrays)
+    several, lines = estimated("estimate_llc", given, sampler, options, nbeta, init_loss, names, masks)
+    warn(lines, stacklevel=2)
+    return several if masks is not None else several[0]
+
+
+def estimated(
+    caller: str,
+    given: Problem,
+    sampler: SamplerLike,
+    options: RunOptions,
+    nbeta: Any,
+    init_loss: Any,
+    names: tuple[str, ...] | None,
+    masks: Any,
+) -> tuple[LLC, list[str]]:
+    """The estimates of selections from one run, with an axis of selections, and the reasons to doubt them.
+
+    Args:
+        caller: what messages call the function that asks.
+        given: what is sampled.
+        sampler: the rule, or the transformation.
+        options: the keywords of the run.
+        nbeta: as for :func:`estimate_llc`.
+        init_loss: as for :func:`estimate_llc`.
+        names: of the selections, None if they have none.
+        masks: of the selections, stacked; None for one of all that the sampler moves.
+    """
+    nbeta = temperature(caller, nbeta, sampler, given)
     check_initial_loss(init_loss)
-    count = 1 if selections is None else len(selections)
-    changes = {} if selections is None else {"optimize_over": stacked_masks(selections, given.arrays)}
-    rules = tempered(sampler, count, nbeta, **changes)
+    count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
+    rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
     prepared = prepare(given, sampler, rules, count, options)
-    init_loss = initial_loss(init_loss, given, options.size_at_once(data))
+    init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
     found = arranged_in((count, options.num_chains), observed(prepared))
     eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
     rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
     diverged = first_divergence(loss)
     several = LLC(loss, init_loss, nbeta, diverged, found, names)
-    estimate = several if selections is not None else dataclasses.replace(several[0], names=None)
-    labels = None if selections is None else [f"selection {name!r}" for name in names or range(count)]
-    lines = _diverged(diverged, labels)
+    labels = None if masks is None else [f"selection {name!r}" for name in names or range(count)]
+    lines = divergence(diverged, labels)
     of_each = several._statistics()
-    gradient = full_gradient(*given, options.size_at_once(data))
+    size = options.size_at_once(given.example)
+    gradient = full_gradient(given, size)
     steps = [
-        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, options.size_at_once(data))
+        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, size)
         for i, x in enumerate(of_each)
     ]
     falls, norms = zip(*steps, strict=True)
-    warn(lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels), stacklevel=2)
-    return estimate
+    return several, lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels)
 
 
-def temperature(caller: str, nbeta: Any, sampler: SamplerLike, data: Any) -> float:
+def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:
     """The inverse temperature: what was given, here or to the rule, or the default of the number of data."""
     own = getattr(sampler, "nbeta", 1.0)
     if nbeta is None and (callable(own) or np.ndim(own) or own != 1.0):
         nbeta = own
     if nbeta is None:
-        if data is None:
+        if given.stream is not None:
+            raise ValueError(
+                f"{caller} cannot count the data of {given.stream.kind}: give nbeta, such as default_nbeta(n)."
+            )
+        if given.given.data is None:
             raise ValueError(f"{caller} has no data to count: give nbeta, such as default_nbeta(n).")
-        return default_nbeta(size_of(data))
+        return default_nbeta(size_of(given.given.data))
     if not _is_number(nbeta) or not 0 < nbeta < math.inf:
         raise ValueError(f"Invalid nbeta: {nbeta!r:.80}. It is a finite number > 0; a coefficient has one temperature.")
     return float(nbeta)
@@ -337,7 +373,7 @@ def check_initial_loss(init_loss: Any) -> None:
 
 def initial_loss(init_loss: Any, given: Problem, batch_size: int | None) -> float:
     """The loss to compare with: what was given, or that of all data at the parameters."""
-    value = float(full_loss(*given, batch_size) if init_loss is None else init_loss)
+    value = full_loss(given, given.arrays, batch_size) if init_loss is None else float(init_loss)
     if not math.isfinite(value):
         raise ValueError(
             f"The loss of all data at params is {value}, with which no other loss can be compared. Give params and "
@@ -352,34 +388,6 @@ def _is_number(x: Any) -> bool:
     return (is_array and np.ndim(x) == 0 and x.dtype.kind in "fiu") or (
         isinstance(x, int | float) and not isinstance(x, bool)
     )
-
-
-def _diverged(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
-    """A line about the chains that have diverged; raises if all of a selection have."""
-    lost = np.argwhere(diverged >= 0)
-    if not len(lost):
-        return []
-    some = [
-        f"chain {chain}{'' if labels is None else f' of {labels[i]}'} at draw {diverged[i, chain]}"
-        for i, chain in lost[:5]
-    ]
-    many = f"{len(lost)} of {diverged.size} chains diverged: {', '.join(some)}{', ...' if len(lost) > 5 else ''}"
-    advice = (
-        "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
-        "sampling.sample with the same arguments returns all traces."
-    )
-    if (diverged >= 0).all(-1).any():
-        raise FloatingPointError(f"{many}. {advice}")
-    return [f"{many}; they are left out of the estimate. {advice}"]
-
-
-def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of a run with its chains arranged in ``shape``."""
-    return {
-        name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
-        for name, x in found.items()
-        if name != "params"
-    }
 
 
 def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> Any:

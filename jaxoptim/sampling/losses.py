@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxoptim.core.batches import in_batches, size_of
-from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.observables import Draw, Observable, at_draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +65,10 @@ class Losses(Observable):
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
         # A module is a new one for each batch: its variables may be changed only by the trace in which they were made.
-        def here() -> jax.Array:
-            return self.value(lambda: draw.params, draw.probes)
+        return memory, at_draws(draw, lambda: self.value(lambda: draw.params, draw.probes))
 
-        like = jax.eval_shape(here)
-        return memory, lax.cond(draw.is_recorded, here, lambda: jnp.zeros(like.shape, like.dtype))
+    def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
+        return f"loss_{name}", ("draw", f"batch_{name}", "token_pos")
 
     def value(self, params: Callable[[], Any], probes: Mapping[str, Any]) -> jax.Array:
         """The loss of each datum at the parameters that ``params()`` returns."""

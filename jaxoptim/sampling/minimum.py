@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,8 +21,27 @@ _PRIOR = ("weight_decay", "localization", "optimize_over", "bounding_box_size")
 """What a sampler's potential has beside the loss."""
 
 
+def full_loss(problem: Problem, params: Any, batch_size: int | None) -> float:
+    """The mean loss over all data, or over the batches of a stream that stand for them."""
+    return float(_mean(loss_of_all, problem, params, batch_size))
+
+
+def full_gradient(problem: Problem, batch_size: int | None) -> Any:
+    """The gradient of :func:`full_loss` at the parameters of the problem."""
+    return _mean(_gradient, problem, problem.arrays, batch_size)
+
+
+def _mean(function: Callable[..., Any], problem: Problem, params: Any, batch_size: int | None) -> Any:
+    """The mean over what stands for all data, of which one batch after the other is on the device."""
+    found, count = None, 0
+    for given in problem.wholes():
+        here = function(problem.target, params, given, batch_size)
+        found, count = here if found is None else jax.tree.map(jnp.add, found, here), count + 1
+    return jax.tree.map(lambda x: x / count, found)
+
+
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
-def full_loss(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
+def loss_of_all(target: Target, params: Any, given: Given, batch_size: int | None) -> jax.Array:
     """The mean loss over all data, batch by batch, each weighted by its size."""
     if given.data is None:
         return target.loss(params, given.rest, None)
@@ -33,8 +53,8 @@ def full_loss(target: Target, params: Any, given: Given, batch_size: int | None)
 
 
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
-def full_gradient(target: Target, params: Any, given: Given, batch_size: int | None) -> Any:
-    """The gradient of :func:`full_loss`, one batch in memory at a time."""
+def _gradient(target: Target, params: Any, given: Given, batch_size: int | None) -> Any:
+    """The gradient of :func:`loss_of_all`, one batch in memory at a time."""
 
     def gradient(batch: Any) -> Any:
         grads = jax.grad(lambda params: target.loss(params, given.rest, batch))(params)
@@ -76,9 +96,9 @@ def descent(
     Returns:
         The fall, and the norm of the gradient of the loss, as far as the parameters move.
     """
-    target, params, given = problem
+    params = problem.arrays
     shifted, rise, norm = _stepped(rules, index, nbeta, params, gradient, wanted)
-    before, after = (float(full_loss(target, at, given, batch_size)) for at in (params, shifted))
+    before, after = (full_loss(problem, at, batch_size) for at in (params, shifted))
     return nbeta * (before - after) - float(rise), float(norm)
 
 
@@ -96,13 +116,14 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
         if param is None:
             found.append(None)
             continue
-        # The start is the center of localization, whose force is zero there.
         wide = param.astype(computing_dtype(param.dtype))
         decay, localization, mask, size = (0, 0, None, None) if one is None else (getattr(one, x) for x in _PRIOR)
+        center = getattr(one, "center", None)  # by default the start, where the force of localization is zero
         mask = 1 if mask is None else jnp.asarray(mask).astype(wide.real.dtype)
         size = size if one is not None and has_box(one) else None
-        down = mask * (nbeta * grad + decay * wide)
-        found.append((wide, down, decay, localization, mask, size))
+        away = 0 if center is None else wide - jnp.asarray(center, wide.dtype)
+        down = mask * (nbeta * grad + decay * wide + localization * away)
+        found.append((wide, down, decay, localization, mask, size, away))
         squares, norm = squares + jnp.sum(jnp.abs(down) ** 2), norm + jnp.sum(jnp.abs(mask * grad) ** 2)
     length = jnp.where(squares > 0, 2 * wanted / jnp.where(squares > 0, squares, 1), 0)
     shifted: list[Any] = []
@@ -111,10 +132,10 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
         if cell is None:
             shifted.append(None)
             continue
-        wide, down, decay, localization, mask, size = cell
+        wide, down, decay, localization, mask, size, away = cell
         step = -(length * down).astype(wide.dtype)
         step = step if size is None else jnp.clip(step, -size, size)
         rise += jnp.sum(mask * decay / 2 * (jnp.abs(wide + step) ** 2 - jnp.abs(wide) ** 2))
-        rise += jnp.sum(localization / 2 * jnp.abs(step) ** 2)
+        rise += jnp.sum(localization / 2 * (jnp.abs(away + step) ** 2 - jnp.abs(away) ** 2))
         shifted.append((wide + step).astype(leaf.dtype))
     return jax.tree.unflatten(treedef, shifted), rise, jnp.sqrt(norm)

@@ -35,6 +35,8 @@ class Draw(NamedTuple):
         is_recorded: whether this step is a draw: not one of burn-in, or between two draws.
         as_given: puts such arrays into the module that they came in, in the dtypes that they had there.
         probes: by name the data sets of ``sample(..., probes=)``.
+        full_loss: returns the loss of all data at ``arrays``, in batches as large as the steps'. It costs a pass over
+            the data where steps take batches, so call it at draws only.
     """
 
     arrays: Any
@@ -46,6 +48,7 @@ class Draw(NamedTuple):
     is_recorded: jax.Array
     as_given: Callable[[Any], Any]
     probes: dict[str, Any]
+    full_loss: Callable[[], jax.Array]
 
     @property
     def params(self) -> Any:
@@ -79,6 +82,23 @@ class Observable:
         """Return the result of a chain: by default the recorded arrays, ``(draws, ...)``."""
         return trace
 
+    def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Return what ``Samples.to_xarray`` calls the result, and the names of its axes behind that of chains.
+
+        By default it has the name that it is given, and an axis ``"draw"`` unless :meth:`result` is another. Axes that
+        are left out get names of their own.
+        """
+        return name, ("draw",) if type(self).result is Observable.result else ()
+
+
+def at_draws(draw: Draw, value: Callable[[], Any]) -> Any:
+    """What a function returns, computed at the draws only; zeros elsewhere.
+
+    It makes its own ``draw.params``: the variables of an nnx module may be changed only by the trace that made them.
+    """
+    like = jax.eval_shape(value)
+    return lax.cond(draw.is_recorded, value, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+
 
 @dataclasses.dataclass(frozen=True)
 class Function(Observable):
@@ -93,17 +113,14 @@ class Function(Observable):
         return jax.tree.map(jnp.asarray, value if parts is None else parts.trained)
 
     def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        # The variables of an nnx module may be changed only by the trace in which they were made.
-        like = jax.eval_shape(lambda: self.value(draw.params))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return memory, lax.cond(draw.is_recorded, lambda: self.value(draw.params), lambda: nothing)
+        return memory, at_draws(draw, lambda: self.value(draw.params))
 
 
 @dataclasses.dataclass(frozen=True)
 class MalaAcceptance(Observable):
     r"""The rate at which a Metropolis test would accept the steps; see :func:`mala_acceptance`.
 
-    The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - w_0\|^2` with the loss of each
+    The potential is :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2` with the loss of each
     step's batch, so it means what it says on all data (``batch_size=None``). Directions that a mask holds take no
     part. For the rule ``SGLD`` with ``noise_level=1``; a step that a box has changed counts as if it had not.
 

@@ -19,7 +19,7 @@ from jaxoptim.sampling.observables import Function, Observable
 METHODS = ("auto", "vmap", "map")
 
 # The chains fold their numbers into the key of a run; what they share has its keys from the other end.
-_BATCHES = np.uint32(2**32 - 1)
+_BATCHES, _REFERENCES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class RunOptions:
     microbatches: int = 1
     same_batches: bool = False
     start_noise: float = 0.0
+    store: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -61,8 +62,14 @@ class RunOptions:
         if self.chain_method not in METHODS:
             allowed = ", ".join(map(repr, METHODS))
             raise ValueError(f"Invalid chain_method: {self.chain_method!r}. It is one of {allowed}.")
-        _check_path(self.checkpoint)
+        _check_path("checkpoint", self.checkpoint)
+        _check_path("store", self.store)
         self.watched()
+
+    @property
+    def saved_at(self) -> str | os.PathLike[str] | None:
+        """The file where the chains are saved; None if they are not."""
+        return self.checkpoint if self.checkpoint is not None or self.store is None else f"{os.fspath(self.store)}.run"
 
     @property
     def num_steps(self) -> int:
@@ -74,11 +81,21 @@ class RunOptions:
         """The key from which the batches of all chains follow; None if each chain's follow from its own."""
         return fold_in(self.key, _BATCHES) if self.same_batches else None
 
+    @property
+    def reference_key(self) -> jax.Array:
+        """The key of the batches that stand for all data."""
+        return fold_in(self.key, _REFERENCES)
+
     def size_at_once(self, data: Any) -> int | None:
         """How many data the loss is evaluated on at once; None for all."""
         if self.microbatches == 1:
             return self.batch_size
         return (self.batch_size or size_of(data)) // self.microbatches
+
+    @property
+    def axes(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """By name what observables are called where axes have names; see ``Observable.axes``."""
+        return {name: of.axes(name) for name, of in self.watched()}
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
         """The observables by name."""
@@ -121,15 +138,16 @@ def _check_probes(probes: Any) -> None:
         size_of(data, f"probes[{name!r}]")
 
 
-def _check_path(checkpoint: Any) -> None:
-    """Raise for what no checkpoint can be written to: at the end of a run it would be too late."""
-    if checkpoint is None:
+def _check_path(what: str, given: Any) -> None:
+    """Raise for where nothing can be written: at the end of a run it would be too late."""
+    if given is None:
         return
-    if not isinstance(checkpoint, str | os.PathLike):
-        kind = type(checkpoint).__name__
-        raise TypeError(f"checkpoint is the path of a file, but got {kind}. Give a str or a Path.")
-    path = Path(checkpoint)
+    kind, other = ("file", "folder") if what == "checkpoint" else ("folder", "file")
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{what} is the path of a {kind}, but got {type(given).__name__}. Give a str or a Path.")
+    path = Path(given)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent}, where the checkpoint should go, does not exist. Make it.")
-    if path.is_dir():
-        raise IsADirectoryError(f"The checkpoint {path} is a folder. Give the path of a file in it.")
+        raise FileNotFoundError(f"The folder {path.parent}, where the {what} should go, does not exist. Make it.")
+    if path.is_dir() if kind == "file" else path.is_file():
+        error = IsADirectoryError if kind == "file" else NotADirectoryError
+        raise error(f"The {what} {path} is a {other}. Give the path of a {kind}{' in it' if kind == 'file' else ''}.")

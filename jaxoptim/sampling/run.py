@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ import optax
 
 from jaxoptim.core import Hyperparameters, Rule, Sampler
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.modules import trained_of
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
@@ -20,6 +22,7 @@ from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
+from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
 from jaxoptim.sampling.target import Problem
 
 SamplerLike: TypeAlias = Rule | optax.GradientTransformation
@@ -41,6 +44,8 @@ def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
     if not isinstance(sampler, Rule):
         return None
     rule = sampler.replace(key=None) if isinstance(sampler, Sampler) else sampler
+    if (center := getattr(rule, "center", None)) is not None:
+        rule = rule.replace(center=trained_of(center))
 
     def repeated(x: Any) -> jax.Array:
         x = strong(x)
@@ -82,6 +87,7 @@ class Run(NamedTuple):
     about: Any
     start: int
     state: Chain
+    store: Store | None
 
 
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
@@ -92,7 +98,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
-    target, params, given = problem
+    target, params, given = problem[:3]
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
@@ -103,15 +109,27 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     params, given = chains.on_all(mesh, (params, given))
     given = given._replace(held=held_arrays(rules, params))
     rules = chains.on_all(mesh, with_small_masks(rules, given.held))
+    problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
-    state = chains.init_chains(spec, mesh, rules, settings, options.key, numbers, params, given, noise)
+    begun = mesh, rules, settings, options.key, numbers, params, given, noise
+    if options.store is not None:
+        one = jax.eval_shape(functools.partial(chains.init_chains, spec._replace(room=1), mesh), *begun[1:])
+        spec = spec._replace(room=room_of_a_piece(room, one.traces))
+    state = chains.init_chains(spec, *begun)
     start, about = 0, None  # which is kept in every save of this run
-    if options.checkpoint is not None:
-        about = saved.description(options, spec, num_settings, sampler, rules, params, given)
-    if options.checkpoint is not None and os.path.exists(options.checkpoint):
-        start, state = saved.load(options.checkpoint, about, options, state)
-    placed = Problem(target, params, given)
-    return Run(placed, spec, method, mesh, rules, settings, options, about, start, state)
+    if options.saved_at is not None:
+        about = saved.description(options, spec, num_settings, sampler, rules, problem)
+    if options.saved_at is not None and os.path.exists(options.saved_at):
+        start, state = saved.load(options.saved_at, about, options, state)
+    elif options.store is not None and os.path.exists(options.store):
+        raise ValueError(
+            f"The store {options.store} exists, but there is no {options.saved_at}, which says of what run it is. Give "
+            "another path, or remove it."
+        )
+    if problem.stream is not None:
+        problem.stream.skip(start)
+    store = None if options.store is None else Store(options, spec.room, start)
+    return Run(problem, spec, method, mesh, rules, settings, options, about, start, state, store)
 
 
 def run(prepared: Run) -> dict[str, Any]:
@@ -121,10 +139,10 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    state = _ended(prepared)
-    (target, _, given), count = prepared.problem, len(prepared.settings)
+    state, problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
+    given = problem.given
     held, rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (given.held, given.rest))
-    return {**_observed(prepared, state), "params": target.params(joined(state.params, held), rest)}
+    return {**_observed(prepared, state), "params": problem.target.params(joined(state.params, held), rest)}
 
 
 def observed(prepared: Run) -> dict[str, Any]:
@@ -135,36 +153,75 @@ def observed(prepared: Run) -> dict[str, Any]:
     return _observed(prepared, _ended(prepared))
 
 
-def _observed(prepared: Run, state: Chain) -> dict[str, Any]:
-    return chains.results(prepared.spec, prepared.options.num_draws, state)
-
-
 def _ended(prepared: Run) -> Chain:
     """The chains after the steps that were left."""
-    (_, _, given), spec, method, mesh, rules, settings, options, about, start, state = prepared
-    thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws)
+    (_, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state, store = prepared
+
+    def save() -> None:
+        if store is not None:
+            store.take(start, state.traces)
+        if options.saved_at is not None:
+            saved.save(options.saved_at, about, options, start, state)
+
+    if store is not None and not start:
+        save()  # before there are draws, which are not known without it
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
             while start < options.num_steps:
-                stop, before = min(start + piece, options.num_steps), time.monotonic()
+                count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
+                stop = min(start + count, options.num_steps, *([] if store is None else [store.limit()]))
+                if stream is not None:
+                    given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
+                first = 0 if store is None else store.taken
+                thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws, first)
                 with Uninterrupted():  # until what has become of the donated chains is kept
                     state = chains.run_steps(spec, method, mesh, rules, settings, state, given, thinning, start, stop)
                     jax.block_until_ready(state.traces)
                     start = stop
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:
                     piece *= 2
+                if store is not None and start == store.limit():
+                    store.take(start, state.traces)
                 show(start)
-                if options.checkpoint is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
-                    saved.save(options.checkpoint, about, options, start, state)
+                if options.saved_at is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
+                    save()
                     last_save = time.monotonic()
         except KeyboardInterrupt:
-            if options.checkpoint is not None:
-                saved.save(options.checkpoint, about, options, start, state)
+            save()
             raise
-    if options.checkpoint is not None:
-        saved.save(options.checkpoint, about, options, start, state)
+    save()
     return state
+
+
+def _observed(prepared: Run, state: Chain) -> dict[str, Any]:
+    """The results of chains that are at their end."""
+    if prepared.store is not None:
+        return _stored(prepared.spec, prepared.options, state, prepared.store)
+    return chains.results(prepared.spec, prepared.options.num_draws, state)
+
+
+def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) -> dict[str, Any]:
+    """The results of chains whose traces are in a store: on the host, but for those that observables make of them."""
+    traces = store.traces(state.traces)
+    made = tuple((name, of) for name, of in spec.observables if is_made(of))
+    names = dict(made).keys()
+    found = {name: x for name, x in traces.items() if name not in names}
+    if made:
+        memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
+        kept = state._replace(memories=memories, traces=own)
+        found |= chains.results(spec._replace(observables=made), options.num_draws, kept)
+    store.finish(found)
+    return found
+
+
+def arranged_in(shape: tuple[int, ...], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a run with its chains arranged in ``shape``."""
+    return {
+        name: jax.tree.map(lambda x: np.asarray(x).reshape(*shape, *x.shape[1:]), x)
+        for name, x in found.items()
+        if name != "params"
+    }
 
 
 def room_for(num_draws: int) -> int:

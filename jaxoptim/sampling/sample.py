@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, check_sampler, prepare, run, stacked
@@ -28,12 +29,45 @@ class Samples:
             arrays have it, so that ``jax.vmap`` (``eqx.filter_vmap``) takes the chains' modules one by one. Float16 and
             bfloat16 parameters are rounded to their dtype here; a ``checkpoint`` continues from float32.
         diverged: for each chain the first draw whose loss is not finite, -1 if there is none.
+        axes: by name of an observable what :meth:`to_xarray` calls it, and the names of its axes behind that of chains.
     """
 
     loss: jax.Array
     observables: dict[str, Any]
     params: Any
     diverged: np.ndarray
+    axes: dict[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def to_xarray(self, *, init_loss: float | None = None) -> Any:
+        """Return the draws as an ``xarray.Dataset``, which arviz reads.
+
+        Traces are variables ``(chain, draw, ...)``: ``sampling_loss``, what was observed under its own name, a
+        :class:`Losses` called NAME as ``loss_NAME`` with axes ``(chain, draw, batch_NAME, token_pos)``; these are
+        devinterp's names. Of a tree each array is a variable, with a dotted name. What each chain has one of, such as
+        ``diverged`` and a :class:`Covariance`, are coordinates. Arrays of float16 and bfloat16 become float32. The
+        parameters at the end are not in it.
+
+        Args:
+            init_loss: the loss where the chains began, which analyses compare with; it becomes the coordinate
+                ``init_loss`` (default None: there is none).
+
+        Returns:
+            An ``xarray.Dataset``. ``arviz.summary`` and ``arviz.plot_trace`` take it.
+
+        Raises:
+            ``ImportError`` without xarray; ``ValueError`` for observables whose names there coincide.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from jaxoptim import rules, sampling
+            >>> samples = sampling.sample(
+            ...     lambda w: jnp.sum(w**2) / 2, jnp.zeros(3), rules.SGLD(lr=0.01, nbeta=10.0), key=jax.random.key(0),
+            ...     num_chains=2, num_draws=100, observables={"w": lambda w: w})
+            >>> dict(samples.to_xarray()["w"].sizes)
+            {'chain': 2, 'draw': 100, 'w_dim_0': 3}
+        """
+        about: dict[str, Any] = {"diverged": self.diverged} | ({} if init_loss is None else {"init_loss": init_loss})
+        return dataset({"loss": self.loss} | self.observables, self.axes, about)
 
 
 def sample(
@@ -56,6 +90,7 @@ def sample(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    store: str | os.PathLike[str] | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -81,7 +116,17 @@ def sample(
             to use their statistics, and no dropout.
         sampler: a rule, such as ``rules.SGLD(lr=1e-4, nbeta=50.0)``, or a transformation. The noise of a rule follows
             the chain's key, and so does that of a transformation if its state holds a typed key.
-        data: a pytree of arrays whose first axes run over the data (default None). It stays on the device.
+        data: a pytree of arrays whose first axes run over the data, which stay on the device (default None). Where
+            they do not fit, batches, each such a tree and all of one shape; they have a size of their own, and
+            ``batch_size`` is None:
+
+            - an iterable of batches, such as a ``DataLoader`` of torch or grain, a generator, or
+              ``dataset.with_format("numpy").iter(batch_size)`` of ``datasets``. Step t of chain c is given batch number
+              ``t * num_chains + c``, or number t if ``same_batches``. It begins anew at its end if it can, and may be
+              read further than the steps take. At once the batches of as many steps go to the device as fit into 64
+              MiB, of 32 at the most.
+            - a function ``key -> batch``, which becomes part of the program: each batch is made on the device. Step t
+              has the key ``fold_in(key, t)`` of its chain's key, or of one for all if ``same_batches``.
         key: a typed JAX key.
         num_chains: how many chains, an int >= 1 (default 10).
         num_draws: how many draws of each, an int >= 1 (default 100).
@@ -89,12 +134,13 @@ def sample(
         num_steps_bw_draws: steps for each draw, an int >= 1 (default 1).
         start_noise: :math:`s \ge 0`: each chain begins at the parameters plus noise :math:`s\,N(0, 1)` of its own,
             where a rule's mask lets them move, and in its box (of a transformation neither is known: all of them).
-            The center of the sampler's localization stays at the parameters. Chains that begin further apart than the
+            The center of the sampler's localization stays where it is. Chains that begin further apart than the
             draws are, and agree after burn-in, are what :math:`\hat R` is made for (default 0: all begin at one point).
-        batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all).
+        batch_size: how many data make the batch of a step, shuffled anew in each epoch (default None: all data, or the
+            batches that are given).
         microbatches: into how many equal parts a batch is cut. Loss and gradient of a step are the means over the
             parts, evaluated one after the other: those of the batch to rounding, in the memory that one part takes. It
-            divides ``batch_size``, or the number of data (default 1).
+            divides ``batch_size``, the number of data, or the size of the batches that are given (default 1).
         same_batches: whether all chains see the same batches in the same order, so that they differ in their noise
             alone. What the batches add to an estimate's error is then the same in all, and not in the spread between
             them (default False: each has its own).
@@ -108,9 +154,17 @@ def sample(
             are kept.
         progress: show a bar with tqdm (default False).
         checkpoint: a file that the run is saved to every minute and at its end, and from which the same run
-            continues, to the last bit as if never interrupted, also with more draws than before (default None).
+            continues, to the last bit as if never interrupted, also with more draws than before (default None). An
+            iterable is to be given from its beginning again, in the same order (a loader that shuffles needs a seed):
+            what the steps so far have taken is skipped. That its first batch is the same is checked.
         probes: by name data sets for observables, each a pytree of arrays whose first axes run over its data (default
             None). They are arguments of the program, as the data are: see :class:`Losses`, and ``Draw.probes``.
+        store: a folder on disk that grows by the draws, of which the device then holds no more than 64 MiB (or one, if
+            that is larger). It is the zarr group of :meth:`Samples.to_xarray`,
+            or, where zarr and xarray are not installed or the name ends in ``.safetensors``, a file of safetensors for
+            each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
+            with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,
+            NumPy's arrays in the memory of the host (default None).
 
     Returns:
         :class:`Samples`.
@@ -118,8 +172,8 @@ def sample(
     Memory:
         Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
         two), all of them in float32 at least, what its observables remember, and what is written down at each draw, the
-        draws rounded up to a power of two (beyond 4096 to a multiple of it). With ``"vmap"`` the gradients of all
-        chains exist at once, with ``"map"`` those of one.
+        draws rounded up to a power of two (beyond 4096 to a multiple of it); with a ``store`` those of a piece. With
+        ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
 
         Arrays that the mask of a rule, ``optimize_over``, holds altogether are one copy for all chains, without slots
         and gradients, as long as nothing depends on them that chains keep: they are in every chain if SGLD tracks
@@ -127,10 +181,11 @@ def sample(
         others is the same in both cases, the losses are to rounding. In ``Samples.params`` they are copied.
 
     Raises:
-        ``ValueError`` for a number out of range, for data or a probe of different lengths, for an unknown
-        ``chain_method``, and for a checkpoint of another run; ``TypeError`` for a key that is not typed, for a loss
-        that is not a real scalar, for what is no sampler, and for a module among other parameters. A chain that
-        diverges raises nothing: see ``Samples.diverged``.
+        ``ValueError`` for a number out of range, for data or a probe of different lengths, for batches of different
+        shapes, or that end before the last step, for an unknown ``chain_method``, and for a checkpoint or a store of
+        another run; ``TypeError`` for a key that is not typed, for a loss that is not a real scalar, for what is no
+        sampler, for a ``batch_size`` of batches, and for a module among other parameters. A chain that diverges raises
+        nothing: see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
@@ -163,17 +218,18 @@ def sample(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        store=store,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)
-    return samples_of(run(prepare(given, sampler, stacked(sampler, 1), 1, options)))
+    return samples_of(run(prepare(given, sampler, stacked(sampler, 1), 1, options)), options.axes)
 
 
-def samples_of(found: dict[str, Any]) -> Samples:
+def samples_of(found: dict[str, Any], axes: dict[str, tuple[str, tuple[str, ...]]]) -> Samples:
     """The results of a run as an object."""
     own = ("loss", "params")
     observables = {name: x for name, x in found.items() if name not in own}
-    return Samples(found["loss"], observables, found["params"], first_divergence(found["loss"]))
+    return Samples(found["loss"], observables, found["params"], first_divergence(found["loss"]), axes)
 
 
 def first_divergence(loss: Any) -> np.ndarray:

@@ -14,19 +14,23 @@ from jaxoptim import checkpoint
 from jaxoptim.core import trees
 from jaxoptim.core.noise import is_key
 from jaxoptim.sampling.chain import Chain, ChainSpec
+from jaxoptim.sampling.excess import ExcessLosses
 from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
-from jaxoptim.sampling.target import Given
+from jaxoptim.sampling.sketches import Sketch
+from jaxoptim.sampling.target import Problem
 
 
 def description(
-    options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, params: Any, given: Given
+    options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, problem: Problem
 ) -> dict[str, Any]:
     """Return the description of a run; only a run of the same description may continue it.
 
-    Functions cannot be compared, so their values at the parameters are.
+    Functions cannot be compared, so their values at the parameters are; of a stream its first batch is.
     """
+    params, given = problem.arrays, next(problem.wholes())
+    kind = [] if problem.stream is None else [problem.stream.kind]
     batch = jax.tree.map(lambda x: x[: options.size_at_once(given.data)], given.data)
 
     def as_given() -> Any:
@@ -38,6 +42,9 @@ def description(
             there[name] = of.value(as_given())
         elif isinstance(of, Losses):
             there[name] = of.value(as_given, given.probes or {})
+        elif isinstance(of, ExcessLosses):
+            losses = of.of_each(as_given, given.probes or {})
+            there[name] = losses, None if of.reference is None else losses[of.reference]
     first = None
     if spec.transformation is not None:
         first = spec.transformation.update(params, spec.transformation.init(params), params)
@@ -51,12 +58,15 @@ def description(
         "batch_size": options.batch_size,
         "microbatches": options.microbatches,
         "same_batches": options.same_batches,
-        "observables": [[name, type(of).__name__] for name, of in spec.observables],
+        "store": options.store is not None,
+        "observables": [
+            [name, repr(of) if isinstance(of, Sketch) else type(of).__name__] for name, of in spec.observables
+        ],
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
         "params": jax.tree.leaves((spec.target.as_given(params), given.rest)),
-        "data": [_digest(x) for x in jax.tree.leaves(given.data)],
+        "data": [*kind, *map(_digest, jax.tree.leaves(given.data))],
         "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
         "functions to observe": [jnp.asarray(x) for x in jax.tree.leaves(there)],
@@ -78,8 +88,9 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
     content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
+    there = {"store": False} | content["run"]  # of which older files say nothing
     for name, mine in about.items():
-        if not _equal(content["run"].get(name), mine):
+        if not _equal(there.get(name), mine):
             raise ValueError(
                 f"The checkpoint {path} is of another run: its {name} is not what was given. Give what it was made "
                 "with, or another path."

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxoptim.sampling.doubts import disagreement, warn
 from jaxoptim.sampling.influence import checked_trace
-
-
-class Estimate(NamedTuple):
-    """A number and how far it may be off.
-
-    Attributes:
-        value: the number.
-        error: its standard error, by jackknife over chains; NaN of a single chain.
-    """
-
-    value: float
-    error: float
+from jaxoptim.sampling.jackknife import Estimate, jackknife
 
 
 class SingularLearning(NamedTuple):
@@ -61,6 +50,12 @@ def singular_learning(losses: Any, nbeta: float, *, init_loss: float | None = No
     Raises:
         ``ValueError`` for another shape, numbers that are not finite, and a temperature that is not positive.
 
+    Warns:
+        :class:`LLCWarning` where ``llc`` and ``llc_of_variance`` differ by more than three standard errors of their
+        difference, and by more than a fifth of ``llc`` (a fifth of 1/2 at least). On a quadratic with localization
+        :math:`\gamma` both fall short, by the factors :math:`a = n\beta h / (n\beta h + \gamma)` and :math:`a^2`, so
+        that the difference is about what ``llc`` lacks. Of a single chain there is no error, and no warning.
+
     References:
         Watanabe, Asymptotic equivalence of Bayes cross validation and widely applicable information criterion, JMLR
         2010; A widely applicable Bayesian information criterion, JMLR 2013; Mathematical theory of Bayesian
@@ -89,10 +84,16 @@ def singular_learning(losses: Any, nbeta: float, *, init_loss: float | None = No
         prediction = least - np.log(np.exp(least - losses).mean((0, 1)))
         return float(prediction.mean() + beta * _variance(losses).mean())
 
+    def of_variance(total: np.ndarray) -> float:
+        return float(nbeta**2 * _variance(total))
+
+    llc, llc_of_variance = jackknife(of_mean, total), jackknife(of_variance, total)
+    gap = jackknife(lambda total: of_mean(total) - of_variance(total), total)
+    warn(disagreement(llc, "the mean above init_loss", llc_of_variance, "the variance", gap), stacklevel=2)
     is_wbic = n > math.e and math.isclose(nbeta, n / math.log(n), rel_tol=0.01)
     return SingularLearning(
-        jackknife(of_mean, total),
-        jackknife(lambda total: float(nbeta**2 * _variance(total)), total),
+        llc,
+        llc_of_variance,
         jackknife(lambda losses: float(nbeta / 2 * _variance(losses).mean()), losses),
         jackknife(waic, losses),
         jackknife(lambda total: float(n * total.mean()) if is_wbic else math.nan, total),
@@ -119,6 +120,10 @@ def llc_of_two_temperatures(losses: Any, nbeta: float, other_losses: Any, other_
         ``ValueError`` for traces of other shapes, numbers that are not finite, and temperatures that are equal or not
         positive.
 
+    Warns:
+        :class:`LLCWarning` where it differs from the mean of the estimates from the variances, those of
+        ``llc_of_variance`` of :func:`singular_learning` at both temperatures, as there.
+
     References:
         Watanabe, A widely applicable Bayesian information criterion, JMLR 2013.
 
@@ -131,21 +136,22 @@ def llc_of_two_temperatures(losses: Any, nbeta: float, other_losses: Any, other_
         5
     """
     pair = [_checked("losses", losses, nbeta, 2), _checked("other_losses", other_losses, other_nbeta, 2)]
-    both = [of.reshape(*of.shape[:2], -1).mean((1, 2)) for of in pair]
-    if both[0].shape != both[1].shape:
+    both = [of.reshape(*of.shape[:2], -1).mean(2) for of in pair]
+    if len(both[0]) != len(both[1]):
         raise ValueError(f"Both runs must have as many chains, but they have {len(both[0])} and {len(both[1])}.")
     if nbeta == other_nbeta:
         raise ValueError(f"The temperatures must differ, but nbeta and other_nbeta are both {nbeta}.")
-    return jackknife(lambda gap: float(gap.mean() / (1 / nbeta - 1 / other_nbeta)), both[0] - both[1])
 
+    def of_temperatures(one: np.ndarray, other: np.ndarray) -> float:
+        return float((one.mean() - other.mean()) / (1 / nbeta - 1 / other_nbeta))
 
-def jackknife(of: Callable[[np.ndarray], float], chains: np.ndarray) -> Estimate:
-    """A function of some chains, and its standard error from all but each of them."""
-    count = len(chains)
-    if count == 1:
-        return Estimate(of(chains), math.nan)
-    others = np.array([of(np.delete(chains, chain, 0)) for chain in range(count)])
-    return Estimate(of(chains), float(np.sqrt(((others - others.mean()) ** 2).sum() * (count - 1) / count)))
+    def of_variances(one: np.ndarray, other: np.ndarray) -> float:
+        return float((nbeta**2 * _variance(one) + other_nbeta**2 * _variance(other)) / 2)
+
+    found, variances = jackknife(of_temperatures, *both), jackknife(of_variances, *both)
+    gap = jackknife(lambda *both: of_temperatures(*both) - of_variances(*both), *both)
+    warn(disagreement(found, "two temperatures", variances, "the variances", gap), stacklevel=2)
+    return found
 
 
 def _variance(trace: np.ndarray) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,20 +11,23 @@ import numpy as np
 
 from jaxoptim.core import trees
 from jaxoptim.core.batches import check_batch_size, size_of
-from jaxoptim.core.foreign import check_not_trained_by_torch, is_tensor
+from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, is_numeric, strong
 from jaxoptim.core.precision import is_low, widened
+from jaxoptim.core.signatures import mismatch
+from jaxoptim.sampling.data import check_data, compiled
 from jaxoptim.sampling.microbatches import check_microbatches
 from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.streams import Stream, stream_of
 
 
 class Given(NamedTuple):
     """What is the same for all chains and at every step, on the device.
 
     Attributes:
-        data: a pytree of arrays, None if there are no data.
+        data: a pytree of arrays, or batches (see :mod:`jaxoptim.sampling.streams`); None if there are no data.
         rest: the arrays of a module that are not sampled.
         probes: by name the data sets of observables; None if there are none.
         batch_key: the key from which the batches of all chains follow; None if each chain's follow from its own.
@@ -81,15 +83,35 @@ class Problem(NamedTuple):
         target: its static part.
         arrays: the tree of arrays where every chain begins, in float32 at least, None in the place of anything else.
         given: data, and the other arrays of a module.
+        stream: from where batches come if not from data; None if there is none.
     """
 
     target: Target
     arrays: Any
     given: Given
+    stream: Stream | None = None
+
+    @property
+    def example(self) -> Any:
+        """The data, or what stands for the shapes of a batch."""
+        return self.given.data if self.stream is None else self.stream.example
+
+    def wholes(self) -> Iterator[Given]:
+        """All data; of a stream the batches that stand for them, one after another."""
+        if self.stream is None:
+            return iter([self.given])
+        return (self.given._replace(data=batch) for batch in self.stream.references())
 
 
-def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions) -> Problem:
+def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions, num_references: int = 1) -> Problem:
     """Check what a run is given, with its arrays on the device.
+
+    Args:
+        loss_fn: the loss.
+        params: where the chains begin.
+        data: as :func:`jaxoptim.sampling.sample` takes them.
+        options: the keywords.
+        num_references: how many batches are to stand for all data where these cannot be counted.
 
     Raises:
         ``TypeError`` for what is no function, no array, and for a loss that is not a real scalar; ``ValueError`` for
@@ -107,15 +129,22 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions) -> Proble
     arrays = jax.tree.map(lambda x: strong(as_jax(x)), arrays)
     if not jax.tree.leaves(arrays):
         raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
-    _check_data(data)
-    check_batch_size(options.batch_size, data)
-    check_microbatches(options.microbatches, options.batch_size, data)
+    width = 1 if options.same_batches else options.num_chains
+    stream = stream_of(data, options.reference_key, width, num_references, options.batch_size)
+    if stream is None:
+        if data is not None:
+            check_data(data)
+        check_batch_size(options.batch_size, data)
+        check_microbatches(options.microbatches, options.batch_size, data)
+    else:
+        check_microbatches(options.microbatches, size_of(stream.example), stream.example)
     _check_signature(loss_fn, data)
-    data, probes = jax.tree.map(as_jax, (data, dict(options.probes) if options.probes else None))
+    data = stream.at_start if stream is not None else jax.tree.map(as_jax, data)
+    probes = jax.tree.map(as_jax, dict(options.probes)) if options.probes else None
     dtypes = tuple(x.dtype for x in jax.tree.leaves(arrays))
     target = Target(loss_fn, module, dtypes if any(map(is_low, dtypes)) else None)
-    found = Problem(target, jax.tree.map(widened, arrays), Given(data, rest, probes))
-    _check_loss(found, options.size_at_once(data))
+    found = Problem(target, jax.tree.map(widened, arrays), Given(data, rest, probes), stream)
+    _check_loss(found, options.size_at_once(found.example))
     return found
 
 
@@ -143,76 +172,28 @@ def _check_signature(loss_fn: Callable[..., Any], data: Any) -> None:
     """Raise for a loss that cannot be called with what it is given."""
     if hasattr(type(loss_fn), "named_parameters"):
         raise TypeError("loss_fn is a module of torch, but the loss is a JAX function. Write it with jax.numpy.")
-    try:
-        signature = inspect.signature(loss_fn)
-    except (TypeError, ValueError):
-        return  # which some callables do not tell
     call, because = ("loss_fn(params)", "no data") if data is None else ("loss_fn(params, batch)", "data")
-    try:
-        signature.bind(*[None] * (1 if data is None else 2))
-    except TypeError as error:
+    if (error := mismatch(loss_fn, 1 if data is None else 2)) is not None:
         remedy = (
             "Give data, or take no batch." if data is None else "Take the batch, a tree like data, as one argument."
         )
         raise TypeError(
             f"As there are {because}, the loss is called as {call}, but its signature is another: {error}. {remedy}"
-        ) from None
-
-
-def _check_data(data: Any) -> None:
-    """Raise for what is no tree of arrays with one length of their first axes."""
-    if data is None:
-        return
-    # Iterators are leaves only if one says so.
-    leaves = jax.tree_util.tree_leaves_with_path(data, is_leaf=lambda x: trees.is_leaf(x) or hasattr(x, "__next__"))
-    for path, leaf in leaves:
-        name, kind = jax.tree_util.keystr(path, simple=True, separator="."), type(leaf).__name__
-        what = f"data: {name!r}" if path else "data"
-        shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
-        is_array = shape is not None and (hasattr(leaf, "__array__") or isinstance(leaf, jax.Array))
-        if not is_array and not isinstance(leaf, str | bytes | type) and _is_collection(leaf):
-            # A set of data gives its examples one by one, what iterates over them gives batches.
-            join = "stack" if hasattr(leaf, "__getitem__") else "concatenate"
-            of_an_epoch = "its examples" if join == "stack" else "the batches of one epoch"
-            raise TypeError(
-                f"{what} is a {kind}, but data are arrays, of which batch_size= makes batches on the device. Collect "
-                f"{of_an_epoch}: jax.tree.map(lambda *x: np.{join}(x), *data). Data that do not fit in memory are not "
-                "supported yet."
-            )
-        if not is_array or shape is None or len(shape) == 0:
-            given = "a scalar" if is_array else "None" if leaf is None else f"a {kind}"
-            raise TypeError(
-                f"{what} is {given}, but data is a pytree of arrays whose first axes run over the data. Give arrays, "
-                "such as np.asarray of a list, and leave out what is none."
-            )
-        if not isinstance(leaf, jax.Array) and not is_tensor(leaf) and not is_numeric(dtype):
-            raise TypeError(f"{what} has dtype {dtype}, but data are arrays of numbers. Encode it, or leave it out.")
-    if size_of(data) == 0:
-        raise ValueError("data has arrays of length 0. Give at least one datum.")
-
-
-def _is_collection(x: Any) -> bool:
-    """Whether something iterates over data or their batches."""
-    return isinstance(x, Iterable) or (hasattr(x, "__getitem__") and hasattr(x, "__len__"))
+        )
 
 
 def _check_loss(found: Problem, batch_size: int | None) -> None:
     """Raise for a loss that is no real scalar."""
     size = slice(None, batch_size)
-    batch = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), found.given.data)
+    batch = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[size], x), found.example)
 
     def checked(*args: Any) -> Any:
         loss = found.target.evaluated(*args)
         _check_scalar(loss)  # here, because JAX has messages of its own about what leaves a trace
         return loss
 
-    try:
+    with compiled("loss_fn"):
         jax.eval_shape(checked, found.arrays, found.given.rest, batch)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        raise TypeError(
-            "loss_fn is compiled, but needs the value of an array while it is traced: it calls float(), NumPy or "
-            "torch, or branches on a value. Write it with jax.numpy."
-        ) from error
 
 
 def _check_scalar(loss: Any) -> None:

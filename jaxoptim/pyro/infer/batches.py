@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import as_jax
+from jaxoptim.core.arriving import ANOTHER_ITERABLE, ENDED, Epochs, filled, is_arriving, rows_at_once
 from jaxoptim.core.batches import batch_at, check_batch_size
 from jaxoptim.engine.loops import Turn
 from jaxoptim.pyro.infer.arguments import Arguments
@@ -191,8 +192,7 @@ class Arriving(Data):
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> None:
         self._args, self._kwargs, self._key = args, kwargs, key
-        self._batches: Iterable[Any] = args[key] if isinstance(key, int) else kwargs[key]
-        self._iterator, self._count = iter(self._batches), 0
+        self._epochs = Epochs(args[key] if isinstance(key, int) else kwargs[key])
         self._ready = deque[Arguments]()
         self._error: BaseException | None = None
 
@@ -224,8 +224,7 @@ class Arriving(Data):
         """What all of the next steps are given."""
         first, (begin, end) = self._ready[0], self._ready[0].span(self._key)
         rows = [of.traced[begin:end] for of in self._alike()]
-        # As many rows always: other shapes would be another program.
-        return first.traced, _stacked(rows + rows[-1:] * (self._rows() - len(rows)))
+        return first.traced, _stacked(filled(rows, self._rows()))
 
     def advance(self, count: int) -> None:
         """Go on to the batches after so many steps."""
@@ -237,27 +236,17 @@ class Arriving(Data):
         if not self._ready:
             return 1
         begin, end = self._ready[0].span(self._key)
-        size = sum(x.nbytes for x in map(jnp.asarray, self._ready[0].traced[begin:end]))
-        return max(1, min(_BATCHES_AT_ONCE, _BYTES_AT_ONCE // max(size, 1)))
+        return rows_at_once(sum(x.nbytes for x in map(jnp.asarray, self._ready[0].traced[begin:end])))
 
     def _next(self) -> Any:
         """The next batch, from the beginning again where that can be."""
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            if self._iterator is self._batches or not self._count:
-                raise ValueError(
-                    f"The batches ended after {self._count}, before the last step; the steps so far are made. Give an "
-                    "iterable that begins anew each time, such as a DataLoader, or ask for fewer steps."
-                ) from None
-            self._iterator = iter(self._batches)
-            return self._next()
-        self._count += 1
+        batch = self._epochs.next()
+        if batch is ENDED:
+            raise ValueError(
+                f"The batches ended after {self._epochs.count}, before the last step; the steps so far are made. "
+                + ANOTHER_ITERABLE
+            )
         return batch
-
-
-_BATCHES_AT_ONCE, _BYTES_AT_ONCE = 32, 2**26
-"""So many batches go to the device in one call, if they are no larger than that together."""
 
 
 def data_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None, draws: Draws) -> Data:
@@ -273,7 +262,7 @@ def data_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | Non
         ``TypeError`` for two iterables of batches, or one and a ``batch_size``; see :class:`Drawn`.
     """
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    arriving = [key for key, x in given if _is_arriving(x)]
+    arriving = [key for key, x in given if is_arriving(x)]
     if not arriving:
         return Data(args, kwargs) if batch_size is None else Drawn(args, kwargs, batch_size, draws)
     if len(arriving) > 1 or batch_size is not None:
@@ -283,12 +272,6 @@ def data_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | Non
             "one, and let it give batches of the size that you want."
         )
     return Arriving(args, kwargs, arriving[0])
-
-
-def _is_arriving(x: Any) -> bool:
-    """Whether an argument gives one batch after another, and is no data or setting itself."""
-    is_other = isinstance(x, type | str | bytes | Sequence | Set | Mapping) or hasattr(x, "__array__")
-    return isinstance(x, Iterable) and not is_other and jax.tree_util.all_leaves([x])
 
 
 def with_value(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Any) -> Arguments:

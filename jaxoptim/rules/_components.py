@@ -1,0 +1,79 @@
+"""What the steps of samplers are made of: the norms of their parts, and the products between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.core import Sampler, Slots, sqrt
+from jaxoptim.rules._langevin import forces, masked
+
+COMPONENTS = (
+    "scaled_grad_norm",
+    "unscaled_grad_norm",
+    "localization_norm",
+    "weight_decay_norm",
+    "scaled_noise_norm",
+    "distance_norm",
+    "grad_dot_prior",
+    "grad_dot_noise",
+    "prior_dot_noise",
+)
+
+
+class PosteriorSampler(Sampler):
+    r"""The base of the samplers of a tempered posterior, which may measure the parts of their steps.
+
+    A step is :math:`\Delta w = m - a - \ell - d + n`, up to the box: with the force that it multiplies by a rate
+    r, and a mask M, its parts are :math:`a = M r\,n\beta\,g`, :math:`\ell = M r\,\gamma (w - c)` and
+    :math:`d = M r\,\lambda w`, the noise n, and what it keeps of its momentum, m.
+
+    A subclass has a switch ``metrics``, and returns :meth:`components` from its update beside the slots.
+    """
+
+    metrics: str | None
+    nbeta: Any
+    weight_decay: Any
+    localization: Any
+    center: Any
+    optimize_over: Any
+
+    def init_shared(self) -> dict[str, Any]:
+        names = COMPONENTS if self.metrics == "components" else ()
+        return super().init_shared() | {name: jnp.zeros((), jnp.float32) for name in names}
+
+    def components(
+        self, grad: jax.Array, slots: Slots, param: jax.Array, *, rate: Any, unscaled: Any, noise: jax.Array
+    ) -> Slots:
+        """One array's part of what is summed for the metrics, in the order of their names; nothing if they are off.
+
+        Args:
+            grad: the gradient of the loss.
+            slots: the slots before the step.
+            param: the array before the step.
+            rate: what the step multiplies the force by, a number or an array.
+            unscaled: the number in its place without preconditioner and friction.
+            noise: what the step adds, masked.
+        """
+        if self.metrics != "components":
+            return {}
+        terms = {name: masked(self, x) for name, x in forces(self, grad, slots, param).items()}
+        descent = rate * terms["grad"]
+        pull, decay = (rate * terms[name] if name in terms else None for name in ("localization", "weight_decay"))
+        prior = pull if decay is None else decay if pull is None else pull + decay
+        away = masked(self, param - slots["initial_param"])
+        vectors = (descent, unscaled * terms["grad"], pull, decay, noise, away)
+        pairs = (*zip(vectors, vectors, strict=True), (descent, prior), (descent, noise), (prior, noise))
+        return {name: _dot(*pair) for name, pair in zip(COMPONENTS, pairs, strict=True)}
+
+    def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
+        found = {name: sums[name] for name in COMPONENTS if name in sums}
+        norms = {name: sqrt(x) for name, x in found.items() if name.endswith("_norm")}
+        return shared | {name: x.astype(jnp.float32) for name, x in (found | norms).items()}
+
+
+def _dot(a: Any, b: Any) -> jax.Array:
+    """The product of two arrays, of which None is one of zeros."""
+    return jnp.zeros(()) if a is None or b is None else jnp.sum(a * b)

@@ -1,0 +1,76 @@
+"""Results with named axes, for xarray and what reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxoptim.core.precision import widened
+
+OF_THE_LOSS = ("sampling_loss", ("draw",))
+"""The name of the loss, and its axes behind that of chains."""
+
+_TAKEN = ("chain", "draw", "diverged", "init_loss")
+
+
+def labelled(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Results by name as variables: the names of their axes, and arrays.
+
+    Args:
+        values: by name pytrees of arrays with a first axis of chains.
+        axes: what ``Observable.axes`` returns of each; the others are traces of their own names.
+
+    Raises:
+        ``ValueError`` for two variables of one name.
+    """
+    found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    sizes: dict[str, int] = {}
+    for name, value in values.items():
+        title, known = axes.get(name, (name, ("draw",)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+            variable = ".".join([title, jax.tree_util.keystr(path, simple=True, separator=".")] if path else [title])
+            if variable in found or variable in _TAKEN:
+                raise ValueError(f"observables: the variable {variable!r} of {name!r} is taken. Choose another name.")
+            array = np.asarray(widened(leaf))
+            dims = ["chain"]
+            for number, size in enumerate(array.shape[1:]):
+                dim = known[number] if number < len(known) else f"{variable}_dim_{number - len(known)}"
+                dims.append(dim if sizes.setdefault(dim, size) == size else f"{dim}_{name}")
+            found[variable] = tuple(dims), array
+    return found
+
+
+def dataset(values: Mapping[str, Any], axes: Mapping[str, Any], about: Mapping[str, Any]) -> Any:
+    """Results as an ``xarray.Dataset``: traces are its variables, what each chain has one of are coordinates.
+
+    Args:
+        values: see :func:`labelled`; ``"loss"`` is among them.
+        axes: see :func:`labelled`.
+        about: by name further numbers of each chain.
+
+    Raises:
+        ``ImportError`` without xarray; see :func:`labelled`.
+    """
+    from jaxoptim import __version__
+
+    xarray = required_xarray()
+    variables = labelled(values, {**axes, "loss": OF_THE_LOSS})
+    traces = {name: x for name, x in variables.items() if "draw" in x[0]}
+    whole = {name: x for name, x in variables.items() if name not in traces}
+    chains, draws = traces[OF_THE_LOSS[0]][1].shape
+    counts = {"chain": np.arange(chains), "draw": np.arange(draws)}
+    more = {name: ("chain", np.broadcast_to(x, chains)) for name, x in about.items()}
+    attributes = {"inference_library": "jaxoptim", "inference_library_version": __version__}
+    return xarray.Dataset(traces, {**counts, **more, **whole}, attributes)
+
+
+def required_xarray() -> Any:
+    """The library xarray, an optional dependency."""
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError("Labelled results need xarray: pip install 'jaxoptim[sampling]'.") from error
+    return xarray

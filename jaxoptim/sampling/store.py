@@ -1,0 +1,227 @@
+"""Traces that go from the device to disk between the pieces of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxoptim import checkpoint
+from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.sampling.labelled import OF_THE_LOSS, labelled, required_xarray
+from jaxoptim.sampling.observables import Observable
+from jaxoptim.sampling.options import RunOptions
+
+_BYTES_OF_A_PIECE = 2**26
+"""The draws of a piece take no more than that on the device, if that is more than one."""
+
+Variables = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
+
+
+class Files(Protocol):
+    """Traces on disk, which grow by blocks of draws."""
+
+    def length(self) -> int:
+        """How many draws are there; 0 where there is nothing yet."""
+
+    def cut(self, draws: int) -> None:
+        """Leave out those after so many draws, the end of a block."""
+
+    def append(self, first: int, block: Variables) -> None:
+        """Write a block whose first draw has this number; with number 0 everything begins anew."""
+
+    def read(self) -> dict[str, np.ndarray]:
+        """All draws of each variable."""
+
+    def finish(self, whole: Variables) -> None:
+        """Write what each chain has one of, and that the run has ended."""
+
+
+class ZarrFiles:
+    """Traces as an ``xarray.Dataset`` in a zarr folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def length(self) -> int:
+        """The length of the axis of draws."""
+        arrays = self._arrays("r") if self._path.exists() else {}
+        return arrays["draw"].shape[0] if "draw" in arrays else 0
+
+    def cut(self, draws: int) -> None:
+        """Shorten each array along its axis of draws."""
+        for array in self._arrays("r+").values():
+            sizes = zip(array.metadata.dimension_names, array.shape, strict=True)
+            shape = tuple(min(size, draws) if dim == "draw" else size for dim, size in sizes)
+            if shape != array.shape:
+                array.resize(shape)
+
+    def append(self, first: int, block: Variables) -> None:
+        """Append along the axis of draws."""
+        chains, draws = block[OF_THE_LOSS[0]][1].shape
+        counts = {"chain": np.arange(chains), "draw": np.arange(first, first + draws)}
+        dataset = required_xarray().Dataset(dict(block), counts, {"completed": 0})
+        if first:
+            dataset.to_zarr(self._path, append_dim="draw", consolidated=False)
+        else:
+            chunks = {name: {"chunks": (1, *array.shape[1:])} for name, (_, array) in block.items()}
+            dataset.to_zarr(self._path, mode="w", encoding=chunks, consolidated=False)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """All arrays."""
+        return {name: np.asarray(array[...]) for name, array in self._arrays("r").items()}
+
+    def finish(self, whole: Variables) -> None:
+        """Add coordinates, and the attribute ``completed`` as devinterp has it."""
+        group = self._group("r+")
+        for name in whole:
+            if name in group:  # of a run with fewer draws, and perhaps another size
+                del group[name]
+        added = required_xarray().Dataset(coords=dict(whole), attrs={"completed": 1})
+        added.to_zarr(self._path, mode="a", consolidated=False)
+
+    def _arrays(self, mode: str) -> dict[str, Any]:
+        return dict(self._group(mode).arrays())
+
+    def _group(self, mode: Any) -> Any:
+        import zarr
+
+        return zarr.open_group(self._path, mode=mode)
+
+
+class SafetensorsFiles:
+    """Traces as a folder of files of safetensors, one for each block of draws."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def length(self) -> int:
+        """The end of the last block."""
+        return max((stop for _, stop in self._blocks().values()), default=0)
+
+    def cut(self, draws: int) -> None:
+        """Remove the files of later blocks."""
+        for file, (_, stop) in self._blocks().items():
+            if stop > draws:
+                file.unlink()
+
+    def append(self, first: int, block: Variables) -> None:
+        """Write one more file."""
+        self._path.mkdir(exist_ok=True)
+        if not first:
+            self.cut(0)
+        stop = first + block[OF_THE_LOSS[0]][1].shape[1]
+        self._write(f"draws-{first:012d}-{stop:012d}", block)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The blocks one after another."""
+        blocks = [checkpoint.load(file)["variables"] for file in sorted(self._blocks())]
+        return {name: np.concatenate([block[name] for block in blocks], 1) for name in blocks[0]}
+
+    def finish(self, whole: Variables) -> None:
+        """Write one more file."""
+        self._write("completed", whole)
+
+    def _write(self, name: str, variables: Variables) -> None:
+        content = {
+            "variables": {name: array for name, (_, array) in variables.items()},
+            "dimensions": {name: list(dims) for name, (dims, _) in variables.items()},
+        }
+        checkpoint.save(self._path / f"{name}.safetensors", content)
+
+    def _blocks(self) -> dict[Path, tuple[int, int]]:
+        """The files of blocks, with their first draws and ends."""
+        found = self._path.glob("draws-*.safetensors")
+        return {file: (int(file.stem.split("-")[1]), int(file.stem.split("-")[2])) for file in found}
+
+
+def files_at(path: str | os.PathLike[str]) -> Files:
+    """The files of a store: zarr, or safetensors where the name or what is installed says so."""
+    has_zarr = all(importlib.util.find_spec(name) is not None for name in ("xarray", "zarr"))
+    plain = os.fspath(path).endswith(".safetensors") or not has_zarr
+    return SafetensorsFiles(Path(path)) if plain else ZarrFiles(Path(path))
+
+
+class Store:
+    """The traces of a run on disk, of which the device holds those of a piece.
+
+    Args:
+        options: the keywords of the run.
+        room: how many draws the device has room for.
+        step: where the run stands; what the store has beyond is made again.
+
+    Attributes:
+        taken: how many draws are on disk, and no more on the device.
+
+    Raises:
+        ``ValueError`` for a store that has fewer draws than its run has made.
+    """
+
+    def __init__(self, options: RunOptions, room: int, step: int) -> None:
+        path: Any = options.store
+        self._files, self._options, self._room = files_at(path), options, room
+        self._axes = {name: _axes_of_trace(name, of) for name, of in options.watched()} | {"loss": OF_THE_LOSS}
+        self.taken = self._done(step)
+        there = self._files.length()
+        if there < self.taken:
+            raise ValueError(
+                f"The store {path} has {there} draws, but its run has made {self.taken}. Give another path, or remove "
+                f"{options.saved_at} to begin anew."
+            )
+
+    def limit(self) -> int:
+        """The step at which the room on the device is full."""
+        return self._options.num_burnin_steps + (self.taken + self._room) * self._options.num_steps_bw_draws
+
+    def take(self, step: int, traces: Any) -> None:
+        """Write the draws that are whole at a step and still on the device."""
+        count = self._done(step) - self.taken
+        if count:
+            block = jax.tree.map(lambda x: np.asarray(x)[:, :count], traces)
+            with Uninterrupted():  # until it is known what is on disk
+                if self.taken:  # a block that was not written whole, or that no save of the chains knows of
+                    self._files.cut(self.taken)
+                self._files.append(self.taken, labelled(block, self._axes))
+                self.taken += count
+
+    def traces(self, like: dict[str, Any]) -> dict[str, Any]:
+        """All draws, as the device's traces are but for their number."""
+        found = self._files.read()
+        names = iter(labelled(dict(sorted(like.items())), self._axes))  # in the order in which JAX has its leaves
+        return jax.tree.map(lambda x: found[next(names)].astype(x.dtype), like)
+
+    def finish(self, found: dict[str, Any]) -> None:
+        """Write what each chain has one of, and that the run has ended."""
+        whole = {name: found[name] for name, of in self._options.watched() if is_made(of)}
+        made = labelled(whole, self._options.axes)
+        self._files.finish({name: of for name, of in made.items() if "draw" not in of[0]})
+
+    def _done(self, step: int) -> int:
+        """How many draws are whole at a step."""
+        return max(step - self._options.num_burnin_steps, 0) // self._options.num_steps_bw_draws
+
+
+def is_made(of: Observable) -> bool:
+    """Whether the result of an observable is another thing than its trace."""
+    return type(of).result is not Observable.result
+
+
+def room_of_a_piece(draws: int, traces: Any) -> int:
+    """For how many draws the device has room.
+
+    Args:
+        draws: how many there are to be.
+        traces: traces of one draw.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(traces))
+    return min(draws, max(1, _BYTES_OF_A_PIECE // size))
+
+
+def _axes_of_trace(name: str, of: Observable) -> tuple[str, tuple[str, ...]]:
+    """What the trace of an observable is called in a store."""
+    return (f"trace_{name}", ("draw",)) if is_made(of) else of.axes(name)
