@@ -54,7 +54,7 @@ def in_every_chain(loss_fn, params, sampler, data=None, **keywords):
     given = problem(loss_fn, params, data, options)
     masks = stacked_masks([sampler.optimize_over, True], given.arrays)
     both = run(prepare(given, sampler, stacked(sampler, 2, optimize_over=masks), 2, options))
-    return samples_of(jax.tree.map(lambda x: x[: options.num_chains], both))
+    return samples_of(jax.tree.map(lambda x: x[: options.num_chains], both), options.axes)
 
 
 SMALL = {"a": np.array([1.0, 2.0, 0.5]), "b": np.array([3.0])}
