@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from jaxoptim.core.accumulation import accumulated
 from jaxoptim.core.clipping import Clip, squares
-from jaxoptim.core.loss import Loss, all_finite, evaluated
+from jaxoptim.core.loss import Evaluation, Loss, all_finite, evaluated
 from jaxoptim.core.loss_scale import LossScale, ScaleState
-from jaxoptim.engine.apart import apart
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.update import Update
@@ -151,7 +150,7 @@ def minimized(
         leaves: values and state of each owner, which :func:`minimize` destroys.
         held: values of parameters that stay, by name.
         args: what the loss takes besides.
-        always: the value True, where the update is to be made apart from the evaluation (None: as the compiler likes).
+        always: the value True, where the loss is to be evaluated apart from the update (None: as the compiler likes).
         elsewhere: values of parameters that somebody else updates, by name; a step is skipped for their gradient too.
 
     Returns:
@@ -168,11 +167,12 @@ def minimized(
     # The loss is differentiated by what is updated alone.
     seen = loss.of(lambda values: _as_seen(layout, {**still, **values}))
     scale = None if numbers.loss_scale is None else numbers.loss_scale.scale
-    needs_push = any(update.second_order for update in updates)
     if options.accumulate is not None:
         found = accumulated(seen, values, args, options.accumulate, options.mean, scale)
+    elif always is None or any(update.second_order for update in updates):
+        found = evaluated(seen, values, args, any(update.second_order for update in updates), scale)
     else:
-        found = evaluated(seen, values, args, needs_push, scale)
+        found = _evaluated_apart(seen, values, args, always)
     if options.loss_scale is not None and numbers.loss_scale is not None:
         found = found._replace(grads=options.loss_scale.unscaled(found.grads, numbers.loss_scale))
     clip = Clip(numbers.clip_norm, numbers.clip_value)
@@ -189,24 +189,16 @@ def minimized(
         value = jnp.where(taken, found.loss, jnp.nan)
     if not clip.is_off:
         grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
-
-    def move(leaves: tuple[Arrays, ...], grads: Any, taken: jax.Array) -> Any:
-        new, published, moved = list[Any](), list[Any](), list[Any]()
-        for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
-            after, public = update.after(reads, old, evaluation._replace(grads=along))
-            if options.may_skip:
-                kept = (update.contents(old), update.unchanged(reads, public))
-                after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
-            new.append(_returned(update, after))
-            published.append(public)
-            if options.measures:
-                moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
-        return new, published, moved
-
-    if always is None or options.accumulate is not None or needs_push:
-        new, published, moved = move(leaves, grads, taken)
-    else:
-        (new, published, moved), value = apart(move, always, value, leaves, grads, taken)
+    new, published, moved = list[Any](), list[Any](), list[Any]()
+    for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
+        after, public = update.after(reads, old, evaluation._replace(grads=along))
+        if options.may_skip:
+            kept = (update.contents(old), update.unchanged(reads, public))
+            after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
+        new.append(_returned(update, after))
+        published.append(public)
+        if options.measures:
+            moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
     aux = found.aux
     if options.may_skip and loss.carries:
         aux = (aux[0], jax.tree.map(functools.partial(jnp.where, taken), aux[1], args[0]))
@@ -237,3 +229,30 @@ def sum_of_squares(tree: Any) -> jax.Array:
 def _returned(update: Update, new: Contents) -> Any:
     """The leaves of new contents; the contents themselves where their structure is another one."""
     return list(new.leaves) if new.form is update.form else new  # a list always: a tuple would be another program
+
+
+@functools.cache
+def true() -> jax.Array:
+    """Return the array True, which a program does not know to be."""
+    return jnp.array(True)
+
+
+def _evaluated_apart(loss: Loss, values: dict[str, jax.Array], args: Any, always: jax.Array) -> Evaluation:
+    """Evaluate a loss and its gradient, to the last bit as in a loop that is written out.
+
+    There they are a program of their own. Here the compiler would fuse them with the update, and round otherwise; it
+    does not fuse across a condition that it cannot foresee. (An ``optimization_barrier`` it drops on CPUs.)
+    """
+
+    @jax.jit
+    def evaluate(values: dict[str, jax.Array], args: Any) -> Any:
+        found = evaluated(loss, values, args)
+        return found.loss, found.aux, found.grads
+
+    like = jax.eval_shape(evaluate, values, args)
+
+    def never(values: dict[str, jax.Array], args: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.full(x.shape, 0, x.dtype), like)
+
+    value, aux, grads = jax.lax.cond(always, evaluate, never, values, args)
+    return Evaluation(lambda values: loss.value(values, args), values, value, aux, grads, None)
