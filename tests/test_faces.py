@@ -218,7 +218,7 @@ def test_late_and_missing_gradients_and_every_edit(name):
 def test_random_training(name):
     kind = KINDS[name]
 
-    @settings(max_examples=10 if name in OF_EACH_FORM else 5, deadline=None, derandomize=True)
+    @settings(max_examples=6 if name in OF_EACH_FORM else 3, deadline=None, derandomize=True)
     @given(script=scripts(MATRICES if kind.matrices else ALL, 3, 8))
     def check(script):
         run(kind, script)

@@ -77,8 +77,14 @@ def test_a_part_of_the_noise_is_that_part(impl, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [x if x == "SGNHT" else pytest.param(x, marks=pytest.mark.slow) for x in SAMPLERS])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("SGNHT", "map"),
+        *(pytest.param(x, "map", marks=pytest.mark.slow) for x in SAMPLERS if x != "SGNHT"),
+        pytest.param("SGLD", "vmap", marks=pytest.mark.slow),
+    ],
+)
 def test_chains_are_those_that_hold_everything(name, method):
     options = FEW | {"observables": {"all": everything}, "chain_method": method, "start_noise": 0.01}
     sampler = SAMPLERS[name].replace(nbeta=5.0, optimize_over=MASK)
