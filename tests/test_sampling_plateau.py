@@ -77,6 +77,12 @@ def test_the_table_has_a_star_at_the_best():
     assert repr(sweep(RISING)).startswith("Calibration(lr=[1e-05, ")
 
 
+def test_a_table_without_rhat_has_a_star_too():
+    given = sweep(RISING, trace=np.zeros((5, 1, 1, 3)))
+    assert np.isnan(given.settings[3].rhat)
+    assert [line[0] for line in str(given).splitlines()] == [" ", " ", " ", " ", "*", " "]
+
+
 def test_the_best_of_a_quadratic_is_near_its_coefficient():
     """Half the dimension, of steps from far too small to unstable."""
     found = sampling.calibrate(

@@ -53,10 +53,11 @@ class Calibration:
 
     def __str__(self) -> str:
         """The settings in a table, a line each; ``print`` shows it, with a star at the best."""
-        best = _best(self)
+        settings = self.settings
+        best = _best(self, settings)
         lines = [f"  {'lr':>10}{'localization':>14}{'mean':>12}{'std':>12}{'diverged':>10}{'R-hat':>8}"]
-        for of in self.settings:
-            star = "*" if of == best else " "
+        for of in settings:
+            star = "*" if of is best else " "
             rhat = "" if np.isnan(of.rhat) else f"{of.rhat:.3f}"
             lines.append(
                 f"{star} {of.lr:>10.3g}{of.localization:>14.3g}{of.mean:>12.4g}{of.std:>12.3g}"
@@ -93,7 +94,7 @@ class Calibration:
         Examples:
             See :func:`calibrate`.
         """
-        best = _best(self)
+        best = _best(self, self.settings)
         if best is None:
             raise ValueError(
                 "No setting has an estimate: in each a chain has diverged, R-hat is above 1.1 or the mean is not "
@@ -123,15 +124,16 @@ class Calibration:
         return plot_sweep(self, ax)
 
 
-def _best(sweep: Calibration) -> Setting | None:
-    """What :attr:`Calibration.best` says, None where there is none."""
+def _best(sweep: Calibration, settings: Sequence[Setting]) -> Setting | None:
+    """Of the settings of a sweep what :attr:`Calibration.best` says, None where there is none."""
     number = np.maximum(1, np.round((1 - sweep.diverged) * sweep.trace.shape[2]))
     error = np.nan_to_num(sweep.std) / np.sqrt(number)  # one chain has no error between chains
-    is_usable = usable(sweep.mean, error, sweep.diverged, rhats(sweep.trace))
+    rhat = np.reshape([of.rhat for of in settings], sweep.mean.shape)
+    is_usable = usable(sweep.mean, error, sweep.diverged, rhat)
     if not is_usable.any():
         return None
     row, column = flattest(sweep.lr, sweep.mean, error, is_usable)
-    return sweep.settings[row * len(sweep.localization) + column]
+    return settings[row * len(sweep.localization) + column]
 
 
 def calibrate(

@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxoptim.sampling import diagnostics
-
-RHAT = 1.1
-"""Chains that disagree more than this have not mixed."""
+from jaxoptim.sampling.doubts import HIGHEST_RHAT, statistics
 
 
 class Setting(NamedTuple):
@@ -39,18 +36,16 @@ def rhats(trace: np.ndarray) -> np.ndarray:
         trace: ``(lr, localization, chains, draws)``.
     """
     found = np.full(trace.shape[:2], np.nan)
-    if not diagnostics.is_available() or trace.ndim < 4 or trace.shape[2] < 2 or trace.shape[3] < 4:
-        return found
     for at in np.ndindex(*found.shape):
-        if np.isfinite(trace[at]).all():
-            found[at] = diagnostics.rhat(trace[at])
+        if trace.shape[2] > 1 and np.isfinite(trace[at]).all():
+            found[at] = statistics(trace[at]).rhat
     return found
 
 
 def usable(mean: np.ndarray, error: np.ndarray, diverged: np.ndarray, rhat: np.ndarray) -> np.ndarray:
     """Which settings have an estimate: no chain has diverged, they agree, and it is positive beyond two errors."""
     with np.errstate(invalid="ignore"):
-        return (diverged == 0) & (mean > 2 * error) & ~(rhat > RHAT)
+        return (diverged == 0) & (mean > 2 * error) & ~(rhat > HIGHEST_RHAT)
 
 
 def flattest(lr: np.ndarray, mean: np.ndarray, error: np.ndarray, is_usable: np.ndarray) -> tuple[int, int]:
