@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxoptim.optim.optimizer import Groups, Selectors
-from jaxoptim.optim.sampler import Sampler
+from jaxoptim.optim.sampler import Sampler, warn_user
 from jaxoptim.rules.sgld import METRICS
 
 
@@ -28,13 +28,7 @@ class MeasuredSampler(Sampler):
         if temperature is not None:
             defaults["nbeta"] = temperature
             warnings.warn("Temperature is deprecated. Please use nbeta in your yaml file instead.", stacklevel=3)
-        noise_level = defaults["noise_level"]
-        if isinstance(noise_level, int | float) and noise_level != 1.0:
-            warnings.warn(
-                "Warning: noise_level in SGLD is unequal to one, this removes SGLD posterior sampling guarantees.",
-                stacklevel=3,
-            )
-        warn_of_nbeta(defaults["nbeta"])
+        warn_of_settings("SGLD", defaults["noise_level"], defaults["nbeta"])
         self.fixed = {name: defaults.pop(name) for name in ("save_noise", "save_mala_vars")}
         super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
 
@@ -84,11 +78,19 @@ class MeasuredSampler(Sampler):
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
 
-def warn_of_nbeta(nbeta: Any) -> None:
-    """Warn, as devinterp does, of a temperature that is the default."""
+def warn_of_settings(name: str, noise_level: Any, nbeta: Any, prefix: str = "Warning: ") -> None:
+    """Warn, as devinterp does, of noise that is not the posterior's, and of a temperature that is the default.
+
+    Args:
+        name: what messages call the sampler.
+        noise_level: the factor of its noise.
+        nbeta: its inverse temperature.
+        prefix: what messages begin with, in devinterp 1.
+    """
+    if isinstance(noise_level, int | float) and noise_level != 1.0:
+        warn_user(f"{prefix}noise_level in {name} is unequal to one, this removes SGLD posterior sampling guarantees.")
     if isinstance(nbeta, int | float) and nbeta == 1.0:
-        warnings.warn(
-            "Warning: nbeta set to 1, LLC estimates will be off unless you know what you're doing. "
-            "Use utils.default_nbeta(dataloader) instead",
-            stacklevel=4,
+        warn_user(
+            f"{prefix}nbeta set to 1, LLC estimates will be off unless you know what you're doing. "
+            "Use utils.default_nbeta(dataloader) instead"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -14,6 +13,7 @@ from jaxoptim.optim.optimizer import Groups, Number, Selectors
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.optim.prior import CompositePrior, GaussianPrior, Prior, Terms, centers_of, terms_of
 from jaxoptim.optim.sampler import Sampler, warn_user
+from jaxoptim.optim.sgld import warn_of_settings
 from jaxoptim.rules import sgmcmc as rules
 from jaxoptim.rules._components import COMPONENTS
 
@@ -234,7 +234,7 @@ class SGMCMC(Sampler):
             >>> chain.params["w"].tolist()
             [0.5, 0.5]
         """
-        _warn("SGLD", noise_level, nbeta)
+        warn_of_settings("SGLD", noise_level, nbeta, prefix="")
         return cls(
             params,
             lr=lr,
@@ -302,7 +302,7 @@ class SGMCMC(Sampler):
             >>> chain.params["w"].tolist()
             [0.75, 0.75]
         """
-        _warn("RMSProp-SGLD", noise_level, nbeta)
+        warn_of_settings("RMSProp-SGLD", noise_level, nbeta, prefix="")
         return cls(
             params,
             lr=lr,
@@ -364,7 +364,7 @@ class SGMCMC(Sampler):
             >>> chain.params["w"].tolist()
             [0.5, 0.5]
         """
-        _warn("SGNHT", 1.0, nbeta)
+        warn_of_settings("SGNHT", 1.0, nbeta, prefix="")
         return cls(
             params,
             lr=lr,
@@ -523,17 +523,3 @@ def _conditioner(kind: str | None, kwargs: Mapping[str, Any] | None) -> dict[str
             "sampling.sample, which estimates the curvature that it takes."
         )
     return {"preconditioner": kind} | options
-
-
-def _warn(name: str, noise_level: Any, nbeta: Any) -> None:
-    """Warn as the factories of devinterp do."""
-    if isinstance(noise_level, int | float) and noise_level != 1:
-        warnings.warn(
-            f"noise_level in {name} is unequal to one, this removes SGLD posterior sampling guarantees.", stacklevel=3
-        )
-    if isinstance(nbeta, int | float) and nbeta == 1:
-        warnings.warn(
-            "nbeta set to 1, LLC estimates will be off unless you know what you're doing. "
-            "Use utils.default_nbeta(dataloader) instead",
-            stacklevel=3,
-        )

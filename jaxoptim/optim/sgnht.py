@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jaxoptim.optim.optimizer import Groups, Selectors
 from jaxoptim.optim.sampler import Sampler
-from jaxoptim.optim.sgld import warn_of_nbeta
+from jaxoptim.optim.sgld import warn_of_settings
 
 
 class ThermostatSampler(Sampler):
@@ -35,5 +35,5 @@ class ThermostatSampler(Sampler):
             warnings.warn(
                 "Warning: MALA not implemented for SGNHT! If you insist on using MALA, use SGLD instead.", stacklevel=3
             )
-        warn_of_nbeta(defaults["nbeta"])
+        warn_of_settings("SGNHT", 1.0, defaults["nbeta"])
         super().__init__(params, defaults, groups=groups, frozen=frozen, wrt=wrt)
