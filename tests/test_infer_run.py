@@ -163,6 +163,29 @@ def test_losses_of_more_steps_than_a_block(num_data):
     assert_same(run, loop)
 
 
+def test_large_arrays_are_replaced_in_place(monkeypatch):
+    size, texts, program = 100_000, [], loops.minimize_many
+
+    def large():
+        numpyro.sample("mean", dist.Normal(jnp.ones(size), 5.0).to_event(1))
+
+    def guide():
+        numpyro.sample("mean", dist.Delta(numpyro.param("loc", jnp.zeros(size)), event_dim=1))
+
+    def seen(*args):
+        texts.append(program.lower(*args).compile().as_text())
+        return program(*args)
+
+    monkeypatch.setattr(loops, "minimize_many", seen)
+    run, loop = (SVI(large, guide, named.Adam({"lr": 0.01}), Trace_ELBO(), key=KEY) for _ in range(2))
+    losses = run.run(4, progress_bar=False)
+    np.testing.assert_array_equal(losses, [np.float32(loop.step()) for _ in range(4)])
+    assert_same(run, loop)
+    assert texts
+    text = texts[-1]
+    assert not [line for line in text.splitlines() if f"f32[{size}]" in line and " copy(" in line]
+
+
 def test_options_that_decay_are_one_program_from_the_first_step_on():
     traces = []
 

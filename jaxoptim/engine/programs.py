@@ -17,6 +17,7 @@ from jaxoptim.core.accumulation import accumulated
 from jaxoptim.core.clipping import Clip, squares
 from jaxoptim.core.loss import Evaluation, Loss, all_finite, evaluated
 from jaxoptim.core.loss_scale import LossScale, ScaleState
+from jaxoptim.engine.apart import apart, waits
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.update import Update
@@ -150,7 +151,7 @@ def minimized(
         leaves: values and state of each owner, which :func:`minimize` destroys.
         held: values of parameters that stay, by name.
         args: what the loss takes besides.
-        always: the value True, where the loss is to be evaluated apart from the update (None: as the compiler likes).
+        always: the value True, where the update is to be made apart from the evaluation (None: as the compiler likes).
         elsewhere: values of parameters that somebody else updates, by name; a step is skipped for their gradient too.
 
     Returns:
@@ -167,26 +168,63 @@ def minimized(
     # The loss is differentiated by what is updated alone.
     seen = loss.of(lambda values: _as_seen(layout, {**still, **values}))
     scale = None if numbers.loss_scale is None else numbers.loss_scale.scale
+    needs_push = any(update.second_order for update in updates)
     if options.accumulate is not None:
         found = accumulated(seen, values, args, options.accumulate, options.mean, scale)
-    elif always is None or any(update.second_order for update in updates):
-        found = evaluated(seen, values, args, any(update.second_order for update in updates), scale)
     else:
-        found = _evaluated_apart(seen, values, args, always)
+        found = evaluated(seen, values, args, needs_push, scale)
+    move = functools.partial(_moved, updates, options, numbers, data, own, found)
+    if always is None or options.accumulate is not None or needs_push:
+        moved = move(leaves, found.loss, found.grads)
+    else:
+        moved = apart(move, always, leaves, found.loss, found.grads)
+        if not options.may_skip and not waits(leaves):
+            moved = moved._replace(loss=found.loss)
+    aux = found.aux
+    if options.may_skip and loss.carries:
+        aux = (aux[0], jax.tree.map(functools.partial(jnp.where, moved.taken), aux[1], args[0]))
+    return moved.new, moved.published, moved.loss, aux, moved.measured
+
+
+class _Moved(NamedTuple):
+    """What :func:`minimized` makes of an evaluation."""
+
+    new: list[Any]
+    published: list[Any]
+    loss: jax.Array
+    taken: jax.Array
+    measured: Measured | None
+
+
+def _moved(
+    updates: tuple[Update, ...],
+    options: StepOptions,
+    numbers: StepNumbers,
+    data: tuple[Any, ...],
+    own: list[list[str]],
+    found: Evaluation,
+    leaves: tuple[Arrays, ...],
+    value: jax.Array,
+    by_name: dict[str, jax.Array],
+) -> _Moved:
+    """Update along the gradients of a loss, as :func:`minimized` is asked to."""
     if options.loss_scale is not None and numbers.loss_scale is not None:
-        found = found._replace(grads=options.loss_scale.unscaled(found.grads, numbers.loss_scale))
+        by_name = options.loss_scale.unscaled(by_name, numbers.loss_scale)
+    found = found._replace(loss=value, grads=by_name)
     clip = Clip(numbers.clip_norm, numbers.clip_value)
     seen_by = [found.of(names) for names in own]
     grads = [update.gathered(evaluation.grads) for update, evaluation in zip(updates, seen_by, strict=True)]
     is_measured = options.measures or clip.clip_norm is not None
     square = sum_of_squares(grads) if is_measured else jnp.zeros(())
-    taken, value = jnp.array(True), found.loss
+    taken = jnp.array(True)
     if options.may_skip:
-        taken = all_finite((grads, [found.grads[name] for name in elsewhere]))
+        of_updates = {name for names in own for name in names}
+        elsewhere = [grad for name, grad in by_name.items() if name not in of_updates]
+        taken = all_finite((grads, elsewhere))
     are_finite = taken
     if options.skip_nonfinite:
-        taken &= all_finite(found.loss)
-        value = jnp.where(taken, found.loss, jnp.nan)
+        taken &= all_finite(value)
+        value = jnp.where(taken, value, jnp.nan)
     if not clip.is_off:
         grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
     new, published, moved = list[Any](), list[Any](), list[Any]()
@@ -199,17 +237,14 @@ def minimized(
         published.append(public)
         if options.measures:
             moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
-    aux = found.aux
-    if options.may_skip and loss.carries:
-        aux = (aux[0], jax.tree.map(functools.partial(jnp.where, taken), aux[1], args[0]))
     if not options.measures:
-        return new, published, value, aux, None
+        return _Moved(new, published, value, taken, None)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)))
     if options.may_skip:
         measured = measured._replace(skipped=~taken, num_skipped=numbers.num_skipped + (~taken).astype(jnp.int32))
     if options.loss_scale is not None and numbers.loss_scale is not None:
         measured = measured._replace(loss_scale=options.loss_scale.updated(numbers.loss_scale, are_finite))
-    return new, published, value, aux, measured
+    return _Moved(new, published, value, taken, measured)
 
 
 minimize = jax.jit(minimized, static_argnames=("updates", "layout", "loss", "options"), donate_argnames="leaves")
@@ -229,30 +264,3 @@ def sum_of_squares(tree: Any) -> jax.Array:
 def _returned(update: Update, new: Contents) -> Any:
     """The leaves of new contents; the contents themselves where their structure is another one."""
     return list(new.leaves) if new.form is update.form else new  # a list always: a tuple would be another program
-
-
-@functools.cache
-def true() -> jax.Array:
-    """Return the array True, which a program does not know to be."""
-    return jnp.array(True)
-
-
-def _evaluated_apart(loss: Loss, values: dict[str, jax.Array], args: Any, always: jax.Array) -> Evaluation:
-    """Evaluate a loss and its gradient, to the last bit as in a loop that is written out.
-
-    There they are a program of their own. Here the compiler would fuse them with the update, and round otherwise; it
-    does not fuse across a condition that it cannot foresee. (An ``optimization_barrier`` it drops on CPUs.)
-    """
-
-    @jax.jit
-    def evaluate(values: dict[str, jax.Array], args: Any) -> Any:
-        found = evaluated(loss, values, args)
-        return found.loss, found.aux, found.grads
-
-    like = jax.eval_shape(evaluate, values, args)
-
-    def never(values: dict[str, jax.Array], args: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.full(x.shape, 0, x.dtype), like)
-
-    value, aux, grads = jax.lax.cond(always, evaluate, never, values, args)
-    return Evaluation(lambda values: loss.value(values, args), values, value, aux, grads, None)

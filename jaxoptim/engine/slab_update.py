@@ -241,10 +241,12 @@ def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting
     """The settings of the rows of a slab, the axis of its numbers along them (None: one for all), and a row's rule."""
     if len(set(cell.groups)) == 1:
         return None, setting, setting.rule
-    rows = jnp.array(np.array(cell.groups)[layout.owners[cell.number]])
-    # All numbers at once, because each gather by itself is a kernel to compile.
+    rows = np.array(cell.groups)[layout.owners[cell.number]]
     numbers, form = jax.tree.flatten(setting)
-    of_row = jax.tree.unflatten(form, list(jnp.stack(numbers)[:, rows]))
+    if not np.array_equal(rows, np.arange(len(numbers[0]))):
+        # All numbers at once, because each gather by itself is a kernel to compile.
+        numbers = list(jnp.stack(numbers)[:, jnp.array(rows)])
+    of_row = jax.tree.unflatten(form, numbers)
     return 0, of_row, jax.tree.map(lambda x: x[0], setting.rule)
 
 

@@ -16,6 +16,7 @@ from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.engine import loops, programs
+from jaxoptim.engine.apart import true
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Owner
@@ -83,7 +84,7 @@ def make_step(
 
     def run(taken: Any) -> Any:
         new, _, value, aux, _ = programs.minimize(
-            updates, None, loss, options, none, data, taken, held, args, programs.true(), elsewhere
+            updates, None, loss, options, none, data, taken, held, args, true(), elsewhere
         )
         return new, (value, aux)
 
@@ -170,7 +171,7 @@ def _looped(
 
     def call(program: Callable[..., Any], leaves: Any, held: dict[str, jax.Array]) -> Any:
         turn, carried, given, count = course
-        always = programs.true()
+        always = true()
         return program(updates, loss, options, turn, data, series, leaves, held, carried, given, count, always)
 
     return course, call
