@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jax import lax
 
 IMPLS = ("key", "hash")
 
+_FEW, _MANY = 512, 2**32
+"""Between these sizes an array of random bits is made on a CPU."""
 _PARTS = 8
 _Words = tuple[Any, Any]  # the high and the low 32 bits of a number of 64, as uint32
 
@@ -96,8 +99,12 @@ def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl:
         return normal(key, (size,), dtype, impl)
     if size > 2**32 or (impl == "key" and jax.random.key_impl(key) != "threefry2x32"):
         return normal(key, (size,), dtype, impl)[start:stop]
-    offsets = lax.iota(jnp.uint32, stop - start) + np.uint32(start)
-    return _numbers(jax.random.key_data(key), jnp.zeros_like(offsets), offsets, jnp.zeros((), dtype).dtype, impl)
+
+    def within() -> _Words:
+        low = lax.iota(jnp.uint32, stop - start) + np.uint32(start)
+        return jnp.zeros_like(low), low
+
+    return _numbers(jax.random.key_data(key), within, jnp.zeros((), dtype).dtype, impl)
 
 
 def fold_in(key: jax.Array, data: Any) -> jax.Array:
@@ -172,37 +179,64 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _numbers(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
+def _numbers(words: jax.Array, offsets: Callable[[], _Words], dtype: np.dtype, impl: str) -> jax.Array:
     """The numbers at some offsets, which are in two words."""
+
+    def bits(words: jax.Array) -> jax.Array:
+        return _bits(words, *offsets(), dtype, impl)
+
+    if not _FEW <= math.prod(jax.eval_shape(bits, words).shape) < _MANY:
+        return _gaussian(bits(words), dtype)
+    return _gaussian(lax.platform_dependent(words, cpu=_once(bits), default=bits), dtype)
+
+
+def _bits(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
+    """Random bits at some offsets, as many as a number of the dtype has."""
     if impl == "key":
         high, low = _threefry((words[0], words[1]), high, low)
         # JAX makes 32 bits of the 64 that it has in this way.
-        return _gaussian(high ^ low if dtype == jnp.float32 else _join(high, low), dtype)
+        return high ^ low if dtype == jnp.float32 else _join(high, low)
     # Arrays of both dtypes may be drawn with one key, but lanes differ.
     lanes = (0, 0) if dtype == jnp.float32 else (1, 2)
     high, low = (hashed(words, lane, high, low) for lane in lanes)
-    return _gaussian(high if dtype == jnp.float32 else _join(high, low), dtype)
+    return high if dtype == jnp.float32 else _join(high, low)
+
+
+def _once(bits: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """The same function of words, of whose result an array is made.
+
+    XLA on CPUs fuses what makes bits with each use of them, and so makes them up to three times: for the two terms of a
+    number, and for the norm of the noise. It does not fuse across a condition that it cannot foresee.
+    """
+
+    def call(words: jax.Array) -> jax.Array:
+        is_true = ((words[-1] & 1) + 2) // 2 == 1  # of any word
+        form = jax.eval_shape(bits, words)
+        return lax.cond(is_true, bits, lambda words: jnp.broadcast_to(words[-1].astype(form.dtype), form.shape), words)
+
+    return call
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     if impl == "key" and jax.random.key_impl(key) != "threefry2x32":
         return jax.random.normal(key, shape, dtype)
-    words = jax.random.key_data(key)
 
     def at_once(words: jax.Array) -> jax.Array:
-        return _numbers(words, *offsets(shape), dtype, impl)
+        return _numbers(words, lambda: offsets(shape), dtype, impl)
 
     def in_parts(words: jax.Array) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
         starts = lax.iota(jnp.uint32, _PARTS) * np.uint32(part.size)
-        parts = lax.map(lambda start: _numbers(words, jnp.zeros_like(part), start + part, dtype, impl), starts)
+        parts = lax.map(
+            lambda start: _gaussian(_bits(words, jnp.zeros_like(part), start + part, dtype, impl), dtype), starts
+        )
         return parts.reshape(-1)[:size].reshape(shape)
 
     # XLA's loops on a CPU use vector instructions along the last axis only, and without them a number takes seven times
     # as long. A reshape would not help, as XLA moves it before the computation; a loop over parts it leaves as it is.
-    size = math.prod(shape)
-    if len(shape) > 1 and shape[-1] < 64 and 512 <= size < 2**32 - _PARTS:
+    words, size = jax.random.key_data(key), math.prod(shape)
+    if len(shape) > 1 and shape[-1] < 64 and _FEW <= size < _MANY - _PARTS:
         return lax.platform_dependent(words, cpu=in_parts, default=at_once)
     return at_once(words)
 
