@@ -194,6 +194,7 @@ def estimate_llc(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    until_mcse: float | None = None,
 ) -> LLC:
     r"""Estimate the local learning coefficient at ``params`` from chains that start there.
 
@@ -235,6 +236,8 @@ def estimate_llc(
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
         probes: as for :func:`sample` (default None).
+        until_mcse: as for :func:`sample`, but of the estimate, :attr:`LLC.mcse`; of selections all are to have an error
+            no larger (default None).
 
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
@@ -288,6 +291,7 @@ def estimate_llc(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        until_mcse=until_mcse,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)
@@ -322,6 +326,8 @@ def estimated(
     """
     nbeta = temperature(caller, nbeta, sampler, given)
     check_initial_loss(init_loss)
+    if options.until_mcse is not None:  # that of the mean loss, as a run knows it
+        options = dataclasses.replace(options, until_mcse=options.until_mcse / nbeta)
     count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
     rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
     prepared = prepare(given, sampler, rules, count, options)
@@ -341,7 +347,7 @@ def estimated(
         for i, x in enumerate(of_each)
     ]
     falls, norms = zip(*steps, strict=True)
-    return several, lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels)
+    return several, lines + doubts(of_each, loss.shape[-1], rounding, falls, norms, labels)
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:

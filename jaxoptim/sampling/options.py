@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
+from jaxoptim.interop.numpyro import required
 from jaxoptim.sampling.observables import Function, Observable
 
 METHODS = ("auto", "vmap", "map")
@@ -41,6 +42,7 @@ class RunOptions:
     same_batches: bool = False
     start_noise: float = 0.0
     store: str | os.PathLike[str] | None = None
+    until_mcse: float | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -56,6 +58,12 @@ class RunOptions:
         if isinstance(noise, str | bool | None) or np.ndim(noise) or not 0 <= noise < math.inf:
             raise ValueError(f"Invalid start_noise: {noise!r}. It is a finite number >= 0.")
         object.__setattr__(self, "start_noise", float(noise))
+        bound = self.until_mcse
+        if bound is not None:
+            if isinstance(bound, str | bool) or np.ndim(bound) or not 0 < bound < math.inf:
+                raise ValueError(f"Invalid until_mcse: {bound!r}. It is a finite number > 0, or None.")
+            object.__setattr__(self, "until_mcse", float(bound))
+            required()
         if not isinstance(self.same_batches, bool):
             raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
         _check_probes(self.probes)
@@ -74,7 +82,15 @@ class RunOptions:
     @property
     def num_steps(self) -> int:
         """The steps of each chain."""
-        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+        return self.steps_of(self.num_draws)
+
+    def steps_of(self, draws: int) -> int:
+        """The steps after which a chain has so many draws."""
+        return self.num_burnin_steps + draws * self.num_steps_bw_draws
+
+    def draws_at(self, step: int) -> int:
+        """How many draws are whole after so many steps."""
+        return max(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
 
     @property
     def batch_key(self) -> jax.Array | None:

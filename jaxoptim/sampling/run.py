@@ -24,6 +24,7 @@ from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
 from jaxoptim.sampling.target import Problem
+from jaxoptim.sampling.until import is_look, largest_mcse, next_look
 
 SamplerLike: TypeAlias = Rule | optax.GradientTransformation
 """A sampler as :func:`jaxoptim.sampling.sample` takes it."""
@@ -139,10 +140,10 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    state, problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
+    (state, draws), problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
     given = problem.given
     held, rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (given.held, given.rest))
-    return {**_observed(prepared, state), "params": problem.target.params(joined(state.params, held), rest)}
+    return {**_observed(prepared, state, draws), "params": problem.target.params(joined(state.params, held), rest)}
 
 
 def observed(prepared: Run) -> dict[str, Any]:
@@ -150,11 +151,11 @@ def observed(prepared: Run) -> dict[str, Any]:
 
     Arrays that no chain moves are not copied for each.
     """
-    return _observed(prepared, _ended(prepared))
+    return _observed(prepared, *_ended(prepared))
 
 
-def _ended(prepared: Run) -> Chain:
-    """The chains after the steps that were left."""
+def _ended(prepared: Run) -> tuple[Chain, int]:
+    """The chains after the steps that were left, or some of them if that is enough, and how many draws they have."""
     (_, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state, store = prepared
 
     def save() -> None:
@@ -163,14 +164,29 @@ def _ended(prepared: Run) -> Chain:
         if options.saved_at is not None:
             saved.save(options.saved_at, about, options, start, state)
 
+    def is_enough() -> bool:
+        draws = options.draws_at(start)
+        if options.until_mcse is None or not is_look(draws):
+            return False
+        if store is None:
+            loss = np.asarray(state.traces["loss"])[:, :draws]
+        else:
+            store.take(start, state.traces)
+            loss = store.loss()
+        return largest_mcse(loss.reshape(-1, options.num_chains, draws)) <= options.until_mcse
+
     if store is not None and not start:
         save()  # before there are draws, which are not known without it
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
-            while start < options.num_steps:
+            while start < options.num_steps and not is_enough():
                 count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
-                stop = min(start + count, options.num_steps, *([] if store is None else [store.limit()]))
+                stop = min(start + count, options.num_steps)
+                if store is not None:
+                    stop = min(stop, store.limit())
+                if options.until_mcse is not None:
+                    stop = min(stop, options.steps_of(next_look(options.draws_at(start))))
                 if stream is not None:
                     given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
                 first = 0 if store is None else store.taken
@@ -191,17 +207,17 @@ def _ended(prepared: Run) -> Chain:
             save()
             raise
     save()
-    return state
+    return state, options.draws_at(start)
 
 
-def _observed(prepared: Run, state: Chain) -> dict[str, Any]:
+def _observed(prepared: Run, state: Chain, num_draws: int) -> dict[str, Any]:
     """The results of chains that are at their end."""
     if prepared.store is not None:
-        return _stored(prepared.spec, prepared.options, state, prepared.store)
-    return chains.results(prepared.spec, prepared.options.num_draws, state)
+        return _stored(prepared.spec, num_draws, state, prepared.store)
+    return chains.results(prepared.spec, num_draws, state)
 
 
-def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) -> dict[str, Any]:
+def _stored(spec: ChainSpec, num_draws: int, state: Chain, store: Store) -> dict[str, Any]:
     """The results of chains whose traces are in a store: on the host, but for those that observables make of them."""
     traces = store.traces(state.traces)
     made = tuple((name, of) for name, of in spec.observables if is_made(of))
@@ -210,7 +226,7 @@ def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) ->
     if made:
         memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
         kept = state._replace(memories=memories, traces=own)
-        found |= chains.results(spec._replace(observables=made), options.num_draws, kept)
+        found |= chains.results(spec._replace(observables=made), num_draws, kept)
     store.finish(found)
     return found
 

@@ -91,6 +91,7 @@ def sample(
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
     store: str | os.PathLike[str] | None = None,
+    until_mcse: float | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -165,6 +166,11 @@ def sample(
             each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
             with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,
             NumPy's arrays in the memory of the host (default None).
+        until_mcse: a bound > 0 on the Monte-Carlo standard error of the mean loss, see :func:`mcse`, of the chains that
+            have not diverged. Where it is no larger the run stops, its draws the first ones of the run without a bound,
+            of which ``num_draws`` is then the most. The error is looked at when there are 64 draws, and then each time
+            there are a quarter more. With a ``checkpoint`` the run goes on under a smaller bound (default None: all
+            draws are taken; else it needs numpyro).
 
     Returns:
         :class:`Samples`.
@@ -219,6 +225,7 @@ def sample(
         same_batches=same_batches,
         start_noise=start_noise,
         store=store,
+        until_mcse=until_mcse,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)
