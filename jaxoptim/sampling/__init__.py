@@ -2,6 +2,7 @@
 
 from jaxoptim.sampling.calibration import Calibration as Calibration
 from jaxoptim.sampling.calibration import calibrate as calibrate
+from jaxoptim.sampling.control_variates import ControlVariates as ControlVariates
 from jaxoptim.sampling.cross_covariance import CrossCovariance as CrossCovariance
 from jaxoptim.sampling.diagnostics import effective_sample_size as effective_sample_size
 from jaxoptim.sampling.diagnostics import mcse as mcse

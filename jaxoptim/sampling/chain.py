@@ -14,9 +14,10 @@ from jax import lax
 from jaxoptim.core import Rule, Sampler, init, noise_of_some, step
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
+from jaxoptim.sampling.control_variates import Center, estimate
 from jaxoptim.sampling.held import joined, joined_state, state_without, without
 from jaxoptim.sampling.microbatches import mean_over_parts
-from jaxoptim.sampling.minimum import loss_of_all
+from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.target import Given, Target
@@ -77,6 +78,7 @@ class Chain(NamedTuple):
         state: the state of the sampler.
         memories: the state of each observable.
         traces: by name the values recorded at each draw; room for all of them is there from the start.
+        center: its own center of control variates, without the arrays that all chains share; None if it has none.
     """
 
     key: jax.Array
@@ -84,6 +86,7 @@ class Chain(NamedTuple):
     state: Any
     memories: dict[str, Any]
     traces: dict[str, Any]
+    center: Any = None
 
 
 def init_chain(
@@ -111,7 +114,11 @@ def init_chain(
         params = _moved(rule, params, fold_in(key, _START), start_noise)
     if given.held is not None:
         params, state = without(params, given.held), state_without(state, given.held)
-    chain = Chain(key, params, state, memories, {})
+    center = None
+    if given.renewed_every is not None:  # at the first step
+        like = jax.eval_shape(lambda params: _center_at(spec, params, given), params)
+        center = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    chain = Chain(key, params, state, memories, {}, center)
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
@@ -156,8 +163,19 @@ def _chain_step(
 
     # By all arrays, as observables see it: what nothing uses is not computed.
     params = joined(chain.params, given.held)
-    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(params, part))
-    grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
+    own, center = chain.center, given.center
+    if own is not None:
+        own = lax.cond(t % given.renewed_every == 0, lambda: _center_at(spec, chain.params, given), lambda: own)
+        center = own._replace(arrays=joined(own.arrays, given.held))
+
+    def of_part(part: Any) -> tuple[Any, Any]:
+        def at(params: Any) -> tuple[Any, Any]:
+            loss, grads = jax.value_and_grad(loss_of)(params, part)
+            return loss, jax.tree.map(jnp.conj, grads)  # JAX has the conjugate for complex parameters
+
+        return at(params) if center is None else estimate(at, params, center)
+
+    loss, grads = mean(of_part)
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
 
@@ -186,7 +204,13 @@ def _chain_step(
         moved, state = step(rule, chain.params, without(grads, given.held), chain.state, **extra)
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, moved, state, memories, chain.traces), values
+    return Chain(chain.key, moved, state, memories, chain.traces, own), values
+
+
+def _center_at(spec: ChainSpec, params: Any, given: Given) -> Center:
+    """The center of control variates where a chain is."""
+    size = None if spec.batch_size is None else spec.batch_size // spec.microbatches
+    return Center(params, *loss_and_gradient(spec.target, joined(params, given.held), given, size))
 
 
 def _moved(rule: Rule | None, params: Any, key: jax.Array, scale: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
 from jaxoptim.sampling import diagnostics
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.doubts import Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
@@ -195,6 +196,7 @@ def estimate_llc(
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
     until_mcse: float | None = None,
+    control_variates: ControlVariates | None = None,
 ) -> LLC:
     r"""Estimate the local learning coefficient at ``params`` from chains that start there.
 
@@ -238,6 +240,7 @@ def estimate_llc(
         probes: as for :func:`sample` (default None).
         until_mcse: as for :func:`sample`, but of the estimate, :attr:`LLC.mcse`; of selections all are to have an error
             no larger (default None).
+        control_variates: as for :func:`sample` (default None).
 
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
@@ -292,6 +295,7 @@ def estimate_llc(
         same_batches=same_batches,
         start_noise=start_noise,
         until_mcse=until_mcse,
+        control_variates=control_variates,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)

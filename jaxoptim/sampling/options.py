@@ -15,6 +15,7 @@ import numpy as np
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.interop.numpyro import required
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.observables import Function, Observable
 
 METHODS = ("auto", "vmap", "map")
@@ -43,6 +44,7 @@ class RunOptions:
     start_noise: float = 0.0
     store: str | os.PathLike[str] | None = None
     until_mcse: float | None = None
+    control_variates: ControlVariates | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)

@@ -19,11 +19,13 @@ from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
+from jaxoptim.sampling.control_variates import Center, center_like
 from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
+from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
-from jaxoptim.sampling.target import Problem
+from jaxoptim.sampling.target import Given, Problem, Target
 from jaxoptim.sampling.until import is_look, largest_mcse, next_look
 
 SamplerLike: TypeAlias = Rule | optax.GradientTransformation
@@ -94,7 +96,8 @@ class Run(NamedTuple):
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
     """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key.
 
-    Nothing is evaluated but what a checkpoint tells runs apart by: what is wrong raises before work is done.
+    Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
+    that stays: what is wrong raises before work is done.
 
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
@@ -109,6 +112,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     numbers = np.tile(np.arange(options.num_chains), num_settings)
     params, given = chains.on_all(mesh, (params, given))
     given = given._replace(held=held_arrays(rules, params))
+    given = chains.on_all(mesh, _with_center(options, target, params, given))
     rules = chains.on_all(mesh, with_small_masks(rules, given.held))
     problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
@@ -131,6 +135,18 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
         problem.stream.skip(start)
     store = None if options.store is None else Store(options, spec.room, start)
     return Run(problem, spec, method, mesh, rules, settings, options, about, start, state, store)
+
+
+def _with_center(options: RunOptions, target: Target, params: Any, given: Given) -> Given:
+    """What all chains are given, with the center of control variates."""
+    by = options.control_variates
+    if by is None:
+        return given
+    if by.renewed_every is not None:
+        return given._replace(renewed_every=np.int32(by.renewed_every))
+    center = center_like(by.center, params)
+    size = options.size_at_once(given.data)
+    return given._replace(center=Center(center, *loss_and_gradient(target, center, given, size)))
 
 
 def run(prepared: Run) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
@@ -22,7 +23,8 @@ class Samples:
     """The draws of chains.
 
     Attributes:
-        loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it.
+        loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it, or as
+            :class:`ControlVariates` estimate it.
         observables: by name what was observed, each with a first axis of chains; traces have a second one of draws.
             The sampler's own metrics (``thermostat``, ``noise_norm``, ...) are among them.
         params: where the chains have ended, as the parameters were given, with a first axis of chains; of a module all
@@ -92,6 +94,7 @@ def sample(
     probes: Mapping[str, Any] | None = None,
     store: str | os.PathLike[str] | None = None,
     until_mcse: float | None = None,
+    control_variates: ControlVariates | None = None,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -171,6 +174,7 @@ def sample(
             of which ``num_draws`` is then the most. The error is looked at when there are 64 draws, and then each time
             there are a quarter more. With a ``checkpoint`` the run goes on under a smaller bound (default None: all
             draws are taken; else it needs numpyro).
+        control_variates: what makes the gradients of batches vary less: see :class:`ControlVariates` (default None).
 
     Returns:
         :class:`Samples`.
@@ -226,6 +230,7 @@ def sample(
         start_noise=start_noise,
         store=store,
         until_mcse=until_mcse,
+        control_variates=control_variates,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)
