@@ -16,6 +16,7 @@ from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.control_variates import Center, estimate
 from jaxoptim.sampling.held import joined, joined_state, state_without, without
+from jaxoptim.sampling.metropolis import ACCEPTANCE, tested
 from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
@@ -23,7 +24,7 @@ from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
-_NOISE, _PROBES, _START = np.uint32(2**32 - 1), np.uint32(2**32 - 2), np.uint32(2**32 - 3)
+_NOISE, _PROBES, _START, _METROPOLIS = (np.uint32(2**32 - number) for number in (1, 2, 3, 4))
 
 
 class ChainSpec(NamedTuple):
@@ -36,6 +37,7 @@ class ChainSpec(NamedTuple):
         observables: names and observables.
         room: how many draws can be written down.
         microbatches: in how many parts a batch is evaluated.
+        metropolis: whether steps are accepted or rejected.
     """
 
     target: Target
@@ -44,6 +46,7 @@ class ChainSpec(NamedTuple):
     observables: tuple[tuple[str, Observable], ...]
     room: int
     microbatches: int = 1
+    metropolis: bool = False
 
 
 class Thinning(NamedTuple):
@@ -79,6 +82,7 @@ class Chain(NamedTuple):
         memories: the state of each observable.
         traces: by name the values recorded at each draw; room for all of them is there from the start.
         center: its own center of control variates, without the arrays that all chains share; None if it has none.
+        known: loss and gradient at the parameters, of all arrays, where steps are accepted or rejected; else None.
     """
 
     key: jax.Array
@@ -87,6 +91,7 @@ class Chain(NamedTuple):
     memories: dict[str, Any]
     traces: dict[str, Any]
     center: Any = None
+    known: Any = None
 
 
 def init_chain(
@@ -114,11 +119,12 @@ def init_chain(
         params = _moved(rule, params, fold_in(key, _START), start_noise)
     if given.held is not None:
         params, state = without(params, given.held), state_without(state, given.held)
-    center = None
-    if given.renewed_every is not None:  # at the first step
+    center = known = None
+    if given.renewed_every is not None or spec.metropolis:  # which the first step makes
         like = jax.eval_shape(lambda params: _center_at(spec, params, given), params)
-        center = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    chain = Chain(key, params, state, memories, {}, center)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        center, known = (None, (zeros.loss, zeros.grads)) if spec.metropolis else (zeros, None)
+    chain = Chain(key, params, state, memories, {}, center, known)
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
@@ -168,14 +174,20 @@ def _chain_step(
         own = lax.cond(t % given.renewed_every == 0, lambda: _center_at(spec, chain.params, given), lambda: own)
         center = own._replace(arrays=joined(own.arrays, given.held))
 
-    def of_part(part: Any) -> tuple[Any, Any]:
-        def at(params: Any) -> tuple[Any, Any]:
-            loss, grads = jax.value_and_grad(loss_of)(params, part)
-            return loss, jax.tree.map(jnp.conj, grads)  # JAX has the conjugate for complex parameters
+    def evaluated(params: Any) -> tuple[Any, Any]:
+        def of_part(part: Any) -> tuple[Any, Any]:
+            def at(params: Any) -> tuple[Any, Any]:
+                loss, grads = jax.value_and_grad(loss_of)(params, part)
+                return loss, jax.tree.map(jnp.conj, grads)  # JAX has the conjugate for complex parameters
 
-        return at(params) if center is None else estimate(at, params, center)
+            return at(params) if center is None else estimate(at, params, center)
 
-    loss, grads = mean(of_part)
+        return mean(of_part)
+
+    if spec.metropolis:
+        loss, grads = lax.cond(t == 0, lambda: evaluated(params), lambda: chain.known)
+    else:
+        loss, grads = evaluated(params)
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
 
@@ -202,9 +214,17 @@ def _chain_step(
         if given.held is not None:  # so that what chains share does not change the noise of what they move
             extra["noise"] = noise_of_some(rule, chain.state, chain.params, params)
         moved, state = step(rule, chain.params, without(grads, given.held), chain.state, **extra)
+    known = None
+    if spec.metropolis:
+        there = joined(moved, given.held)
+        known = evaluated(there)
+        drawn = fold_in(fold_in(chain.key, _METROPOLIS), t)
+        accepted, values[ACCEPTANCE] = tested(sampler, whole, (params, loss, grads), (there, *known), drawn)
+        stays = (chain.params, (loss, grads))
+        moved, known = jax.tree.map(lambda x, y: jnp.where(accepted, y, x), stays, (moved, known))
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, moved, state, memories, chain.traces, own), values
+    return Chain(chain.key, moved, state, memories, chain.traces, own, known), values
 
 
 def _center_at(spec: ChainSpec, params: Any, given: Given) -> Center:

@@ -197,6 +197,7 @@ def estimate_llc(
     probes: Mapping[str, Any] | None = None,
     until_mcse: float | None = None,
     control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> LLC:
     r"""Estimate the local learning coefficient at ``params`` from chains that start there.
 
@@ -241,6 +242,7 @@ def estimate_llc(
         until_mcse: as for :func:`sample`, but of the estimate, :attr:`LLC.mcse`; of selections all are to have an error
             no larger (default None).
         control_variates: as for :func:`sample` (default None).
+        metropolis: as for :func:`sample` (default False).
 
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
@@ -296,6 +298,7 @@ def estimate_llc(
         start_noise=start_noise,
         until_mcse=until_mcse,
         control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)

@@ -45,6 +45,7 @@ class RunOptions:
     store: str | os.PathLike[str] | None = None
     until_mcse: float | None = None
     control_variates: ControlVariates | None = None
+    metropolis: bool = False
 
     def __post_init__(self) -> None:
         check_key(self.key)

@@ -21,6 +21,7 @@ from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.control_variates import Center, center_like
 from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
+from jaxoptim.sampling.metropolis import check_metropolis
 from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
@@ -103,9 +104,11 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
     target, params, given = problem[:3]
+    check_metropolis(sampler, params, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
+    evaluation = options.microbatches, options.metropolis
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
     given = given._replace(batch_key=options.batch_key)
     settings = np.repeat(np.arange(num_settings), options.num_chains)

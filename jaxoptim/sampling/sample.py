@@ -95,6 +95,7 @@ def sample(
     store: str | os.PathLike[str] | None = None,
     until_mcse: float | None = None,
     control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -175,6 +176,12 @@ def sample(
             there are a quarter more. With a ``checkpoint`` the run goes on under a smaller bound (default None: all
             draws are taken; else it needs numpyro).
         control_variates: what makes the gradients of batches vary less: see :class:`ControlVariates` (default None).
+        metropolis: whether each step of the rule ``SGLD`` is a proposal that is accepted with the probability of
+            :func:`mala_acceptance`, by the loss of all data (``batch_size=None``), and else the chain stays: the
+            Metropolis-adjusted Langevin algorithm, which samples :math:`e^{-U}` exactly, whatever the step size.
+            ``observables["metropolis_acceptance"]`` has the probability of the step from each draw; step sizes are
+            good where it is about 0.57. A chain keeps loss and gradient, so that a step evaluates them once. Not with a
+            box, complex parameters, or ``noise_level`` other than 1 (default False).
 
     Returns:
         :class:`Samples`.
@@ -198,7 +205,8 @@ def sample(
         nothing: see ``Samples.diverged``.
 
     References:
-        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
+        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Roberts, Tweedie,
+        Exponential convergence of Langevin distributions and their discrete approximations, Bernoulli 1996.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -231,6 +239,7 @@ def sample(
         store=store,
         until_mcse=until_mcse,
         control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)
