@@ -34,4 +34,7 @@ from jaxoptim.sampling.sketches import Sketch as Sketch
 from jaxoptim.sampling.sketches import sketch as sketch
 from jaxoptim.sampling.susceptibilities import Susceptibilities as Susceptibilities
 from jaxoptim.sampling.susceptibilities import susceptibilities as susceptibilities
+from jaxoptim.sampling.tempering import FreeEnergy as FreeEnergy
+from jaxoptim.sampling.tempering import Tempering as Tempering
+from jaxoptim.sampling.tempering import parallel_tempering as parallel_tempering
 from jaxoptim.sampling.transformers import restriction as restriction

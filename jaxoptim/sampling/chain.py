@@ -21,6 +21,7 @@ from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.streams import batch_of
+from jaxoptim.sampling.swaps import SWAP_RATE, Tried
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
@@ -83,6 +84,7 @@ class Chain(NamedTuple):
         traces: by name the values recorded at each draw; room for all of them is there from the start.
         center: its own center of control variates, without the arrays that all chains share; None if it has none.
         known: loss and gradient at the parameters, of all arrays, where steps are accepted or rejected; else None.
+        tried: what it has tried to swap with the next temperature; None if there is no such thing.
     """
 
     key: jax.Array
@@ -92,6 +94,7 @@ class Chain(NamedTuple):
     traces: dict[str, Any]
     center: Any = None
     known: Any = None
+    tried: Tried | None = None
 
 
 def init_chain(
@@ -124,7 +127,8 @@ def init_chain(
         like = jax.eval_shape(lambda params: _center_at(spec, params, given), params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         center, known = (None, (zeros.loss, zeros.grads)) if spec.metropolis else (zeros, None)
-    chain = Chain(key, params, state, memories, {}, center, known)
+    tried = None if given.swaps is None else Tried.none()
+    chain = Chain(key, params, state, memories, {}, center, known, tried)
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
@@ -148,7 +152,15 @@ def results(spec: ChainSpec, num_draws: int, chain: Chain) -> dict[str, Any]:
     """Return the results of a chain's observables, and the traces of the sampler's own metrics."""
     observed, traces = dict(spec.observables), jax.tree.map(lambda x: x[:num_draws], chain.traces)
     own = {name: trace for name, trace in traces.items() if name not in observed}
-    return own | {name: observable.result(chain.memories[name], traces[name]) for name, observable in spec.observables}
+    made = {name: observable.result(chain.memories[name], traces[name]) for name, observable in spec.observables}
+    return own | made | ({} if chain.tried is None else {SWAP_RATE: chain.tried.rate})
+
+
+def loss_at(spec: ChainSpec, given: Given, chain: Chain) -> jax.Array:
+    """The loss of all data where a chain is."""
+    if chain.known is not None:
+        return chain.known[0]
+    return loss_of_all(spec.target, joined(chain.params, given.held), given, _size_at_once(spec))
 
 
 def _chain_step(
@@ -194,7 +206,7 @@ def _chain_step(
     def full_loss() -> Any:
         if spec.batch_size is None:
             return loss
-        return loss_of_all(spec.target, params, given, spec.batch_size // spec.microbatches)
+        return loss_of_all(spec.target, params, given, _size_at_once(spec))
 
     whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
     draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes, full_loss)
@@ -224,13 +236,17 @@ def _chain_step(
         moved, known = jax.tree.map(lambda x, y: jnp.where(accepted, y, x), stays, (moved, known))
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, moved, state, memories, chain.traces, own, known), values
+    return chain._replace(params=moved, state=state, memories=memories, center=own, known=known), values
 
 
 def _center_at(spec: ChainSpec, params: Any, given: Given) -> Center:
     """The center of control variates where a chain is."""
-    size = None if spec.batch_size is None else spec.batch_size // spec.microbatches
-    return Center(params, *loss_and_gradient(spec.target, joined(params, given.held), given, size))
+    return Center(params, *loss_and_gradient(spec.target, joined(params, given.held), given, _size_at_once(spec)))
+
+
+def _size_at_once(spec: ChainSpec) -> int | None:
+    """How many data the loss of all is evaluated on at once; None for all."""
+    return None if spec.batch_size is None else spec.batch_size // spec.microbatches
 
 
 def _moved(rule: Rule | None, params: Any, key: jax.Array, scale: Any) -> Any:

@@ -17,11 +17,12 @@ from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.interop.numpyro import required
 from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.observables import Function, Observable
+from jaxoptim.sampling.swaps import Swaps
 
 METHODS = ("auto", "vmap", "map")
 
 # The chains fold their numbers into the key of a run; what they share has its keys from the other end.
-_BATCHES, _REFERENCES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+_BATCHES, _REFERENCES, _SWAPS = (np.uint32(2**32 - number) for number in (1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,13 @@ class RunOptions:
     until_mcse: float | None = None
     control_variates: ControlVariates | None = None
     metropolis: bool = False
+    num_steps_bw_swaps: int | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
         at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "microbatches": 1}
+        if self.num_steps_bw_swaps is not None:
+            at_least["num_steps_bw_swaps"] = 1
         for name, least in at_least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -104,6 +108,12 @@ class RunOptions:
     def reference_key(self) -> jax.Array:
         """The key of the batches that stand for all data."""
         return fold_in(self.key, _REFERENCES)
+
+    @property
+    def swaps(self) -> Swaps | None:
+        """When chains swap their positions; None if they do not."""
+        every = self.num_steps_bw_swaps
+        return None if every is None else Swaps(fold_in(self.key, _SWAPS), np.int32(every))
 
     def size_at_once(self, data: Any) -> int | None:
         """How many data the loss is evaluated on at once; None for all."""

@@ -95,7 +95,7 @@ class Run(NamedTuple):
 
 
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
-    """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key.
+    """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
     Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
     that stays: what is wrong raises before work is done.
@@ -110,9 +110,11 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     evaluation = options.microbatches, options.metropolis
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
-    given = given._replace(batch_key=options.batch_key)
+    given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
+    if options.swaps is not None:  # what changes places must be independent, so noise is not common to the settings
+        numbers = numbers * num_settings + settings
     params, given = chains.on_all(mesh, (params, given))
     given = given._replace(held=held_arrays(rules, params))
     given = chains.on_all(mesh, _with_center(options, target, params, given))

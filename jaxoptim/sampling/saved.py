@@ -60,6 +60,7 @@ def description(
         "same_batches": options.same_batches,
         "store": options.store is not None,
         "metropolis": options.metropolis,
+        "num_steps_bw_swaps": options.num_steps_bw_swaps,
         "control_variates": None if options.control_variates is None else _of_control_variates(given),
         "observables": [
             [name, repr(of) if isinstance(of, Sketch) else type(of).__name__] for name, of in spec.observables
@@ -90,9 +91,8 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
     content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
-    there = {"store": False, "control_variates": None, "metropolis": False} | content[
-        "run"
-    ]  # of which older files say nothing
+    later = {"store": False, "control_variates": None, "metropolis": False, "num_steps_bw_swaps": None}
+    there = later | content["run"]  # of which older files say nothing
     for name, mine in about.items():
         if not _equal(there.get(name), mine):
             raise ValueError(

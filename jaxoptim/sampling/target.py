@@ -22,6 +22,7 @@ from jaxoptim.sampling.data import check_data, compiled
 from jaxoptim.sampling.microbatches import check_microbatches
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.streams import Stream, stream_of
+from jaxoptim.sampling.swaps import Swaps
 
 
 class Given(NamedTuple):
@@ -35,6 +36,7 @@ class Given(NamedTuple):
         held: the arrays that no chain moves, in a tree like the parameters; None if chains keep all.
         center: that of control variates which is the same for all chains; None if there is none.
         renewed_every: after how many steps each chain renews its own center; None if there is none.
+        swaps: when chains at neighbouring temperatures swap their positions; None if they do not.
     """
 
     data: Any
@@ -44,6 +46,7 @@ class Given(NamedTuple):
     held: Any = None
     center: Center | None = None
     renewed_every: Any = None
+    swaps: Swaps | None = None
 
 
 class Target(NamedTuple):
