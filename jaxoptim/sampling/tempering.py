@@ -209,8 +209,8 @@ def parallel_tempering(
         raise ValueError("parallel_tempering needs the loss of all data, but data is a stream of batches. Give arrays.")
     if not isinstance(sampler, SGLD):
         raise TypeError(
-            f"parallel_tempering is for the rule SGLD, but the sampler is {type(sampler).__name__}, whose state depends "
-            "on the position that would be swapped. Give rules.SGLD(lr=...)."
+            f"parallel_tempering is for the rule SGLD, but the sampler is {type(sampler).__name__}, whose state "
+            "depends on the position that would be swapped. Give rules.SGLD(lr=...)."
         )
     temperatures = _temperatures(nbeta, sampler)
     changes = {"nbeta": jnp.asarray(temperatures)}
