@@ -2,6 +2,7 @@
 
 from jaxoptim.sampling.calibration import Calibration as Calibration
 from jaxoptim.sampling.calibration import calibrate as calibrate
+from jaxoptim.sampling.control_variates import ControlVariates as ControlVariates
 from jaxoptim.sampling.cross_covariance import CrossCovariance as CrossCovariance
 from jaxoptim.sampling.diagnostics import effective_sample_size as effective_sample_size
 from jaxoptim.sampling.diagnostics import mcse as mcse
@@ -33,4 +34,7 @@ from jaxoptim.sampling.sketches import Sketch as Sketch
 from jaxoptim.sampling.sketches import sketch as sketch
 from jaxoptim.sampling.susceptibilities import Susceptibilities as Susceptibilities
 from jaxoptim.sampling.susceptibilities import susceptibilities as susceptibilities
+from jaxoptim.sampling.tempering import FreeEnergy as FreeEnergy
+from jaxoptim.sampling.tempering import Tempering as Tempering
+from jaxoptim.sampling.tempering import parallel_tempering as parallel_tempering
 from jaxoptim.sampling.transformers import restriction as restriction

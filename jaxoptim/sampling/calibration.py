@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.llc import check_initial_loss, initial_loss, temperature, tempered
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
@@ -160,6 +161,7 @@ def calibrate(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    control_variates: ControlVariates | None = None,
 ) -> Calibration:
     """Estimate the local learning coefficient for every pair of a step size and a localization, in one program.
 
@@ -188,6 +190,7 @@ def calibrate(
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
         probes: as for :func:`sample` (default None).
+        control_variates: as for :func:`sample` (default None).
 
     Returns:
         :class:`Calibration`.
@@ -220,6 +223,7 @@ def calibrate(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        control_variates=control_variates,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)

@@ -14,15 +14,18 @@ from jax import lax
 from jaxoptim.core import Rule, Sampler, init, noise_of_some, step
 from jaxoptim.core.noise import fold_in, is_key
 from jaxoptim.rules import PSGLD, SGLD
+from jaxoptim.sampling.control_variates import Center, estimate
 from jaxoptim.sampling.held import joined, joined_state, state_without, without
+from jaxoptim.sampling.metropolis import ACCEPTANCE, tested
 from jaxoptim.sampling.microbatches import mean_over_parts
-from jaxoptim.sampling.minimum import loss_of_all
+from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
 from jaxoptim.sampling.observables import Draw, Observable
 from jaxoptim.sampling.streams import batch_of
+from jaxoptim.sampling.swaps import SWAP_RATE, Tried
 from jaxoptim.sampling.target import Given, Target
 
 # The epochs of a chain fold small numbers into its key; noise and probes have theirs from the other end.
-_NOISE, _PROBES, _START = np.uint32(2**32 - 1), np.uint32(2**32 - 2), np.uint32(2**32 - 3)
+_NOISE, _PROBES, _START, _METROPOLIS = (np.uint32(2**32 - number) for number in (1, 2, 3, 4))
 
 
 class ChainSpec(NamedTuple):
@@ -35,6 +38,7 @@ class ChainSpec(NamedTuple):
         observables: names and observables.
         room: how many draws can be written down.
         microbatches: in how many parts a batch is evaluated.
+        metropolis: whether steps are accepted or rejected.
     """
 
     target: Target
@@ -43,6 +47,7 @@ class ChainSpec(NamedTuple):
     observables: tuple[tuple[str, Observable], ...]
     room: int
     microbatches: int = 1
+    metropolis: bool = False
 
 
 class Thinning(NamedTuple):
@@ -77,6 +82,9 @@ class Chain(NamedTuple):
         state: the state of the sampler.
         memories: the state of each observable.
         traces: by name the values recorded at each draw; room for all of them is there from the start.
+        center: its own center of control variates, without the arrays that all chains share; None if it has none.
+        known: loss and gradient at the parameters, of all arrays, where steps are accepted or rejected; else None.
+        tried: what it has tried to swap with the next temperature; None if there is no such thing.
     """
 
     key: jax.Array
@@ -84,6 +92,9 @@ class Chain(NamedTuple):
     state: Any
     memories: dict[str, Any]
     traces: dict[str, Any]
+    center: Any = None
+    known: Any = None
+    tried: Tried | None = None
 
 
 def init_chain(
@@ -111,7 +122,13 @@ def init_chain(
         params = _moved(rule, params, fold_in(key, _START), start_noise)
     if given.held is not None:
         params, state = without(params, given.held), state_without(state, given.held)
-    chain = Chain(key, params, state, memories, {})
+    center = known = None
+    if given.renewed_every is not None or spec.metropolis:  # which the first step makes
+        like = jax.eval_shape(lambda params: _center_at(spec, params, given), params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        center, known = (None, (zeros.loss, zeros.grads)) if spec.metropolis else (zeros, None)
+    tried = None if given.swaps is None else Tried.none()
+    chain = Chain(key, params, state, memories, {}, center, known, tried)
     values = jax.eval_shape(lambda chain: _chain_step(spec, rule, given, Thinning(0, 1), chain, 0)[1], chain)
     traces = jax.tree.map(lambda x: jnp.zeros((spec.room, *x.shape), x.dtype), values)
     return chain._replace(traces=traces)
@@ -135,7 +152,15 @@ def results(spec: ChainSpec, num_draws: int, chain: Chain) -> dict[str, Any]:
     """Return the results of a chain's observables, and the traces of the sampler's own metrics."""
     observed, traces = dict(spec.observables), jax.tree.map(lambda x: x[:num_draws], chain.traces)
     own = {name: trace for name, trace in traces.items() if name not in observed}
-    return own | {name: observable.result(chain.memories[name], traces[name]) for name, observable in spec.observables}
+    made = {name: observable.result(chain.memories[name], traces[name]) for name, observable in spec.observables}
+    return own | made | ({} if chain.tried is None else {SWAP_RATE: chain.tried.rate})
+
+
+def loss_at(spec: ChainSpec, given: Given, chain: Chain) -> jax.Array:
+    """The loss of all data where a chain is."""
+    if chain.known is not None:
+        return chain.known[0]
+    return loss_of_all(spec.target, joined(chain.params, given.held), given, _size_at_once(spec))
 
 
 def _chain_step(
@@ -156,15 +181,32 @@ def _chain_step(
 
     # By all arrays, as observables see it: what nothing uses is not computed.
     params = joined(chain.params, given.held)
-    loss, grads = mean(lambda part: jax.value_and_grad(loss_of)(params, part))
-    grads = jax.tree.map(jnp.conj, grads)  # what JAX calls the gradient of complex parameters is its conjugate
+    own, center = chain.center, given.center
+    if own is not None:
+        own = lax.cond(t % given.renewed_every == 0, lambda: _center_at(spec, chain.params, given), lambda: own)
+        center = own._replace(arrays=joined(own.arrays, given.held))
+
+    def evaluated(params: Any) -> tuple[Any, Any]:
+        def of_part(part: Any) -> tuple[Any, Any]:
+            def at(params: Any) -> tuple[Any, Any]:
+                loss, grads = jax.value_and_grad(loss_of)(params, part)
+                return loss, jax.tree.map(jnp.conj, grads)  # JAX has the conjugate for complex parameters
+
+            return at(params) if center is None else estimate(at, params, center)
+
+        return mean(of_part)
+
+    if spec.metropolis:
+        loss, grads = lax.cond(t == 0, lambda: evaluated(params), lambda: chain.known)
+    else:
+        loss, grads = evaluated(params)
     sampler = spec.transformation if rule is None else rule.at(chain.state.step)
     is_draw, probes = thinning.is_draw(t), given.probes or {}
 
     def full_loss() -> Any:
         if spec.batch_size is None:
             return loss
-        return loss_of_all(spec.target, params, given, spec.batch_size // spec.microbatches)
+        return loss_of_all(spec.target, params, given, _size_at_once(spec))
 
     whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
     draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes, full_loss)
@@ -184,9 +226,27 @@ def _chain_step(
         if given.held is not None:  # so that what chains share does not change the noise of what they move
             extra["noise"] = noise_of_some(rule, chain.state, chain.params, params)
         moved, state = step(rule, chain.params, without(grads, given.held), chain.state, **extra)
+    known = None
+    if spec.metropolis:
+        there = joined(moved, given.held)
+        known = evaluated(there)
+        drawn = fold_in(fold_in(chain.key, _METROPOLIS), t)
+        accepted, values[ACCEPTANCE] = tested(sampler, whole, (params, loss, grads), (there, *known), drawn)
+        stays = (chain.params, (loss, grads))
+        moved, known = jax.tree.map(lambda x, y: jnp.where(accepted, y, x), stays, (moved, known))
     shared = getattr(state, "shared", {})
     values |= {name: x for name, x in shared.items() if name not in values and jnp.shape(x) == () and not is_key(x)}
-    return Chain(chain.key, moved, state, memories, chain.traces), values
+    return chain._replace(params=moved, state=state, memories=memories, center=own, known=known), values
+
+
+def _center_at(spec: ChainSpec, params: Any, given: Given) -> Center:
+    """The center of control variates where a chain is."""
+    return Center(params, *loss_and_gradient(spec.target, joined(params, given.held), given, _size_at_once(spec)))
+
+
+def _size_at_once(spec: ChainSpec) -> int | None:
+    """How many data the loss of all is evaluated on at once; None for all."""
+    return None if spec.batch_size is None else spec.batch_size // spec.microbatches
 
 
 def _moved(rule: Rule | None, params: Any, key: jax.Array, scale: Any) -> Any:

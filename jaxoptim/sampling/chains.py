@@ -19,6 +19,7 @@ from jaxoptim.core.noise import fold_in
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.streams import of_chain
+from jaxoptim.sampling.swaps import Swaps, partners
 from jaxoptim.sampling.target import Given
 
 _SMALL = 2048
@@ -79,6 +80,43 @@ def init_chains(
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")
 def run_steps(
+    spec: ChainSpec,
+    method: str,
+    mesh: Mesh | None,
+    rules: Any,
+    settings: Any,
+    chains: Chain,
+    given: Given,
+    thinning: Thinning,
+    start: Any,
+    stop: Any,
+) -> Chain:
+    """Return chains after the steps from ``start`` to ``stop``, and the swaps that are due after them."""
+    if given.swaps is None:
+        return _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, start, stop)
+    swaps, every = given.swaps, given.swaps.every
+
+    def body(at: tuple[Any, Chain]) -> tuple[Any, Chain]:
+        here, chains = at
+        there = jnp.minimum((here // every + 1) * every, stop)
+        chains = _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, here, there)
+        swap = functools.partial(_swapped, spec, method, mesh, rules, given, swaps, there // every)
+        return there, lax.cond(there % every == 0, swap, lambda chains: chains, chains)
+
+    return lax.while_loop(lambda at: at[0] < stop, body, (jnp.asarray(start), chains))[1]
+
+
+def _swapped(
+    spec: ChainSpec, method: str, mesh: Mesh | None, rules: Any, given: Given, swaps: Swaps, turn: Any, chains: Chain
+) -> Chain:
+    """Return chains after neighbouring temperatures have swapped their positions, or not."""
+    loss = _over_chains(lambda state, given: chain.loss_at(spec, given, state), method, mesh, (chains,), (given,))
+    places, tried = partners(rules.nbeta, loss, swaps, turn, chains.tried)
+    moved = jax.tree.map(lambda x: x[places], (chains.params, chains.known))
+    return chains._replace(params=moved[0], known=moved[1], tried=tried)
+
+
+def _after_steps(
     spec: ChainSpec,
     method: str,
     mesh: Mesh | None,

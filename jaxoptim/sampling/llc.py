@@ -15,6 +15,7 @@ import numpy as np
 from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
 from jaxoptim.sampling import diagnostics
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.doubts import Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
@@ -194,6 +195,9 @@ def estimate_llc(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    until_mcse: float | None = None,
+    control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> LLC:
     r"""Estimate the local learning coefficient at ``params`` from chains that start there.
 
@@ -235,6 +239,10 @@ def estimate_llc(
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
         probes: as for :func:`sample` (default None).
+        until_mcse: as for :func:`sample`, but of the estimate, :attr:`LLC.mcse`; of selections all are to have an error
+            no larger (default None).
+        control_variates: as for :func:`sample` (default None).
+        metropolis: as for :func:`sample` (default False).
 
     Returns:
         :class:`LLC`. With draws of burn-in too few, the estimate is too low: the chains begin at the minimum.
@@ -288,6 +296,9 @@ def estimate_llc(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        until_mcse=until_mcse,
+        control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)
@@ -322,6 +333,8 @@ def estimated(
     """
     nbeta = temperature(caller, nbeta, sampler, given)
     check_initial_loss(init_loss)
+    if options.until_mcse is not None:  # that of the mean loss, as a run knows it
+        options = dataclasses.replace(options, until_mcse=options.until_mcse / nbeta)
     count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
     rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
     prepared = prepare(given, sampler, rules, count, options)
@@ -341,7 +354,7 @@ def estimated(
         for i, x in enumerate(of_each)
     ]
     falls, norms = zip(*steps, strict=True)
-    return several, lines + doubts(of_each, options.num_draws, rounding, falls, norms, labels)
+    return several, lines + doubts(of_each, loss.shape[-1], rounding, falls, norms, labels)
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import is_known, trees
+from jaxoptim.core.leaf import by_leaf
 from jaxoptim.core.precision import widened
+from jaxoptim.rules._langevin import force, masked, potential
 
 
 def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any, lr: Any) -> jax.Array:
@@ -63,6 +65,32 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
         work = work + jnp.sum((b - a) * (grad_a + grad_b)) / 2
         squares = squares + jnp.sum((grad_b - grad_a) * (grad_b + grad_a))
     return jnp.exp(jnp.minimum(0, widened(U_x) - widened(U_y) + work - lr / 8 * squares))
+
+
+def potential_at(rule: Any, state: Any, position: Any, loss: Any, grads: Any) -> tuple[jax.Array, Any]:
+    r"""The potential :math:`n\beta L + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2` and its gradient.
+
+    Directions that a mask holds take no part.
+
+    Args:
+        rule: the rule ``SGLD``.
+        state: its state.
+        position: the parameters w.
+        loss: L there.
+        grads: its gradient.
+    """
+    params, treedef = jax.tree.flatten(position, is_leaf=trees.is_leaf)
+    of_loss = jax.tree.leaves(grads, is_leaf=trees.is_leaf)
+    centers = jax.tree.leaves(state.slots["initial_param"], is_leaf=trees.is_leaf)
+    energy, forces = rule.nbeta * loss, list[Any]()
+    for one, param, grad, center in zip(by_leaf(rule, position, "params"), params, of_loss, centers, strict=True):
+        if param is None:
+            forces.append(None)
+            continue
+        slots = {"initial_param": center}
+        energy = energy + potential(one, 0.0, slots, param)
+        forces.append(masked(one, force(one, grad, slots, param)))
+    return jnp.asarray(energy, float), jax.tree.unflatten(treedef, forces)
 
 
 def _check_scalar(name: str, value: Any) -> None:

@@ -28,7 +28,7 @@ def full_loss(problem: Problem, params: Any, batch_size: int | None) -> float:
 
 def full_gradient(problem: Problem, batch_size: int | None) -> Any:
     """The gradient of :func:`full_loss` at the parameters of the problem."""
-    return _mean(_gradient, problem, problem.arrays, batch_size)
+    return _mean(loss_and_gradient, problem, problem.arrays, batch_size)[1]
 
 
 def _mean(function: Callable[..., Any], problem: Problem, params: Any, batch_size: int | None) -> Any:
@@ -53,22 +53,23 @@ def loss_of_all(target: Target, params: Any, given: Given, batch_size: int | Non
 
 
 @functools.partial(jax.jit, static_argnames=("target", "batch_size"))
-def _gradient(target: Target, params: Any, given: Given, batch_size: int | None) -> Any:
-    """The gradient of :func:`loss_of_all`, one batch in memory at a time."""
+def loss_and_gradient(target: Target, params: Any, given: Given, batch_size: int | None) -> tuple[jax.Array, Any]:
+    """:func:`loss_of_all` and its gradient, one batch in memory at a time."""
 
-    def gradient(batch: Any) -> Any:
-        grads = jax.grad(lambda params: target.loss(params, given.rest, batch))(params)
+    def of_batch(batch: Any) -> tuple[jax.Array, Any]:
+        loss, grads = jax.value_and_grad(lambda params: target.loss(params, given.rest, batch))(params)
         # What JAX calls the gradient of complex parameters is its conjugate.
-        return jax.tree.map(lambda g: jnp.conj(g).astype(computing_dtype(g.dtype)), grads)
+        return loss, jax.tree.map(lambda g: jnp.conj(g).astype(computing_dtype(g.dtype)), grads)
 
     if given.data is None:
-        return gradient(None)
+        return of_batch(None)
     batches, remainder, sizes = in_batches(given.data, batch_size)
 
     def added(total: Any, batch: Any, size: int) -> Any:
-        return jax.tree.map(lambda x, g: x + g * size, total, gradient(batch))
+        return jax.tree.map(lambda x, g: x + g * size, total, of_batch(batch))
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, computing_dtype(x.dtype)), params)
+    like = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     total, _ = lax.scan(lambda total, batch: (added(total, batch, sizes[0]), None), zeros, batches)
     if sizes[1]:
         total = added(total, remainder, sizes[1])

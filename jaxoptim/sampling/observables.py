@@ -10,15 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten
-from jaxoptim.core.leaf import by_leaf
 from jaxoptim.core.modules import module_of, trained_of
 from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.precision import widened
 from jaxoptim.rules import SGLD
-from jaxoptim.rules._langevin import force, masked, potential
-from jaxoptim.sampling.mala import mala_acceptance
+from jaxoptim.sampling.mala import mala_acceptance, potential_at
 
 
 class Draw(NamedTuple):
@@ -149,19 +146,8 @@ class MalaAcceptance(Observable):
         if not isinstance(rule, SGLD):
             raise TypeError(f"MalaAcceptance is of the rule SGLD, but the sampler is {type(rule).__name__}.")
         position = _wide(trained_of(draw.params))
-        params, treedef = jax.tree.flatten(position, is_leaf=trees.is_leaf)
-        grads = jax.tree.leaves(_wide(draw.grads), is_leaf=trees.is_leaf)
-        centers = jax.tree.leaves(draw.state.slots["initial_param"], is_leaf=trees.is_leaf)
-        rules = by_leaf(rule, draw.arrays, "params")
-        energy, forces = rule.nbeta * draw.loss, list[Any]()
-        for one, param, grad, center in zip(rules, params, grads, centers, strict=True):
-            if param is None:
-                forces.append(None)
-                continue
-            slots = {"initial_param": center}
-            energy = energy + potential(one, 0.0, slots, param)
-            forces.append(masked(one, force(one, grad, slots, param)))
-        here = position, jax.tree.unflatten(treedef, forces), jnp.asarray(energy, float)
+        energy, forces = potential_at(rule, draw.state, position, draw.loss, _wide(draw.grads))
+        here = position, forces, energy
         (x, grad_x, before), (y, grad_y, now) = memory, here
         return here, mala_acceptance(x, grad_x, before, y, grad_y, now, rule.lr)
 

@@ -14,12 +14,15 @@ import numpy as np
 
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
+from jaxoptim.interop.numpyro import required
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.observables import Function, Observable
+from jaxoptim.sampling.swaps import Swaps
 
 METHODS = ("auto", "vmap", "map")
 
 # The chains fold their numbers into the key of a run; what they share has its keys from the other end.
-_BATCHES, _REFERENCES = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+_BATCHES, _REFERENCES, _SWAPS = (np.uint32(2**32 - number) for number in (1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +44,16 @@ class RunOptions:
     same_batches: bool = False
     start_noise: float = 0.0
     store: str | os.PathLike[str] | None = None
+    until_mcse: float | None = None
+    control_variates: ControlVariates | None = None
+    metropolis: bool = False
+    num_steps_bw_swaps: int | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
         at_least = {"num_chains": 1, "num_draws": 1, "num_burnin_steps": 0, "num_steps_bw_draws": 1, "microbatches": 1}
+        if self.num_steps_bw_swaps is not None:
+            at_least["num_steps_bw_swaps"] = 1
         for name, least in at_least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
@@ -56,6 +65,12 @@ class RunOptions:
         if isinstance(noise, str | bool | None) or np.ndim(noise) or not 0 <= noise < math.inf:
             raise ValueError(f"Invalid start_noise: {noise!r}. It is a finite number >= 0.")
         object.__setattr__(self, "start_noise", float(noise))
+        bound = self.until_mcse
+        if bound is not None:
+            if isinstance(bound, str | bool) or np.ndim(bound) or not 0 < bound < math.inf:
+                raise ValueError(f"Invalid until_mcse: {bound!r}. It is a finite number > 0, or None.")
+            object.__setattr__(self, "until_mcse", float(bound))
+            required()
         if not isinstance(self.same_batches, bool):
             raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
         _check_probes(self.probes)
@@ -74,7 +89,15 @@ class RunOptions:
     @property
     def num_steps(self) -> int:
         """The steps of each chain."""
-        return self.num_burnin_steps + self.num_draws * self.num_steps_bw_draws
+        return self.steps_of(self.num_draws)
+
+    def steps_of(self, draws: int) -> int:
+        """The steps after which a chain has so many draws."""
+        return self.num_burnin_steps + draws * self.num_steps_bw_draws
+
+    def draws_at(self, step: int) -> int:
+        """How many draws are whole after so many steps."""
+        return max(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
 
     @property
     def batch_key(self) -> jax.Array | None:
@@ -85,6 +108,12 @@ class RunOptions:
     def reference_key(self) -> jax.Array:
         """The key of the batches that stand for all data."""
         return fold_in(self.key, _REFERENCES)
+
+    @property
+    def swaps(self) -> Swaps | None:
+        """When chains swap their positions; None if they do not."""
+        every = self.num_steps_bw_swaps
+        return None if every is None else Swaps(fold_in(self.key, _SWAPS), np.int32(every))
 
     def size_at_once(self, data: Any) -> int | None:
         """How many data the loss is evaluated on at once; None for all."""

@@ -19,11 +19,15 @@ from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
+from jaxoptim.sampling.control_variates import Center, center_like
 from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
+from jaxoptim.sampling.metropolis import check_metropolis
+from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.progress import bar
 from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
-from jaxoptim.sampling.target import Problem
+from jaxoptim.sampling.target import Given, Problem, Target
+from jaxoptim.sampling.until import is_look, largest_mcse, next_look
 
 SamplerLike: TypeAlias = Rule | optax.GradientTransformation
 """A sampler as :func:`jaxoptim.sampling.sample` takes it."""
@@ -91,23 +95,29 @@ class Run(NamedTuple):
 
 
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
-    """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key.
+    """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
-    Nothing is evaluated but what a checkpoint tells runs apart by: what is wrong raises before work is done.
+    Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
+    that stays: what is wrong raises before work is done.
 
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
     target, params, given = problem[:3]
+    check_metropolis(sampler, params, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, options.microbatches)
+    evaluation = options.microbatches, options.metropolis
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
     method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
-    given = given._replace(batch_key=options.batch_key)
+    given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
     settings = np.repeat(np.arange(num_settings), options.num_chains)
     numbers = np.tile(np.arange(options.num_chains), num_settings)
+    if options.swaps is not None:  # what changes places must be independent, so noise is not common to the settings
+        numbers = numbers * num_settings + settings
     params, given = chains.on_all(mesh, (params, given))
     given = given._replace(held=held_arrays(rules, params))
+    given = chains.on_all(mesh, _with_center(options, target, params, given))
     rules = chains.on_all(mesh, with_small_masks(rules, given.held))
     problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
@@ -132,6 +142,18 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     return Run(problem, spec, method, mesh, rules, settings, options, about, start, state, store)
 
 
+def _with_center(options: RunOptions, target: Target, params: Any, given: Given) -> Given:
+    """What all chains are given, with the center of control variates."""
+    by = options.control_variates
+    if by is None:
+        return given
+    if by.renewed_every is not None:
+        return given._replace(renewed_every=np.int32(by.renewed_every))
+    center = center_like(by.center, params)
+    size = options.size_at_once(given.data)
+    return given._replace(center=Center(center, *loss_and_gradient(target, center, given, size)))
+
+
 def run(prepared: Run) -> dict[str, Any]:
     """Take the steps that are left.
 
@@ -139,10 +161,10 @@ def run(prepared: Run) -> dict[str, Any]:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
         setting by setting.
     """
-    state, problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
+    (state, draws), problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
     given = problem.given
     held, rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (given.held, given.rest))
-    return {**_observed(prepared, state), "params": problem.target.params(joined(state.params, held), rest)}
+    return {**_observed(prepared, state, draws), "params": problem.target.params(joined(state.params, held), rest)}
 
 
 def observed(prepared: Run) -> dict[str, Any]:
@@ -150,11 +172,11 @@ def observed(prepared: Run) -> dict[str, Any]:
 
     Arrays that no chain moves are not copied for each.
     """
-    return _observed(prepared, _ended(prepared))
+    return _observed(prepared, *_ended(prepared))
 
 
-def _ended(prepared: Run) -> Chain:
-    """The chains after the steps that were left."""
+def _ended(prepared: Run) -> tuple[Chain, int]:
+    """The chains after the steps that were left, or some of them if that is enough, and how many draws they have."""
     (_, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state, store = prepared
 
     def save() -> None:
@@ -163,14 +185,29 @@ def _ended(prepared: Run) -> Chain:
         if options.saved_at is not None:
             saved.save(options.saved_at, about, options, start, state)
 
+    def is_enough() -> bool:
+        draws = options.draws_at(start)
+        if options.until_mcse is None or not is_look(draws):
+            return False
+        if store is None:
+            loss = np.asarray(state.traces["loss"])[:, :draws]
+        else:
+            store.take(start, state.traces)
+            loss = store.loss()
+        return largest_mcse(loss.reshape(-1, options.num_chains, draws)) <= options.until_mcse
+
     if store is not None and not start:
         save()  # before there are draws, which are not known without it
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
         try:
-            while start < options.num_steps:
+            while start < options.num_steps and not is_enough():
                 count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
-                stop = min(start + count, options.num_steps, *([] if store is None else [store.limit()]))
+                stop = min(start + count, options.num_steps)
+                if store is not None:
+                    stop = min(stop, store.limit())
+                if options.until_mcse is not None:
+                    stop = min(stop, options.steps_of(next_look(options.draws_at(start))))
                 if stream is not None:
                     given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
                 first = 0 if store is None else store.taken
@@ -191,17 +228,17 @@ def _ended(prepared: Run) -> Chain:
             save()
             raise
     save()
-    return state
+    return state, options.draws_at(start)
 
 
-def _observed(prepared: Run, state: Chain) -> dict[str, Any]:
+def _observed(prepared: Run, state: Chain, num_draws: int) -> dict[str, Any]:
     """The results of chains that are at their end."""
     if prepared.store is not None:
-        return _stored(prepared.spec, prepared.options, state, prepared.store)
-    return chains.results(prepared.spec, prepared.options.num_draws, state)
+        return _stored(prepared.spec, num_draws, state, prepared.store)
+    return chains.results(prepared.spec, num_draws, state)
 
 
-def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) -> dict[str, Any]:
+def _stored(spec: ChainSpec, num_draws: int, state: Chain, store: Store) -> dict[str, Any]:
     """The results of chains whose traces are in a store: on the host, but for those that observables make of them."""
     traces = store.traces(state.traces)
     made = tuple((name, of) for name, of in spec.observables if is_made(of))
@@ -210,7 +247,7 @@ def _stored(spec: ChainSpec, options: RunOptions, state: Chain, store: Store) ->
     if made:
         memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
         kept = state._replace(memories=memories, traces=own)
-        found |= chains.results(spec._replace(observables=made), options.num_draws, kept)
+        found |= chains.results(spec._replace(observables=made), num_draws, kept)
     store.finish(found)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
@@ -22,7 +23,8 @@ class Samples:
     """The draws of chains.
 
     Attributes:
-        loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it.
+        loss: the loss at each draw before its step, ``(chains, draws)``, of the batch that drove it, or as
+            :class:`ControlVariates` estimate it.
         observables: by name what was observed, each with a first axis of chains; traces have a second one of draws.
             The sampler's own metrics (``thermostat``, ``noise_norm``, ...) are among them.
         params: where the chains have ended, as the parameters were given, with a first axis of chains; of a module all
@@ -91,6 +93,9 @@ def sample(
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
     store: str | os.PathLike[str] | None = None,
+    until_mcse: float | None = None,
+    control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> Samples:
     r"""Run chains of a sampler from one point, all of them and all draws in one compiled program.
 
@@ -165,6 +170,18 @@ def sample(
             each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
             with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,
             NumPy's arrays in the memory of the host (default None).
+        until_mcse: a bound > 0 on the Monte-Carlo standard error of the mean loss, see :func:`mcse`, of the chains that
+            have not diverged. Where it is no larger the run stops, its draws the first ones of the run without a bound,
+            of which ``num_draws`` is then the most. The error is looked at when there are 64 draws, and then each time
+            there are a quarter more. With a ``checkpoint`` the run goes on under a smaller bound (default None: all
+            draws are taken; else it needs numpyro).
+        control_variates: what makes the gradients of batches vary less: see :class:`ControlVariates` (default None).
+        metropolis: whether each step of the rule ``SGLD`` is a proposal that is accepted with the probability of
+            :func:`mala_acceptance`, by the loss of all data (``batch_size=None``), and else the chain stays: the
+            Metropolis-adjusted Langevin algorithm, which samples :math:`e^{-U}` exactly, whatever the step size.
+            ``observables["metropolis_acceptance"]`` has the probability of the step from each draw; step sizes are
+            good where it is about 0.57. A chain keeps loss and gradient, so that a step evaluates them once. Not with a
+            box, complex parameters, or ``noise_level`` other than 1 (default False).
 
     Returns:
         :class:`Samples`.
@@ -188,7 +205,8 @@ def sample(
         nothing: see ``Samples.diverged``.
 
     References:
-        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011.
+        Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Roberts, Tweedie,
+        Exponential convergence of Langevin distributions and their discrete approximations, Bernoulli 1996.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -219,6 +237,9 @@ def sample(
         same_batches=same_batches,
         start_noise=start_noise,
         store=store,
+        until_mcse=until_mcse,
+        control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options)

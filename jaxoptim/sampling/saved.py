@@ -19,7 +19,7 @@ from jaxoptim.sampling.losses import Losses
 from jaxoptim.sampling.observables import Function
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.sketches import Sketch
-from jaxoptim.sampling.target import Problem
+from jaxoptim.sampling.target import Given, Problem
 
 
 def description(
@@ -59,6 +59,9 @@ def description(
         "microbatches": options.microbatches,
         "same_batches": options.same_batches,
         "store": options.store is not None,
+        "metropolis": options.metropolis,
+        "num_steps_bw_swaps": options.num_steps_bw_swaps,
+        "control_variates": None if options.control_variates is None else _of_control_variates(given),
         "observables": [
             [name, repr(of) if isinstance(of, Sketch) else type(of).__name__] for name, of in spec.observables
         ],
@@ -88,7 +91,8 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
     content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
-    there = {"store": False} | content["run"]  # of which older files say nothing
+    later = {"store": False, "control_variates": None, "metropolis": False, "num_steps_bw_swaps": None}
+    there = later | content["run"]  # of which older files say nothing
     for name, mine in about.items():
         if not _equal(there.get(name), mine):
             raise ValueError(
@@ -126,6 +130,13 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(b, jax.Array):
         return isinstance(a, jax.Array) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
     return type(a) is type(b) and a == b
+
+
+def _of_control_variates(given: Given) -> list[Any]:
+    """What tells runs with control variates apart."""
+    every = given.renewed_every
+    center = () if given.center is None else given.center.arrays
+    return [None if every is None else int(every), *map(_digest, jax.tree.leaves(center))]
 
 
 def _digest(x: jax.Array) -> str:

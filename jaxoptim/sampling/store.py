@@ -35,8 +35,8 @@ class Files(Protocol):
     def append(self, first: int, block: Variables) -> None:
         """Write a block whose first draw has this number; with number 0 everything begins anew."""
 
-    def read(self) -> dict[str, np.ndarray]:
-        """All draws of each variable."""
+    def read(self, *names: str) -> dict[str, np.ndarray]:
+        """All draws of these variables, or of each."""
 
     def finish(self, whole: Variables) -> None:
         """Write what each chain has one of, and that the run has ended."""
@@ -72,9 +72,10 @@ class ZarrFiles:
             chunks = {name: {"chunks": (1, *array.shape[1:])} for name, (_, array) in block.items()}
             dataset.to_zarr(self._path, mode="w", encoding=chunks, consolidated=False)
 
-    def read(self) -> dict[str, np.ndarray]:
-        """All arrays."""
-        return {name: np.asarray(array[...]) for name, array in self._arrays("r").items()}
+    def read(self, *names: str) -> dict[str, np.ndarray]:
+        """These arrays, or all."""
+        found = self._arrays("r")
+        return {name: np.asarray(found[name][...]) for name in names or found}
 
     def finish(self, whole: Variables) -> None:
         """Add coordinates, and the attribute ``completed`` as devinterp has it."""
@@ -118,10 +119,10 @@ class SafetensorsFiles:
         stop = first + block[OF_THE_LOSS[0]][1].shape[1]
         self._write(f"draws-{first:012d}-{stop:012d}", block)
 
-    def read(self) -> dict[str, np.ndarray]:
+    def read(self, *names: str) -> dict[str, np.ndarray]:
         """The blocks one after another."""
         blocks = [checkpoint.load(file)["variables"] for file in sorted(self._blocks())]
-        return {name: np.concatenate([block[name] for block in blocks], 1) for name in blocks[0]}
+        return {name: np.concatenate([block[name] for block in blocks], 1) for name in names or blocks[0]}
 
     def finish(self, whole: Variables) -> None:
         """Write one more file."""
@@ -166,7 +167,7 @@ class Store:
         path: Any = options.store
         self._files, self._options, self._room = files_at(path), options, room
         self._axes = {name: _axes_of_trace(name, of) for name, of in options.watched()} | {"loss": OF_THE_LOSS}
-        self.taken = self._done(step)
+        self.taken = options.draws_at(step)
         there = self._files.length()
         if there < self.taken:
             raise ValueError(
@@ -176,11 +177,11 @@ class Store:
 
     def limit(self) -> int:
         """The step at which the room on the device is full."""
-        return self._options.num_burnin_steps + (self.taken + self._room) * self._options.num_steps_bw_draws
+        return self._options.steps_of(self.taken + self._room)
 
     def take(self, step: int, traces: Any) -> None:
         """Write the draws that are whole at a step and still on the device."""
-        count = self._done(step) - self.taken
+        count = self._options.draws_at(step) - self.taken
         if count:
             block = jax.tree.map(lambda x: np.asarray(x)[:, :count], traces)
             with Uninterrupted():  # until it is known what is on disk
@@ -195,15 +196,16 @@ class Store:
         names = iter(labelled(dict(sorted(like.items())), self._axes))  # in the order in which JAX has its leaves
         return jax.tree.map(lambda x: found[next(names)].astype(x.dtype), like)
 
+    def loss(self) -> np.ndarray:
+        """The loss at the draws that are on disk, ``(chains, draws)``."""
+        name = OF_THE_LOSS[0]
+        return self._files.read(name)[name]
+
     def finish(self, found: dict[str, Any]) -> None:
         """Write what each chain has one of, and that the run has ended."""
         whole = {name: found[name] for name, of in self._options.watched() if is_made(of)}
         made = labelled(whole, self._options.axes)
         self._files.finish({name: of for name, of in made.items() if "draw" not in of[0]})
-
-    def _done(self, step: int) -> int:
-        """How many draws are whole at a step."""
-        return max(step - self._options.num_burnin_steps, 0) // self._options.num_steps_bw_draws
 
 
 def is_made(of: Observable) -> bool:

@@ -17,10 +17,12 @@ from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_insid
 from jaxoptim.core.numerics import as_jax, is_numeric, strong
 from jaxoptim.core.precision import is_low, widened
 from jaxoptim.core.signatures import mismatch
+from jaxoptim.sampling.control_variates import Center, check_control_variates
 from jaxoptim.sampling.data import check_data, compiled
 from jaxoptim.sampling.microbatches import check_microbatches
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.streams import Stream, stream_of
+from jaxoptim.sampling.swaps import Swaps
 
 
 class Given(NamedTuple):
@@ -32,6 +34,9 @@ class Given(NamedTuple):
         probes: by name the data sets of observables; None if there are none.
         batch_key: the key from which the batches of all chains follow; None if each chain's follow from its own.
         held: the arrays that no chain moves, in a tree like the parameters; None if chains keep all.
+        center: that of control variates which is the same for all chains; None if there is none.
+        renewed_every: after how many steps each chain renews its own center; None if there is none.
+        swaps: when chains at neighbouring temperatures swap their positions; None if they do not.
     """
 
     data: Any
@@ -39,6 +44,9 @@ class Given(NamedTuple):
     probes: dict[str, Any] | None = None
     batch_key: jax.Array | None = None
     held: Any = None
+    center: Center | None = None
+    renewed_every: Any = None
+    swaps: Swaps | None = None
 
 
 class Target(NamedTuple):
@@ -138,6 +146,7 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions, num_refer
         check_microbatches(options.microbatches, options.batch_size, data)
     else:
         check_microbatches(options.microbatches, size_of(stream.example), stream.example)
+    check_control_variates(options.control_variates, options.batch_size, data, stream is not None)
     _check_signature(loss_fn, data)
     data = stream.at_start if stream is not None else jax.tree.map(as_jax, data)
     probes = jax.tree.map(as_jax, dict(options.probes)) if options.probes else None
