@@ -106,7 +106,7 @@ class LLC:
     @property
     def mean(self) -> Any:
         """The pooled estimate: the mean of the chains."""
-        return _plain(np.nanmean(self.per_chain, -1))
+        return _plain(self._each(lambda trace: trace.mean(-1).mean()))
 
     @property
     def std(self) -> Any:
@@ -134,7 +134,7 @@ class LLC:
 
     def _each(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
         """A number for each selection, from the traces of its chains that have not diverged."""
-        values = [of(trace) for trace in self._good_traces()]
+        values = [of(trace) if len(trace) else math.nan for trace in self._good_traces()]
         return np.asarray(values, np.float64).reshape(self.diverged.shape[:-1])
 
     def _good_traces(self) -> list[np.ndarray]:
