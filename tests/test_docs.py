@@ -29,7 +29,8 @@ MULTI = "MultiOptimizer PyroMultiOptimizer TorchMultiOptimizer MixedMultiOptimiz
 PUBLIC |= {f"pyro.optim.multi.{name}": getattr(pyro.optim.multi, name) for name in MULTI.split()}
 PUBLIC |= {f"pyro.infer.{name}": getattr(pyro.infer, name) for name in ("SVI", "differentiable_loss")}
 SAMPLING = (
-    "sample estimate_llc calibrate susceptibilities default_nbeta mala_acceptance effective_sample_size mcse rhat"
+    "sample estimate_llc llc_over_checkpoints calibrate susceptibilities default_nbeta mala_acceptance "
+    "effective_sample_size mcse rhat"
 )
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
 PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}

@@ -143,3 +143,61 @@ def test_without_xarray_it_says_what_to_install(samples, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"need xarray: pip install 'jaxoptim\[sampling\]'"):
         samples.to_xarray()
+
+
+NEAR = rules.SGLD(lr=0.01, localization=1.0, nbeta=10.0)
+
+
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
+@pytest.mark.parametrize("selections", [None, {"first": ["x"], "both": ["x", "y"]}, [["x"], ["x", "y"], ["y"]]])
+def test_an_llc_has_the_dataset_of_its_samples_and_its_trace(selections):
+    def both(w, x):
+        return loss(jnp.stack([w["x"], w["y"]]), x)
+
+    if selections is not None:
+        as_masks = [
+            {"x": "x" in part, "y": "y" in part}
+            for part in (selections if isinstance(selections, list) else selections.values())
+        ]
+        selections = as_masks if isinstance(selections, list) else dict(zip(selections, as_masks, strict=True))
+    at = {"x": jnp.zeros(()), "y": jnp.ones(())}
+    observables = {
+        "w": lambda w: w,
+        "code": sampling.Losses(lambda w, x: of_tokens(jnp.stack([w["x"], w["y"]]), x), "code"),
+    }
+    llc = sampling.estimate_llc(
+        both, at, NEAR, X, selections=selections, observables=observables, probes=PROBES, **FEW
+    )  # fmt: skip
+    found = llc.to_xarray()
+    first = () if selections is None else ("selection",)
+    assert found["llc"].dims == found["sampling_loss"].dims == (*first, "chain", "draw")
+    assert found["loss_code"].dims == (*first, "chain", "draw", "batch_code", "token_pos")
+    assert found["w.x"].dims == (*first, "chain", "draw")
+    np.testing.assert_array_equal(found["llc"], llc.trace)
+    np.testing.assert_array_equal(found["sampling_loss"], llc.loss)
+    np.testing.assert_array_equal(found["w.y"], llc.observables["w"]["y"])
+    assert found.attrs["nbeta"] == 10.0
+    np.testing.assert_array_equal(found["init_loss"], np.full((*llc.loss.shape[:-2], 2), llc.init_loss))
+    np.testing.assert_array_equal(found["diverged"], llc.diverged)
+    np.testing.assert_allclose(found["llc"].mean(("chain", "draw")), llc.mean, rtol=1e-6)
+    if selections is not None:
+        assert found["selection"].values.tolist() == (list(selections) if isinstance(selections, dict) else [0, 1, 2])
+        one = llc[1].to_xarray()
+        xarray.testing.assert_equal(one, found.isel(selection=1).drop_vars("selection"))
+
+
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
+def test_an_llc_refuses_an_observable_by_a_name_of_its_own():
+    llc = sampling.estimate_llc(loss, jnp.zeros(2), NEAR, X, observables={"llc": lambda w: w[0]}, **FEW)
+    with pytest.raises(ValueError, match=r"the variable 'llc' of 'llc' is taken"):
+        llc.to_xarray()
+
+
+@pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
+def test_arviz_has_the_error_and_the_r_hat_of_an_llc():
+    arviz = pytest.importorskip("arviz")
+    llc = sampling.estimate_llc(loss, jnp.zeros(2), NEAR, X, **FEW | {"num_draws": 400})
+    row = arviz.summary(llc.to_xarray(), var_names="llc", round_to="none").loc["llc"]
+    assert row["mean"] == pytest.approx(llc.mean)
+    assert row["mcse_mean"] == pytest.approx(llc.mcse, rel=0.3)
+    assert row["r_hat"] == pytest.approx(llc.rhat, abs=0.05)

@@ -14,6 +14,8 @@ from jaxoptim.sampling.jackknife import Estimate as Estimate
 from jaxoptim.sampling.llc import LLC as LLC
 from jaxoptim.sampling.llc import default_nbeta as default_nbeta
 from jaxoptim.sampling.llc import estimate_llc as estimate_llc
+from jaxoptim.sampling.llc_over_checkpoints import LLCOverCheckpoints as LLCOverCheckpoints
+from jaxoptim.sampling.llc_over_checkpoints import llc_over_checkpoints as llc_over_checkpoints
 from jaxoptim.sampling.losses import Losses as Losses
 from jaxoptim.sampling.mala import mala_acceptance as mala_acceptance
 from jaxoptim.sampling.observables import Covariance as Covariance

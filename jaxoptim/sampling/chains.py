@@ -56,6 +56,7 @@ def init_chains(
     params: Any,
     given: Given,
     start_noise: Any = None,
+    starts: Any = None,
 ) -> Chain:
     """Return chains before their first step, stacked.
 
@@ -69,13 +70,17 @@ def init_chains(
         params: where all begin.
         given: what all are given.
         start_noise: the standard deviation of the noise about ``params`` where each begins; None for none.
+        starts: for each chain the number of the point where it begins, of those on the first axes of ``params``, and of
+            what ``given`` has of them; None where all begin at one.
     """
 
-    def one(setting: Any, key: Any, rules: Any, params: Any, given: Given, start_noise: Any) -> Chain:
+    def one(setting: Any, start: Any, key: Any, rules: Any, params: Any, given: Given, start_noise: Any) -> Chain:
+        given, params = _given_at(given, start), _at(params, start)
         return chain.init_chain(spec, _setting(rules, setting), params, given, key, start_noise)
 
     # At the start there is nothing to compute that would need the cache.
-    return _over_chains(one, "vmap", mesh, (settings, fold_in(key, numbers)), (rules, params, given, start_noise))
+    mapped = settings, starts, fold_in(key, numbers)
+    return _over_chains(one, "vmap", mesh, mapped, (rules, params, given, start_noise))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")
@@ -90,16 +95,20 @@ def run_steps(
     thinning: Thinning,
     start: Any,
     stop: Any,
+    starts: Any = None,
 ) -> Chain:
-    """Return chains after the steps from ``start`` to ``stop``, and the swaps that are due after them."""
+    """Return chains after the steps from ``start`` to ``stop``, and the swaps that are due after them.
+
+    ``starts`` is that of :func:`init_chains`.
+    """
     if given.swaps is None:
-        return _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, start, stop)
+        return _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, start, stop, starts)
     swaps, every = given.swaps, given.swaps.every
 
     def body(at: tuple[Any, Chain]) -> tuple[Any, Chain]:
         here, chains = at
         there = jnp.minimum((here // every + 1) * every, stop)
-        chains = _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, here, there)
+        chains = _after_steps(spec, method, mesh, rules, settings, chains, given, thinning, here, there, starts)
         swap = functools.partial(_swapped, spec, method, mesh, rules, given, swaps, there // every)
         return there, lax.cond(there % every == 0, swap, lambda chains: chains, chains)
 
@@ -127,16 +136,17 @@ def _after_steps(
     thinning: Thinning,
     start: Any,
     stop: Any,
+    starts: Any,
 ) -> Chain:
     """Return chains after the steps from ``start`` to ``stop``."""
 
     def one(
-        setting: Any, number: Any, state: Chain, rules: Any, given: Given, thinning: Thinning, start: Any, stop: Any
+        setting: Any, at: Any, number: Any, state: Chain, rules: Any, given: Given, thinning: Any, start: Any, stop: Any
     ) -> Chain:
-        given = given._replace(data=of_chain(given.data, number))
+        given = _given_at(given, at)._replace(data=of_chain(given.data, number))
         return chain.run_steps(spec, _setting(rules, setting), given, thinning, state, start, stop)
 
-    mapped = settings, jnp.arange(len(settings)), chains
+    mapped = settings, starts, jnp.arange(len(settings)), chains
     return _over_chains(one, method, mesh, mapped, (rules, given, thinning, start, stop))
 
 
@@ -164,6 +174,16 @@ def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped
 def _setting(rules: Any, setting: Any) -> Rule | None:
     """Return one of the stacked settings of a rule."""
     return jax.tree.map(lambda x: x[setting], rules)
+
+
+def _at(tree: Any, start: Any) -> Any:
+    """Arrays of one point, of those on their first axes where there are several."""
+    return tree if start is None else jax.tree.map(lambda x: x[start], tree)
+
+
+def _given_at(given: Given, start: Any) -> Given:
+    """What the chains of a point are given."""
+    return given._replace(rest=_at(given.rest, start), held=_at(given.held, start))
 
 
 def on_all(mesh: Mesh | None, tree: Any) -> Any:

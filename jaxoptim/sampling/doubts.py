@@ -67,13 +67,29 @@ def statistics(trace: np.ndarray) -> Statistics:
     return Statistics(float(trace.mean()), mcse, rhat, size, is_constant)
 
 
+class Evidence(NamedTuple):
+    """What is known of one estimate, and of the parameters where its chains began.
+
+    Attributes:
+        of: the statistics of its trace.
+        fall: what a step down the gradient lowers the potential by.
+        norm: the norm of the gradient.
+        rounding: an error of the estimate that is due to rounding.
+    """
+
+    of: Statistics
+    fall: float
+    norm: float
+    rounding: float
+
+
 def fall_to_warn_of(mean: float) -> float:
     """The fall of the potential on a step down its gradient from which parameters are far from a minimum."""
     return OF_ESTIMATE * max(abs(mean), ONE_PARAMETER)
 
 
-def divergence(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
-    """A line about the chains that have diverged; raises if all of a selection have."""
+def divergence(diverged: np.ndarray, labels: Sequence[str] | None, *, all_may: bool = False) -> list[str]:
+    """A line about the chains that have diverged; raises if all of one estimate have, unless they may."""
     lost = np.argwhere(diverged >= 0)
     if not len(lost):
         return []
@@ -86,29 +102,20 @@ def divergence(diverged: np.ndarray, labels: Sequence[str] | None) -> list[str]:
         "SGLD is stable where lr * (nbeta * curvature + localization) < 4: try a smaller lr. "
         "sampling.sample with the same arguments returns all traces."
     )
-    if (diverged >= 0).all(-1).any():
+    if not all_may and (diverged >= 0).all(-1).any():
         raise FloatingPointError(f"{many}. {advice}")
     return [f"{many}; they are left out of the estimate. {advice}"]
 
 
-def doubts(
-    of_each: Sequence[Statistics],
-    num_draws: int,
-    rounding: float,
-    falls: Sequence[float],
-    norms: Sequence[float],
-    names: Sequence[str] | None,
-) -> list[str]:
+def doubts(found: Sequence[Evidence], num_draws: int, names: Sequence[str] | None) -> list[str]:
     """The reasons to doubt estimates, a line for each reason.
 
     Args:
-        of_each: the statistics of each selection.
+        found: what is known of each.
         num_draws: the draws of each chain.
-        rounding: an error of the estimates that is due to rounding.
-        falls: for each selection what a step down the gradient lowers the potential by.
-        norms: for each selection the norm of the gradient.
-        names: the selections as messages call them; None if there are none.
+        names: the estimates as messages call them; None if there is one.
     """
+    of_each = [each.of for each in found]
 
     def line(what: str, bad: Sequence[bool], value: Any, advice: str) -> None:
         where = [i for i, is_bad in enumerate(bad) if is_bad]
@@ -126,13 +133,13 @@ def doubts(
     lines: list[str] = []
     line(
         "params is not near a minimum: a step down the gradient lowers nbeta * loss by over a fifth of the estimate,",
-        [fall >= fall_to_warn_of(x.mean) + rounding for x, fall in zip(of_each, falls, strict=True)],
-        lambda i: f"{falls[i]:.3g} (gradient norm {norms[i]:.3g})",
+        [each.fall >= fall_to_warn_of(each.of.mean) + each.rounding for each in found],
+        lambda i: f"{found[i].fall:.3g} (gradient norm {found[i].norm:.3g})",
         "The coefficient is that of a minimum, and is too low elsewhere: train further, or raise localization.",
     )
     line(
         "The estimate is negative beyond its error:",
-        [x.mean < -3 * x.mcse - rounding for x in of_each],
+        [each.of.mean < -3 * each.of.mcse - each.rounding for each in found],
         lambda i: f"{of_each[i].mean:.3g} +- {of_each[i].mcse:.2g}",
         "The chains found lower losses than that of params: train further, raise localization, or check init_loss.",
     )

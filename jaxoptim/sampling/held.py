@@ -46,6 +46,11 @@ def with_small_masks(rules: Any, held: Any) -> Any:
     return assembled(type(rules), vars(rules) | {"optimize_over": jax.tree.unflatten(treedef, small)})
 
 
+def only(tree: Any, held: Any) -> Any:
+    """Of a tree like the parameters what is held, None in the place of the others; None if nothing is."""
+    return None if held is None else _each(lambda x, its: None if its is None else x, tree, held)
+
+
 def without(tree: Any, held: Any) -> Any:
     """A tree like the parameters with None in the place of what is held."""
     return tree if held is None else _each(lambda x, its: x if its is None else None, tree, held)

@@ -16,7 +16,8 @@ from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
 from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.control_variates import ControlVariates
-from jaxoptim.sampling.doubts import Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
+from jaxoptim.sampling.doubts import Evidence, Statistics, divergence, doubts, fall_to_warn_of, statistics, warn
+from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.minimum import descent, full_gradient, full_loss
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
@@ -66,6 +67,7 @@ class LLC:
             such chains out.
         observables: what else was observed.
         names: of the selections, None if they have none.
+        axes: as of :class:`Samples`.
     """
 
     loss: np.ndarray
@@ -74,6 +76,7 @@ class LLC:
     diverged: np.ndarray
     observables: dict[str, Any]
     names: tuple[str, ...] | None = None
+    axes: dict[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         """The estimate in a line, its numbers in three digits; mcse and R-hat as far as they are known."""
@@ -104,7 +107,7 @@ class LLC:
     @property
     def mean(self) -> Any:
         """The pooled estimate: the mean of the chains."""
-        return _plain(np.nanmean(self.per_chain, -1))
+        return _plain(self._each(lambda trace: trace.mean(-1).mean()))
 
     @property
     def std(self) -> Any:
@@ -132,7 +135,7 @@ class LLC:
 
     def _each(self, of: Callable[[np.ndarray], Any]) -> np.ndarray:
         """A number for each selection, from the traces of its chains that have not diverged."""
-        values = [of(trace) for trace in self._good_traces()]
+        values = [of(trace) if len(trace) else math.nan for trace in self._good_traces()]
         return np.asarray(values, np.float64).reshape(self.diverged.shape[:-1])
 
     def _good_traces(self) -> list[np.ndarray]:
@@ -160,6 +163,33 @@ class LLC:
 
         return plot_traces(self, ax)
 
+    def to_xarray(self) -> Any:
+        r"""Return the estimate's draws as an ``xarray.Dataset``, which arviz reads.
+
+        It is that of :meth:`Samples.to_xarray`, with ``init_loss`` among its coordinates, and with a variable ``llc``
+        ``(chain, draw)``: :attr:`trace`, whose mean is the estimate. Several selections are an axis ``selection``
+        before that of chains, with their names. :math:`n\beta` is the attribute ``nbeta``.
+
+        Returns:
+            An ``xarray.Dataset``. ``arviz.summary(dataset, var_names="llc")`` has mean, error and R-hat.
+
+        Raises:
+            ``ImportError`` without xarray; ``ValueError`` for observables whose names there coincide.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from jaxoptim import rules, sampling
+            >>> llc = sampling.estimate_llc(lambda w: jnp.sum(w**2) / 2, jnp.zeros(10), rules.SGLD(lr=1e-3),
+            ...                             nbeta=100.0, key=jax.random.key(0), num_draws=1000)
+            >>> found = llc.to_xarray()
+            >>> dict(found["llc"].sizes), bool(abs(found["llc"].mean() - llc.mean) < 1e-6)
+            ({'chain': 10, 'draw': 1000}, True)
+        """
+        about = {"diverged": self.diverged, "init_loss": self.init_loss}
+        first = selection_axis(self.loss.shape[0], self.names) if self.loss.ndim == 3 else {}
+        traces, values = {"llc": self.trace}, {"loss": self.loss} | self.observables
+        return dataset(values, self.axes, about, first, traces, {"nbeta": self.nbeta})
+
     def __getitem__(self, selection: int | str) -> LLC:
         """The estimate of one of several selections, by its number or its name."""
         if self.loss.ndim == 2:
@@ -169,7 +199,12 @@ class LLC:
                 raise KeyError(f"There is no selection {selection!r}. Their names are {self.names}.")
             selection = self.names.index(selection)
         parts = jax.tree.map(lambda x: x[selection], (self.loss, self.diverged, self.observables))
-        return LLC(parts[0], self.init_loss, self.nbeta, parts[1], parts[2])
+        return LLC(parts[0], self.init_loss, self.nbeta, parts[1], parts[2], axes=self.axes)
+
+
+def selection_axis(count: int, names: tuple[str, ...] | None) -> dict[str, Any]:
+    """The axis of selections with its labels: their names, or their numbers."""
+    return {"selection": list(names) if names is not None else np.arange(count)}
 
 
 def estimate_llc(
@@ -340,21 +375,38 @@ def estimated(
     prepared = prepare(given, sampler, rules, count, options)
     init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
     found = arranged_in((count, options.num_chains), observed(prepared))
-    eps, loss = jnp.finfo(found["loss"].dtype).eps, found.pop("loss").astype(np.float64)
-    rounding = 8 * float(eps) * nbeta * max(abs(init_loss), float(np.nanmin(abs(loss), initial=np.inf)))
-    diverged = first_divergence(loss)
-    several = LLC(loss, init_loss, nbeta, diverged, found, names)
-    labels = None if masks is None else [f"selection {name!r}" for name in names or range(count)]
-    lines = divergence(diverged, labels)
-    of_each = several._statistics()
-    size = options.size_at_once(given.example)
-    gradient = full_gradient(given, size)
-    steps = [
-        descent(given, rules, i, nbeta, gradient, fall_to_warn_of(x.mean) + rounding, size)
-        for i, x in enumerate(of_each)
-    ]
-    falls, norms = zip(*steps, strict=True)
-    return several, lines + doubts(of_each, loss.shape[-1], rounding, falls, norms, labels)
+    eps, loss = float(jnp.finfo(found["loss"].dtype).eps), found.pop("loss").astype(np.float64)
+    several = LLC(loss, init_loss, nbeta, first_divergence(loss), found, names, options.axes)
+    labels = None if masks is None else selection_labels(count, names)
+    lines = divergence(several.diverged, labels)
+    known = evidence(several, eps, given, rules, options.size_at_once(given.example))
+    return several, lines + doubts(known, loss.shape[-1], labels)
+
+
+def selection_labels(count: int, names: tuple[str, ...] | None) -> list[str]:
+    """Selections as messages call them."""
+    return [f"selection {name!r}" for name in names or range(count)]
+
+
+def evidence(several: LLC, eps: float, given: Problem, rules: Any, batch_size: int | None) -> list[Evidence]:
+    """What is known of the estimate of each selection.
+
+    Args:
+        several: the estimates, with an axis of selections.
+        eps: the resolution of the losses as they were computed.
+        given: the problem, whose parameters are those where the chains began.
+        rules: the settings of the sampler, stacked; None for a transformation.
+        batch_size: how many data the loss gets at once.
+    """
+    least = float(np.nanmin(abs(several.loss), initial=np.inf))
+    rounding = 8 * eps * several.nbeta * max(abs(several.init_loss), least)
+    gradient, found = full_gradient(given, batch_size), []
+    for i, of in enumerate(several._statistics()):
+        wanted = fall_to_warn_of(of.mean) + rounding
+        found.append(
+            Evidence(of, *descent(given, rules, i, several.nbeta, gradient, wanted, batch_size), rounding=rounding)
+        )
+    return found
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:

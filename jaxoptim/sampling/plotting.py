@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxoptim.sampling.points import axis
+
 
 def plot_traces(llc: Any, ax: Any) -> Any:
     """Draw the trace of each chain of an ``LLC``, and the running mean over all of them."""
@@ -41,6 +43,25 @@ def plot_sweep(sweep: Any, ax: Any) -> Any:
     if (np.nan_to_num(sweep.mean, nan=1.0) > 0).all():
         ax.set_yscale("log")  # one corner that is about to diverge would flatten the plateau
     ax.legend()
+    return ax
+
+
+def plot_over_checkpoints(found: Any, ax: Any) -> Any:
+    """Draw the estimates of an ``LLCOverCheckpoints``, a line for each selection, with two standard errors."""
+    ax, names, count = _axes(ax), axis(found.names), len(found)
+    are_numbers = names.dtype.kind in "iuf"
+    places = names if are_numbers else np.arange(count)
+    several = found.mean.ndim == 2
+    lines, errors = found.mean.reshape(count, -1).T, found.mcse.reshape(count, -1).T
+    labels = found.selections or [f"selection {number}" for number in range(len(lines))]
+    for mean, error, label in zip(lines, errors, labels if several else [None], strict=True):
+        ax.errorbar(places, mean, yerr=2 * np.nan_to_num(error), marker="o", capsize=2, label=label)
+    if not are_numbers:
+        ax.set_xticks(places, names, rotation=45, ha="right")
+    ax.set_xlabel("checkpoint")
+    ax.set_ylabel(r"$\hat\lambda$")
+    if several:
+        ax.legend()
     return ax
 
 

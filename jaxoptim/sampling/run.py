@@ -20,7 +20,7 @@ from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.control_variates import Center, center_like
-from jaxoptim.sampling.held import held_arrays, joined, with_small_masks
+from jaxoptim.sampling.held import held_arrays, joined, only, with_small_masks
 from jaxoptim.sampling.metropolis import check_metropolis
 from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
@@ -87,6 +87,7 @@ class Run(NamedTuple):
     mesh: Any
     rules: Any
     settings: np.ndarray
+    starts: np.ndarray | None
     options: RunOptions
     about: Any
     start: int
@@ -97,6 +98,9 @@ class Run(NamedTuple):
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
     """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
+    Where chains begin at several points there are so many of each setting at each of them, one point after the other;
+    such a run has no checkpoint, no store and no control variates.
+
     Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
     that stays: what is wrong raises before work is done.
 
@@ -104,24 +108,26 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
     target, params, given = problem[:3]
-    check_metropolis(sampler, params, options, problem.stream is not None)
+    one, count = problem.at_start(0), num_settings * options.num_chains * (problem.num_starts or 1)
+    check_metropolis(sampler, one.arrays, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     evaluation = options.microbatches, options.metropolis
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
-    method, mesh = chains.layout(options.chain_method, num_settings * options.num_chains, params, given)
+    method, mesh = chains.layout(options.chain_method, count, one.arrays, one.given)
     given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
-    settings = np.repeat(np.arange(num_settings), options.num_chains)
-    numbers = np.tile(np.arange(options.num_chains), num_settings)
+    numbers = np.arange(count) % options.num_chains
+    settings = np.arange(count) // options.num_chains % num_settings
+    starts = None if problem.num_starts is None else np.arange(count) // (options.num_chains * num_settings)
     if options.swaps is not None:  # what changes places must be independent, so noise is not common to the settings
         numbers = numbers * num_settings + settings
     params, given = chains.on_all(mesh, (params, given))
-    given = given._replace(held=held_arrays(rules, params))
+    given = given._replace(held=only(params, held_arrays(rules, one.arrays)))
     given = chains.on_all(mesh, _with_center(options, target, params, given))
     rules = chains.on_all(mesh, with_small_masks(rules, given.held))
     problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
-    begun = mesh, rules, settings, options.key, numbers, params, given, noise
+    begun = mesh, rules, settings, options.key, numbers, params, given, noise, starts
     if options.store is not None:
         one = jax.eval_shape(functools.partial(chains.init_chains, spec._replace(room=1), mesh), *begun[1:])
         spec = spec._replace(room=room_of_a_piece(room, one.traces))
@@ -139,7 +145,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     if problem.stream is not None:
         problem.stream.skip(start)
     store = None if options.store is None else Store(options, spec.room, start)
-    return Run(problem, spec, method, mesh, rules, settings, options, about, start, state, store)
+    return Run(problem, spec, method, mesh, rules, settings, starts, options, about, start, state, store)
 
 
 def _with_center(options: RunOptions, target: Target, params: Any, given: Given) -> Given:
@@ -163,7 +169,11 @@ def run(prepared: Run) -> dict[str, Any]:
     """
     (state, draws), problem, count = _ended(prepared), prepared.problem, len(prepared.settings)
     given = problem.given
-    held, rest = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), (given.held, given.rest))
+
+    def of_each(x: Any) -> jax.Array:
+        return jnp.broadcast_to(x, (count, *x.shape)) if prepared.starts is None else x[prepared.starts]
+
+    held, rest = jax.tree.map(of_each, (given.held, given.rest))
     return {**_observed(prepared, state, draws), "params": problem.target.params(joined(state.params, held), rest)}
 
 
@@ -177,7 +187,8 @@ def observed(prepared: Run) -> dict[str, Any]:
 
 def _ended(prepared: Run) -> tuple[Chain, int]:
     """The chains after the steps that were left, or some of them if that is enough, and how many draws they have."""
-    (_, _, given, stream), spec, method, mesh, rules, settings, options, about, start, state, store = prepared
+    problem, spec, method, mesh, rules, settings, starts, options, about, start, state, store = prepared
+    given, stream = problem.given, problem.stream
 
     def save() -> None:
         if store is not None:
@@ -213,7 +224,9 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
                 first = 0 if store is None else store.taken
                 thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws, first)
                 with Uninterrupted():  # until what has become of the donated chains is kept
-                    state = chains.run_steps(spec, method, mesh, rules, settings, state, given, thinning, start, stop)
+                    state = chains.run_steps(
+                        spec, method, mesh, rules, settings, state, given, thinning, start, stop, starts
+                    )
                     jax.block_until_ready(state.traces)
                     start = stop
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:

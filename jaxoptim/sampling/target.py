@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -92,12 +92,22 @@ class Problem(NamedTuple):
         arrays: the tree of arrays where every chain begins, in float32 at least, None in the place of anything else.
         given: data, and the other arrays of a module.
         stream: from where batches come if not from data; None if there is none.
+        num_starts: at how many points chains begin, where they do at several: ``arrays``, and the other arrays of a
+            module, then have a first axis of them. None for one point.
     """
 
     target: Target
     arrays: Any
     given: Given
     stream: Stream | None = None
+    num_starts: int | None = None
+
+    def at_start(self, index: int) -> Problem:
+        """The problem of one of several points."""
+        if self.num_starts is None:
+            return self
+        arrays, rest = jax.tree.map(lambda x: x[index], (self.arrays, self.given.rest))
+        return self._replace(arrays=arrays, given=self.given._replace(rest=rest), num_starts=None)
 
     @property
     def example(self) -> Any:
@@ -131,12 +141,7 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions, num_refer
             "or loss_fn(params) without data."
         )
     LossFunctions("sample", "sample(loss_fn, params, sampler, data, ...)").check(loss_fn)
-    parts = parts_of(params)
-    module, arrays, rest = (None, params, Rest()) if parts is None else parts
-    _check_arrays(arrays)
-    arrays = jax.tree.map(lambda x: strong(as_jax(x)), arrays)
-    if not jax.tree.leaves(arrays):
-        raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
+    target, arrays, rest = _taken_apart(loss_fn, params)
     width = 1 if options.same_batches else options.num_chains
     stream = stream_of(data, options.reference_key, width, num_references, options.batch_size)
     if stream is None:
@@ -150,11 +155,67 @@ def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions, num_refer
     _check_signature(loss_fn, data)
     data = stream.at_start if stream is not None else jax.tree.map(as_jax, data)
     probes = jax.tree.map(as_jax, dict(options.probes)) if options.probes else None
-    dtypes = tuple(x.dtype for x in jax.tree.leaves(arrays))
-    target = Target(loss_fn, module, dtypes if any(map(is_low, dtypes)) else None)
-    found = Problem(target, jax.tree.map(widened, arrays), Given(data, rest, probes), stream)
+    found = Problem(target, arrays, Given(data, rest, probes), stream)
     _check_loss(found, options.size_at_once(found.example))
     return found
+
+
+def with_starts(found: Problem, params: Mapping[Any, Any]) -> Problem:
+    """The problem with chains that begin at other parameters, or at each of several.
+
+    Args:
+        found: the problem of parameters that are like them.
+        params: by name parameters, each as :func:`problem` takes them.
+
+    Raises:
+        ``ValueError`` for parameters of another structure, or of other shapes; see :func:`problem` for what else. The
+        messages have the name.
+    """
+    parts = []
+    for name, one in params.items():
+        try:
+            target, *arrays = _taken_apart(found.target.loss_fn, one)
+            _check_alike(found, target, *arrays)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"The checkpoint {name!r}: {error}") from error
+        parts.append(arrays)
+    if len(parts) == 1:
+        return found._replace(arrays=parts[0][0], given=found.given._replace(rest=parts[0][1]))
+    arrays, rest = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    return found._replace(arrays=arrays, given=found.given._replace(rest=rest), num_starts=len(parts))
+
+
+def _taken_apart(loss_fn: Callable[..., Any], params: Any) -> tuple[Target, Any, Rest]:
+    """The static part of what is sampled, the arrays that are, in float32 at least, and the rest of a module."""
+    parts = parts_of(params)
+    module, arrays, rest = (None, params, Rest()) if parts is None else parts
+    _check_arrays(arrays)
+    arrays = jax.tree.map(lambda x: strong(as_jax(x)), arrays)
+    if not jax.tree.leaves(arrays):
+        raise ValueError("params has no arrays. Give a pytree of the parameters where the chains begin.")
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(arrays))
+    return Target(loss_fn, module, dtypes if any(map(is_low, dtypes)) else None), jax.tree.map(widened, arrays), rest
+
+
+def _check_alike(like: Problem, target: Target, arrays: Any, rest: Rest) -> None:
+    """Raise for parameters that are not of the structure and the shapes of those of a problem."""
+
+    def shapes(tree: Any) -> list[Any]:
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+    before: Any = jax.tree.structure((like.arrays, like.given.rest))
+    if target.module != like.target.module or jax.tree.structure((arrays, rest)) != before:
+        raise ValueError("It is another tree, or another module, than the first one.")
+    there = [
+        name
+        for name, x in zip(trees.names(arrays), jax.tree.leaves(arrays, is_leaf=trees.is_leaf), strict=True)
+        if x is not None
+    ]
+    for name, x, y in zip(there, *map(jax.tree.leaves, (like.arrays, arrays)), strict=True):
+        if x.shape != y.shape:
+            raise ValueError(f"{name!r} has shape {y.shape}, but that of the first one {x.shape}.")
+    if target.dtypes != like.target.dtypes or shapes((arrays, rest)) != shapes((like.arrays, like.given.rest)):
+        raise ValueError("Its arrays have other shapes or dtypes than those of the first one.")
 
 
 def _check_arrays(arrays: Any) -> None:
