@@ -554,7 +554,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as programs:
-        # The resumed runs take from here what the first ones have compiled.
-        jax.config.update("jax_compilation_cache_dir", programs)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        # The resumed runs take from here what the first ones have compiled, unless programs are kept anyway.
+        if jax.config.jax_compilation_cache_dir is None:
+            jax.config.update("jax_compilation_cache_dir", programs)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         main()
