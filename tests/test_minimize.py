@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -113,6 +114,27 @@ class TestClipping:
         measured = opt.last
         opt.minimize(loss, X, Y)  # measures nothing
         assert opt.last is measured
+
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            lambda params: optim.AdamW(params, lr=0.1, weight_decay=0.3),
+            lambda params: optim.Adam(params, groups=[("bias", {"lr": 0.5})]),
+            lambda params: optim.SGD(params, lr=0.1, frozen=["bias"]),
+            lambda params: optim.SGD(params, lr=0.1, gradient_transform=optax.scale(3.0)),
+            optim.Rprop,
+            optim.Adafactor,
+            lambda params: optim.SGLD(params, lr=0.1, nbeta=10.0, key=jax.random.key(0)),
+        ],
+        ids=["decay", "own_rates", "frozen", "transformed", "by_sign", "each_alone", "sampler"],
+    )
+    def test_the_norm_of_an_update_is_that_of_the_change(self, optimizer):
+        opt = optimizer(start())
+        for clip_norm in (None, 0.1):
+            before = jax.tree.map(np.array, opt.params)
+            opt.minimize(loss, X, Y, measure=True, clip_norm=clip_norm)
+            change = optax.tree.norm(jax.tree.map(jnp.subtract, opt.params, before))
+            chex.assert_trees_all_close(opt.last.update_norm, change, rtol=1e-10)
 
     def test_of_a_sampler(self):
         chains = [optim.SGLD(start(), lr=1e-3, nbeta=10.0, key=jax.random.key(0)) for _ in range(2)]

@@ -181,12 +181,31 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
         [0.9, 0.9]
     """
 
-    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
-        if rows is None:
-            return (param + change).astype(param.dtype) if value is None else value
-        return sparse.put(param, rows, sparse.take(param, rows) + change if value is None else value)
+    def finish(grad: Any, *leaf: Any) -> Any:
+        return _applied(*leaf)
 
     return _updated(rule, grads, state, params, given, finish, lambda grad, param: param)
+
+
+def step_and_change(rule: Rule, param: Any, grad: Any, state: OptState) -> tuple[Any, Any, OptState]:
+    """One array after one update, the change that was added to it, and the new state.
+
+    The change is not rounded to the dtype of the array. Who asks for its norm need not keep the old array for it.
+    """
+
+    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+        new = _applied(param, rows, change, value)
+        return new, change if rows is None else new - param
+
+    (new, change), state = _updated(rule, grad, state, param, {}, finish, lambda grad, param: (param, None))
+    return new, change, state
+
+
+def _applied(param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+    """A parameter after a change of some rows (None: all), or with a new value there."""
+    if rows is None:
+        return (param + change).astype(param.dtype) if value is None else value
+    return sparse.put(param, rows, sparse.take(param, rows) + change if value is None else value)
 
 
 @functools.singledispatch

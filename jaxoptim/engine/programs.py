@@ -92,7 +92,7 @@ class Measured(NamedTuple):
 
     Attributes:
         grad_norm: the norm of the whole gradient before clipping.
-        update_norm: the norm of the change of all parameters.
+        update_norm: the norm of the change of all parameters, before it is rounded to their dtypes.
         skipped: whether the step was left out because the loss or a gradient was not finite.
         num_skipped: the steps that were left out so far.
         loss_scale: the factor on the loss at the next step; None without one.
@@ -108,7 +108,7 @@ class Measured(NamedTuple):
         """The same after an earlier step. What a program that leaves out no step need not return is filled in."""
         if self.skipped is not None:
             return self
-        return self._replace(skipped=_false(), num_skipped=num_skipped(last))
+        return Measured(self.grad_norm, self.update_norm, _false(), num_skipped(last))
 
 
 def num_skipped(last: Measured | None) -> jax.Array:
@@ -229,18 +229,20 @@ def _moved(
         grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
     new, published, moved = list[Any](), list[Any](), list[Any]()
     for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
-        after, public = update.after(reads, old, evaluation._replace(grads=along))
+        after, public, changes = update.after(reads, old, evaluation._replace(grads=along))
+        if options.measures:
+            olds = update.contents(old).values
+            moved.append(jax.tree.map(jnp.subtract, after.values, olds) if changes is None else changes)
         if options.may_skip:
             kept = (update.contents(old), update.unchanged(reads, public))
             after, public = jax.tree.map(functools.partial(jnp.where, taken), (after, public), kept)
         new.append(_returned(update, after))
         published.append(public)
-        if options.measures:
-            moved.append(jax.tree.map(jnp.subtract, after.values, update.contents(old).values))
     if not options.measures:
         return _Moved(new, published, value, taken, None)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)))
     if options.may_skip:
+        measured = measured._replace(update_norm=jnp.where(taken, measured.update_norm, 0))
         measured = measured._replace(skipped=~taken, num_skipped=numbers.num_skipped + (~taken).astype(jnp.int32))
     if options.loss_scale is not None and numbers.loss_scale is not None:
         measured = measured._replace(loss_scale=options.loss_scale.updated(numbers.loss_scale, are_finite))

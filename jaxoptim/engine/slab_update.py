@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import OptState, Rule, check_gradient, init, step
+from jaxoptim.core import OptState, Rule, check_gradient, init, step_and_change
 from jaxoptim.core.clipping import squares
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.core.sparse import rows_of
@@ -21,7 +21,7 @@ from jaxoptim.engine.numbers import Numbers, Setting
 from jaxoptim.engine.records import NOT_STARTED
 from jaxoptim.engine.slots import abstract_slots, scalar_slots
 from jaxoptim.engine.static import Static
-from jaxoptim.engine.update import Update
+from jaxoptim.engine.update import Update, Updated
 
 
 class MissingGradient(Exception):
@@ -98,7 +98,7 @@ class SlabUpdate(Update):
             else given[cell.members[0]]
             for cell in self.layout.cells
         ]
-        return self._stepped(data, leaves, joined), None
+        return self._stepped(data, leaves, joined).contents, None
 
     def gathered(self, grads: dict[str, jax.Array]) -> list[Any]:
         """Return the gradient of each slab, zero for parameters that do not take part, and of each single array."""
@@ -114,19 +114,19 @@ class SlabUpdate(Update):
                 found.append(own[0])
         return found
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, None]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Update along the gradient of a loss; parameters that do not take part stay, by the mask."""
         settings = _each(self._numbers(data))
         grads = [
             rows_of(grad) if grad is not None and settings[cell.setting].rule.sparse == "required" else grad
             for cell, grad in zip(self.layout.cells, evaluation.grads, strict=True)
         ]
-        return self._stepped(data, leaves, grads), None
+        return self._stepped(data, leaves, grads)
 
-    def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> Contents:
-        """Values, slots and counts after one step along the gradient of each cell."""
+    def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> Updated:
+        """Values, slots and counts after one step along the gradient of each cell, and the changes of values."""
         layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
-        counts, settings, new = contents.counts, _each(self._numbers(data)), []
+        counts, settings, new, changes = contents.counts, _each(self._numbers(data)), [], []
         for cell, grad, (value, slots) in zip(layout.cells, grads, contents.cells, strict=True):
             setting = settings[cell.setting]
             if slots is None or grad is None or not cell.times:
@@ -135,13 +135,15 @@ class SlabUpdate(Update):
             members = jnp.array(cell.members)
             count = counts[0] if self.even else counts[members] if cell.is_slab else counts[cell.members[0]]
             if not cell.is_slab:
-                new.append(_alone_step(cell, setting, value, slots, count, grad))
+                value, slots, change = _alone_step(cell, setting, value, slots, count, grad)
             elif self.even and cell.is_flat:
-                new.append(_flat_step(setting, value, slots, count, grad))
+                value, slots, change = _flat_step(setting, value, slots, count, grad)
             else:
                 on = None if mask is None else mask[members]
-                new.append(_row_step(layout, cell, setting, value, slots, count, grad, on))
-        return Contents(_counted(layout, counts, grads, mask), new)
+                value, slots, change = _row_step(layout, cell, setting, value, slots, count, grad, on)
+            new.append((value, slots))
+            changes.append(change)
+        return Updated(Contents(_counted(layout, counts, grads, mask), new), changes=changes)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "alone"), donate_argnames="contents")
@@ -186,29 +188,31 @@ def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any)
     return after if mask is None else jnp.where(mask, after, counts)
 
 
-def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any]:
-    """One step of an array that stands by itself."""
+def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:
+    """One step of an array that stands by itself, and its change."""
+    changes = []
     for _ in range(cell.times):
-        value, state = step(setting.rule, value, setting.clip.clipped(grad), OptState(count, slots, {}))
-        count, slots = state.step, state.slots
-    return value, slots
+        state = OptState(count, slots, {})
+        value, change, (count, slots, *_) = step_and_change(setting.rule, value, setting.clip.clipped(grad), state)
+        changes.append(change)
+    return value, slots, functools.reduce(jnp.add, changes)
 
 
-def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any]:
+def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:
     """One step of parameters that have made the same steps under the same numbers: of one long array."""
     scalar = scalar_slots(setting.rule)
     one = {name: slot[0] if name in scalar else slot for name, slot in slots.items()}
-    value, state = step(setting.rule, value, grad, OptState(count, one, {}))
+    value, change, state = step_and_change(setting.rule, value, grad, OptState(count, one, {}))
     new = {
         name: jnp.broadcast_to(slot, slots[name].shape) if name in scalar else slot
         for name, slot in state.slots.items()
     }
-    return value, new
+    return value, new, change
 
 
 def _row_step(
     layout: Layout, cell: Cell, setting: Setting, value: Any, slots: Any, counts: Any, grad: Any, mask: Any
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """One step of the rows of a slab, each with the numbers and the count of its parameter."""
     owners = jnp.array(layout.owners[cell.number])
     counts, of_count = (counts[owners], 0) if counts.ndim else (counts, None)
@@ -220,10 +224,11 @@ def _row_step(
     def advanced(setting: Setting, grad: Any, square: Any, param: Any, slots: Any, count: Any, on: Any) -> Any:
         if not setting.clip.is_off:
             grad = setting.clip.bounded(grad, square)
-        new, state = step(setting.rule, param, grad, OptState(count, slots, {}))
+        new, change, state = step_and_change(setting.rule, param, grad, OptState(count, slots, {}))
         if on is None:
-            return new, state.slots
-        return jax.tree.map(lambda new, old: jnp.where(on, new, old), (new, state.slots), (param, slots))
+            return new, state.slots, change
+        kept = (param, slots, jnp.zeros_like(change))
+        return jax.tree.map(functools.partial(jnp.where, on), (new, state.slots, change), kept)
 
     shaped = _shaped(cell, rule, values.dtype, slots)
     new = jax.vmap(advanced, in_axes=(of_row, 0, 0, 0, 0, of_count, None if on is None else 0))(

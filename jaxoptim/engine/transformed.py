@@ -13,7 +13,7 @@ from jaxoptim.core import trees
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
-from jaxoptim.engine.update import Update
+from jaxoptim.engine.update import Update, Updated
 
 
 class TransformedUpdate(Update):
@@ -43,14 +43,14 @@ class TransformedUpdate(Update):
         contents, published = self.update.along(data[0], leaves, self.layout.once(new))
         return contents, (published, state)
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Update after an evaluation of the loss, whose gradients come by name."""
         names = [struct.name for struct in self.layout.structs]
         new, state = self._transformed(data, leaves, [evaluation.grads.get(name) for name in names])
         grads = {name: grad for name, grad in zip(names, new, strict=True) if grad is not None}
         evaluation = evaluation._replace(grads=self.update.gathered(grads))
-        contents, published = self.update.after(data[0], leaves, evaluation)
-        return contents, (published, state)
+        updated = self.update.after(data[0], leaves, evaluation)
+        return updated._replace(published=(updated.published, state))
 
     def unchanged(self, data: Any, published: Any) -> Any:
         """Return what a step that changes nothing publishes."""

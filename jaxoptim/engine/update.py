@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.static import Static
+
+
+class Updated(NamedTuple):
+    """What an update makes of its owner.
+
+    Attributes:
+        contents: the new contents.
+        published: what the owner publishes besides, None for most.
+        changes: what was added to the values, before they were rounded; None: the difference of the values.
+    """
+
+    contents: Contents
+    published: Any = None
+    changes: Any = None
 
 
 class Update(Static):
@@ -53,7 +67,7 @@ class Update(Static):
         """Gradients by name in the form in which :meth:`after` takes them, a tree of as few arrays as can be."""
         return grads
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Update after an evaluation of the loss at the values of the parameters that take part.
 
         Its gradients have the form that :meth:`gathered` gives them.

@@ -15,7 +15,7 @@ from jaxoptim.engine.layout import Cell, Layout
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Owner
 from jaxoptim.engine.static import Static
-from jaxoptim.engine.update import Update
+from jaxoptim.engine.update import Update, Updated
 
 
 class Whole(Owner):
@@ -106,9 +106,10 @@ class SharedUpdate(Update):
                     given[member] = check_gradient(rule, structs[member].name, given[member], structs[member].like)
         return self._stepped(data, leaves, given)
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, Any]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Update along the gradient of a loss."""
-        return self._stepped(data, leaves, [evaluation.grads.get(struct.name) for struct in self.layout.structs])
+        grads = [evaluation.grads.get(struct.name) for struct in self.layout.structs]
+        return Updated(*self._stepped(data, leaves, grads))
 
     def unchanged(self, data: Any, published: Any) -> Any:
         """Return the counts and what is shared as they are."""

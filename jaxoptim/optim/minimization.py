@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxoptim.core import trees
 from jaxoptim.core.clipping import Clip
 from jaxoptim.core.loss import Loss
+from jaxoptim.core.loss_scale import LossScale
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured, StepNumbers, StepOptions, num_skipped
 from jaxoptim.optim.grad_scaler import GradScaler
@@ -102,24 +103,37 @@ def minimization(
         raise TypeError(
             f"loss_scale takes an optim.GradScaler, which keeps the factor between steps, but got {scaler!r:.60}."
         )
+    are_plain = all(type(option) in (int, float, type(None)) for option in (clip_norm, clip_value, accumulate))
+    options, numbers = (_kept if are_plain else _asked)(
+        clip_norm,
+        clip_value,
+        accumulate,
+        bool(accumulate_mean),
+        bool(skip_nonfinite),
+        None if scaler is None else scaler.loss_scale,
+        jax.config.jax_enable_x64,  # type: ignore[attr-defined]
+    )
+    if options.may_skip:
+        numbers = numbers._replace(num_skipped=num_skipped(last), loss_scale=None if scaler is None else scaler.state)
+    return Minimization(loss, args, options, numbers)
+
+
+def _asked(
+    clip_norm: Any,
+    clip_value: Any,
+    accumulate: Any,
+    accumulate_mean: bool,
+    skip_nonfinite: bool,
+    loss_scale: LossScale | None,
+    is_double: bool,
+) -> tuple[StepOptions, StepNumbers]:
+    """The options, checked, and the bounds on the device."""
     if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
-    scaling = None if scaler is None else scaler.loss_scale
-    options = StepOptions(accumulate, bool(accumulate_mean), bool(skip_nonfinite), True, scaling)
-    own = (clip_norm, clip_value, jax.config.jax_enable_x64)  # type: ignore[attr-defined]
-    are_plain = all(bound is None or type(bound) in (int, float) for bound in (clip_norm, clip_value))
-    bounds = (_kept if are_plain else _bounds)(*own)
-    scale = None if scaler is None else scaler.state
-    skipped = num_skipped(last) if options.may_skip else None
-    return Minimization(loss, args, options, StepNumbers(*bounds, skipped, scale))
-
-
-def _bounds(clip_norm: Any, clip_value: Any, is_double: bool) -> tuple[Any, Any]:
-    """The bounds, checked and on the device."""
     clip, dtype = Clip(clip_norm=clip_norm, clip_value=clip_value), jnp.float64 if is_double else jnp.float32
-    pair = [jnp.asarray(x, dtype) if isinstance(x, float) else x for x in (clip.clip_norm, clip.clip_value)]
-    return pair[0], pair[1]
+    norm, value = (jnp.asarray(x, dtype) if isinstance(x, float) else x for x in (clip.clip_norm, clip.clip_value))
+    return StepOptions(accumulate, accumulate_mean, skip_nonfinite, True, loss_scale), StepNumbers(norm, value)
 
 
-_kept = functools.lru_cache(64, typed=True)(_bounds)
-"""The bounds, where a training loop asks for the same ones at every step."""
+_kept = functools.lru_cache(64, typed=True)(_asked)
+"""The same, where a training loop asks for the same at every step."""

@@ -17,12 +17,11 @@ from jaxoptim.core.loss import Evaluation, Loss
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.engine import loops, programs
 from jaxoptim.engine.apart import true
-from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.numbers import Numbers
 from jaxoptim.engine.owner import Owner
 from jaxoptim.engine.slabs import Slabs
 from jaxoptim.engine.static import Static
-from jaxoptim.engine.update import Update
+from jaxoptim.engine.update import Update, Updated
 from jaxoptim.engine.whole import Whole, contents
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.fading import Faded
@@ -413,11 +412,11 @@ class OwnedUpdate(Update):
 class TransformationUpdate(OwnedUpdate):
     """The update of parameters of which a transformation, or a rule, sees all."""
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, None]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Make one update; a rule of one array makes the exact step."""
         optimizer, (values, state) = self.tx if data is None else data.each()[0], self.parted(leaves)
         new, state = updated(optimizer, evaluation, values, state)
-        return contents([new[name] for name in self.every], [state]), None
+        return Updated(contents([new[name] for name in self.every], [state]))
 
 
 def updated(
@@ -473,11 +472,11 @@ class NewtonUpdate(OwnedUpdate):
 
     second_order = True
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> tuple[Contents, None]:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
         """Make one step; see :func:`newton_steps`."""
         values, state = self.parted(leaves)
         new = values | newton_steps(evaluation, data.each()[0])
-        return contents([new[name] for name in self.every], [state]), None
+        return Updated(contents([new[name] for name in self.every], [state]))
 
 
 def newton_steps(evaluation: Evaluation, radii: Mapping[str, Any]) -> dict[str, jax.Array]:
