@@ -119,7 +119,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("Checkpoints need safetensors: pip install 'jaxoptim[checkpoint]'.") from error
+        raise ImportError(
+            "Checkpoints need safetensors: pip install safetensors, or pip install 'jaxoptim[checkpoint]'."
+        ) from error
     return safetensors
 
 
