@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxoptim.core import trees
+from jaxoptim.core.modules import trained_of
 from jaxoptim.optim.groups import Groups, Selector, is_named_pair, selection
 
 List = list[tuple[str, dict[str, Any]]]
@@ -161,7 +162,8 @@ def _named(params: Any) -> tuple[Any, list[str], list[Any]]:
     """The parameters as selectors see them: a tree, the names, and the arrays."""
     if isinstance(params, list | tuple) and params and all(map(is_named_pair, params)):
         return [value for _, value in params], [name for name, _ in params], [value for _, value in params]
-    return params, trees.array_names(params), jax.tree.leaves(params)
+    trained = trained_of(params)
+    return trained, trees.array_names(trained), jax.tree.leaves(trained)
 
 
 def _number_of(found: re.Match[str], layers: Any) -> int:

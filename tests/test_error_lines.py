@@ -2,12 +2,14 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen, nnx
 
 import jaxoptim
 from jaxoptim import optim, rules
@@ -49,6 +51,11 @@ class TestRules:
             assert "but got a transformation. Call its own init and update" in message(
                 TypeError, lambda tx=tx: jaxoptim.init(tx, PARAMS)
             )
+
+    @pytest.mark.parametrize("given", [optax.sgd(0.1), torch.optim.Adam, rules.Adam()], ids=["optax", "torch", "rule"])
+    def test_what_is_no_rule_of_a_class(self, given):
+        text = message(TypeError, lambda: type("Mine", (optim.Optimizer,), {"rule": given}))
+        assert text.startswith("Mine.rule is the class of a rule, such as jaxoptim.rules.Adam, but got ")
 
 
 SGD_STATE = jaxoptim.sgd(lr=0.1, momentum=0.9).init(PARAMS)
@@ -97,6 +104,26 @@ class TestGradients:
         assert words in message(ValueError, lambda: optim.AdamW(PARAMS).step(grads))
         assert words in message(ValueError, lambda: ADAM.update(grads, STATE, PARAMS))
 
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            ("x", "The gradient of 'encoder.bias' is the text 'x', no array"),
+            (min, "The gradient of 'encoder.bias' is a builtin_function_or_method, no array"),
+            (np.array(["x"]), "of dtype <U1"),
+        ],
+        ids=["text", "function", "array-of-text"],
+    )
+    @pytest.mark.parametrize("way", ["step", "sampler", "update"])
+    def test_leaves_that_are_no_arrays(self, way, wrong, words):
+        grads = {"encoder": {"weight": jnp.ones((2, 3)), "bias": wrong}}
+        make = {
+            "step": lambda: optim.AdamW(PARAMS).step,
+            "sampler": lambda: optim.SGLD(PARAMS, nbeta=2.0).step,
+            "update": lambda: lambda grads: ADAM.update(grads, STATE, PARAMS),
+        }[way]
+        step = make()
+        assert words in message(TypeError, lambda: step(grads))
+
     def test_only_the_first_difference_of_a_large_tree(self):
         params = {f"layer_{i}": [jnp.ones(1), {"w": jnp.ones(1)}] for i in range(500)}
         grads = params | {"layer_250": (jnp.ones(1), {"w": jnp.ones(1)})}
@@ -138,3 +165,56 @@ class TestNumbersInHalfPrecision:
         tx = optax.inject_hyperparams(jaxoptim.adam)(lr=optax.linear_schedule(0.0, 0.1, 4))
         updates, _ = tx.update(params, tx.init(params), params)
         assert float(updates["w"][0]) == 0
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ADAM.init,
+        jaxoptim.lbfgs().init,
+        jaxoptim.newton().init,
+        jaxoptim.pack,
+        lambda params: jaxoptim.init(rules.SGD(), params),
+    ],
+    ids=["transformation", "lbfgs", "newton", "pack", "rule"],
+)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (eqx.nn.MLP(2, 1, 2, 1, key=jax.random.key(0)), "activation"),
+        (linen.Dense(3), "params"),
+        ({"w": jnp.ones(2), "name": "text"}, "name"),
+    ],
+    ids=["equinox", "linen", "text"],
+)
+def test_modules_in_the_pure_face_say_how_to_take_them_apart(start, model, name):
+    text = message(TypeError, lambda: start(model))
+    assert text.startswith(f"The parameter '{name}' is ")
+    assert "eqx.partition(" in text
+    assert "nnx.split(" in text
+
+
+def test_counts_of_a_module_in_the_pure_face():
+    text = message(TypeError, lambda: ADAM.init(nnx.Dropout(0.5, rngs=nnx.Rngs(0))))
+    assert "dtype uint32" in text
+    assert "nnx.split" in text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: optim.AdamW(PARAMS, lr=PARAMS),
+        lambda: rules.Adam(lr=np.full((40, 2), "x")),
+        lambda: rules.Adam(betas=np.ones((9, 9))),
+        lambda: rules.Muon(ns_steps=np.ones((9, 9))),
+        lambda: optim.AdamW(PARAMS, groups=[(jnp.ones((9, 9)), {})]),
+        lambda: optim.AdamW(PARAMS, groups=[jnp.ones((9, 9))]),
+        lambda: optim.AdamW(PARAMS, gradient_transform=nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+        lambda: optim.AdamW(PARAMS, master_weights=jnp.ones((9, 9))),
+        lambda: optim.AdamW(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), wrt=jnp.ones((9, 9))),
+        lambda: optim.SGD(PARAMS).load_state_dict(optim.SGD(PARAMS).state_dict(), keep="lr"),
+    ],
+    ids=["lr", "number", "betas", "switch", "selector", "item", "transform", "precision", "wrt", "keep"],
+)
+def test_what_was_given_is_shown_on_one_line(run):
+    message((TypeError, ValueError), run)

@@ -2,9 +2,12 @@
 
 import re
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxoptim import groups, optim
 
@@ -45,9 +48,6 @@ def test_masks_are_like_the_parameters_or_a_prefix():
 
 
 def test_a_mask_that_can_be_called_is_a_mask():
-    import equinox as eqx
-    import jax
-
     model = eqx.nn.Linear(2, 3, key=jax.random.key(0))
     mask = jax.tree.map(lambda x: x.ndim == 1, model)
     assert callable(mask)
@@ -93,6 +93,26 @@ def test_no_decay_is_for_vectors_and_names():
     assert groups.no_decay({"w": jnp.ones((2, 2)), "s": 1.0}, max_ndim=0) == [("s", {"weight_decay": 0.0})]
     with pytest.raises(ValueError, match=r"no_decay: 'tabel' selects none of blocks\.0\.b"):
         groups.no_decay(TREE, "tabel")
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["equinox", "nnx", "linen"])
+def test_helpers_name_what_a_module_trains(kind, bias):
+    if kind == "equinox":
+        model = eqx.nn.MLP(2, 1, 2, 1, use_bias=bias, use_final_bias=bias, key=jax.random.key(0))
+    elif kind == "nnx":
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(2, 2, use_bias=bias, rngs=rngs))
+    else:
+        params = {"kernel": jnp.ones((2, 2))} | ({"bias": jnp.ones(2)} if bias else {})
+        model = {"params": params, "batch_stats": {"mean": jnp.ones(2)}}
+    opt = optim.AdamW(model, groups=groups.no_decay(model))
+    assert {row.name: row.decay for row in opt.describe()} == {
+        row.name: 0.0 if "bias" in row.name else 0.01 for row in opt.describe()
+    }
+    every = "|".join(selector for selector, _ in groups.no_decay(model, ".*"))
+    assert all(re.fullmatch(every, row.name) for row in opt.describe())
+    assert len(every.split("|")) == len(opt.describe())  # and nothing else
 
 
 def test_layer_decay_is_timms_formula():

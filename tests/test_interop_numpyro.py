@@ -310,7 +310,7 @@ def test_what_is_refused():
 
 def test_without_numpyro(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "numpyro", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxoptim\[numpyro\]'"):
+    with pytest.raises(ImportError, match=r"pip install numpyro, or pip install 'jaxoptim\[numpyro\]'"):
         required()
 
 

@@ -174,4 +174,7 @@ def test_without_numpyro_what_needs_it_is_left_out(monkeypatch):
     llc, messages = warned(quadratic, jnp.ones(3), rules.SGLD(lr=1e-4), **LONG | {"num_burnin_steps": 0})
     assert reasons(messages) == {NO_MINIMUM}
     assert repr(llc) == f"LLC(mean={llc.mean:.3g}, 8 chains of 400 draws)"
+    for name in ("mcse", "rhat"):
+        with pytest.raises(ImportError, match=r"^[^\n]*pip install numpyro, or pip install 'jaxoptim\[numpyro\]'$"):
+            getattr(llc, name)
     assert reasons(warned(quadratic, jnp.zeros(3), SGLD, **LONG | {"num_draws": 3})[1]) == {FEW}

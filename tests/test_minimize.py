@@ -149,6 +149,7 @@ class TestClipping:
         [
             ({"clip_norm": -1.0}, ValueError, "clip_norm >= 0"),
             ({"clip_value": "big"}, TypeError, "clip_value"),
+            ({"clip_norm": np.ones(2)}, ValueError, r"clip_norm is one number, but got an array of shape \(2,\)"),
             ({"accumulate": 0}, ValueError, "at least 1"),
             ({"accumulate": 5}, ValueError, r"args\[0\] has shape \(12, 5\)"),
             ({"accumulate": 2.5}, TypeError, "integer"),
@@ -207,6 +208,14 @@ class TestMicroBatches:
 
         _, aux = optim.SGD(start(), lr=0.01).minimize(with_aux, X, Y, accumulate=4, has_aux=True)
         chex.assert_trees_all_equal(aux, {"first": X[::3, 0], "size": np.full(4, 3)})
+
+    @pytest.mark.parametrize("args", [(), (2.0,)], ids=["nothing", "a number"])
+    def test_a_batch_that_is_no_argument_is_not_cut(self, args):
+        opt = optim.SGD(start(), lr=0.01)
+        with pytest.raises(
+            ValueError, match=r"there are none\. Pass the batch as an argument: minimize\(loss_fn, batch"
+        ):
+            opt.minimize(lambda params, factor=1.0: factor * loss(params, X, Y), *args, accumulate=4)
 
     def test_numbers_go_to_all_and_keys_are_folded(self):
         def noisy(params, x, factor, key):
@@ -301,15 +310,52 @@ class TestArguments:
         [
             (("train",), {}, "argument number 1 of the loss is the text 'train'"),
             ((), {"mode": "train"}, r"argument 'mode' of the loss is the text .* static=\['mode'\]"),
-            (({"x": [1, min]},), {}, r"argument number 1 of the loss has at 'x.1' the builtin_function_or_method"),
+            (({"x": [1, min]},), {}, r"argument number 1 of the loss has at 'x.1' a builtin_function_or_method"),
             ((), {"static": "mode"}, "static names 'mode', which is no keyword argument"),
             ((), {"static": ["x"], "x": np.ones(2)}, "static argument 'x' is a ndarray"),
+            ((), {"static": 1}, r"static takes the names of keyword arguments, such as \['train'\], but got 1"),
+            (({"x": np.array(["a"])},), {}, "argument number 1 of the loss has at 'x' an array of dtype <U1"),
         ],
-        ids=["text", "text by keyword", "function", "unknown", "array"],
+        ids=["text", "text by keyword", "function", "unknown", "array", "number of an argument", "array of text"],
     )
     def test_wrong_ones(self, args, kwargs, message):
         with pytest.raises(TypeError, match=message):
             optim.SGD(start(), lr=0.1).minimize(not_finite, *args, **kwargs)
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs", "words"),
+        [
+            ((), {"train": True}, r"Such numbers are train \(True\)\..*train=True, static=\['train'\]"),
+            ((False,), {}, r"Such numbers are number 1 \(False\)\..* by keyword: "),
+            ((), {"train": 3, "count": 2}, r"Such numbers are train \(3\), count \(2\)"),
+        ],
+        ids=["flag", "by position", "count"],
+    )
+    @pytest.mark.parametrize("make", [optim.SGD, optim.LBFGS], ids=lambda make: make.__name__)
+    def test_numbers_that_decide_say_that_they_are_static(self, make, args, kwargs, words):
+        def deciding(params, train, count=1):
+            return sum(jnp.sum(params["bias"]) for _ in range(count)) if train else 0.0
+
+        opt = make(start())
+        with pytest.raises(TypeError, match=words) as error:
+            opt.minimize(deciding, *args, **kwargs)
+        assert "\n" not in str(error.value)
+        chex.assert_trees_all_equal(opt.params, start())
+
+    def test_an_array_that_decides_is_jaxs_error(self):
+        with pytest.raises(jax.errors.TracerBoolConversionError):
+            optim.SGD(start()).minimize(lambda params, x: 0.0 if x else 1.0, np.array(True))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}], ids=["whole", "accumulated"])
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [(lambda x: x, "the loss alone"), (lambda x: (x, 1, 2), "a tuple of 3")],
+    ids=["loss", "three"],
+)
+def test_an_auxiliary_output_that_is_missing_says_so(options, returned, words):
+    with pytest.raises(TypeError, match=rf"has_aux=True expects \(loss, aux\), but the function returns {words}"):
+        optim.SGD(jnp.ones(2), lr=0.1).minimize(lambda p, x: returned(jnp.sum(p)), X, has_aux=True, **options)
 
 
 def test_an_auxiliary_output_that_nobody_expects_says_what_to_do():

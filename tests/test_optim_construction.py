@@ -83,7 +83,9 @@ def test_positional_arguments_are_the_parents(row):
 def test_a_misspelt_option_is_a_type_error_that_names_those_there_are(row):
     cls = getattr(optim, row.name)
     options = [name for name in inspect.signature(cls).parameters if name not in ("params", *OURS)]
-    with pytest.raises(TypeError, match=rf"^{row.name}\(\) .*'lrr'\. After params it takes {', '.join(options)}\.$"):
+    every = ", ".join(list(inspect.signature(cls).parameters)[1:])
+    hint = r" 'lr' is probably meant\." if "lr" in options else ""
+    with pytest.raises(TypeError, match=rf"^{row.name}\(\) .*'lrr'\.{hint} After params it takes {every}\.$"):
         cls([1.0], lrr=0.1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'lrr'"):
         row.parent(params_of(Theirs, row), lrr=0.1)

@@ -309,7 +309,7 @@ def test_a_rule_of_ones_own_is_one_line():
     assert twin.params["w"].tolist() == [0.5, 1.5]
     assert repr(opt).startswith("Mine (\nParameter Group 0\n    boost: 1.0\n    lr: 0.5\n")
     for wrong in ({}, {"lr": 0.1, "rate": 1}):
-        with pytest.raises(TypeError, match=r"Mine\(\).*After params it takes lr, boost\."):
+        with pytest.raises(TypeError, match=r"Mine\(\).*After params it takes lr, boost, groups, frozen, "):
             Mine([1.0], **wrong)
     with pytest.raises(ValueError, match="Invalid boost: -1"):
         Mine([1.0], 0.1, boost=-1)

@@ -86,6 +86,16 @@ def test_options_are_kept():
     assert jnp.array_equal(new.state[param]["exp_avg"], old.state[old.param_groups[0]["params"][0]]["exp_avg"])
 
 
+@pytest.mark.parametrize("keep", [["lr"], {"lr"}, (name for name in ["lr"])], ids=["list", "set", "generator"])
+def test_options_are_kept_in_every_group(keep):
+    def made(lr):
+        return optim.SGD({"a": 1.0, "b": 1.0}, groups=[("a", {"lr": lr}), ("b", {"lr": 2 * lr})])
+
+    new = made(0.5)
+    new.load_state_dict(made(0.1).state_dict(), keep=keep)
+    assert [group["lr"] for group in new.param_groups] == [0.5, 1.0]
+
+
 def test_a_scheduler_after_loading_starts_from_the_rate_that_was_kept():
     old = optim.SGD([1.0], lr=0.1)
     optim.lr_scheduler.StepLR(old, 1)

@@ -141,7 +141,7 @@ def test_without_xarray_it_says_what_to_install(samples, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"need xarray: pip install 'jaxoptim\[sampling\]'"):
+    with pytest.raises(ImportError, match=r"need xarray: pip install xarray, or pip install 'jaxoptim\[sampling\]'"):
         samples.to_xarray()
 
 

@@ -56,6 +56,23 @@ class TestParametersOfTorch:
         with pytest.raises(TypeError, match=WAY_OUT):
             ours_pyro.optim.Adam({"lr": 0.1}).update({"w": weight}, {"w": jnp.ones(2)})
 
+    @pytest.mark.parametrize(
+        "start",
+        [
+            jaxoptim.adam().init,
+            jaxoptim.lbfgs().init,
+            jaxoptim.pack,
+            lambda params: jaxoptim.init(jaxoptim.rules.SGD(), params),
+        ],
+        ids=["transformation", "lbfgs", "pack", "rule"],
+    )
+    @pytest.mark.parametrize(
+        "given", [lambda module: module, lambda module: dict(module.named_parameters())], ids=["module", "parameters"]
+    )
+    def test_in_the_pure_face_too(self, start, given):
+        with pytest.raises(TypeError, match=f"The parameter '(params|bias)'.*{WAY_OUT}"):
+            start(given(torch.nn.Linear(2, 1)))
+
     def test_the_way_out_is_one(self):
         module = torch.nn.Linear(2, 1)
         opt = optim.SGD({name: p.detach().numpy() for name, p in module.named_parameters()}, lr=0.1)
@@ -134,6 +151,13 @@ OWN = (
 
 
 class TestMisspeltOptions:
+    @pytest.mark.parametrize("slip", [*SLIPS, "gradient_transfrom", "master_weight", "froze"])
+    def test_constructors_name_the_one_that_is_meant(self, slip):
+        meant = SLIPS.get(slip) or {"gradient_transfrom": "gradient_transform", "froze": "frozen"}.get(slip, f"{slip}s")
+        match = rf"'{slip}'\. '{meant}' is probably meant\. After params it takes lr, .*state_dtype"
+        with pytest.raises(TypeError, match=match):
+            optim.AdamW({"w": np.ones(2)}, **{slip: 0.5})
+
     @pytest.mark.parametrize("slip", [*SLIPS, "momentum", "lr_scale", "name"])
     def test_selected_groups_take_options_only(self, slip):
         meant = f"and '{SLIPS[slip]}' is probably meant" if slip in SLIPS else f"'{slip}' is no option of AdamW"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxoptim.checkpoint.encoding import NamedArrays, decoded, decoded_like, encoded, parsed
+from jaxoptim.core.shown import shown
 
 FORMAT_VERSION = 2
 """The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
@@ -60,7 +61,7 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
 
     safetensors = _safetensors()
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {keep!r}.")
+        raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {shown(keep)}.")
     arrays: NamedArrays = {}
     try:
         tree = encoded(state_dict, (), arrays)
@@ -118,7 +119,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("Checkpoints need safetensors: pip install 'jaxoptim[checkpoint]'.") from error
+        raise ImportError(
+            "Checkpoints need safetensors: pip install safetensors, or pip install 'jaxoptim[checkpoint]'."
+        ) from error
     return safetensors
 
 

@@ -35,13 +35,19 @@ def accumulated(
         The evaluation, whose ``aux`` has one entry for each part along a new leading axis.
 
     Raises:
-        ValueError: for an array whose leading axis is not a multiple of ``count``, by its place.
+        ValueError: for an array whose leading axis is not a multiple of ``count``, by its place; where nothing differs
+            from part to part.
     """
     whole, batch = tuple(args[: loss_fn.num_whole]), tuple(args[loss_fn.num_whole :])
     first, kept = (whole[:1], whole[1:]) if loss_fn.carries else ((), whole)
     leaves, treedef = jax.tree.flatten(batch)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(batch)[0]]
     is_cut = [_is_cut(leaf, path, count) for leaf, path in zip(leaves, paths, strict=True)]
+    if count > 1 and not (loss_fn.carries or any(is_cut) or any(map(is_key, leaves))):
+        raise ValueError(
+            f"accumulate={count} cuts the arrays among the arguments of the loss, but there are none. Pass the batch "
+            f"as an argument: minimize(loss_fn, batch, accumulate={count})."
+        )
     parts = [
         leaf.reshape((count, leaf.shape[0] // count, *leaf.shape[1:]))
         for leaf, cut in zip(leaves, is_cut, strict=True)

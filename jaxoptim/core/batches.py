@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxoptim.core import trees
 from jaxoptim.core.noise import fold_in, words
+from jaxoptim.core.shown import shown
 
 
 def size_of(data: Any, what: str = "data") -> int:
@@ -50,8 +51,8 @@ def check_batch_size(batch_size: Any, data: Any) -> None:
         raise ValueError(f"batch_size is {batch_size}, but there are no data. Give data, or batch_size=None.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= size_of(data):
         raise ValueError(
-            f"Invalid batch_size: {batch_size!r}. It is an int from 1 to the number of data, {size_of(data)}, or None "
-            "for all data in every step."
+            f"Invalid batch_size: {shown(batch_size)}. It is an int from 1 to the number of data, {size_of(data)}, or "
+            "None for all data in every step."
         )
 
 

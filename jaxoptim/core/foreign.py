@@ -6,6 +6,12 @@ import functools
 import inspect
 from typing import Any
 
+ARRAYS_ALONE = (
+    "Give the arrays alone, eqx.partition(model, eqx.is_inexact_array)[0] or nnx.split(model, nnx.Param, ...)[1], and "
+    "join them with the rest in the loss."
+)
+"""What to do with a module among other parameters, for messages."""
+
 
 def is_tensor(x: Any) -> bool:
     """Whether ``x`` is a tensor of torch."""

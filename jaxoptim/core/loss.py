@@ -42,7 +42,7 @@ class Loss(NamedTuple):
     def both(self, values: Values, args: Sequence[Any]) -> tuple[Any, Any]:
         """The loss and the auxiliary output, None if there is none."""
         result = self(values, *args)
-        return result if self.has_aux else (result, None)
+        return loss_and_aux(result) if self.has_aux else (result, None)
 
     def of(self, view: Callable[[Any], Any]) -> Loss:
         """The loss as a function of other values, of which the ones that it takes are a view."""
@@ -91,6 +91,17 @@ class Evaluation(NamedTuple):
             grads=grads,
             push=None if push is None else lambda tangents: push(still | tangents),
         )
+
+
+def loss_and_aux(result: Any) -> tuple[Any, Any]:
+    """What a function returned that returns an auxiliary output too."""
+    if not (isinstance(result, tuple | list) and len(result) == 2):
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        got = "the loss alone" if isinstance(result, jax.Array | float) else got
+        raise TypeError(
+            f"has_aux=True expects (loss, aux), but the function returns {got}. Return both, or leave has_aux out."
+        )
+    return result[0], result[1]
 
 
 class NotAScalar(ValueError, TypeError):

@@ -11,6 +11,7 @@ import optax
 
 from jaxoptim.core.loss import all_finite
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.shown import shown
 
 
 class ScaleState(NamedTuple):
@@ -81,7 +82,7 @@ class LossScale:
             ("growth_interval", self.growth_interval >= 1, ">= 1"),
         ):
             if not is_good:
-                raise ValueError(f"Invalid {name}: {getattr(self, name)!r}. LossScale takes {name} {range_}.")
+                raise ValueError(f"Invalid {name}: {shown(getattr(self, name))}. LossScale takes {name} {range_}.")
 
     def init(self) -> ScaleState:
         """The state before the first step."""

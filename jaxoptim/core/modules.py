@@ -18,12 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import trees
-
-ARRAYS_ALONE = (
-    "Give the arrays alone, eqx.partition(model, eqx.is_inexact_array)[0] or nnx.split(model, nnx.Param, ...)[1], and "
-    "join them with the rest in the loss."
-)
-"""What to do with a module among other parameters, for messages."""
+from jaxoptim.core.foreign import ARRAYS_ALONE
+from jaxoptim.core.loss import loss_and_aux
+from jaxoptim.core.shown import shown
 
 
 class Rest(NamedTuple):
@@ -266,12 +263,12 @@ def _nnx_parts(module: Any, wrt: Any) -> Parts:
     from flax import nnx
 
     if not (wrt is None or isinstance(wrt, type | str | bool | tuple | list) or wrt is ... or callable(wrt)):
-        raise TypeError(f"wrt is a filter of nnx, such as nnx.Param or nnx.PathContains('head'), but got {wrt!r}.")
+        raise TypeError(f"wrt is a filter of nnx, such as nnx.Param or nnx.PathContains('head'), but got {shown(wrt)}.")
     chosen = nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
     parts = _parts(NnxDef(module, chosen), module)
     if wrt is not None and not jax.tree.leaves(parts.trained):
         kinds = sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(nnx.state(module))})
-        raise ValueError(f"wrt={wrt!r} selects no variable of the module, which has {', '.join(kinds) or 'none'}.")
+        raise ValueError(f"wrt={shown(wrt)} selects no variable of the module, which has {', '.join(kinds) or 'none'}.")
     return parts
 
 
@@ -295,7 +292,7 @@ class ModuleLoss:
         result = self.function(module, *args, **kwargs)
         if changing is None:
             return result
-        loss, aux = result if self.has_aux else (result, None)
+        loss, aux = loss_and_aux(result) if self.has_aux else (result, None)
         return loss, (aux, self.module.changed(module, aux, changing))
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxoptim.core.shown import shown
+
 IMPLS = ("key", "hash")
 
 _FEW, _MANY = 512, 2**32
@@ -159,7 +161,7 @@ def words(key: jax.Array, count: int) -> jax.Array:
 def check_impl(impl: Any) -> None:
     """Raise for an unknown implementation."""
     if impl not in IMPLS:
-        raise ValueError(f"Invalid noise_impl: {impl!r}. It must be one of {', '.join(map(repr, IMPLS))}.")
+        raise ValueError(f"Invalid noise_impl: {shown(impl)}. It must be one of {', '.join(map(repr, IMPLS))}.")
 
 
 def check_key(key: Any) -> None:

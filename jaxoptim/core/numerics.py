@@ -47,7 +47,10 @@ def owned(array: Any) -> jax.Array:
         array = array.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
     if not isinstance(array, np.ndarray) and hasattr(array, "__dlpack__"):
         array = jnp.from_dlpack(array)  # which NumPy has not the dtypes for
-    return jnp.asarray(np.array(array))  # on no particular device, where JAX would otherwise keep it to its own
+    array = np.array(array)
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(f"Arrays of numbers are taken, but got one of dtype {array.dtype}. Leave it out.")
+    return jnp.asarray(array)  # on no particular device, where JAX would otherwise keep it to its own
 
 
 def placed_like(array: jax.Array, like: Any) -> jax.Array:

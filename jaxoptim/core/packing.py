@@ -227,7 +227,7 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
         A :class:`Packed`; ``.unpack()`` gives the tree back.
 
     Raises:
-        ``TypeError`` if ``tree`` is packed already.
+        ``TypeError`` if ``tree`` is packed already, and for a leaf that is no array, by its name.
 
     Examples:
         >>> import jax.numpy as jnp, jaxoptim
@@ -237,7 +237,7 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
     if isinstance(tree, Packed):
         raise TypeError("pack was given a Packed, which is packed already. Use it as it is, or unpack() it first.")
     leaves = zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True)
-    arrays = [(name, jnp.asarray(leaf)) for name, leaf in leaves if leaf is not None]
+    arrays = [(name, trees.as_array("parameter", name, leaf)) for name, leaf in leaves if leaf is not None]
     kinds = [str(x.dtype) if x.size <= max_size and not _is_sharded(x) else None for _, x in arrays]
     buffers = tuple(sorted({kind for kind in kinds if kind is not None}))
     places = tuple(

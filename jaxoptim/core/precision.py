@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxoptim.core.noise import mixed, offset_in
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.shown import shown
 
 MASTER = "master_weights"
 """The slot of a float16 or bfloat16 parameter that has its value in float32."""
@@ -35,9 +36,9 @@ DEFAULT = Precision()
 def checked(master_weights: bool, rounding: str, state_dtype: Any) -> Precision:
     """A precision; raises for what it cannot be."""
     if not isinstance(master_weights, bool):
-        raise TypeError(f"master_weights is True or False, but got {master_weights!r}.")
+        raise TypeError(f"master_weights is True or False, but got {shown(master_weights)}.")
     if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding is 'nearest' or 'stochastic', but got {rounding!r}.")
+        raise ValueError(f"rounding is 'nearest' or 'stochastic', but got {shown(rounding)}.")
     if state_dtype is not None and not is_low(state_dtype := jnp.dtype(state_dtype)):
         raise ValueError(
             f"state_dtype is bfloat16, float16 or None, but got {state_dtype}. Without it state has the dtype of its "

@@ -17,6 +17,7 @@ import numpy as np
 from jaxoptim.core.decay import Decay
 from jaxoptim.core.precision import DEFAULT, Precision, checked
 from jaxoptim.core.rearrangement import Rearrangement
+from jaxoptim.core.shown import shown
 
 R = TypeVar("R", bound="Hyperparameters")
 
@@ -217,7 +218,7 @@ class Hyperparameters:
         by_parameter = self.by_parameter
         if refused := [name for name in by_parameter if not self.takes_tree(name)]:
             raise TypeError(
-                f"Invalid {refused[0]}: {getattr(self, refused[0])!r}. {type(self).__name__} takes a number or a "
+                f"Invalid {refused[0]}: {shown(getattr(self, refused[0]))}. {type(self).__name__} takes a number or a "
                 f"schedule (step -> value) for {refused[0]}, one for all parameters."
             )
         if not by_parameter:
@@ -426,7 +427,9 @@ def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
     """The value of a field as a rule keeps it; raises if it is not what the field takes."""
     if isinstance(spec, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(spec):
-            raise ValueError(f"Invalid {name}: {value!r}. {owner} takes a tuple of {len(spec)} numbers for {name}.")
+            raise ValueError(
+                f"Invalid {name}: {shown(value)}. {owner} takes a tuple of {len(spec)} numbers for {name}."
+            )
         return tuple(_validated(s, v, f"{name}[{i}]", owner) for i, (s, v) in enumerate(zip(spec, value, strict=True)))
     if isinstance(spec, Traced) or (spec.optional and value is None):
         return value
@@ -437,11 +440,11 @@ def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
     number = value.rate if isinstance(value, Decay) else value
     if isinstance(number, bool | np.bool_) or not isinstance(number, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(
-            f"Invalid {name}: {value!r} ({type(value).__name__}). "
+            f"Invalid {name}: {shown(value)} ({type(value).__name__}). "
             f"{owner} takes a number, a scalar array or a schedule (step -> value) for {name}."
         )
     if is_known(number) and not spec.admits(number):
-        raise ValueError(f"Invalid {name}: {number!r}. {owner} takes {name} {spec}.")
+        raise ValueError(f"Invalid {name}: {shown(number)}. {owner} takes {name} {spec}.")
     if spec.zero_is_off and isinstance(number, int | float) and number == 0:
         return Off(0.0)
     if isinstance(value, Decay):

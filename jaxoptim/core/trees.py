@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from jaxoptim.core.foreign import ARRAYS_ALONE, check_not_trained_by_torch
 from jaxoptim.core.numerics import is_complex, owned
+from jaxoptim.core.shown import shown
 
 
 def is_leaf(x: Any) -> bool:
@@ -202,13 +204,48 @@ def _is_foreign(leaf: Any) -> bool:
 
 def check_array(what: str, name: str, x: Any) -> Any:
     """An array-like leaf as an array; raises if it is not floating or complex."""
-    x = x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x)
+    x = as_array(what, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
+        how = " (eqx.partition and nnx.split do so)" if what == "parameter" else ""
         raise TypeError(
             f"The {what} {name!r} has dtype {x.dtype}. Floating and complex arrays are optimized; "
-            "put None in the place of anything else."
+            f"put None in the place of anything else{how}."
         )
     return x
+
+
+def as_array(what: str, name: str, x: Any) -> Any:
+    """An array-like leaf as an array; raises for anything else, and for parameters that torch differentiates by."""
+    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
+        return x
+    is_parameter = what == "parameter"
+    if is_parameter:
+        check_not_trained_by_torch(f"The parameter {name!r}", x)
+    if (kind := no_data(x)) is not None and (isinstance(x, np.ndarray) or not hasattr(x, "__array__")):
+        raise TypeError(f"The {what} {name!r} is {kind}, no array. {ARRAYS_ALONE if is_parameter else NONE_ELSE}")
+    return jnp.asarray(x)
+
+
+NONE_ELSE = "Put None in the place of anything but an array."
+"""What to do with another leaf of gradients, for messages."""
+
+
+def no_data(x: Any) -> str | None:
+    """What something is that no program can be given: text, a function, an array of such; None for an array."""
+    kind = type(x)
+    if isinstance(x, np.ndarray):
+        return f"an array of dtype {x.dtype}" if x.dtype.kind in "OSUMm" else None
+    if issubclass(kind, str | bytes):
+        return f"the text {shown(x, 40)}"
+    is_array = hasattr(kind, "dtype") and hasattr(kind, "shape")
+    is_array = is_array or hasattr(kind, "__jax_array__") or hasattr(kind, "__dlpack__")
+    return None if is_array or issubclass(kind, (int, float, complex)) else f"a {kind.__name__}"
+
+
+def first_no_data(tree: Any) -> tuple[str, str] | None:
+    """The name of the first leaf that is no array, and what it is."""
+    leaves = zip(names(tree), jax.tree.leaves(tree, is_leaf=is_leaf), strict=True)
+    return next(((name, kind) for name, x in leaves if x is not None and (kind := no_data(x)) is not None), None)
 
 
 def check_shape(what: str, name: str, given: Any, expected: Any) -> None:

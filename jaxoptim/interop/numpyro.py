@@ -40,7 +40,8 @@ def required() -> ModuleType:
         import numpyro
     except ImportError as error:
         raise ImportError(
-            "This function works on models of numpyro, which is not installed. Run: pip install 'jaxoptim[numpyro]'"
+            "This function needs numpyro, which is not installed. Run: pip install "
+            "numpyro, or pip install 'jaxoptim[numpyro]'"
         ) from error
     return numpyro
 

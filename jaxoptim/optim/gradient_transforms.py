@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxoptim.core import as_jax
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
 
 KEY = "gradient_transform"
@@ -20,7 +21,7 @@ def check(tx: Any) -> None:
     """Raise for what is no transformation."""
     if tx is not None and not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
-            f"{KEY} takes a transformation of optax, such as optax.clip_by_global_norm(1.0), but got {tx!r:.60}."
+            f"{KEY} takes a transformation of optax, such as optax.clip_by_global_norm(1.0), but got {shown(tx)}."
         )
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import trees
-from jaxoptim.core.foreign import check_not_trained_by_torch
-from jaxoptim.core.modules import ARRAYS_ALONE, check_not_inside, is_nnx
+from jaxoptim.core.foreign import ARRAYS_ALONE, check_not_trained_by_torch
+from jaxoptim.core.modules import check_not_inside, is_nnx
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
 
 Selector = Any
@@ -129,7 +130,7 @@ def selected(
     left = dict(enumerate(paths))
     for entry in groups:
         if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], dict)):
-            raise TypeError(f"groups takes a list of (selector, options), but one item is {entry!r}.")
+            raise TypeError(f"groups takes a list of (selector, options), but one item is {shown(entry)}.")
         check(entry[1])
         selects = selection(entry[0], tree, paths)
         mine = [index for index in left if selects[index]]
@@ -161,8 +162,8 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
             return [bool(matches(path)) for path in paths]
         except AttributeError as error:
             raise TypeError(
-                f"{selector!r} selects by the path, a str, and failed: {error}. A predicate that looks at the array "
-                "too takes two arguments: lambda path, array: array.ndim > 1."
+                f"{shown(selector)} selects by the path, a str, and failed: {error}. A predicate that looks at the "
+                "array too takes two arguments: lambda path, array: array.ndim > 1."
             ) from error
     values = [leaf.value if isinstance(leaf, Parameter) else leaf for leaf in jax.tree.leaves(tree)]
     return [bool(selector(path, value)) for path, value in zip(paths, values, strict=True)]
@@ -212,7 +213,7 @@ def predicate(selector: Selector) -> Callable[[str], Any]:
             raise ValueError(f"{selector!r} is no regular expression: {error}.") from None
     if callable(selector):
         return selector
-    raise TypeError(f"A selector is a regular expression or a predicate of the path, but got {selector!r}.")
+    raise TypeError(f"A selector is a regular expression or a predicate of the path, but got {shown(selector)}.")
 
 
 def is_mask(selector: Any) -> bool:
@@ -232,7 +233,7 @@ def _takes_two(predicate: Any) -> bool:
 
 
 def _shown(selector: Any) -> str:
-    return "the mask" if is_mask(selector) else repr(selector)
+    return "the mask" if is_mask(selector) else shown(selector)
 
 
 def _with_none(tree: Any) -> list[Any]:

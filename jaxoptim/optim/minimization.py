@@ -14,6 +14,7 @@ from jaxoptim.core import trees
 from jaxoptim.core.clipping import Clip
 from jaxoptim.core.loss import Loss
 from jaxoptim.core.loss_scale import LossScale
+from jaxoptim.core.shown import shown
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured, StepNumbers, StepOptions, num_skipped
 from jaxoptim.optim.grad_scaler import GradScaler
@@ -31,8 +32,7 @@ def loss_of(
     Raises:
         TypeError: for a static name that is no keyword, a static value that cannot be hashed, and what is no data.
     """
-    if isinstance(static, str):
-        static = (static,)
+    static = _names(static)
     if unknown := sorted(set(static) - kwargs.keys()):
         raise TypeError(
             f"static names {unknown[0]!r}, which is no keyword argument of this call. Pass it by keyword: "
@@ -55,27 +55,45 @@ def loss_of(
     return Loss(loss_fn, has_aux, tuple(data), fixed), trees.owned_arrays((*args, *data.values()))
 
 
+def _names(static: Any) -> tuple[str, ...]:
+    """The names of arguments that are fixed, as one or several were given."""
+    names = (static,) if isinstance(static, str) else static
+    if not isinstance(names, Collection) or isinstance(names, Mapping):
+        raise TypeError(
+            f"static takes the names of keyword arguments, such as ['train'], but got {shown(static)}. Pass the "
+            "argument by keyword, and give its name."
+        )
+    return tuple(names)
+
+
 def _check_data(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> None:
     """Raise for what a compiled program cannot be given: text, functions and other objects."""
-    kinds = set(map(type, jax.tree.leaves((args, kwargs))))  # a batch has many leaves and few types
-    if all(map(_is_data, kinds)):
+    if all(isinstance(leaf, jax.Array) or trees.no_data(leaf) is None for leaf in jax.tree.leaves((args, kwargs))):
         return
     places = {f"number {at}": value for at, value in enumerate(args, 1)}
     for place, value in (places | {repr(name): value for name, value in kwargs.items()}).items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
-            if not _is_data(type(leaf)):
+            if (kind := trees.no_data(leaf)) is not None:
                 is_or_has = f"has at {jax.tree_util.keystr(path, simple=True, separator='.')!r}" if path else "is"
-                kind = "text" if isinstance(leaf, str | bytes) else type(leaf).__name__
                 raise TypeError(
-                    f"The argument {place} of the loss {is_or_has} the {kind} {leaf!r:.60}, which is no data. Give "
-                    "arrays; what decides how the loss computes is passed by keyword and marked: "
+                    f"The argument {place} of the loss {is_or_has} {kind}, which is no data. Give arrays of numbers; "
+                    "what decides how the loss computes is passed by keyword and marked: "
                     "minimize(loss_fn, ..., mode='train', static=['mode'])."
                 )
 
 
-def _is_data(kind: type) -> bool:
-    is_array = any(hasattr(kind, name) for name in ("dtype", "__jax_array__", "__dlpack__"))
-    return is_array or issubclass(kind, (int, float, complex))
+def undecidable(args: tuple[Any, ...], kwargs: Mapping[str, Any], static: Collection[str]) -> TypeError | None:
+    """What to say of a loss that decides by a number which was passed as one of Python; None if there is none."""
+    named = {name: x for name, x in kwargs.items() if name not in _names(static) and isinstance(x, int)}
+    numbered = {f"number {at}": x for at, x in enumerate(args, 1) if isinstance(x, int)}
+    if not named and not numbered:
+        return None
+    given = ", ".join(f"{place} ({x})" for place, x in (named | numbered).items())
+    name, x = next(iter(named.items()), ("train", True))
+    return TypeError(
+        f"The loss decides by an argument whose value its program does not know. Such numbers are {given}. Fix the one "
+        f"that decides, by keyword: minimize(loss_fn, ..., {name}={x}, static=[{name!r}])."
+    )
 
 
 def minimization(
@@ -101,7 +119,7 @@ def minimization(
         return Minimization(loss, args)
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise TypeError(
-            f"loss_scale takes an optim.GradScaler, which keeps the factor between steps, but got {scaler!r:.60}."
+            f"loss_scale takes an optim.GradScaler, which keeps the factor between steps, but got {shown(scaler, 60)}."
         )
     are_plain = all(type(option) in (int, float, type(None)) for option in (clip_norm, clip_value, accumulate))
     options, numbers = (_kept if are_plain else _asked)(
@@ -131,6 +149,9 @@ def _asked(
     if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
     clip, dtype = Clip(clip_norm=clip_norm, clip_value=clip_value), jnp.float64 if is_double else jnp.float32
+    for name, bound in (("clip_norm", clip.clip_norm), ("clip_value", clip.clip_value)):
+        if bound is not None and jnp.ndim(bound):
+            raise ValueError(f"{name} is one number, but got an array of shape {jnp.shape(bound)}. Give a scalar.")
     norm, value = (jnp.asarray(x, dtype) if isinstance(x, float) else x for x in (clip.clip_norm, clip.clip_value))
     return StepOptions(accumulate, accumulate_mean, skip_nonfinite, True, loss_scale), StepNumbers(norm, value)
 

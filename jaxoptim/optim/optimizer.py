@@ -25,7 +25,7 @@ from jaxoptim.optim.groups import chosen, is_group, listed, parameters_in, selec
 from jaxoptim.optim.hooks import Hooked, hooked
 from jaxoptim.optim.hooks import register_optimizer_step_post_hook as register_optimizer_step_post_hook
 from jaxoptim.optim.hooks import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from jaxoptim.optim.minimization import loss_of, minimization
+from jaxoptim.optim.minimization import loss_of, minimization, undecidable
 from jaxoptim.optim.parameter import zeros_like
 from jaxoptim.optim.part import Part
 from jaxoptim.optim.state import State
@@ -134,6 +134,7 @@ class Optimizer(Hooked):
             if name in vars(cls):
                 setattr(cls, name, hooked(vars(cls)[name]))
         if "rule" in vars(cls):
+            subclass.check_rule(cls)
             if issubclass(cls.rule, SamplerRule) and cls.storage_class is Storage:
                 raise TypeError(f"{cls.rule.__name__} is a sampler. Write `class {cls.__name__}(optim.Sampler):`.")
             subclass.complete(cls)
@@ -439,8 +440,17 @@ class Optimizer(Hooked):
             [0.9, 0.9]
         """
         loss, grads = self._evaluated(grads, closure)
-        self._update(lambda: self._storage.advance(grads))
+        self._update_along(grads, lambda: self._storage.advance(grads))
         return loss
+
+    def _update_along(self, grads: Any, run: Callable[[], Any]) -> None:
+        """Make one update along gradients."""
+        try:
+            self._update(run)
+        except TypeError:  # looked for now only, as it takes long where there are many
+            if (wrong := trees.first_no_data(grads)) is None:
+                raise
+            raise TypeError(f"The gradient of {wrong[0]!r} is {wrong[1]}, no array. {trees.NONE_ELSE}") from None
 
     def _evaluated(self, grads: Any, closure: Callable[[], Any] | None) -> tuple[Any, Any]:
         """What the closure returned, and the gradients of a step."""
@@ -537,6 +547,7 @@ class Optimizer(Hooked):
             (2.896, 0.1)
         """
         self._loss_functions.check(loss_fn)
+        given = args
         loss, args = loss_of(loss_fn, has_aux, args, kwargs, static)
         if self._module is not None:
             loss, args = self._of_module(loss, args, self._module)
@@ -552,7 +563,12 @@ class Optimizer(Hooked):
             self.last,
             loss_scale,
         )
-        value, aux = self._update(lambda: self._minimized(job))
+        try:
+            value, aux = self._update(lambda: self._minimized(job))
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+            if (advice := undecidable(given, kwargs, static)) is None:
+                raise
+            raise advice from error
         if loss_scale is not None and self.last is not None and self.last.loss_scale is not None:
             loss_scale.state = self.last.loss_scale
         if loss.carries:

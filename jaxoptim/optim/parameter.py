@@ -11,6 +11,7 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import owned
 from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.core.numerics import strong
+from jaxoptim.core.shown import shown
 from jaxoptim.engine.records import Keeper
 
 
@@ -120,7 +121,7 @@ class Parameter:
     @requires_grad.setter
     def requires_grad(self, is_trained: bool) -> None:
         if not isinstance(is_trained, bool):
-            raise TypeError(f"requires_grad of {self._described()} is True or False, but got {is_trained!r}.")
+            raise TypeError(f"requires_grad of {self._described()} is True or False, but got {shown(is_trained)}.")
         self._requires_grad = is_trained
         if self._keeper is not None:
             change = self._keeper.held.discard if is_trained else self._keeper.held.add

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import as_jax, trees
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
 
 _SLOT = "prior_center"
@@ -46,11 +47,11 @@ class GaussianPrior:
     def __post_init__(self) -> None:
         strength = self.localization
         if not _is_number(strength) or not strength >= 0:
-            raise ValueError(f"Invalid localization: {strength!r}. GaussianPrior takes a number >= 0.")
+            raise ValueError(f"Invalid localization: {shown(strength)}. GaussianPrior takes a number >= 0.")
         if isinstance(self.center, str) and self.center != "initial":
             raise ValueError(
-                f"Invalid center: {self.center!r}. GaussianPrior takes 'initial', None for zero, a number, or a tree "
-                "like the parameters."
+                f"Invalid center: {shown(self.center)}. GaussianPrior takes 'initial', None for zero, a number, or a "
+                "tree like the parameters."
             )
 
 
@@ -75,8 +76,8 @@ class UniformPrior:
     def __post_init__(self) -> None:
         if self.box_size != math.inf:
             raise NotImplementedError(
-                f"UniformPrior has no box_size {self.box_size!r}. Give the sampler a bounding_box_size, which keeps it "
-                "to a box around the initial parameters."
+                f"UniformPrior has no box_size {shown(self.box_size)}. Give the sampler a bounding_box_size, which "
+                "keeps it to a box around the initial parameters."
             )
 
 
@@ -103,7 +104,7 @@ class CompositePrior:
     def __post_init__(self) -> None:
         if wrong := [x for x in self.priors if not isinstance(x, GaussianPrior | UniformPrior)]:
             raise TypeError(
-                f"CompositePrior takes a list of GaussianPrior and UniformPrior, but got {wrong[0]!r:.200}."
+                f"CompositePrior takes a list of GaussianPrior and UniformPrior, but got {shown(wrong[0], 200)}."
             )
         if (count := sum(isinstance(x, GaussianPrior) and x.center is not None for x in self.priors)) > 1:
             raise ValueError(

@@ -398,7 +398,7 @@ class Sampler(Optimizer):
         """
         loss, grads = self._evaluated(grads, closure)
         noise = trees.owned_arrays(noise)
-        self._update(lambda: self._storage.advance(grads, noise))  # type: ignore[call-arg]
+        self._update_along(grads, lambda: self._storage.advance(grads, noise))  # type: ignore[call-arg]
         return loss
 
     def _pure_rule(self, part: Part) -> Rule:

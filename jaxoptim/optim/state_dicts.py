@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxoptim.core import Rearrangement, owned
 from jaxoptim.core.numerics import is_numeric
+from jaxoptim.core.shown import shown
 from jaxoptim.optim import gradient_transforms, state_checks
 from jaxoptim.optim.matching import by_name, matched
 from jaxoptim.optim.parameter import Parameter
@@ -123,7 +124,8 @@ def to_load(
         ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
     """
     if isinstance(keep, str):
-        raise TypeError(f"keep takes a list of options, but got {keep!r}. Give [{keep!r}].")
+        raise TypeError(f"keep takes a list of options, but got {shown(keep)}. Give [{keep!r}].")
+    keep = tuple(keep)  # of a generator, which each group would find more empty
     state_checks.check_layout(state_dict)
     if strict:
         state_checks.check_class(optimizer, state_dict)

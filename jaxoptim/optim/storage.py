@@ -16,6 +16,7 @@ import numpy as np
 from jaxoptim.core import Rule, check_param, trees
 from jaxoptim.core.precision import DEFAULT
 from jaxoptim.core.rule import Traced
+from jaxoptim.core.shown import shown
 from jaxoptim.engine.freeze import View
 from jaxoptim.engine.numbers import Setting, TakenApart, taken_apart
 from jaxoptim.engine.owner import Minimization
@@ -133,7 +134,7 @@ class Storage:
         if by_parameter := rule.by_parameter:
             name = by_parameter[0]
             raise TypeError(
-                f"Invalid {name}: {given[name]!r}. A class takes one number for all parameters of a group. Give "
+                f"Invalid {name}: {shown(given[name])}. A class takes one number for all parameters of a group. Give "
                 f"groups=[(selector, {{{name!r}: number}}), ...], or use the pure face, which takes trees."
             )
         for name, option in given.items():

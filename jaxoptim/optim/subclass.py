@@ -18,7 +18,8 @@ from typing import Any
 import jax
 from optax import GradientTransformation as GradientTransformation
 
-from jaxoptim.core.rule import Traced
+from jaxoptim.core.rule import Hyperparameters, Traced
+from jaxoptim.optim import option_names
 from jaxoptim.optim.groups import Groups as Groups
 from jaxoptim.optim.groups import Selectors as Selectors
 
@@ -50,6 +51,16 @@ def complete(cls: Any) -> None:
         _document(cls)
 
 
+def check_rule(cls: Any) -> None:
+    """Raise for what is no class of rules."""
+    if not (isinstance(cls.rule, type) and issubclass(cls.rule, Hyperparameters)):
+        kind = cls.rule.__name__ if isinstance(cls.rule, type) else type(cls.rule).__name__
+        raise TypeError(
+            f"{cls.__name__}.rule is the class of a rule, such as jaxoptim.rules.Adam, but got {kind}. What gradients "
+            "go through before a step is its option gradient_transform=."
+        )
+
+
 def _construct(cls: Any) -> None:
     """Give the class a constructor, which hands its options to that of the base class."""
     own = _hyperparameters(cls.rule)
@@ -67,7 +78,13 @@ def _construct(cls: Any) -> None:
         try:
             bound = signature.bind(*args, **options)
         except TypeError as error:
-            raise TypeError(f"{type(self).__name__}() {error}. After params it takes {', '.join(taken)}.") from None
+            every = [*taken, *(name for name in common if name not in taken)]
+            slips = (option_names.meant(name, every) for name in options if name not in every)
+            option = next(filter(None, slips), None)
+            hint = f" {option!r} is probably meant." if option else ""
+            raise TypeError(
+                f"{type(self).__name__}() {error}.{hint} After params it takes {', '.join(every)}."
+            ) from None
         bound.apply_defaults()
         values = constants | bound.arguments
         keywords |= {name: values[name] for name in passed}

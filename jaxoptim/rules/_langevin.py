@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxoptim.core import Slots, enabled, full_like, is_known
 from jaxoptim.core.modules import trained_of
+from jaxoptim.core.shown import shown
 
 
 class _Potential(Protocol):
@@ -123,8 +124,8 @@ def _check_mask(rule: Any) -> None:
             continue
         if isinstance(mask, str) or not np.isin(np.asarray(mask), (0, 1)).all():
             raise ValueError(
-                f"Invalid optimize_over: {mask!r:.200}. {type(rule).__name__} takes masks of zeros and ones; a factor "
-                "between them would sample from another distribution."
+                f"Invalid optimize_over: {shown(mask, 200)}. {type(rule).__name__} takes masks of zeros and ones; a "
+                "factor between them would sample from another distribution."
             )
 
 
@@ -146,7 +147,8 @@ def _check_choice(rule: Any, field: str, allowed: Sequence[str | None]) -> None:
     """Raise for a switch that is none of these."""
     if getattr(rule, field) not in allowed:
         raise ValueError(
-            f"Invalid {field}: {getattr(rule, field)!r}. {type(rule).__name__} takes {' or '.join(map(repr, allowed))}."
+            f"Invalid {field}: {shown(getattr(rule, field))}. {type(rule).__name__} takes "
+            f"{' or '.join(map(repr, allowed))}."
         )
 
 

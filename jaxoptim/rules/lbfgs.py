@@ -13,6 +13,7 @@ import optax
 from jaxoptim.core import Hyperparameters, NonNegative, OptState, Packed, Scalar, factory, full_like, pack, rule, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.core.shown import shown
 from jaxoptim.rules import _strong_wolfe
 from jaxoptim.rules._strong_wolfe import Line, Sample
 from jaxoptim.rules._terms import given_loss
@@ -175,9 +176,11 @@ class LBFGS(Hyperparameters):
             if name == "max_eval" and count is None:
                 continue
             if isinstance(count, bool) or not isinstance(count, int | np.integer):
-                raise TypeError(f"Invalid {name}: {count!r} ({type(count).__name__}). LBFGS takes an int for {name}.")
+                raise TypeError(
+                    f"Invalid {name}: {shown(count)} ({type(count).__name__}). LBFGS takes an int for {name}."
+                )
             if count < 1:
-                raise ValueError(f"Invalid {name}: {count!r}. LBFGS takes {name} >= 1.")
+                raise ValueError(f"Invalid {name}: {shown(count)}. LBFGS takes {name} >= 1.")
         if self.line_search_fn not in (None, "strong_wolfe"):
             raise RuntimeError(
                 f"only 'strong_wolfe' is supported as line_search_fn, but LBFGS got {self.line_search_fn!r}. "

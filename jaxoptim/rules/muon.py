@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxoptim.core import Coefficient, NonNegative, OpenDecayRate, Rearrangement, Rule, Scalar, Slots, factory, rule
 from jaxoptim.core.numerics import with_replicated
+from jaxoptim.core.shown import shown
 from jaxoptim.rules._terms import shrinkage, zeros
 
 
@@ -79,11 +80,11 @@ class Muon(Rule):
     def check(self) -> None:
         if self.adjust_lr_fn not in (None, "original", "match_rms_adamw"):
             raise ValueError(
-                f"Invalid adjust_lr_fn: {self.adjust_lr_fn!r}. Muon takes None, 'original' or 'match_rms_adamw'."
+                f"Invalid adjust_lr_fn: {shown(self.adjust_lr_fn)}. Muon takes None, 'original' or 'match_rms_adamw'."
             )
         if not isinstance(self.ns_steps, int):
             raise TypeError(
-                f"Invalid ns_steps: {self.ns_steps!r}. Muon takes an int, which fixes the compiled program; "
+                f"Invalid ns_steps: {shown(self.ns_steps)}. Muon takes an int, which fixes the compiled program; "
                 "with optax.inject_hyperparams name it in static_args."
             )
         if not 0 <= self.ns_steps < 100:
@@ -91,7 +92,7 @@ class Muon(Rule):
         axes = self.flatten
         if axes is not None and not (isinstance(axes, tuple) and axes and all(type(axis) is int for axis in axes)):
             raise ValueError(
-                f"Invalid flatten: {axes!r}. Muon takes a tuple of axes, those of the rows, such as (-1,), or None."
+                f"Invalid flatten: {shown(axes)}. Muon takes a tuple of axes, the rows, such as (-1,), or None."
             )
 
     def check_param(self, name: str, param: Any) -> None:

@@ -15,6 +15,7 @@ import optax
 from jaxoptim.core import Arrays, Hyperparameters, Numeric, OptState, Packed, factory, is_known, rule, sqrt, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.numerics import computing_dtype, is_complex
+from jaxoptim.core.shown import shown
 from jaxoptim.rules._terms import given_loss
 
 _SMALLEST_CURVATURE = 1e-8
@@ -375,11 +376,11 @@ def _checked_radius(radius: Any, batch: tuple[int, ...] | None = None, name: str
     numeric = int | float | np.number | np.ndarray | jax.Array
     if isinstance(radius, bool) or not isinstance(radius, numeric):
         raise TypeError(
-            f"Invalid {name}: {radius!r} ({type(radius).__name__}). Give a number or an array > 0, or None "
+            f"Invalid {name}: {shown(radius)} ({type(radius).__name__}). Give a number or an array > 0, or None "
             "for no limit."
         )
     if is_known(radius) and not _RADIUS.admits(radius):
-        raise ValueError(f"Invalid {name}: {radius!r}. The radius of a trust region is > 0, or None for no limit.")
+        raise ValueError(f"Invalid {name}: {shown(radius)}. The radius of a trust region is > 0, or None for no limit.")
     shape = np.shape(radius)
     # Like jnp.broadcast_shapes, but the batch stays as it is.
     fits = batch is None or (
@@ -443,7 +444,7 @@ class Newton(Hyperparameters):
         given = {} if self.trust_radii is None else self.trust_radii
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise TypeError(
-                f"Invalid trust_radii: {given!r}. Newton takes a dict from the dotted path of a parameter to the "
+                f"Invalid trust_radii: {shown(given)}. Newton takes a dict from the dotted path of a parameter to the "
                 'radius of its trust region, such as {"encoder.scale": 0.1}.'
             )
         radii = {name: _validated(radius, name) for name, radius in given.items() if radius is not None}
@@ -503,7 +504,7 @@ def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
 
 def _check_leaf(name: str, leaf: Any) -> None:
     """Raise for a parameter that Newton's method does not apply to, also where only its shape is known."""
-    jax.eval_shape(lambda leaf: _checked_point(name, leaf), leaf)
+    jax.eval_shape(lambda leaf: _checked_point(name, leaf), trees.as_array("parameter", name, leaf))
 
 
 def _changes(rule: Newton, grads: Any, params: Any, value_fn: Callable[[Any], Any]) -> Any:

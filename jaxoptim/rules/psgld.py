@@ -20,6 +20,7 @@ from jaxoptim.core import (
     rule,
     sqrt,
 )
+from jaxoptim.core.shown import shown
 from jaxoptim.rules._components import PosteriorSampler
 from jaxoptim.rules._langevin import boxed, check_terms, force, masked
 from jaxoptim.rules._terms import needed, zeros
@@ -111,7 +112,7 @@ class PSGLD(PosteriorSampler):
         check_terms(self, metrics=(None, "components"))
         after = self.frozen_after
         if after is not None and (isinstance(after, bool) or not isinstance(after, int) or after < 1):
-            raise ValueError(f"Invalid frozen_after: {self.frozen_after!r}. PSGLD takes an int >= 1, or None.")
+            raise ValueError(f"Invalid frozen_after: {shown(self.frozen_after)}. PSGLD takes an int >= 1, or None.")
 
     @property
     def leaves_out_held(self) -> bool:

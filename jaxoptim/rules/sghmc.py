@@ -20,6 +20,7 @@ from jaxoptim.core import (
     is_known,
     rule,
 )
+from jaxoptim.core.shown import shown
 from jaxoptim.rules._components import PosteriorSampler
 from jaxoptim.rules._langevin import boxed, check_terms, first_momentum, force, masked, relaxation
 from jaxoptim.rules._terms import needed
@@ -117,7 +118,7 @@ class SGHMC(PosteriorSampler):
         check_terms(self, metrics=(None, "components"), order=("euler", "baoab"))
         if is_known(self.alpha) and is_known(self.beta) and np.any(np.asarray(self.beta) > np.asarray(self.alpha)):
             raise ValueError(
-                f"Invalid beta: {self.beta!r}. SGHMC takes beta of at most alpha, which is {self.alpha!r}."
+                f"Invalid beta: {shown(self.beta)}. SGHMC takes beta of at most alpha, which is {shown(self.alpha)}."
             )
 
     @property

@@ -38,6 +38,7 @@ def effective_sample_size(trace: Any) -> np.ndarray:
         >>> 1500 < float(effective_sample_size(trace)) < 3000
         True
     """
+    required()
     from numpyro import diagnostics
 
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN for a trace that never moves
@@ -66,6 +67,7 @@ def rhat(trace: Any) -> np.ndarray:
         >>> abs(float(rhat(trace)) - 1) < 0.01
         True
     """
+    required()
     from numpyro import diagnostics
 
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -100,7 +102,6 @@ def mcse(trace: Any) -> np.ndarray:
 
 
 def _checked(trace: Any, what: str, least: int = 2) -> np.ndarray:
-    required()
     trace = np.asarray(trace, np.float64)
     if trace.ndim < 2 or trace.shape[1] < least:
         raise ValueError(f"{what} takes (chains, draws, ...) with at least {least} draws, but got shape {trace.shape}.")

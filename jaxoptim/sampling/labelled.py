@@ -88,5 +88,7 @@ def required_xarray() -> Any:
     try:
         import xarray
     except ImportError as error:
-        raise ImportError("Labelled results need xarray: pip install 'jaxoptim[sampling]'.") from error
+        raise ImportError(
+            "Labelled results need xarray: pip install xarray, or pip install 'jaxoptim[sampling]'."
+        ) from error
     return xarray

@@ -71,5 +71,7 @@ def _axes(ax: Any) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("A plot needs matplotlib: pip install 'jaxoptim[sampling]'.") from error
+        raise ImportError(
+            "A plot needs matplotlib: pip install matplotlib, or pip install 'jaxoptim[sampling]'."
+        ) from error
     return plt.subplots()[1]

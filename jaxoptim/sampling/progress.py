@@ -19,7 +19,9 @@ def bar(total: int, start: int, shown: bool) -> Iterator[Callable[[int], None]]:
     try:
         import tqdm
     except ImportError as error:
-        raise ImportError("A progress bar needs tqdm: pip install 'jaxoptim[sampling]'.") from error
+        raise ImportError(
+            "A progress bar needs tqdm: pip install tqdm, or pip install 'jaxoptim[sampling]'."
+        ) from error
     with tqdm.tqdm(total=total, initial=start, unit="step", desc="sampling") as shown_bar:
 
         def show(step: int) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxoptim.core import trees
 from jaxoptim.core.batches import check_batch_size, size_of
-from jaxoptim.core.foreign import check_not_trained_by_torch
+from jaxoptim.core.foreign import ARRAYS_ALONE, check_not_trained_by_torch
 from jaxoptim.core.loss import LossFunctions
-from jaxoptim.core.modules import ARRAYS_ALONE, ModuleDef, Rest, check_not_inside, parts_of
+from jaxoptim.core.modules import ModuleDef, Rest, check_not_inside, parts_of
 from jaxoptim.core.numerics import as_jax, is_numeric, strong
 from jaxoptim.core.precision import is_low, widened
 from jaxoptim.core.signatures import mismatch

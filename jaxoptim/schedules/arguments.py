@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import as_pytree, is_known
+from jaxoptim.core.shown import shown
 from jaxoptim.schedules.arithmetic import Base
 
 
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-        raise TypeError(f"{name} must be a number or a scalar array, but got {value!r} ({type(value).__name__}).")
+        raise TypeError(f"{name} must be a number or a scalar array, but got {shown(value)} ({type(value).__name__}).")
     if isinstance(value, jax.Array | np.ndarray):
         return value if jnp.issubdtype(value.dtype, jnp.floating) else jnp.asarray(value, float)
     return float(value)
@@ -40,7 +41,7 @@ def _base(name: str, value: Any) -> Base:
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number that is not too small."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value != int(value):
-        raise TypeError(f"{name} must be a whole number, but got {value!r}.")
+        raise TypeError(f"{name} must be a whole number, but got {shown(value)}.")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, but got {value}.")
     return int(value)

@@ -13,6 +13,7 @@ import jaxoptim.optim
 from jaxoptim.core import Decay, Hyperparameters, OptState, Packed, init, trees
 from jaxoptim.core.precision import DEFAULT
 from jaxoptim.core.rule import Off
+from jaxoptim.core.shown import shown
 from jaxoptim.interop.torch.tensors import to_torch
 from jaxoptim.optim import Optimizer
 
@@ -126,7 +127,7 @@ def _number(x: Any) -> Any:
 def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
     """The torch-style optimizer of a rule."""
     if not isinstance(rule, Hyperparameters):
-        raise TypeError(f"A rule is expected, such as rules.Adam(lr=1e-3), but got {rule!r:.200}.")
+        raise TypeError(f"A rule is expected, such as rules.Adam(lr=1e-3), but got {shown(rule, 200)}.")
     if isinstance(params, Packed):
         raise TypeError(
             "The parameters are packed, but torch keeps state by parameter. Give params.unpack(), and pack later."

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.shown import shown
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.engine.loops import Changes, Course
 from jaxoptim.optim.parameter import Parameter
@@ -264,7 +265,7 @@ def checked_key(key: Any) -> jax.Array:
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
     raw = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
     if not (typed or raw):
-        raise TypeError(f"The key must be a JAX key, such as jax.random.key(0), but got {key!r}.")
+        raise TypeError(f"The key must be a JAX key, such as jax.random.key(0), but got {shown(key)}.")
     return key
 
 

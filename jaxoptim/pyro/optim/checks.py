@@ -12,13 +12,14 @@ from jax.experimental.sparse import BCOO
 from jaxoptim.core import trees
 from jaxoptim.core.foreign import check_not_trained_by_torch
 from jaxoptim.core.numerics import strong
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
 
 
 def listed(params: Iterable[Parameter]) -> list[Parameter]:
     """Parameters as a list; raises for what is no collection."""
     if isinstance(params, Parameter) or not isinstance(params, Iterable):
-        raise TypeError(f"A list of parameters is expected, but got {params!r}. Give optimizer([parameter]).")
+        raise TypeError(f"A list of parameters is expected, but got {shown(params)}. Give optimizer([parameter]).")
     return list(params)
 
 

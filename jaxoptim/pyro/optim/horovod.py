@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.flat import flatten, unflatten
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.foreign import WRAPPER, refuse_foreign
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
@@ -64,7 +65,7 @@ class HorovodOptimizer(PyroOptim):
         if not isinstance(pyro_optim, PyroOptim) or isinstance(pyro_optim, PyroLRScheduler):
             raise TypeError(f"Expected a PyroOptim object without a schedule but got a {type(pyro_optim).__name__}.")
         if op not in ("average", "sum"):
-            raise ValueError(f"Invalid op: {op!r}. HorovodOptimizer takes 'average' or 'sum'.")
+            raise ValueError(f"Invalid op: {shown(op)}. HorovodOptimizer takes 'average' or 'sum'.")
         super().__init__(pyro_optim.pt_optim_constructor, pyro_optim.pt_optim_args, pyro_optim.pt_clip_args)
         self.op, self.axis_name = op, axis_name
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.lr_scheduler import LRScheduler
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.optim.parameter import Parameter
@@ -64,7 +65,7 @@ class PyroLRScheduler(PyroOptim):
         if not isinstance(optim_args, Mapping):
             raise TypeError(
                 "optim_args of a scheduler must be a dict with 'optimizer', 'optim_args' and the scheduler's options, "
-                f"but got {optim_args!r}."
+                f"but got {shown(optim_args)}."
             )
         if missing := [name for name in ("optimizer", "optim_args") if name not in optim_args]:
             raise KeyError(

@@ -20,6 +20,7 @@ from jaxoptim.core import OptState, bound
 from jaxoptim.core.clipping import Clip
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.loss import all_finite
+from jaxoptim.core.shown import shown
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.engine.numbers import Setting
 from jaxoptim.optim.lbfgs import LBFGS
@@ -113,7 +114,8 @@ class PyroOptim:
         refuse_foreign("optim_constructor", optim_constructor, CLASS)
         if not callable(optim_constructor) or optim_constructor is LBFGS:
             raise TypeError(
-                f"optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got {optim_constructor!r}."
+                "optim_constructor must be a class of jaxoptim.optim other than LBFGS, but got "
+                f"{shown(optim_constructor)}."
             )
         kind: Any = optim_constructor
         if isinstance(kind, type) and issubclass(kind, Sampler):
@@ -125,8 +127,8 @@ class PyroOptim:
         for what, given in (("optim_args", optim_args), ("clip_args", clip_args)):
             if not (callable(given) or isinstance(given, Mapping)):
                 raise TypeError(
-                    f"{what} must be function that returns defaults or a defaults dictionary, but got {given!r}. Give "
-                    "{'lr': 0.1}, or a function of the parameter's name that returns such a dict."
+                    f"{what} must be function that returns defaults or a defaults dictionary, but got {shown(given)}. "
+                    "Give {'lr': 0.1}, or a function of the parameter's name that returns such a dict."
                 )
         self.pt_optim_constructor = optim_constructor
         self.pt_optim_args = optim_args
