@@ -284,6 +284,15 @@ class TestArguments:
         for x, y in ((X, Y), (torch.tensor(X), torch.tensor(Y))):
             assert optim.SGD(start(), lr=0.1).minimize(loss, x, y) == value
 
+    @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+    def test_what_others_write_afterwards_is_not_seen(self, make):
+        ours, theirs = (optim.SGD(start(), lr=0.1) for _ in range(2))
+        batch, x = jnp.asarray(X), make(X)
+        ours.minimize(loss, batch, Y)
+        theirs.minimize(loss, x, Y)
+        x[:] = 0
+        chex.assert_trees_all_equal(theirs.params, ours.params)
+
     def test_keywords(self):
         def scaled(params, x, *, y, factor=1.0):
             return factor * loss(params, x, y)

@@ -438,3 +438,13 @@ def test_a_parameter_of_any_shape_and_dtype_is_stepped_and_pickled(value):
         assert jnp.array_equal(twin.grad, param.grad)
         twin.value = twin.value + 1
     np.testing.assert_array_equal(param.value, jnp.asarray(value) - 0.5)
+
+
+@pytest.mark.parametrize("of_others", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_gradients_of_other_libraries_are_copied(of_others):
+    ours, theirs = (optim.Adam({"w": jnp.ones(3)}, lr=0.1) for _ in range(2))
+    given = of_others([0.5, -1.0, 2.0])
+    ours.step({"w": jnp.array([0.5, -1.0, 2.0])})
+    theirs.step({"w": given})
+    given[:] = 0
+    chex.assert_trees_all_equal(theirs.params, ours.params)
