@@ -82,13 +82,16 @@ def save(path: str | os.PathLike[str], about: Any, options: RunOptions, step: in
     checkpoint.save(path, content)
 
 
-def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain]:
-    """Return the step that a run has come to, and its chains.
+def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain, Any]:
+    """Return the step that a run has come to, its chains, and their traces as they were saved.
+
+    Where there are more of these than the device has room for, the chains have none.
 
     Raises:
         ``ValueError`` for another run, and what :func:`jaxoptim.checkpoint.load` raises.
     """
-    content = checkpoint.load(path)
+    with jax.default_device(_host()):  # where there is room for traces that have left the device
+        content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
     later = {"store": False, "control_variates": None, "metropolis": False, "num_steps_bw_swaps": None}
@@ -110,15 +113,24 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
             f"The checkpoint {path} has chains in the dtype of their parameters, of a version that lost steps in it. "
             "Give another path, or remove it."
         )
-    found = [_fitted(x, mine) for x, mine in zip(content["chains"], leaves, strict=True)]
-    return content["step"], jax.tree.unflatten(treedef, found)
+    there = jax.tree.unflatten(treedef, content["chains"])
+    fit = there.traces["loss"].shape[1] <= like.traces["loss"].shape[1]
+    own = there if fit else there._replace(traces=like.traces)
+    return content["step"], jax.tree.map(_fitted, own, like), there.traces
+
+
+def _host() -> Any:
+    """The host as a device; None where JAX has been told to do without."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _fitted(x: jax.Array, like: jax.Array) -> jax.Array:
     """An array of a run in its place, a trace longer by the draws to come."""
-    if x.shape != like.shape:
-        x = like.at[:, : x.shape[1]].set(x)
-    return jax.device_put(x, like.sharding)
+    x = jax.device_put(x, like.sharding)
+    return x if x.shape == like.shape else like.at[:, : x.shape[1]].set(x)
 
 
 def _equal(a: Any, b: Any) -> bool:
