@@ -112,8 +112,8 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     check_metropolis(sampler, one.arrays, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
-    evaluation = options.microbatches, options.metropolis
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
+    others = options.microbatches, options.metropolis, options.num_chains
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *others)
     method, mesh = chains.layout(options.chain_method, count, one.arrays, one.given)
     given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
     numbers = np.arange(count) % options.num_chains
