@@ -200,6 +200,7 @@ def sample(
         and gradients, as long as nothing depends on them that chains keep: they are in every chain if SGLD tracks
         ``weight_norm``, or devinterp's ``grad_norm``, or has ``save_noise`` or ``save_mala_vars``. The noise of the
         others is the same in both cases, the losses are to rounding. In ``Samples.params`` they are copied.
+        The masks are one copy for all chains too, in the shapes that they were given in.
 
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for batches of different
