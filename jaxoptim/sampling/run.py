@@ -99,7 +99,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
     Where chains begin at several points there are so many of each setting at each of them, one point after the other;
-    such a run has no checkpoint, no store and no control variates.
+    such a run has no store and no control variates.
 
     Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
     that stays: what is wrong raises before work is done.

@@ -29,7 +29,8 @@ def description(
 
     Functions cannot be compared, so their values at the parameters are; of a stream its first batch is.
     """
-    params, given = problem.arrays, next(problem.wholes())
+    first_point = problem.at_start(0)
+    params, given = first_point.arrays, next(first_point.wholes())
     kind = [] if problem.stream is None else [problem.stream.kind]
     batch = jax.tree.map(lambda x: x[: options.size_at_once(given.data)], given.data)
 
@@ -68,7 +69,7 @@ def description(
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
-        "params": jax.tree.leaves((spec.target.as_given(params), given.rest)),
+        "params": jax.tree.leaves((spec.target.as_given(problem.arrays), problem.given.rest)),
         "data": [*kind, *map(_digest, jax.tree.leaves(given.data))],
         "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
