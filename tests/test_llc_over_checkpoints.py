@@ -436,7 +436,7 @@ def test_the_plot_has_a_line_for_each_selection_at_the_steps():
             {"good": TRAINING[100], "bad": TRAINING[100] | {"out": jnp.full(5, jnp.nan)}},
             {},
             ValueError,
-            "The checkpoint 'bad': The loss of all data at params is nan",
+            "The loss of all data at checkpoint 'bad' is nan",
         ),
         (TRAINING[100], {"stacked": True}, ValueError, "The first axes of checkpoints must have one length"),
         (["there is none"], {}, FileNotFoundError, "there is none"),
