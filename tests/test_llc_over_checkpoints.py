@@ -105,6 +105,54 @@ def test_all_checkpoints_are_one_program_and_others_need_no_other():
     assert size() == after
 
 
+@pytest.mark.parametrize("given", [[0.1, 0.2, None], {100: 0.1, 400: None, 200: 0.2}], ids=["in order", "by name"])
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_initial_losses_may_be_given(given, at_once):
+    np.testing.assert_allclose(over(init_loss=given, at_once=at_once).init_loss, [0.1, 0.2, over().init_loss[2]])
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_a_run_goes_on_from_its_checkpoint(at_once, tmp_path):
+    changes = {"at_once": at_once, "observables": {"out": lambda params: params["out"]}}
+    over(checkpoint=tmp_path / "run", num_draws=7, **changes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["run"] if at_once is None else ["run.0", "run.1"])
+    assert_equal(over(checkpoint=tmp_path / "run", **changes), over(**changes), rtol=0)
+
+
+def test_what_has_ended_is_read_from_its_file(tmp_path, monkeypatch):
+    two = dict(list(TRAINING.items())[:2])
+    over(two, at_once=1, checkpoint=tmp_path / "run")
+    steps, made = chains.run_steps, []
+    monkeypatch.setattr(chains, "run_steps", lambda *args: made.append(args[8]) or steps(*args))
+    assert_equal(over(at_once=1, checkpoint=tmp_path / "run"), over(at_once=1), rtol=0)
+    assert made.count(0) == 1 + 3  # begins: the last one, and those without files
+
+
+def test_a_file_of_other_checkpoints_is_refused(tmp_path):
+    over(checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="is of another run: its params is not what was given"):
+        over(TRAINING | {400: params_of(9)}, checkpoint=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
+        (0.1, TypeError, "init_loss is a list of numbers, or a mapping of names, but got 0.1"),
+        ([0.1], ValueError, "init_loss has 1 numbers, but there are 3 checkpoints. Give one for each"),
+        (
+            {100: 0.1, 200: 0.1, 3: 0.1},
+            ValueError,
+            "init_loss has none of the checkpoint 400. Its names are 100, 200, 3",
+        ),
+        ([0.1, "0.2", 0.3], ValueError, "Invalid init_loss: '0.2'"),
+    ],
+    ids=["one number", "too few", "another name", "text"],
+)
+def test_wrong_initial_losses_are_refused(given, error, match):
+    with pytest.raises(error, match=match):
+        over(init_loss=given)
+
+
 SELECTIONS = {"in": "in", "out": "out", "half": {"in": jnp.arange(5) < 3, "out": False}}
 
 
@@ -388,7 +436,7 @@ def test_the_plot_has_a_line_for_each_selection_at_the_steps():
             {"good": TRAINING[100], "bad": TRAINING[100] | {"out": jnp.full(5, jnp.nan)}},
             {},
             ValueError,
-            "The checkpoint 'bad': The loss of all data at params is nan",
+            "The loss of all data at checkpoint 'bad' is nan",
         ),
         (TRAINING[100], {"stacked": True}, ValueError, "The first axes of checkpoints must have one length"),
         (["there is none"], {}, FileNotFoundError, "there is none"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxoptim import rules, sampling
 from jaxoptim.core.noise import normal, part_of_normal
@@ -222,3 +223,43 @@ def test_modules(kind):
     assert (first(found.params) == first(model)).all()
     assert first(found.params).shape == (2, *first(model).shape)
     assert (last(found.params) != last(model)).all()
+
+
+def temporaries(selections, **changes):
+    """The bytes that the program of chains that move eight layers takes beside what they keep."""
+    params = {f"layer{number}": jnp.ones((64, 64)) / 64 for number in range(8)}
+    options, sampler = RunOptions(KEY, CHAINS, 5, chain_method="vmap"), rules.SGLD(**changes)
+    given = problem(deep, params, jnp.ones((4, 64)), options)
+    masks = {} if selections is None else {"optimize_over": stacked_masks(selections, given.arrays)}
+    count = 1 if selections is None else len(selections)
+    prepared = prepare(given, sampler, stacked(sampler, count, **masks), count, options)
+    arguments = (prepared.rules, prepared.settings, prepared.state, prepared.problem.given, Thinning(0, 1), 0, 5)
+    return (
+        chains.run_steps.lower(prepared.spec, "vmap", None, *arguments).compile().memory_analysis().temp_size_in_bytes
+    )
+
+
+def some_of(number):
+    """Masks that have a number for each of a layer."""
+    return {f"layer{layer}": (np.arange(64 * 64) % 7 == (layer + number) % 7).reshape(64, 64) for layer in range(8)}
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_masks_are_one_copy_for_all_chains_of_a_setting(count):
+    """As wide as the numbers that they multiply; a byte for each number of each chain would be four times that."""
+    masks = [some_of(number) for number in range(count)]
+    assert temporaries(masks) - temporaries([True] * count) < (8 * count + 1) * LAYER
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("in_a_row", [1, 2, 3, 8, 24])
+def test_chains_get_what_is_the_same_for_their_row(in_a_row, devices):
+    """Wherever a device's share begins and ends."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("chains",)) if devices > 1 else None
+    rows, number = jnp.arange(24) // in_a_row, jnp.arange(24)
+
+    def one(row, number, factor):
+        return factor * row, number
+
+    found = jax.jit(lambda: chains._over_chains(one, "vmap", mesh, (number,), (10,), (rows,), in_a_row))()
+    chex.assert_trees_all_equal(found, (10 * rows, number))

@@ -154,3 +154,15 @@ def test_errors():
         given(w=(0j, 0j), loss=lambda w: jnp.sum(abs(w)))
     with pytest.raises(ValueError, match=r"Invalid metropolis: 1. It is True or False"):
         given(metropolis=1)
+
+
+def test_a_calibration_has_the_rates_of_its_step_sizes_and_their_bias_is_gone():
+    """Of plain steps the coefficient is 5 / 2 / (1 - lr * nbeta / 4): 4.2 and 2.5 at these sizes."""
+    found = sampling.calibrate(
+        lambda w: jnp.sum(w**2) / 2, jnp.zeros(5), rules.SGLD(), lr=[1e-2, 1e-4], localization=[0.0], nbeta=160.0,
+        key=KEY, num_chains=20, num_draws=500, num_burnin_steps=100, start_noise=0.08, metropolis=True,
+    )  # fmt: skip
+    rates = found.observables["metropolis_acceptance"]
+    assert rates.shape == found.trace.shape
+    assert rates[0].mean() < 0.95 < 0.99 < rates[1].mean()
+    assert abs(found.mean[0, 0] - 2.5) < 4 * found.std[0, 0] / np.sqrt(20)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxoptim import rules, sampling
-from jaxoptim.sampling import chains, run, store
+from jaxoptim.sampling import chains, pieces, run, store
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import problem
 
@@ -64,7 +64,7 @@ def same(found, expected):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Room for a few draws."""
-    monkeypatch.setattr(store, "_BYTES_OF_A_PIECE", 1000)
+    monkeypatch.setattr(pieces, "BYTES_ON_DEVICE", 1000)
     monkeypatch.setattr(run, "_SECONDS_BETWEEN_SAVES", -1.0)
 
 

@@ -162,6 +162,7 @@ def calibrate(
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
     control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> Calibration:
     """Estimate the local learning coefficient for every pair of a step size and a localization, in one program.
 
@@ -191,6 +192,8 @@ def calibrate(
         checkpoint: as for :func:`sample` (default None).
         probes: as for :func:`sample` (default None).
         control_variates: as for :func:`sample` (default None).
+        metropolis: as for :func:`sample`, whose rates of acceptance by setting are then among the ``observables``
+            (default False).
 
     Returns:
         :class:`Calibration`.
@@ -224,6 +227,7 @@ def calibrate(
         same_batches=same_batches,
         start_noise=start_noise,
         control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)

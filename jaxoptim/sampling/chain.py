@@ -39,6 +39,7 @@ class ChainSpec(NamedTuple):
         room: how many draws can be written down.
         microbatches: in how many parts a batch is evaluated.
         metropolis: whether steps are accepted or rejected.
+        in_a_row: how many chains, one after the other, have one setting and begin at one point.
     """
 
     target: Target
@@ -48,6 +49,7 @@ class ChainSpec(NamedTuple):
     room: int
     microbatches: int = 1
     metropolis: bool = False
+    in_a_row: int = 1
 
 
 class Thinning(NamedTuple):

@@ -79,8 +79,8 @@ def init_chains(
         return chain.init_chain(spec, _setting(rules, setting), params, given, key, start_noise)
 
     # At the start there is nothing to compute that would need the cache.
-    mapped = settings, starts, fold_in(key, numbers)
-    return _over_chains(one, "vmap", mesh, mapped, (rules, params, given, start_noise))
+    mapped, common = (fold_in(key, numbers),), (rules, params, given, start_noise)
+    return _over_chains(one, "vmap", mesh, mapped, common, (settings, starts), spec.in_a_row)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "method", "mesh"), donate_argnames="chains")
@@ -146,8 +146,8 @@ def _after_steps(
         given = _given_at(given, at)._replace(data=of_chain(given.data, number))
         return chain.run_steps(spec, _setting(rules, setting), given, thinning, state, start, stop)
 
-    mapped = settings, starts, jnp.arange(len(settings)), chains
-    return _over_chains(one, method, mesh, mapped, (rules, given, thinning, start, stop))
+    mapped, common = (jnp.arange(len(settings)), chains), (rules, given, thinning, start, stop)
+    return _over_chains(one, method, mesh, mapped, common, (settings, starts), spec.in_a_row)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_draws"))
@@ -156,19 +156,42 @@ def results(spec: ChainSpec, num_draws: int, chains: Chain) -> dict[str, Any]:
     return jax.vmap(functools.partial(chain.results, spec, num_draws))(chains)
 
 
-def _over_chains(one: Callable[..., Any], method: str, mesh: Mesh | None, mapped: Any, common: Any) -> Any:
-    """``one(*mapped, *common)`` for all chains, over the devices of a mesh."""
+def _over_chains(
+    one: Callable[..., Any],
+    method: str,
+    mesh: Mesh | None,
+    mapped: Any,
+    common: Any,
+    in_rows: Any = (),
+    in_a_row: int = 1,
+) -> Any:
+    """``one(*in_rows, *mapped, *common)`` for all chains, over the devices of a mesh.
 
-    def some(mapped: Any, common: Any) -> Any:
-        if method == "vmap":
-            return jax.vmap(lambda mapped: one(*mapped, *common))(mapped)
-        return lax.map(lambda mapped: one(*mapped, *common), mapped)
+    What follows from ``in_rows``, which is the same for so many chains in a row, such as the masks of their setting, is
+    there once for all of them that are taken at once.
+    """
+
+    def some(in_rows: Any, mapped: Any, common: Any) -> Any:
+        if method == "map":
+            return lax.map(lambda each: one(*each[0], *each[1], *common), (in_rows, mapped))
+
+        def of_row(at: Any, mapped: Any) -> Any:
+            return jax.vmap(lambda mapped: one(*at, *mapped, *common))(mapped)
+
+        count = len(jax.tree.leaves(mapped)[0])
+        width = math.gcd(count, in_a_row)  # a device may begin or end within a row
+        heads = jax.tree.map(lambda x: x[::width], in_rows)
+        if width == count:
+            return of_row(jax.tree.map(lambda x: x[0], heads), mapped)
+        rows = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), mapped)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(of_row)(heads, rows))
 
     if mesh is None:
-        return some(mapped, common)
+        return some(in_rows, mapped, common)
     along = PartitionSpec("chains")
-    spread = jax.shard_map(some, mesh=mesh, in_specs=(along, PartitionSpec()), out_specs=along, check_vma=False)
-    return spread(mapped, common)
+    specs = along, along, PartitionSpec()
+    spread = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=along, check_vma=False)
+    return spread(in_rows, mapped, common)
 
 
 def _setting(rules: Any, setting: Any) -> Rule | None:

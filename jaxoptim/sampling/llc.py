@@ -366,21 +366,51 @@ def estimated(
         names: of the selections, None if they have none.
         masks: of the selections, stacked; None for one of all that the sampler moves.
     """
+    ((several, known),) = estimates(caller, given, sampler, options, nbeta, [("params", init_loss)], names, masks)
+    labels = None if masks is None else selection_labels(len(several.loss), names)
+    return several, divergence(several.diverged, labels) + doubts(known, several.loss.shape[-1], labels)
+
+
+def estimates(
+    caller: str,
+    given: Problem,
+    sampler: SamplerLike,
+    options: RunOptions,
+    nbeta: Any,
+    init_losses: Sequence[tuple[str, Any]],
+    names: tuple[str, ...] | None,
+    masks: Any,
+) -> list[tuple[LLC, list[Evidence]]]:
+    """The estimates at each point where chains of one run begin, with an axis of selections, and what is known of each.
+
+    Args:
+        caller: as for :func:`estimated`.
+        given: what is sampled; of its points those beyond ``init_losses`` are left out of the result.
+        sampler: as for :func:`estimated`.
+        options: as for :func:`estimated`.
+        nbeta: as for :func:`estimated`.
+        init_losses: what messages call each point, and its :math:`L(w^*)`, None for the loss of all data there.
+        names: as for :func:`estimated`.
+        masks: as for :func:`estimated`.
+    """
     nbeta = temperature(caller, nbeta, sampler, given)
-    check_initial_loss(init_loss)
+    for _, init_loss in init_losses:
+        check_initial_loss(init_loss)
     if options.until_mcse is not None:  # that of the mean loss, as a run knows it
         options = dataclasses.replace(options, until_mcse=options.until_mcse / nbeta)
     count = 1 if masks is None else len(jax.tree.leaves(masks)[0])
     rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
-    prepared = prepare(given, sampler, rules, count, options)
-    init_loss = initial_loss(init_loss, given, options.size_at_once(given.example))
-    found = arranged_in((count, options.num_chains), observed(prepared))
-    eps, loss = float(jnp.finfo(found["loss"].dtype).eps), found.pop("loss").astype(np.float64)
-    several = LLC(loss, init_loss, nbeta, first_divergence(loss), found, names, options.axes)
-    labels = None if masks is None else selection_labels(count, names)
-    lines = divergence(several.diverged, labels)
-    known = evidence(several, eps, given, rules, options.size_at_once(given.example))
-    return several, lines + doubts(known, loss.shape[-1], labels)
+    prepared, size = prepare(given, sampler, rules, count, options), options.size_at_once(given.example)
+    points = [(given.at_start(at), *of) for at, of in enumerate(init_losses)]
+    starts = [initial_loss(init_loss, one, size, where) for one, where, init_loss in points]
+    seen = arranged_in((given.num_starts or 1, count, options.num_chains), observed(prepared))
+    eps, loss = float(jnp.finfo(seen["loss"].dtype).eps), seen.pop("loss").astype(np.float64)
+    found = []
+    for at, (start, (one, _, _)) in enumerate(zip(starts, points, strict=True)):
+        own = jax.tree.map(lambda x, at=at: x[at], seen)
+        several = LLC(loss[at], start, nbeta, first_divergence(loss[at]), own, names, options.axes)
+        found.append((several, evidence(several, eps, one, rules, size)))
+    return found
 
 
 def selection_labels(count: int, names: tuple[str, ...] | None) -> list[str]:
@@ -436,12 +466,12 @@ def check_initial_loss(init_loss: Any) -> None:
         )
 
 
-def initial_loss(init_loss: Any, given: Problem, batch_size: int | None) -> float:
-    """The loss to compare with: what was given, or that of all data at the parameters."""
+def initial_loss(init_loss: Any, given: Problem, batch_size: int | None, where: str = "params") -> float:
+    """The loss to compare with: what was given, or that of all data at the parameters, which messages call that."""
     value = full_loss(given, given.arrays, batch_size) if init_loss is None else float(init_loss)
     if not math.isfinite(value):
         raise ValueError(
-            f"The loss of all data at params is {value}, with which no other loss can be compared. Give params and "
+            f"The loss of all data at {where} is {value}, with which no other loss can be compared. Give params and "
             "data at which it is finite."
         )
     return value

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core.arriving import is_arriving
 from jaxoptim.sampling.doubts import Evidence, divergence, doubts, warn
 from jaxoptim.sampling.labelled import dataset
-from jaxoptim.sampling.llc import (
-    LLC,
-    evidence,
-    initial_loss,
-    selection_axis,
-    selection_labels,
-    temperature,
-    tempered,
-)
+from jaxoptim.sampling.llc import LLC, estimates, selection_axis, selection_labels
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.points import Points, axis, label, points
-from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, observed, prepare
-from jaxoptim.sampling.sample import first_divergence
+from jaxoptim.sampling.run import SamplerLike, check_sampler
 from jaxoptim.sampling.selections import named_selections, stacked_masks
 from jaxoptim.sampling.streams import NUM_REFERENCES
-from jaxoptim.sampling.target import Problem, problem, with_starts
+from jaxoptim.sampling.target import problem, with_starts
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -202,6 +193,7 @@ def llc_over_checkpoints(
     *,
     nbeta: float | None = None,
     key: jax.Array,
+    init_loss: Sequence[float] | Mapping[Any, float] | None = None,
     names: Sequence[Any] | None = None,
     stacked: bool = False,
     read: Callable[[Any], Any] | None = None,
@@ -218,6 +210,7 @@ def llc_over_checkpoints(
     chain_method: str = "auto",
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
 ) -> LLCOverCheckpoints:
     r"""Estimate the local learning coefficient at each checkpoint of a training, all in one compiled program.
@@ -239,6 +232,8 @@ def llc_over_checkpoints(
         data: as for :func:`estimate_llc`. An iterable that does not begin anew takes all checkpoints at once.
         nbeta: as for :func:`estimate_llc` (default None: the rule's own, or that of the number of data).
         key: a typed JAX key.
+        init_loss: :math:`L(w^*)` of each checkpoint, as for :func:`estimate_llc`: in their order, or by their names
+            (default None: the loss over all data at each).
         names: of the checkpoints, such as their steps (default None: those of a mapping, the paths of files, or else
             their numbers).
         stacked: whether ``checkpoints`` is one tree of all (default False).
@@ -260,6 +255,9 @@ def llc_over_checkpoints(
         chain_method: as for :func:`sample` (default ``"auto"``).
         observables: as for :func:`sample` (default None).
         progress: as for :func:`sample`, a bar for each group that is taken at once (default False).
+        checkpoint: as for :func:`sample`: a file of the chains, or, unless all checkpoints are taken at once, one for
+            each group, ``<checkpoint>.0`` and so on. Groups that have ended are read from theirs, so that checkpoints
+            which come later are sampled by themselves (default None).
         probes: as for :func:`sample` (default None).
 
     Returns:
@@ -267,7 +265,7 @@ def llc_over_checkpoints(
 
     Raises:
         As :func:`estimate_llc`, but for divergence; ``TypeError`` for what is no collection; ``ValueError`` for
-        checkpoints of different shapes, for names that are not as many, and for two of one name.
+        checkpoints of different shapes, for names and initial losses that are not as many, and for two of one name.
 
     Warns:
         :class:`LLCWarning`, as :func:`estimate_llc`, once for each reason, with the checkpoints that it is about; also
@@ -300,6 +298,7 @@ def llc_over_checkpoints(
         chain_method,
         observables,
         progress,
+        checkpoint,
         probes=probes,
         microbatches=microbatches,
         same_batches=same_batches,
@@ -309,14 +308,19 @@ def llc_over_checkpoints(
     given = points(checkpoints, names, stacked, read)
     at_once = _size_of_groups(at_once, given, data)
     of_selections, chosen = named_selections(selections, sampler)
+    _check_losses(init_loss, given.length)
     found: list[tuple[LLC, list[Evidence]]] = []
     known: list[Any] = []
     first = None
-    for group in given.groups(at_once):
+    for number, group in enumerate(given.groups(at_once)):
         first = next(iter(group.values())) if first is None else first
         at = with_starts(problem(loss_fn, first, data, options, NUM_REFERENCES), _padded(group, at_once, bool(known)))
-        found += _estimates(at, list(group), sampler, options, nbeta, of_selections, chosen)
+        masks = None if chosen is None else stacked_masks(chosen, at.at_start(0).arrays)
+        own = [(label(name), _loss_of(init_loss, name, len(known) + place)) for place, name in enumerate(group)]
+        kept = dataclasses.replace(options, checkpoint=_file_of(checkpoint, number, at_once))
+        found += estimates("llc_over_checkpoints", at, sampler, kept, nbeta, own, of_selections, masks)
         known += group
+    _check_losses(init_loss, len(known))
     llcs = [llc for llc, _ in found]
     labels = [label(name) for name in known]
     if chosen is not None:
@@ -331,6 +335,34 @@ def llc_over_checkpoints(
         loss, diverged, seen = jax.tree.map(lambda x: x[:, 0], together)
     start = np.asarray([llc.init_loss for llc in llcs])
     return LLCOverCheckpoints(tuple(known), loss, start, llcs[0].nbeta, diverged, seen, of_selections, options.axes)
+
+
+def _check_losses(given: Any, count: int | None) -> None:
+    """Raise for what are no initial losses of so many checkpoints; None where it is not known how many they are."""
+    if isinstance(given, str) or not isinstance(given, Sequence | Mapping | np.ndarray | jax.Array | None):
+        raise TypeError(
+            f"init_loss is a list of numbers, or a mapping of names, but got {given!r:.80}. Give one for each "
+            "checkpoint."
+        )
+    if given is not None and count not in (None, len(given)):
+        raise ValueError(f"init_loss has {len(given)} numbers, but there are {count} checkpoints. Give one for each.")
+
+
+def _loss_of(given: Any, name: Any, number: int) -> Any:
+    """The initial loss of the checkpoint with this name and number; None for that of all data."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        _check_losses(given, None if number < len(given) else number + 1)
+        return given[number]
+    if name not in given:
+        raise ValueError(f"init_loss has none of the {label(name)}. Its names are {', '.join(map(repr, given))}.")
+    return given[name]
+
+
+def _file_of(path: Any, number: int, at_once: int | None) -> Any:
+    """The file of the chains of a group."""
+    return path if path is None or at_once is None else f"{os.fspath(path)}.{number}"
 
 
 def _size_of_groups(at_once: Any, given: Points, data: Any) -> int | None:
@@ -352,36 +384,3 @@ def _padded(group: dict[Any, Any], size: int | None, is_later: bool) -> dict[Any
     """A last group that is smaller, filled up with its first checkpoint, so that it has the program of the others."""
     lack = size - len(group) if size is not None and is_later else 0
     return group | {("again", number): next(iter(group.values())) for number in range(lack)}
-
-
-def _estimates(
-    at: Problem,
-    names: Sequence[Any],
-    sampler: SamplerLike,
-    options: RunOptions,
-    nbeta: Any,
-    selections: tuple[str, ...] | None,
-    chosen: list[Any] | None,
-) -> list[tuple[LLC, list[Evidence]]]:
-    """The estimates at the checkpoints of a group, with an axis of selections, and what is known of each."""
-    nbeta = temperature("llc_over_checkpoints", nbeta, sampler, at)
-    masks = None if chosen is None else stacked_masks(chosen, at.at_start(0).arrays)
-    count = 1 if chosen is None else len(chosen)
-    rules = tempered(sampler, count, nbeta, **({} if masks is None else {"optimize_over": masks}))
-    prepared, size = prepare(at, sampler, rules, count, options), options.size_at_once(at.example)
-    alone = [at.at_start(number) for number in range(len(names))]
-    starts = []
-    for name, one in zip(names, alone, strict=True):
-        try:
-            starts.append(initial_loss(None, one, size))
-        except ValueError as error:
-            raise ValueError(f"The {label(name)}: {error}") from error
-    shape = at.num_starts or 1, count, options.num_chains
-    arranged = arranged_in(shape, observed(prepared))
-    eps, loss = float(jnp.finfo(arranged["loss"].dtype).eps), arranged.pop("loss").astype(np.float64)
-    found = []
-    for number, (start, one) in enumerate(zip(starts, alone, strict=True)):
-        seen = jax.tree.map(lambda x, number=number: x[number], arranged)
-        llc = LLC(loss[number], start, nbeta, first_divergence(loss[number]), seen, selections, options.axes)
-        found.append((llc, evidence(llc, eps, one, rules, size)))
-    return found

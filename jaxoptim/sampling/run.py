@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from typing import Any, NamedTuple, TypeAlias
@@ -24,8 +23,9 @@ from jaxoptim.sampling.held import held_arrays, joined, only, with_small_masks
 from jaxoptim.sampling.metropolis import check_metropolis
 from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
+from jaxoptim.sampling.pieces import Host, Pieces, room_of_a_piece
 from jaxoptim.sampling.progress import bar
-from jaxoptim.sampling.store import Store, is_made, room_of_a_piece
+from jaxoptim.sampling.store import Store, is_made
 from jaxoptim.sampling.target import Given, Problem, Target
 from jaxoptim.sampling.until import is_look, largest_mcse, next_look
 
@@ -92,14 +92,14 @@ class Run(NamedTuple):
     about: Any
     start: int
     state: Chain
-    store: Store | None
+    pieces: Pieces | None
 
 
 def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
     """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
     Where chains begin at several points there are so many of each setting at each of them, one point after the other;
-    such a run has no checkpoint, no store and no control variates.
+    such a run has no store and no control variates.
 
     Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
     that stays: what is wrong raises before work is done.
@@ -112,8 +112,8 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     check_metropolis(sampler, one.arrays, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
-    evaluation = options.microbatches, options.metropolis
-    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *evaluation)
+    others = options.microbatches, options.metropolis, options.num_chains
+    spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *others)
     method, mesh = chains.layout(options.chain_method, count, one.arrays, one.given)
     given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
     numbers = np.arange(count) % options.num_chains
@@ -128,15 +128,13 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     problem = problem._replace(arrays=params, given=given)
     noise = options.start_noise or None  # without any, none is drawn
     begun = mesh, rules, settings, options.key, numbers, params, given, noise, starts
-    if options.store is not None:
-        one = jax.eval_shape(functools.partial(chains.init_chains, spec._replace(room=1), mesh), *begun[1:])
-        spec = spec._replace(room=room_of_a_piece(room, one.traces))
+    spec = spec._replace(room=room_of_a_piece(room, chains.init_chains.eval_shape(spec, *begun).traces))
     state = chains.init_chains(spec, *begun)
-    start, about = 0, None  # which is kept in every save of this run
+    start, about, traces = 0, None, state.traces  # what tells the run apart is kept in every save of it
     if options.saved_at is not None:
         about = saved.description(options, spec, num_settings, sampler, rules, problem)
     if options.saved_at is not None and os.path.exists(options.saved_at):
-        start, state = saved.load(options.saved_at, about, options, state)
+        start, state, traces = saved.load(options.saved_at, about, options, state)
     elif options.store is not None and os.path.exists(options.store):
         raise ValueError(
             f"The store {options.store} exists, but there is no {options.saved_at}, which says of what run it is. Give "
@@ -144,8 +142,12 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
         )
     if problem.stream is not None:
         problem.stream.skip(start)
-    store = None if options.store is None else Store(options, spec.room, start)
-    return Run(problem, spec, method, mesh, rules, settings, starts, options, about, start, state, store)
+    pieces: Pieces | None = None
+    if options.store is not None:
+        pieces = Store(options, spec.room, start)
+    elif spec.room < room:
+        pieces = Host(options, spec.room, start, traces)
+    return Run(problem, spec, method, mesh, rules, settings, starts, options, about, start, state, pieces)
 
 
 def _with_center(options: RunOptions, target: Target, params: Any, given: Given) -> Given:
@@ -187,27 +189,29 @@ def observed(prepared: Run) -> dict[str, Any]:
 
 def _ended(prepared: Run) -> tuple[Chain, int]:
     """The chains after the steps that were left, or some of them if that is enough, and how many draws they have."""
-    problem, spec, method, mesh, rules, settings, starts, options, about, start, state, store = prepared
+    problem, spec, method, mesh, rules, settings, starts, options, about, start, state, pieces = prepared
     given, stream = problem.given, problem.stream
 
     def save() -> None:
-        if store is not None:
-            store.take(start, state.traces)
+        traces = state.traces
+        if pieces is not None:
+            pieces.take(start, traces)
+            traces = pieces.saved_with_chains(traces)
         if options.saved_at is not None:
-            saved.save(options.saved_at, about, options, start, state)
+            saved.save(options.saved_at, about, options, start, state._replace(traces=traces))
 
     def is_enough() -> bool:
         draws = options.draws_at(start)
         if options.until_mcse is None or not is_look(draws):
             return False
-        if store is None:
+        if pieces is None:
             loss = np.asarray(state.traces["loss"])[:, :draws]
         else:
-            store.take(start, state.traces)
-            loss = store.loss()
+            pieces.take(start, state.traces)
+            loss = pieces.loss()
         return largest_mcse(loss.reshape(-1, options.num_chains, draws)) <= options.until_mcse
 
-    if store is not None and not start:
+    if options.store is not None and not start:
         save()  # before there are draws, which are not known without it
     piece, last_save = max(1, options.num_steps // 100), time.monotonic()
     with bar(options.num_steps, start, options.progress) as show:
@@ -215,13 +219,13 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
             while start < options.num_steps and not is_enough():
                 count, before = piece if stream is None else stream.ahead(piece), time.monotonic()
                 stop = min(start + count, options.num_steps)
-                if store is not None:
-                    stop = min(stop, store.limit())
+                if pieces is not None:
+                    stop = min(stop, pieces.limit())
                 if options.until_mcse is not None:
                     stop = min(stop, options.steps_of(next_look(options.draws_at(start))))
                 if stream is not None:
                     given = given._replace(data=chains.on_all(mesh, stream.given(start, stop)))
-                first = 0 if store is None else store.taken
+                first = 0 if pieces is None else pieces.taken
                 thinning = Thinning(options.num_burnin_steps, options.num_steps_bw_draws, first)
                 with Uninterrupted():  # until what has become of the donated chains is kept
                     state = chains.run_steps(
@@ -231,8 +235,8 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
                     start = stop
                 if time.monotonic() - before < _SECONDS_OF_A_PIECE:
                     piece *= 2
-                if store is not None and start == store.limit():
-                    store.take(start, state.traces)
+                if pieces is not None and start == pieces.limit():
+                    pieces.take(start, state.traces)
                 show(start)
                 if options.saved_at is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
                     save()
@@ -245,23 +249,17 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
 
 
 def _observed(prepared: Run, state: Chain, num_draws: int) -> dict[str, Any]:
-    """The results of chains that are at their end."""
-    if prepared.store is not None:
-        return _stored(prepared.spec, num_draws, state, prepared.store)
-    return chains.results(prepared.spec, num_draws, state)
-
-
-def _stored(spec: ChainSpec, num_draws: int, state: Chain, store: Store) -> dict[str, Any]:
-    """The results of chains whose traces are in a store: on the host, but for those that observables make of them."""
-    traces = store.traces(state.traces)
+    """The results of chains that are at their end; what is no more on the device is NumPy's."""
+    spec, pieces = prepared.spec, prepared.pieces
+    if pieces is None:
+        return chains.results(spec, num_draws, state)
+    traces = pieces.traces(state.traces)
     made = tuple((name, of) for name, of in spec.observables if is_made(of))
     names = dict(made).keys()
     found = {name: x for name, x in traces.items() if name not in names}
-    if made:
-        memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
-        kept = state._replace(memories=memories, traces=own)
-        found |= chains.results(spec._replace(observables=made), num_draws, kept)
-    store.finish(found)
+    memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
+    found |= chains.results(spec._replace(observables=made), num_draws, state._replace(memories=memories, traces=own))
+    pieces.finish(found)
     return found
 
 

@@ -32,6 +32,8 @@ class Samples:
             bfloat16 parameters are rounded to their dtype here; a ``checkpoint`` continues from float32.
         diverged: for each chain the first draw whose loss is not finite, -1 if there is none.
         axes: by name of an observable what :meth:`to_xarray` calls it, and the names of its axes behind that of chains.
+
+    The loss and other traces that have left the device between the pieces of a run are NumPy's arrays.
     """
 
     loss: jax.Array
@@ -189,13 +191,16 @@ def sample(
     Memory:
         Each chain keeps its parameters, the sampler's slots (SGLD: one copy of the parameters; SGNHT, SGHMC and PSGLD:
         two), all of them in float32 at least, what its observables remember, and what is written down at each draw, the
-        draws rounded up to a power of two (beyond 4096 to a multiple of it); with a ``store`` those of a piece. With
-        ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
+        draws rounded up to a power of two (beyond 4096 to a multiple of it). Where that would be more than 64 MiB for
+        all chains, the device holds so much of it (or one draw, if that is larger), and the run goes in pieces, after
+        each of which what is written down moves to the memory of the host, or to a ``store``: the same to the last bit.
+        With ``"vmap"`` the gradients of all chains exist at once, with ``"map"`` those of one.
 
         Arrays that the mask of a rule, ``optimize_over``, holds altogether are one copy for all chains, without slots
         and gradients, as long as nothing depends on them that chains keep: they are in every chain if SGLD tracks
         ``weight_norm``, or devinterp's ``grad_norm``, or has ``save_noise`` or ``save_mala_vars``. The noise of the
         others is the same in both cases, the losses are to rounding. In ``Samples.params`` they are copied.
+        The masks are one copy for all chains too, in the shapes that they were given in.
 
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for batches of different

@@ -29,7 +29,8 @@ def description(
 
     Functions cannot be compared, so their values at the parameters are; of a stream its first batch is.
     """
-    params, given = problem.arrays, next(problem.wholes())
+    first_point = problem.at_start(0)
+    params, given = first_point.arrays, next(first_point.wholes())
     kind = [] if problem.stream is None else [problem.stream.kind]
     batch = jax.tree.map(lambda x: x[: options.size_at_once(given.data)], given.data)
 
@@ -68,7 +69,7 @@ def description(
         "number of settings": num_settings,
         "kind of sampler": f"{type(sampler).__name__} {jax.tree.structure(rules)}",
         "numbers of the sampler": [*jax.tree.leaves(rules), *jax.tree.leaves(first)],
-        "params": jax.tree.leaves((spec.target.as_given(params), given.rest)),
+        "params": jax.tree.leaves((spec.target.as_given(problem.arrays), problem.given.rest)),
         "data": [*kind, *map(_digest, jax.tree.leaves(given.data))],
         "probes": [[name, *map(_digest, jax.tree.leaves(probe))] for name, probe in (given.probes or {}).items()],
         "loss function": [spec.target.loss(params, given.rest, batch)],
@@ -82,13 +83,16 @@ def save(path: str | os.PathLike[str], about: Any, options: RunOptions, step: in
     checkpoint.save(path, content)
 
 
-def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain]:
-    """Return the step that a run has come to, and its chains.
+def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain, Any]:
+    """Return the step that a run has come to, its chains, and their traces as they were saved.
+
+    Where there are more of these than the device has room for, the chains have none.
 
     Raises:
         ``ValueError`` for another run, and what :func:`jaxoptim.checkpoint.load` raises.
     """
-    content = checkpoint.load(path)
+    with jax.default_device(_host()):  # where there is room for traces that have left the device
+        content = checkpoint.load(path)
     if not isinstance(content, dict) or content.keys() != {"run", "num_draws", "step", "chains"}:
         raise ValueError(f"The checkpoint {path} is not of a run of sample. Give another path, or remove it.")
     later = {"store": False, "control_variates": None, "metropolis": False, "num_steps_bw_swaps": None}
@@ -110,15 +114,24 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
             f"The checkpoint {path} has chains in the dtype of their parameters, of a version that lost steps in it. "
             "Give another path, or remove it."
         )
-    found = [_fitted(x, mine) for x, mine in zip(content["chains"], leaves, strict=True)]
-    return content["step"], jax.tree.unflatten(treedef, found)
+    there = jax.tree.unflatten(treedef, content["chains"])
+    fit = there.traces["loss"].shape[1] <= like.traces["loss"].shape[1]
+    own = there if fit else there._replace(traces=like.traces)
+    return content["step"], jax.tree.map(_fitted, own, like), there.traces
+
+
+def _host() -> Any:
+    """The host as a device; None where JAX has been told to do without."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _fitted(x: jax.Array, like: jax.Array) -> jax.Array:
     """An array of a run in its place, a trace longer by the draws to come."""
-    if x.shape != like.shape:
-        x = like.at[:, : x.shape[1]].set(x)
-    return jax.device_put(x, like.sharding)
+    x = jax.device_put(x, like.sharding)
+    return x if x.shape == like.shape else like.at[:, : x.shape[1]].set(x)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -12,13 +12,10 @@ import jax
 import numpy as np
 
 from jaxoptim import checkpoint
-from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.sampling.labelled import OF_THE_LOSS, labelled, required_xarray
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
-
-_BYTES_OF_A_PIECE = 2**26
-"""The draws of a piece take no more than that on the device, if that is more than one."""
+from jaxoptim.sampling.pieces import Pieces
 
 Variables = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 
@@ -148,26 +145,23 @@ def files_at(path: str | os.PathLike[str]) -> Files:
     return SafetensorsFiles(Path(path)) if plain else ZarrFiles(Path(path))
 
 
-class Store:
-    """The traces of a run on disk, of which the device holds those of a piece.
+class Store(Pieces):
+    """The traces of a run on disk.
 
     Args:
         options: the keywords of the run.
         room: how many draws the device has room for.
         step: where the run stands; what the store has beyond is made again.
 
-    Attributes:
-        taken: how many draws are on disk, and no more on the device.
-
     Raises:
         ``ValueError`` for a store that has fewer draws than its run has made.
     """
 
     def __init__(self, options: RunOptions, room: int, step: int) -> None:
+        super().__init__(options, room, step)
         path: Any = options.store
-        self._files, self._options, self._room = files_at(path), options, room
+        self._files = files_at(path)
         self._axes = {name: _axes_of_trace(name, of) for name, of in options.watched()} | {"loss": OF_THE_LOSS}
-        self.taken = options.draws_at(step)
         there = self._files.length()
         if there < self.taken:
             raise ValueError(
@@ -175,20 +169,10 @@ class Store:
                 f"{options.saved_at} to begin anew."
             )
 
-    def limit(self) -> int:
-        """The step at which the room on the device is full."""
-        return self._options.steps_of(self.taken + self._room)
-
-    def take(self, step: int, traces: Any) -> None:
-        """Write the draws that are whole at a step and still on the device."""
-        count = self._options.draws_at(step) - self.taken
-        if count:
-            block = jax.tree.map(lambda x: np.asarray(x)[:, :count], traces)
-            with Uninterrupted():  # until it is known what is on disk
-                if self.taken:  # a block that was not written whole, or that no save of the chains knows of
-                    self._files.cut(self.taken)
-                self._files.append(self.taken, labelled(block, self._axes))
-                self.taken += count
+    def _append(self, block: Any) -> None:
+        if self.taken:  # a block that was not written whole, or that no save of the chains knows of
+            self._files.cut(self.taken)
+        self._files.append(self.taken, labelled(block, self._axes))
 
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
         """All draws, as the device's traces are but for their number."""
@@ -201,6 +185,10 @@ class Store:
         name = OF_THE_LOSS[0]
         return self._files.read(name)[name]
 
+    def saved_with_chains(self, traces: Any) -> Any:
+        """Those on the device, for their shapes."""
+        return traces
+
     def finish(self, found: dict[str, Any]) -> None:
         """Write what each chain has one of, and that the run has ended."""
         whole = {name: found[name] for name, of in self._options.watched() if is_made(of)}
@@ -211,17 +199,6 @@ class Store:
 def is_made(of: Observable) -> bool:
     """Whether the result of an observable is another thing than its trace."""
     return type(of).result is not Observable.result
-
-
-def room_of_a_piece(draws: int, traces: Any) -> int:
-    """For how many draws the device has room.
-
-    Args:
-        draws: how many there are to be.
-        traces: traces of one draw.
-    """
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(traces))
-    return min(draws, max(1, _BYTES_OF_A_PIECE // size))
 
 
 def _axes_of_trace(name: str, of: Observable) -> tuple[str, tuple[str, ...]]:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.loss import LossFunctions
 from jaxoptim.core.precision import widened
+from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.doubts import warn
 from jaxoptim.sampling.excess import Alone, ExcessLosses, ExcessMoments
 from jaxoptim.sampling.jackknife import jackknife_error
@@ -107,6 +108,8 @@ def susceptibilities(
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    control_variates: ControlVariates | None = None,
+    metropolis: bool = False,
 ) -> Susceptibilities:
     r"""Estimate the susceptibility of parts of a model to each datum, from chains that move one part only.
 
@@ -152,6 +155,9 @@ def susceptibilities(
         observables: as for :func:`sample` (default None); the results are in ``llc.observables``.
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
+        control_variates: as for :func:`sample` (default None). They make chains better, not :math:`\varphi`, which is
+            of all data, or of ``reference``, in any case.
+        metropolis: as for :func:`sample` (default False).
 
     Returns:
         :class:`Susceptibilities`, whose means and errors leave out chains that have diverged. Means are over all draws
@@ -198,6 +204,8 @@ def susceptibilities(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        control_variates=control_variates,
+        metropolis=metropolis,
     )
     check_sampler(sampler)
     given = problem(loss_fn, params, data, options, NUM_REFERENCES)
