@@ -237,7 +237,7 @@ def no_data(x: Any) -> str | None:
         return f"an array of dtype {x.dtype}" if x.dtype.kind in "OSUMm" else None
     if issubclass(kind, str | bytes):
         return f"the text {shown(x, 40)}"
-    is_array = hasattr(kind, "dtype") and hasattr(kind, "shape")
+    is_array = not isinstance(x, type) and hasattr(x, "dtype") and hasattr(x, "shape")
     is_array = is_array or hasattr(kind, "__jax_array__") or hasattr(kind, "__dlpack__")
     return None if is_array or issubclass(kind, (int, float, complex)) else f"a {kind.__name__}"
 
