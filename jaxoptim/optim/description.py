@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import trees
+from jaxoptim.core.shown import aligned
 from jaxoptim.optim import gradient_transforms
 from jaxoptim.optim.storage import Storage, labelled
 
@@ -42,11 +43,7 @@ class Table(tuple[Row, ...]):
 
     def __str__(self) -> str:
         """The rows as aligned text."""
-        lines = [Row._fields, *(tuple(map(_shown, row)) for row in self)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return aligned([Row._fields, *(tuple(map(_shown, row)) for row in self)], left=True)
 
     __repr__ = __str__
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Rule
+from jaxoptim.core.shown import aligned
 from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.llc import check_initial_loss, initial_loss, temperature, tempered
 from jaxoptim.sampling.observables import Observable
@@ -56,15 +57,12 @@ class Calibration:
         """The settings in a table, a line each; ``print`` shows it, with a star at the best."""
         settings = self.settings
         best = _best(self, settings)
-        lines = [f"  {'lr':>10}{'localization':>14}{'mean':>12}{'std':>12}{'diverged':>10}{'R-hat':>8}"]
+        rows = [("", "lr", "localization", "mean", "std", "diverged", "R-hat")]
         for of in settings:
-            star = "*" if of is best else " "
+            numbers = f"{of.lr:.3g}", f"{of.localization:.3g}", f"{of.mean:.4g}", f"{of.std:.3g}"
             rhat = "" if np.isnan(of.rhat) else f"{of.rhat:.3f}"
-            lines.append(
-                f"{star} {of.lr:>10.3g}{of.localization:>14.3g}{of.mean:>12.4g}{of.std:>12.3g}"
-                f"{of.diverged:>10.0%}{rhat:>8}"
-            )
-        return "\n".join(lines)
+            rows.append(("*" if of is best else "", *numbers, f"{of.diverged:.0%}", rhat))
+        return aligned(rows)
 
     @property
     def settings(self) -> list[Setting]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core.arriving import is_arriving
+from jaxoptim.core.shown import aligned
 from jaxoptim.sampling.doubts import Evidence, divergence, doubts, warn
 from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.llc import LLC, estimates, selection_axis, selection_labels
@@ -84,11 +85,7 @@ class LLCOverCheckpoints:
             and (column[0] != "diverged" or (self.diverged >= 0).any())
             and (column[0] not in ("mcse", "R-hat") or set(column[1:]) != {"nan"})
         ]
-        widths = [max(map(len, column)) for column in kept]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in zip(*kept, strict=True)
-        )
+        return aligned(zip(*kept, strict=True))
 
     @property
     def trace(self) -> np.ndarray:
