@@ -12,6 +12,8 @@ from comparisons import assert_same
 from jaxoptim import rules
 from parity import distance
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 100
 OPTIONS = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "clip_norm": 1.0, "lrd": 0.995}
 

@@ -13,6 +13,8 @@ from optim_sides import OWN_OPTIONS
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
 from table import CASES, FIRST, SPARSE, STATES, Case, slow_unless
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 200
 ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
 DENSE = slow_unless(FIRST.__contains__, [case for case in CASES if not case.row.sparse])

@@ -13,6 +13,8 @@ from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
 from table import CASES, FIRST, ROWS, SPARSE, STATES, Case, slow_unless
 
+pytestmark = pytest.mark.numbers
+
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
 CHANCE = 1.05
