@@ -4,9 +4,10 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
 TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
-# Most of the time of a test is that of XLA making code, which takes a third of it without optimizations. What code
-# users get matters to the tests that are marked `numbers`.
-QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of the time of a test is that of XLA making code, which takes a third of it without optimizations, and less again
+# where the workers have the cores. What code users get matters to the tests that are marked `numbers`.
+QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1"
 
 .PHONY: demo test test-slow lint bench parity stub clean
 
