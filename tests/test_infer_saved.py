@@ -152,7 +152,7 @@ LATE = {
 
 
 def marks(kind, case):
-    """To the last bit with the compiler of users: all kinds where the first call of the new object reaches all at once."""
+    """To the last bit with the compiler of users: all kinds, where the first call of the new object reaches all."""
     numbers = [pytest.mark.numbers] if case == "with the first call" else []
     return numbers if numbers and kind in FAST_LATE else [*numbers, pytest.mark.slow]
 
