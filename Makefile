@@ -3,6 +3,11 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
+TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+# Most of the time of a test is that of XLA making code, which takes a third of it without optimizations, and less again
+# where the workers have the cores. What code users get matters to the tests that are marked `numbers`.
+QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1"
 
 .PHONY: demo test test-slow lint bench parity stub clean
 
@@ -10,10 +15,12 @@ demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
 
 test: $(VENV)/.test
-	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
+	$(TESTS) -m "not slow and numbers"
+	$(QUICK) $(TESTS) -m "not slow and not numbers"
 
 test-slow: $(VENV)/.test
-	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal -m slow
+	$(TESTS) -m "slow and numbers"
+	$(QUICK) $(TESTS) -m "slow and not numbers"
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .

@@ -8,4 +8,5 @@ class Normalised(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(nn.Dense(3)(x)))[..., 0]
+        x = nn.Dense(3, use_bias=False)(x)  # the gradient of a bias would be rounding, which Adam makes steps of
+        return nn.Dense(1)(nn.BatchNorm(use_running_average=False, momentum=0.5)(x))[..., 0]

@@ -315,6 +315,14 @@ CASES = [Case(row, options) for row in ROWS for options in row.options]
 FIRST = [Case(row, row.options[0]) for row in ROWS]
 """Every row once."""
 
+FORMS = [
+    case
+    for case in FIRST
+    if case.row.name in ("SGD", "Adam", "NAdam", "Adafactor", "Muon", "SparseAdam", "ClippedAdam")
+]
+"""A row for each form of state and of step, which is enough for fast tests of what stands around a rule: without slots,
+with slots like the parameters, with numbers, factored, of matrices, of rows, and with a rate of its own that decays."""
+
 
 def slow_unless(is_fast: Callable[[Case], bool], cases: list[Case]) -> list[Any]:
     """Cases as parameters of a test, those that are not fast left to ``make test-slow``."""

@@ -17,6 +17,8 @@ from jaxoptim import optim
 from jaxoptim.engine import programs
 from jaxoptim.optim.swa_utils import SWALR
 
+pytestmark = pytest.mark.numbers
+
 
 def pair(lrs=(0.1,), dtype=None):
     """An optimizer of torch and one of ours, with a group for each rate."""

@@ -43,6 +43,8 @@ from jaxoptim import averaging, pack
 from jaxoptim.optim import swa_utils
 from jaxoptim.optim.swa_utils import AveragedModel
 
+pytestmark = pytest.mark.numbers
+
 
 @functools.cache
 def long_run(dtype):

@@ -25,6 +25,8 @@ from jaxoptim import checkpoint, optim
 from jaxoptim.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from table import FIRST, STATES, slow_unless
 
+pytestmark = pytest.mark.numbers
+
 
 class Run:
     """A training run: optimizer, schedulers, averaged model and key."""

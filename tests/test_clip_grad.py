@@ -13,6 +13,8 @@ from jax.experimental.sparse import BCOO
 from jaxoptim import optim
 from jaxoptim.optim.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
+pytestmark = pytest.mark.numbers
+
 GRADS = [np.array([[3.0, -0.5], [0.0, 7.0]]), np.array([-2.0, 1.0, 1e-3]), np.array(4.0)]
 NORMS = [2.0, 1, 3.5, "inf", math.inf, -math.inf, 0.5, 0]
 

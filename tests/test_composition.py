@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 
 import jaxoptim
 from jaxoptim import rules
-from table import FIRST, STATES, slow_unless
+from table import FIRST, FORMS, STATES, slow_unless
 
 PARAMS = {"w": jnp.arange(12.0).reshape(4, 3) / 10 + 1, "v": jnp.ones((2, 2))}
 GRADS = {"w": jnp.full((4, 3), 0.5), "v": jnp.full((2, 2), -2.0)}
@@ -56,7 +56,7 @@ def factory_of(rule):
     return next(value for value in vars(jaxoptim).values() if getattr(value, "__wrapped__", None) is rule)
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_chain(case):
     tx, _ = transformed(case)
     chained, _ = run(optax.chain(optax.clip_by_global_norm(1.0), tx, optax.scale(0.5)))
@@ -64,7 +64,7 @@ def test_chain(case):
     assert_close(chained, run_alone(case, grads=clipped, scale=0.5))
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_partition_and_masked(case):
     tx, _ = transformed(case)
     expected = {"w": run_alone(case)["w"], "v": PARAMS["v"]}
@@ -78,7 +78,7 @@ def test_partition_and_masked(case):
     assert_close(masked, expected)
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_inject_hyperparams(case):
     factory = factory_of(case.row.rule)
     static = ("ns_steps", "dct_dim")
@@ -114,14 +114,14 @@ def test_muon_names_the_switch_that_cannot_be_injected():
         optax.inject_hyperparams(jaxoptim.muon)().init(PARAMS)
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_multi_steps(case):
     tx, _ = transformed(case)
     accumulated, _ = run(optax.MultiSteps(tx, 2).gradient_transformation(), steps=4)
     assert_close(accumulated, run_alone(case, steps=2))
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_apply_if_finite(case):
     tx, update_alone = transformed(case)
     guarded = optax.apply_if_finite(tx, 5)
@@ -134,7 +134,7 @@ def test_apply_if_finite(case):
     assert_close(updates, expected)
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_map_params(case):
     tx = optax.chain(optax.clip(1.0), jaxoptim.transformation(case.ours()))
     state = tx.init(PARAMS)
@@ -143,7 +143,7 @@ def test_map_params(case):
     assert jax.tree.leaves(mapped).count("slot") == len(jax.tree.leaves(state)) - 1
 
 
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, FIRST))
 def test_unknown_keywords_are_ignored(case):
     tx = jaxoptim.transformation(case.ours())
     if not case.row.sparse:

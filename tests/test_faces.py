@@ -203,6 +203,7 @@ OF_EACH_FORM = ("Adam", "NAdam", "ClippedAdam", "Adafactor")
 """A kind for each way in which arrays are kept: by rows, with numbers of each row, with rates that decay, alone."""
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OF_EACH_FORM else pytest.mark.slow) for name in KINDS]
 )
@@ -213,6 +214,7 @@ def test_late_and_missing_gradients_and_every_edit(name):
     run(kind, late(MATRICES[:3] if kind.matrices else ("vector", "matrix", "scalar")), classes)
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_random_training(name):
@@ -298,6 +300,7 @@ def test_a_term_that_another_group_has_compiles_nothing(cls):
             face.step(GRADS)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "Adadelta", "SGD"])
 def test_terms_that_some_groups_have_are_torchs(kind):
     start = {name: np.random.default_rng(at).normal(size=(3, 5)) for at, name in enumerate("abcd")}

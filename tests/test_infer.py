@@ -152,6 +152,7 @@ def test_losses_and_parameters_are_numpyros(case):
         np.testing.assert_array_equal(jax.random.key_data(ours.key), jax.random.key_data(state.rng_key))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", each(CASES))
 def test_the_plain_loss_is_numpyros_to_the_bit(case):
     model, make, elbo, data = CASES[case]
@@ -193,6 +194,7 @@ def test_a_loop_of_ones_own_is_the_step():
     same(svi.get_params(), constrain(params))
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", each(["Adam", "ClippedAdam"]))
 def test_a_loop_of_pyros_is_the_step_to_the_bit(kind):

@@ -23,6 +23,8 @@ from jaxoptim.pyro import optim as named
 from jaxoptim.pyro.infer import SVI
 from jaxoptim.pyro.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton
 
+pytestmark = pytest.mark.numbers
+
 KEY = jax.random.key(7)
 DATA = np.random.default_rng(0).normal(1.5, 1.0, (12, 2)).astype(np.float32)
 

@@ -126,6 +126,7 @@ def calls(*lates):
     return [(DATA, late) for late in lates]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("kind", each(OPTIMIZERS))
 def test_a_resumed_run_is_the_undisturbed_one(kind, tmp_path):
     check_resumed(fit(OPTIMIZERS[kind]()), another(kind), tmp_path / "run", [(DATA,)] * 5, [(DATA,)] * 5)
@@ -150,14 +151,15 @@ LATE = {
 }
 
 
+def marks(kind, case):
+    """To the last bit with the compiler of users: all kinds, where the first call of the new object reaches all."""
+    numbers = [pytest.mark.numbers] if case == "with the first call" else []
+    return numbers if numbers and kind in FAST_LATE else [*numbers, pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("kind", "case"),
-    [
-        pytest.param(kind, case, marks=[] if kind in FAST_LATE and case == "with the first call" else pytest.mark.slow)
-        for kind in OPTIMIZERS
-        if kind not in FIXED
-        for case in LATE
-    ],
+    [pytest.param(k, case, marks=marks(k, case)) for k in OPTIMIZERS if k not in FIXED for case in LATE],
 )
 def test_late_parameters(kind, case, tmp_path):
     before, after = LATE[case]

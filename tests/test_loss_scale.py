@@ -12,6 +12,8 @@ import jaxoptim
 from jaxoptim import optim
 from jaxoptim.engine import programs
 
+pytestmark = pytest.mark.numbers
+
 NUMBERS = {"init_scale": 64.0, "growth_factor": 3.0, "backoff_factor": 0.25, "growth_interval": 4}
 RNG = np.random.default_rng(0)
 START = RNG.normal(size=(4, 3)).astype(np.float32)

@@ -68,6 +68,8 @@ from scheduler_sides import (
     without_steps,
 )
 
+pytestmark = pytest.mark.numbers
+
 # The numbers.
 
 

@@ -226,6 +226,7 @@ class TestMicroBatches:
         drawn = [jax.random.normal(jax.random.fold_in(key, at)) for at in range(2)]
         chex.assert_trees_all_equal(aux, jnp.stack(drawn))
 
+    @pytest.mark.numbers
     def test_one_gradient_and_its_activations_are_in_memory(self):
         sizes, x = {}, jax.ShapeDtypeStruct((512, 64), jnp.float32)
         weights = jax.ShapeDtypeStruct((16, 64, 64), jnp.float32)

@@ -10,6 +10,8 @@ import jaxoptim
 from jaxoptim import optim, rules
 from jaxoptim.checkpoint import load, save
 
+pytestmark = pytest.mark.numbers
+
 KERNEL = (3, 2, 4, 5)
 LAYOUTS = [
     ((0,), lambda x: x, lambda x: x),

@@ -94,6 +94,7 @@ def reference(g, H, radius):
 
 
 class TestAgainstPyro:
+    @pytest.mark.numbers
     @by_radius
     @by_curvature
     @pytest.mark.parametrize("size", [1, 2, 3])
@@ -116,6 +117,7 @@ class TestAgainstPyro:
             close(mode, expected_mode, 1e-12)
             close(cov, expected_cov, 1e-12)
 
+    @pytest.mark.numbers
     @pytest.mark.slow
     @by_radius
     @by_curvature
@@ -141,6 +143,7 @@ class TestAgainstPyro:
         close(ours(matrix, slope, start, 0.2)[0], mode.detach(), 1e-12)
         close(ours(matrix, slope, start, 0.2)[1], cov.detach(), 1e-12)
 
+    @pytest.mark.numbers
     @pytest.mark.parametrize(
         "radius", [pytest.param(None, marks=slow, id="radius_None"), 0.1, pytest.param(3.0, marks=slow)]
     )
@@ -367,6 +370,7 @@ class TestAnyDimension:
         H = np.ones((size, size)) - np.eye(size)
         close(solve(np.ones(size), H)[0], -np.linalg.solve(H, np.ones(size)), 1e-12)
 
+    @pytest.mark.numbers
     @pytest.mark.parametrize(
         "shape",
         [

@@ -15,6 +15,8 @@ from scipy import special, stats
 from comparisons import assert_same
 from jaxoptim.core.noise import IMPLS, _gaussian, normal
 
+pytestmark = pytest.mark.numbers
+
 SHAPES = [(), (0, 3), (1001,), (91, 11)]  # the last of which is made in parts
 MORE_SHAPES = [(3, 0), (1,), (7,), (100_003,), (513, 1), (3, 5, 7), (10, 100), (600, 3, 3), (4, 1, 300), (64, 64, 3, 3)]
 KEYS = {"zero": (0, 0), "seed": (0, 12345), "ones": (2**32 - 1, 2**32 - 1), "any": (0x9E3779B9, 0x7F4A7C15)}

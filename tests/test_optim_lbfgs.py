@@ -16,6 +16,8 @@ from jaxoptim import optim
 from jaxoptim.optim import lbfgs
 from test_lbfgs import PROBLEMS, Parent
 
+pytestmark = pytest.mark.numbers
+
 # Runs that torch itself repeats to 1e-8 when it starts one unit in the last place beside: see test_lbfgs.py.
 RUNS = [
     ("rosenbrock2", {}),
@@ -306,7 +308,7 @@ def test_one_group_and_no_gradients():
         optim.LBFGS([1.0], line_search_fn="wolfe")
 
 
-def test_the_state_is_filed_under_the_first_parameter():
+def test_the_state_is_filed_under_the_first_parameter(x64):
     params = pieces("rosenbrock10")
     opt = optim.LBFGS(params)
     assert len(opt.state) == 0

@@ -13,7 +13,7 @@ import pytest
 import parity
 from jaxoptim import init, optim, pack, rules, step
 from jaxoptim.engine import programs as program
-from table import FIRST, STATES, Case, slow_unless
+from table import FORMS, STATES, Case, slow_unless
 
 SMALL, LARGE = (3,), (200, 100)
 """Shapes that are packed and that stand by themselves."""
@@ -47,7 +47,7 @@ def start(case: Case):
 
 @pytest.mark.parametrize("advance", [lambda opt: opt.step(tree()), lambda opt: opt.minimize(bowl)], ids=["step", "min"])
 @pytest.mark.parametrize(
-    "case", slow_unless(FIRST.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
+    "case", slow_unless(FORMS.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
 )
 def test_the_arrays_given_are_never_deleted(case, advance):
     mine = tree()
@@ -184,7 +184,7 @@ def test_a_failed_step_of_a_decaying_rate_gives_the_rate_back():
     assert opt.param_groups[0]["lr"] == 0.05
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_new_numbers_compile_nothing(case):
     opt = optimizer(case, start(case))
     grads = [x[0] for x in parity.problem(case.row.shapes)[1]]
@@ -249,7 +249,7 @@ def test_minimize_refuses_what_it_cannot_hash():
         optim.SGD(jnp.ones(2)).minimize(Unhashable())
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     noise = parity.problem(case.row.shapes)[1]
     stays, leaves = optimizer(case, start(case)), optimizer(case, start(case))

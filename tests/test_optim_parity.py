@@ -11,12 +11,14 @@ import parity
 from jaxoptim import optim, rules
 from optim_sides import OWN_OPTIONS
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
-from table import CASES, FIRST, SPARSE, STATES, Case, slow_unless
+from table import CASES, FIRST, FORMS, SPARSE, STATES, Case, slow_unless
+
+pytestmark = pytest.mark.numbers
 
 STEPS = 200
 ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
-DENSE = slow_unless(FIRST.__contains__, [case for case in CASES if not case.row.sparse])
-"""Every option set; in the fast tests, those that keep state of another kind."""
+DENSE = slow_unless(FORMS.__contains__, [case for case in CASES if not case.row.sparse])
+"""Every option set; in the fast tests, one for each form of state: test_parity.py has every rule."""
 COMPLEX = slow_unless(
     lambda case: case.row.name in ("SGD", "NAdam"),
     [case for case in STATES if case.row.complex and not case.row.sparse],
@@ -183,7 +185,7 @@ def test_sparse_gradients_agree_with_the_parent(case, x64):
     assert distance([np.asarray(x) for x in opt.params], [tensor.numpy() for tensor in tensors]) < 1e-12
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, STATES))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_minimize_makes_the_steps_of_its_gradient(case, x64):
     start, noise = problem(case.row.shapes)
     first = getattr(optim, case.row.name)([jnp.asarray(x) for x in start], **case.options)

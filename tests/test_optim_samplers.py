@@ -18,6 +18,8 @@ import jaxoptim
 from jaxoptim import checkpoint, interop, optim, rules
 from jaxoptim.optim.lr_scheduler import ExponentialLR
 
+pytestmark = pytest.mark.numbers
+
 SHAPES = [(6, 4), (5,), ()]
 STEPS = 40
 PARAMS = {"a": jnp.ones(3), "b": jnp.zeros((2, 2))}

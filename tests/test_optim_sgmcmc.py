@@ -19,6 +19,8 @@ from jaxoptim import checkpoint, optim
 from jaxoptim.engine import programs
 from jaxoptim.optim.prior import CompositePrior, GaussianPrior, UniformPrior
 
+pytestmark = pytest.mark.numbers
+
 PARAMS = {"a": jnp.array([1.0, -2.0, 0.5]), "b": jnp.ones((2, 2))}
 GRADS = {"a": jnp.array([0.3, 0.1, -0.4]), "b": jnp.full((2, 2), 0.2)}
 NOISE = {"a": jnp.array([0.5, -1.5, 2.0]), "b": jnp.arange(4.0).reshape(2, 2) - 1}

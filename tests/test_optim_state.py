@@ -275,6 +275,7 @@ def test_a_numpy_slot_is_copied():
 # Saving and loading.
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", STATES, ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
 def test_a_saved_run_goes_on_bit_for_bit(case, way):

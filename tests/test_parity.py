@@ -11,7 +11,9 @@ import jaxoptim
 import parity
 from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, FIRST, ROWS, SPARSE, STATES, Case, slow_unless
+from table import CASES, FIRST, FORMS, ROWS, SPARSE, STATES, Case, slow_unless
+
+pytestmark = pytest.mark.numbers
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
@@ -24,7 +26,7 @@ def test_float64_agrees_with_the_parent(case):
     assert parity.float64_distance(case) < 1e-12
 
 
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, [case for case in DENSE if case.row.complex]))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, [case for case in DENSE if case.row.complex]))
 def test_complex_parameters_agree_with_the_parent(case):
     assert parity.float64_distance(case, is_complex=True) < 1e-12
 
@@ -49,7 +51,7 @@ def test_optax_agrees_where_the_options_can_be_made_equal(row, options, tx, x64)
 
 
 @pytest.mark.parametrize(
-    "case", slow_unless(FIRST.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
+    "case", slow_unless(FORMS.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
 )
 def test_the_optax_form_agrees_with_the_exact_form(case, x64):
     start, noise = problem(case.row.shapes)

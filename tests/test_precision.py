@@ -18,6 +18,8 @@ from jaxoptim.core.precision import kept
 from jaxoptim.pyro.optim import PyroOptim
 from table import FIRST
 
+pytestmark = pytest.mark.numbers
+
 LOW = [jnp.bfloat16, jnp.float16]
 LARGE = 70_000
 """So many numbers stand by themselves, and not among small arrays."""

@@ -173,6 +173,7 @@ def test_folds_are_pyros():
         assert float(ours.value) == pytest.approx(theirs.item(), abs=1e-13)
 
 
+@pytest.mark.numbers
 def test_rates_that_decay_are_pyros_to_the_last_bit():
     """Also after other numbers were written, a step of some of the parameters, and a step that failed."""
     options = {"a": {"lr": 0.1, "lrd": 0.97}, "b": {"lr": 0.3, "lrd": 0.9}, "c": {"lr": 0.2, "lrd": 1.0}}

@@ -63,6 +63,7 @@ def test_gradients_of_replicas_are_reduced_and_then_clipped(op, spread, mesh):
         np.testing.assert_allclose(values[0][name], values[1][name], rtol=1e-6)
 
 
+@pytest.mark.numbers
 def test_sharded_gradients_are_reduced_by_one_all_reduce(mesh):
     grads = {t: jax.device_put(stacked(t), NamedSharding(mesh, P("data"))) for t in range(2)}
     text = horovod._over_devices.lower(grads, op="average").compile().as_text()
@@ -88,6 +89,7 @@ def test_the_call_takes_parameters_in_any_order():
     assert isinstance(optimizer, optim.PyroOptim)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("op", ["average", "sum"])
 def test_a_compiled_step_reduces_over_a_named_axis(op, mesh):
     base = optim.Adam(lambda name: {"lr": 0.1 if name == "a" else 0.2}, CLIP)

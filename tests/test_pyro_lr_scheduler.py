@@ -14,6 +14,8 @@ from parity import distance, problem
 from pyro_twins import Twins
 from schedule_table import CLASS_ONLY, COMPOSITE, LR, SIMPLE, TORCH
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 100
 ARRIVAL = 30
 NAMES = ("net$$$0.weight", "loc", "late")

@@ -17,6 +17,8 @@ from parity import distance, problem, rms_error, touched_rows
 from pyro_twins import Twins
 from table import CASES, FIRST, STATES, slow_unless
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 100
 ARRIVAL = 30
 NAMES = ("net$$$0.weight", "loc", "AutoNormal.scales.z", "net$$$0.bias", "late")

@@ -64,6 +64,7 @@ def bits(values):
     return [np.asarray(value).tobytes() for value in values]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("way", ["state", "file", "known"])
 @pytest.mark.parametrize("case", DENSE)
 def test_a_run_goes_on_bit_for_bit(case, way, x64, tmp_path):

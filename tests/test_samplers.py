@@ -25,6 +25,8 @@ from jaxoptim.rules._components import COMPONENTS
 from parity import TORCH_DTYPES, rms_error
 from test_parity import CHANCE
 
+pytestmark = pytest.mark.numbers
+
 STEPS = 300
 SHAPES = ((6, 4), (3, 4), (4,))
 WIDE = ((48, 40), (600,))

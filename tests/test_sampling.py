@@ -122,6 +122,7 @@ def test_methods_agree(method):
     trees_close((found.loss, found.params), (expected.loss, expected.params))
 
 
+@pytest.mark.numbers
 def test_a_repeated_run_is_the_same_to_the_last_bit():
     same(*(sampling.sample(loss, START, SGLD, **FEW) for _ in range(2)))
 
@@ -277,6 +278,7 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
+@pytest.mark.numbers
 def test_an_interrupted_run_continues_to_the_last_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_SECONDS_BETWEEN_SAVES", -1.0)
     monkeypatch.setattr(run, "_SECONDS_OF_A_PIECE", 0.0)

@@ -17,6 +17,8 @@ import jaxoptim
 import llc_cases as cases
 from jaxoptim import rules, sampling
 
+pytestmark = pytest.mark.numbers
+
 KEY = jax.random.key(0)
 slow = pytest.mark.slow
 WARNING = "jaxoptim.sampling.LLCWarning"

@@ -65,6 +65,7 @@ def product(params):
     return jnp.sum(params["a"]) * jnp.sum(params["b"] ** 2)
 
 
+@pytest.mark.numbers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("impl", ["key", "hash"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -77,6 +78,7 @@ def test_a_part_of_the_noise_is_that_part(impl, dtype):
     )
 
 
+@pytest.mark.numbers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "method"),
@@ -125,6 +127,7 @@ LAYER = 64 * 64 * 4
 CHAINS = 17  # which are not spread over devices
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("sampler", "copies"),
     [

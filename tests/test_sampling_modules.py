@@ -134,6 +134,7 @@ def same(ours, theirs):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_a_module_is_that_of_its_arrays(kind):
     of = case(kind)
@@ -270,6 +271,7 @@ def test_modules_of_one_structure_share_a_program():
     assert len(some) == 7
 
 
+@pytest.mark.numbers
 def test_a_module_without_other_arrays_runs_as_its_arrays_to_the_last_bit():
     model = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(2))
     arrays, static = eqx.partition(model, eqx.is_inexact_array)

@@ -16,6 +16,8 @@ import jaxoptim
 from jaxoptim import checkpoint, optim, rules, sampling
 from jaxoptim.core.precision import widened
 
+pytestmark = pytest.mark.numbers
+
 KEY = jax.random.key(0)
 FEW = {"key": KEY, "num_chains": 2, "num_draws": 4}
 SGLD = rules.SGLD(lr=1e-6, nbeta=100.0, localization=1.0)

@@ -165,11 +165,13 @@ def doubles():
         return values_of_arguments(ROWS, STEPS)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_value_in_float64(row):
     assert_double(doubles()[row.id], parents(row.id, STEPS))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", DISPUTED, ids=str)
 def test_a_sequence_starts_every_schedule_from_the_base_rate(row, x64):
     (first, second), (milestone,) = row.options["schedulers"], row.options["milestones"]
@@ -183,11 +185,13 @@ def singles():
     return values_of_arguments(ROWS, STEPS)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_value_in_float32(row):
     assert_single(singles()[row.id], parents(row.id, STEPS))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("rows", [[*EXAMPLES], pytest.param(SIMPLE, marks=pytest.mark.slow)], ids=["examples", "rows"])
 def test_every_value_in_float32_of_schedules_that_the_compiler_knows(rows):
     for name, values in values_of(rows, STEPS).items():
@@ -207,16 +211,19 @@ def documented(row):
     return 1e-11 if row.name == "LinearLR" and row.options["total_iters"] >= 10**6 else 1e-12
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", LONG, ids=str)
 def test_ten_thousand_values_in_float64(row):
     assert_double(long_values(MANY, True)[row.id], parents(row.id, MANY), documented(row))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", LONG, ids=str)
 def test_ten_thousand_values_in_float32(row):
     assert_single(long_values(MANY, False)[row.id], parents(row.id, MANY))
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [*LONG, *LONGER], ids=str)
 def test_a_million_values(row):
@@ -225,6 +232,7 @@ def test_a_million_values(row):
     assert_single(long_values(MILLION, False)[row.id], parent)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("steps", [MANY, pytest.param(MILLION, marks=pytest.mark.slow)])
 def test_a_product_of_many_factors(steps):
     # One call multiplies all factors before its step, so a call at every step would be their square.
@@ -298,6 +306,7 @@ def generated(row, steps=60):
         assert_double(np.asarray(jax.vmap(schedule)(jnp.arange(steps)))[: len(parent)], parent)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "MultiplicativeLR"])
 def test_generated_options(name):
     @settings(max_examples=6, deadline=None)
@@ -308,6 +317,7 @@ def test_generated_options(name):
     check()
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_more_generated_options(name):
@@ -331,12 +341,14 @@ def sequences(draw):
     return sequential(*parts, at=sorted(at))
 
 
+@pytest.mark.numbers
 @settings(max_examples=10, deadline=None)
 @given(sequences())
 def test_generated_sequences(row):
     generated(row)
 
 
+@pytest.mark.numbers
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.sampled_from(PARTS).flatmap(rows_of), min_size=1, max_size=3))
 def test_generated_chains(parts):
@@ -368,12 +380,14 @@ def ends_of_cycles():
     return run(jnp.array([0, 1, 2, 10, 30, 1000, MILLION]))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", ONE_CYCLES, ids=str)
 def test_one_cycle_stays_at_its_end(row):
     for values in ends_of_cycles()[row.id]:
         np.testing.assert_allclose(values, values[0], rtol=1e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", SIMPLE, ids=str)
 def test_no_value_is_negative(row):
     assert (singles()[row.id] >= 0).all()
@@ -433,6 +447,7 @@ def momenta():
         return values_of(MOMENTA, STEPS, lambda row: row.schedule().momentum)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["momentum", "beta"])
 @pytest.mark.parametrize("row", MOMENTA, ids=str)
 def test_every_value_of_the_momentum(row, optimizer):
@@ -529,6 +544,7 @@ def all_examples(**lr):
     return {row.id: row.schedule(**lr) for row in EXAMPLES}
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("row", quick(EXAMPLES, 4), ids=str)
 def test_a_jitted_value_is_the_eager_one(row):
     schedule, (jitted, _) = row.schedule(), examples()
@@ -549,6 +565,7 @@ def test_any_kind_of_number_is_a_step(row, kind, double):
         np.testing.assert_allclose(value, expected, rtol=1e-12 if double else 1e-6)
 
 
+@pytest.mark.numbers
 def test_a_step_in_float32_costs_no_digits_in_float64(x64):
     schedule = schedules.linear_lr(0.1, total_iters=30)
     assert float(schedule(np.float32(13))) == pytest.approx(float(schedule(13)), rel=1e-12)
@@ -1024,6 +1041,7 @@ PLATEAU = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("mode", "threshold_mode"), MODES)
 def test_a_plateau_in_scan_is_torch_to_the_bit(mode, threshold_mode):
     @settings(max_examples=40, deadline=None)
@@ -1054,6 +1072,7 @@ def test_a_plateau_with_the_defaults_of_torch():
     np.testing.assert_allclose(rates, parent_plateau(metrics)[0], rtol=1e-6)
 
 
+@pytest.mark.numbers
 def test_a_plateau_in_float32():
     generator = np.random.default_rng(0)
     metrics = generator.integers(-20, 20, 200) / 8

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxoptim
-from table import FIRST, STATES, slow_unless
+from table import FORMS, STATES, slow_unless
 
 
 def problem(case, shape=(8, 4)):
@@ -37,7 +37,7 @@ def two_steps(rule, params, grads):
     return params, state
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_carried_by_scan(case):
     rule, params, grads = problem(case)
 
@@ -48,7 +48,7 @@ def test_state_is_carried_by_scan(case):
     assert_trees_equal(scanned, two_steps(rule, params, grads))
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_the_same_on_both_sides_of_cond(case):
     rule, params, grads = problem(case)
 
@@ -61,7 +61,7 @@ def test_state_is_the_same_on_both_sides_of_cond(case):
     assert_trees_equal(step_if(True, params, state), jaxoptim.step(rule, params, grads, state))
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_exported_and_serialized(case):
     rule, params, grads = problem(case)
     state = jaxoptim.init(rule, params)
@@ -77,7 +77,7 @@ def test_state_is_exported_and_serialized(case):
     assert_trees_equal(restored.call(params, dense, state), jaxoptim.step(rule, params, grads, state))
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_initialised_without_arrays(case):
     rule, params, _ = problem(case)
     state = jaxoptim.init(rule, params)
@@ -96,7 +96,7 @@ def assert_sharded_like_params(state, params):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, STATES))
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_sharded_like_its_parameter(case, axis_type):
     assert len(jax.devices()) == 8
     rule, params, grads = problem(case)
@@ -119,7 +119,7 @@ def test_state_is_sharded_like_its_parameter(case, axis_type):
     assert_trees_equal(jax.device_get((new_params, state)), jax.device_get(expected), rtol=2e-5)
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_saved_and_restored_by_orbax(case, tmp_path):
     rule, params, grads = problem(case)
     _, state = jaxoptim.step(rule, params, grads, jaxoptim.init(rule, params))
@@ -134,7 +134,7 @@ def test_state_is_saved_and_restored_by_orbax(case, tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_and_parameters_are_updated_in_place_when_donated(case):
     rule, params, grads = problem(case)
     params = jax.tree.map(lambda x: x + 0, params)

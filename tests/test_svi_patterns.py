@@ -187,6 +187,7 @@ MAKERS = {
 FAST = [("written", "Adam"), ("written", "clipped"), ("written", "SGD"), ("normal", "ClippedAdam")]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("which", "maker"),
     [
@@ -417,6 +418,7 @@ def test_newton_and_adam_by_hand():
     near(constrain(params), b_loc=-LOC, b_scale=SCALE, atol=0.02)
 
 
+@pytest.mark.numbers
 def test_two_optimizers_by_hand_are_the_mixed_one_to_the_bit():
     def make():
         return pyro.optim.SGD({"lr": 0.01}), pyro.optim.Adam({"lr": 0.05})

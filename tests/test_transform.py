@@ -27,7 +27,7 @@ def ones(dtype=jnp.float32):
     return jnp.ones(SHAPE, dtype)
 
 
-@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_none_leaves_are_left_alone(case):
     rule = case.ours()
     params = {"a": ones(), "frozen": None, "skipped": ones()}
@@ -45,8 +45,9 @@ def test_none_leaves_are_left_alone(case):
         assert_same(slot["skipped"], after.slots[name]["skipped"])
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     rule = case.ours()
     params, grads = ones(dtype) * 1.5, ones(dtype) * 0.3
@@ -61,14 +62,16 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     assert updates.dtype == dtype
 
 
-@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
+@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_updates_have_the_dtype_of_the_gradients(case):
     rule, params = case.ours(), ones(jnp.bfloat16)
     updates, _ = jaxoptim.update(rule, ones(jnp.float32), jaxoptim.init(rule, params), params)
     assert updates.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("case", [case for case in DENSE if "lr" in case.row.rule.specs], ids=str)
+@pytest.mark.parametrize(
+    "case", slow_unless(FIRST.__contains__, [case for case in DENSE if "lr" in case.row.rule.specs])
+)
 def test_hyperparameters_never_take_a_low_precision_dtype(case):
     # inject_hyperparams casts numbers to the dtype of the parameters.
     rule = case.ours(lr=jnp.asarray(0.0078125, jnp.bfloat16))
@@ -199,6 +202,7 @@ def test_sparse_gradients_act_as_their_dense_sum(indices, rule, seed):
     chex.assert_trees_all_close(after, expected_after, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numbers
 def test_sparse_adam_leaves_untouched_rows_alone_to_the_bit():
     table, rule = jnp.linspace(0, 1, 12).reshape(6, 2), rules.SparseAdam()
     new, state = jaxoptim.step(rule, table, rows([4, 1, 4], jnp.ones((3, 2))), jaxoptim.init(rule, table))
@@ -218,6 +222,7 @@ def test_sparse_updates_add_to_the_parameters_as_optax_adds_them():
     np.testing.assert_allclose(optax.apply_updates(table, updates)["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.numbers
 def test_the_work_of_a_sparse_step_is_in_proportion_to_the_rows():
     def flops(rows_of_table):
         table = jnp.ones((rows_of_table, 8))
