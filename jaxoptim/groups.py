@@ -14,6 +14,7 @@ import jax
 
 from jaxoptim.core import trees
 from jaxoptim.core.modules import trained_of
+from jaxoptim.core.shown import shown
 from jaxoptim.optim.groups import Groups, Selector, is_named_pair, selection
 
 List = list[tuple[str, dict[str, Any]]]
@@ -107,6 +108,11 @@ def layer_decay(
     """
     if not 0 < decay <= 1:
         raise ValueError(f"Invalid decay: {decay!r}. layer_decay takes a number in (0, 1].")
+    if callable(lr) or not lr > 0:
+        raise ValueError(
+            f"Invalid lr: {shown(lr)}. layer_decay takes a number > 0, the rate of the head; schedulers of "
+            "optim.lr_scheduler multiply the rates of all groups."
+        )
     tree, paths, _ = _named(params)
     blocks = {path: _number_of(found, layers) for path in paths if (found := re.search(layers, path))}
     if not blocks:

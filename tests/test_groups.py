@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxoptim import groups, optim
+from jaxoptim import groups, optim, schedules
 
 TREE = {
     "blocks": [{"w": np.ones((2, 2)), "b": np.ones(2)}, {"w": np.ones((2, 2)), "b": np.ones(2)}],
@@ -138,6 +138,9 @@ def test_wrong_layers_say_what_is_wrong():
         groups.layer_decay(TREE, r"blocks\.\d+", 0.5, lr=0.1)
     with pytest.raises(ValueError, match=r"Invalid decay: 1\.5"):
         groups.layer_decay(TREE, PATTERN, 1.5, lr=0.1)
+    for lr in (0.0, schedules.exponential_lr(0.1, 0.5)):
+        with pytest.raises(ValueError, match=r"Invalid lr: .* schedulers of optim.lr_scheduler multiply"):
+            groups.layer_decay(TREE, PATTERN, 0.5, lr=lr)
 
 
 def test_lists_combine():
