@@ -22,7 +22,7 @@ _random = np.random.default_rng(1)
 CENTERS = [np.asarray(_random.normal(size=shape)) for shape in SHAPES]
 MASKS = [np.asarray(_random.random(shape) < 0.7) for shape in SHAPES]
 BASE = {"lr": 0.01, "nbeta": 3.0}
-TERMS = BASE | {"weight_decay": 0.3, "localization": 2.0, "noise_level": 0.7, "save_metrics": True}
+TERMS = BASE | {"weight_decay": 0.3, "localization": 2.0, "noise_level": 0.7, "save_metrics": True, "sketch_dim": 7}
 RMSPROP = {"preconditioner": "rmsprop", "preconditioner_kwargs": {"alpha": 0.9, "eps": 0.2}}
 
 CASES = {
@@ -51,6 +51,7 @@ NORMS = ("scaled_grad", "unscaled_grad", "localization", "weight_decay", "noise"
 METRICS = (*NORMS, "dot_grad_prior", "dot_grad_noise", "dot_prior_noise", "numel")
 OBJECTS = ("prior", "preconditioner", "mask", "metrics")
 """What devinterp keeps in its groups as Python objects."""
+SKETCHES = ("scaled_grad", "unscaled_grad", "localization", "weight_decay", "noise")
 WARNED = {"sgld": {"noise_level": 0.5}, "rmsprop_sgld": {"noise_level": 0.5}, "sgnht": {}}
 
 
@@ -184,6 +185,26 @@ def metrics_of(sampler):
     return {name: float(getattr(found, name)) for name in METRICS}
 
 
+def hash_as_ours(parent):
+    """Give a sampler of devinterp the places and signs of our hash for its tables."""
+    import jax
+    import torch
+
+    from jaxoptim.core import sketches
+
+    if (table := parent._sketch) is not None:
+        key = jax.random.key_data(jax.random.key(0, impl="threefry2x32"))
+        words = np.asarray(sketches.words(key, sketches.place(0), (table.input_dim,)), np.int64)
+        table.hash_indices = torch.tensor((words >> 1) % table.output_dim)
+        table.hash_signs = torch.tensor(1.0 - 2 * (words & 1), dtype=torch.float32)
+
+
+def sketches_of(sampler):
+    """The sketches of the last step by name."""
+    found = sampler.get_sketches()
+    return {name: np.array(getattr(found, name).tolist()) for name in SKETCHES}
+
+
 def swapped(theirs, ours, case, parent, chain, values):
     """Where both sides come to from the state of the other."""
     from jaxoptim import interop
@@ -206,12 +227,15 @@ def results():
     found = {"warnings": {kind: (theirs.warned(kind), ours.warned(kind)) for kind in WARNED}}
     for case, (_, options) in CASES.items():
         (parent, tensors), (chain, cells) = theirs.made(case, START), ours.made(case, START)
+        hash_as_ours(parent)
         values = theirs.walk(parent, tensors, 0, STEPS), ours.walk(chain, cells, 0, STEPS)
         metrics = (metrics_of(parent), metrics_of(chain)) if "save_metrics" in options else ({}, {})
+        sketches = (sketches_of(parent), sketches_of(chain)) if "sketch_dim" in options else ({}, {})
         state = state_of(parent, tensors), state_of(chain, cells)
         exchanged = swapped(theirs, ours, case, parent, chain, values[0])
         ends = theirs.walk(parent, tensors, STEPS, STEPS + SWAPPED)
-        found[case] = {"values": values, "metrics": metrics, "state": state, "swapped": (ends, *exchanged)}
+        found[case] = {"values": values, "metrics": metrics, "sketches": sketches, "state": state}
+        found[case]["swapped"] = (ends, *exchanged)
     return found
 
 

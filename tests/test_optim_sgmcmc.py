@@ -14,10 +14,13 @@ import numpy as np
 import optax
 import pytest
 
+import jaxoptim
 import sgmcmc_live as live
-from jaxoptim import checkpoint, optim
+from jaxoptim import checkpoint, optim, sampling
 from jaxoptim.engine import programs
 from jaxoptim.optim.prior import CompositePrior, GaussianPrior, UniformPrior
+from jaxoptim.rules import sgmcmc as rules
+from jaxoptim.rules._components import SKETCHES
 
 pytestmark = pytest.mark.numbers
 
@@ -63,6 +66,9 @@ def test_it_is_devinterps(results, case):
     assert ours.keys() == theirs.keys()
     for name, number in theirs.items():
         assert ours[name] == pytest.approx(number, rel=1e-5, abs=1e-9), name
+    theirs, ours = found["sketches"]
+    for name, sketch in theirs.items():
+        np.testing.assert_allclose(ours[name], sketch, rtol=1e-5, atol=1e-6, err_msg=name)
     for theirs, ours in zip(*found["state"], strict=True):
         assert ours.keys() == theirs.keys()
         for name, x in theirs.items():
@@ -151,6 +157,155 @@ def test_metrics_are_the_parts_of_a_step():
         optim.SGMCMC(PARAMS).get_metrics()
 
 
+DIM = 5
+SKETCHED = {"lr": 0.5, "nbeta": 3.0, "prior": CompositePrior([GaussianPrior(0.5, None), GaussianPrior(2.0, CENTER)])}
+"""Options of which no part of a step is zero."""
+
+
+def parts_of_a_step(noise=NOISE):
+    """The parts of a step of ``SKETCHED``, each a tree like the parameters."""
+    return optim.sgmcmc.Sketches(
+        *[jax.tree.map(lambda g: 0.25 * 3 * g, GRADS)] * 2,
+        jax.tree.map(lambda w, c: 0.25 * 2 * (w - c), PARAMS, CENTER),
+        jax.tree.map(lambda w: 0.25 * 0.5 * w, PARAMS),
+        jax.tree.map(lambda xi: np.sqrt(0.5) * xi, noise),
+    )
+
+
+def sketches_of(parts, dim=DIM, seed=0):
+    """For each part what ``sampling.sketch`` makes of a tree."""
+    return optim.sgmcmc.Sketches(*(sampling.sketch(x, dim, seed) for x in parts))
+
+
+@pytest.mark.parametrize("metrics", [False, True], ids=["alone", "with metrics"])
+def test_sketches_are_those_of_the_parts_of_a_step(metrics):
+    chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=7, save_metrics=metrics, **SKETCHED)
+    assert all((x == jnp.zeros(DIM)).all() for x in chain.get_sketches())
+    chain.step(GRADS, noise=NOISE)
+    chex.assert_trees_all_close(chain.get_sketches(), sketches_of(parts_of_a_step(), seed=7), rtol=1e-5, atol=1e-6)
+    other = optim.SGMCMC(PARAMS, **SKETCHED)
+    other.step(GRADS, noise=NOISE)
+    chex.assert_trees_all_equal(chain.params, other.params)
+
+
+def test_sketches_of_the_parts_add_up_to_that_of_the_change():
+    chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, **SKETCHED)
+    chain.step(GRADS)
+    found = chain.get_sketches()
+    change = sampling.sketch(jax.tree.map(jnp.subtract, chain.params, PARAMS), DIM)
+    parts = found.noise - found.scaled_grad - found.localization - found.weight_decay
+    np.testing.assert_allclose(parts, change, atol=1e-5)
+
+
+def test_products_of_sketches_are_those_of_the_metrics():
+    """Over seeds the mean is exact, and the variance that of the formula; one program makes all seeds."""
+    number = 4000
+    rule = rules.SGMCMC(lr=0.5, nbeta=3.0, weight_decay=0.5, localization=2.0, metrics="components", sketch_dim=DIM)
+    state = jaxoptim.init(rule, CENTER)
+
+    def sketches(seed):
+        rule_of_seed = rule.replace(sketch_seed=seed)
+        shared = jaxoptim.step(rule_of_seed, PARAMS, GRADS, state, noise=NOISE)[1].shared
+        return [shared[name] for name in SKETCHES], shared
+
+    found, shared = jax.jit(jax.vmap(sketches))(jnp.arange(number, dtype=jnp.uint32))
+    descent, unscaled, pull, decay, noise = np.asarray(found, np.float64)
+    prior = pull + decay
+    exact = [np.concatenate([x["a"], x["b"].ravel()]).astype(np.float64) for x in parts_of_a_step()]
+    of = {"scaled": (descent, exact[0]), "prior": (prior, exact[2] + exact[3]), "noise": (noise, exact[4])}
+    of |= {"unscaled": (unscaled, exact[1]), "pull": (pull, exact[2]), "decay": (decay, exact[3])}
+    names = {
+        ("scaled", "scaled"): "scaled_grad_norm",
+        ("unscaled", "unscaled"): "unscaled_grad_norm",
+        ("pull", "pull"): "localization_norm",
+        ("decay", "decay"): "weight_decay_norm",
+        ("noise", "noise"): "scaled_noise_norm",
+        ("scaled", "prior"): "grad_dot_prior",
+        ("scaled", "noise"): "grad_dot_noise",
+        ("prior", "noise"): "prior_dot_noise",
+    }
+    for pair, name in names.items():
+        (a, v), (b, u) = (of[one] for one in pair)
+        metric = float(shared[name][0]) ** (2 if name.endswith("norm") else 1)
+        assert metric == pytest.approx(v @ u, rel=1e-5)
+        variance = ((v @ v) * (u @ u) + (v @ u) ** 2 - 2 * np.sum(v**2 * u**2)) / DIM
+        products = (a * b).sum(1)
+        assert abs(products.mean() - metric) < 4 * np.sqrt(variance / number), name
+        squares = (products - metric) ** 2
+        assert abs(squares.mean() - variance) < 4 * squares.std() / np.sqrt(number), name
+
+
+def test_sketches_of_groups_are_one_of_all_parameters():
+    z = optim.Parameter(jnp.array([1 + 2j, -3j]))
+    groups = [{"params": [z]}, {"params": [optim.Parameter(x) for x in PARAMS.values()], "lr": 0.25, **RMSPROP}]
+    chain = optim.SGMCMC(groups, lr=0.5, sketch_dim=DIM, sketch_seed=3)
+    chain.add_param_group({"params": [optim.Parameter(jnp.ones(2))]})
+    assert [group["sketch_start"] for group in chain.param_groups] == [0, 4, 11]
+    grads = [[jnp.array([2 + 1j, 1j])], list(GRADS.values()), [jnp.ones(2)]]
+    chain.step(grads)
+    scaled = [[0.25 * grads[0][0]], [0.125 * g / (0.1 + np.sqrt(0.2) * abs(g)) for g in grads[1]], [0.25 * grads[2][0]]]
+    unscaled = [[0.25 * grads[0][0]], [0.125 * g for g in grads[1]], [0.25 * grads[2][0]]]
+    expected = [sampling.sketch(x, DIM, 3) for x in (scaled, unscaled)]
+    np.testing.assert_allclose(chain.get_sketches()[:2], expected, rtol=1e-5, atol=1e-6)
+    # The first group rests, and of the second one parameter.
+    chain.step([[None], [None, grads[1][1]], grads[2]])
+    kept = [[jnp.zeros(2, complex)], [jnp.zeros(3), unscaled[1][1]], unscaled[2]]
+    np.testing.assert_allclose(chain.get_sketches().unscaled_grad, sampling.sketch(kept, DIM, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_that_rests_or_was_loaded_has_zeros_for_metrics():
+    chain = optim.SGMCMC(PARAMS, groups=[("b", {})], save_metrics=True)
+    chain.step(GRADS)
+    chain.step({"a": GRADS["a"], "b": None})
+    assert [metrics.numel for metrics in chain.iter_group_metrics()] == [0, 3]
+    chain.step(GRADS)
+    assert chain.get_metrics().numel == 7
+    chain.load_state_dict(chain.state_dict())
+    assert set(chain.get_metrics()) == {0}
+
+
+def test_a_mask_and_frozen_parameters_keep_their_places():
+    chain = optim.SGMCMC(PARAMS, mask=MASK, frozen=["b"], sketch_dim=DIM, **SKETCHED)
+    chain.step(GRADS, noise=NOISE)
+    moved = {"a": MASK["a"], "b": jnp.zeros((2, 2))}
+    parts = [jax.tree.map(jnp.multiply, x, moved) for x in parts_of_a_step()]
+    parts[1] = jax.tree.map(lambda g, m: 0.75 * g * m, GRADS, moved | {"a": jnp.ones(3)})  # devinterp's, not masked
+    chex.assert_trees_all_close(chain.get_sketches(), sketches_of(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_sketches_are_of_the_sampler_and_not_of_its_state_dict():
+    chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=2**32 - 1, key=KEY, **SKETCHED)
+    chain.step(GRADS)
+    seen = chain.get_sketches()
+    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        chex.assert_trees_all_equal(other.get_sketches(), seen)
+        other.step(GRADS, noise=NOISE)
+        again = copy.deepcopy(chain)
+        again.step(GRADS, noise=NOISE)
+        chex.assert_trees_all_equal(other.get_sketches(), again.get_sketches())
+    wider, off = (optim.SGMCMC(chain.params, sketch_dim=dim, **SKETCHED) for dim in (2 * DIM, None))
+    for other in (wider, off):
+        other.load_state_dict(chain.state_dict())
+        other.step(GRADS)
+    chain.step(GRADS)
+    chex.assert_trees_all_equal(wider.params, off.params, chain.params)
+    assert wider.get_sketches().noise.shape == (2 * DIM,)
+    chain.load_state_dict(off.state_dict())
+    assert all((x == jnp.zeros(DIM)).all() for x in chain.get_sketches())
+    assert "sketch_start" not in off.param_groups[0]
+    for sampler in (off, chain.__class__(PARAMS)):
+        with pytest.raises(RuntimeError, match="Sketches not enabled"):
+            sampler.get_sketches()
+
+
+def test_sketches_go_to_the_pure_face_and_back():
+    chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=1, **SKETCHED)
+    tx, params, state = chain.to_functional()
+    updates, state = tx.update(GRADS, state, params, noise=NOISE)
+    chain.from_functional(optax.apply_updates(params, updates), state)
+    chex.assert_trees_all_close(chain.get_sketches(), sketches_of(parts_of_a_step(), seed=1), rtol=1e-5, atol=1e-6)
+
+
 INITIAL = {"localization": 2.0, "weight_decay": 0.0, "center_slot": "prior_center"}
 PRIORS = {
     "nothing": ({}, INITIAL | {"localization": 0.0}, None),
@@ -202,7 +357,9 @@ def test_groups_may_differ_in_all():
 COPIES = ("deepcopy", "pickle", "state_dict", "checkpoint")
 
 
-@pytest.mark.parametrize("options", [{"prior": CENTER} | RMSPROP, {}], ids=["with state", "without state"])
+@pytest.mark.parametrize(
+    "options", [{"prior": CENTER, "sketch_dim": DIM} | RMSPROP, {}], ids=["with state", "without state"]
+)
 @pytest.mark.parametrize("kept", COPIES)
 def test_a_copy_continues_to_the_last_bit(kept, options, tmp_path):
     chain = optim.SGMCMC(PARAMS, lr=0.1, mask=MASK, key=KEY, **options)
@@ -264,6 +421,27 @@ def test_other_numbers_compile_nothing():
     assert programs.advance._cache_size() == before
 
 
+def test_another_seed_of_sketches_compiles_nothing():
+    found = []
+    for seed in (0, 1, 2**32 - 1):
+        chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=seed, key=KEY)
+        for _ in range(2):
+            chain.step(GRADS)
+        found.append((programs.advance._cache_size(), chain.get_sketches().noise.tolist()))
+    sizes, sketches = zip(*found, strict=True)
+    assert len(set(sizes)) == 1
+    assert len(set(map(tuple, sketches))) == 3
+
+
+@pytest.mark.filterwarnings("ignore:nbeta", "ignore:preconditioner")
+@pytest.mark.parametrize("method", ["sgld", "rmsprop_sgld", "sgnht"])
+def test_the_factories_sketch(method):
+    chain = optim.SGMCMC.get_method(method)(PARAMS, lr=0.5, sketch_dim=DIM, sketch_seed=2)
+    chain.step(GRADS)
+    expected = sampling.sketch(jax.tree.map(lambda g: 0.25 * g, GRADS), DIM, 2)
+    np.testing.assert_allclose(chain.get_sketches().unscaled_grad, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_factories_warn_and_are_found_by_name():
     for name, label in (("sgld", "SGLD"), ("rmsprop_sgld", "RMSProp-SGLD")):
         with pytest.warns(UserWarning, match=f"^noise_level in {label} is unequal to one") as caught:
@@ -296,6 +474,8 @@ WRONG = {
     ),
     "a mask of fractions": (ValueError, "masks of zeros and ones", {"mask": 0.5}),
     "a negative box": (ValueError, "Invalid bounding_box_size: -1", {"bounding_box_size": -1}),
+    "sketches of no numbers": (ValueError, r"Invalid sketch_dim: 0\. A sketch has an int >= 1", {"sketch_dim": 0}),
+    "a seed that is none": (ValueError, r"Invalid sketch_seed: -1\.", {"sketch_dim": 3, "sketch_seed": -1}),
     "a key that is none": (TypeError, "typed key", {"key": 3}),
 }
 

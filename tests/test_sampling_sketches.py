@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from jaxoptim import rules, sampling
+from jaxoptim.core import sketches
 from jaxoptim.core.flat import flatten
 from jaxoptim.core.noise import hashed
-from jaxoptim.sampling import sketches
 
 TREE = {"a": jnp.linspace(-1.0, 2.0, 8).reshape(4, 2), "b": jnp.array(0.3), "frozen": None, "c": jnp.arange(3.0)}
 OTHER = jax.tree.map(lambda x: jnp.cos(7 * x) + 0.5, TREE)
@@ -73,18 +73,18 @@ def test_it_is_float64_where_the_tree_is(x64):
 
 def test_numbers_past_32_bits_go_on():
     key = jax.random.key_data(jax.random.key(1))
-    across = sketches._bits(key, 2**32 - 2, (2, 2)).reshape(-1)
-    np.testing.assert_array_equal(across[2:], sketches._bits(key, 2**32, (2,)))
+    across = sketches.words(key, sketches.place(2**32 - 2), (2, 2)).reshape(-1)
+    np.testing.assert_array_equal(across[2:], sketches.words(key, sketches.place(2**32), (2,)))
     np.testing.assert_array_equal(
         across[:1], hashed(key, 3, jnp.zeros(1, jnp.uint32), jnp.array([2**32 - 2], "uint32"))
     )
-    assert (across[2:] != sketches._bits(key, 0, (2,))).all()
+    assert (across[2:] != sketches.words(key, sketches.place(0), (2,))).all()
 
 
 def test_seeds_are_data_and_make_other_sketches():
-    before = sketches._sketched._cache_size()
+    before = sketches.sketched._cache_size()
     found = np.stack([of(TREE, seed) for seed in (0, 1, 2**32 - 1, np.uint32(7))])
-    assert sketches._sketched._cache_size() <= before + 1
+    assert sketches.sketched._cache_size() <= before + 1
     assert len(np.unique(found, axis=0)) == 4
     np.testing.assert_array_equal(jax.vmap(functools.partial(of, TREE))(jnp.array([0, 1], "uint32")), found[:2])
 

@@ -390,8 +390,16 @@ class Rule(Hyperparameters, abc.ABC):
         """Return the state of the whole tree as :meth:`update_with` sees it."""
         return shared
 
+    def shared_at(self, start: int, shared: dict[str, Any]) -> dict[str, Any]:
+        """Return the same for the array before which ``start`` numbers stand in the tree, complex ones being two."""
+        return shared
+
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
         """Return the state of the whole tree after an update."""
+        return shared
+
+    def rested(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the whole tree after a step of other trees in which it had no gradient at all."""
         return shared
 
     @property

@@ -138,6 +138,8 @@ class SharedUpdate(Update):
                     values[member] = value
                 count, shared = state.step, state.shared
                 state = bare(state)
+            else:
+                shared = rule.rested(shared)
             new.append(state)
             changed = {name: x for name, x in shared.items() if x is not keys.get(name)}
             shares.append((count, {name: jax.random.key_data(x) if name in keys else x for name, x in changed.items()}))

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import numpy as np
 
+from jaxoptim.core import sketches
+from jaxoptim.core.numerics import is_complex
 from jaxoptim.optim import devinterp_state
 from jaxoptim.optim.optimizer import Groups, Number, Selectors
 from jaxoptim.optim.parameter import Parameter
@@ -15,7 +18,7 @@ from jaxoptim.optim.prior import CompositePrior, GaussianPrior, Prior, Terms, ce
 from jaxoptim.optim.sampler import Sampler, warn_user
 from jaxoptim.optim.sgld import warn_of_settings
 from jaxoptim.rules import sgmcmc as rules
-from jaxoptim.rules._components import COMPONENTS
+from jaxoptim.rules._components import COMPONENTS, SKETCHES
 
 _KWARGS: dict[str, tuple[str, ...]] = {
     "identity": (),
@@ -27,6 +30,8 @@ _GIVEN = ("prior", "mask", "preconditioner_kwargs")
 """What a group may be given by devinterp's names and keeps in the terms of the rule."""
 _MEASURED = (*COMPONENTS, rules.COUNT)
 """What groups have of the last step."""
+_ASIDE = (*_MEASURED, *SKETCHES, "sketch_start")
+"""What a state dict does not bring."""
 
 
 class Metrics(NamedTuple):
@@ -58,6 +63,24 @@ class Metrics(NamedTuple):
     dot_grad_noise: float
     dot_prior_noise: float
     numel: int
+
+
+class Sketches(NamedTuple):
+    """The parts of a step as sketches, ``(sketch_dim,)`` each; see :class:`Metrics` for what they are.
+
+    Attributes:
+        scaled_grad: that of the gradient.
+        unscaled_grad: that of the gradient without preconditioner and mask.
+        localization: that of the pull toward the center.
+        weight_decay: that of the pull toward zero.
+        noise: that of the noise.
+    """
+
+    scaled_grad: jax.Array
+    unscaled_grad: jax.Array
+    localization: jax.Array
+    weight_decay: jax.Array
+    noise: jax.Array
 
 
 class SGMCMC(Sampler):
@@ -97,6 +120,9 @@ class SGMCMC(Sampler):
         mask: :math:`M` of zeros and ones: one that broadcasts to every parameter, or a tree or list with one for each,
             None where one moves freely (default None).
         save_metrics: measure each step, for :meth:`get_metrics` (default False).
+        sketch_dim: sketch each step in so many numbers, an int >= 1, for :meth:`get_sketches` (default None: not).
+        sketch_seed: an int in :math:`[0, 2^{32})` (default 0). Sketches can be compared if parameters of the same
+            shapes in the same groups were sketched with the same ``sketch_dim`` and seed.
         key: a typed JAX key (default None: ``jax.random.key(0)``), in the place of torch's generator.
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
         groups: see :class:`Optimizer`. A group may have its own ``prior``, ``mask``, ``preconditioner`` and
@@ -113,7 +139,8 @@ class SGMCMC(Sampler):
 
     Differences from devinterp:
         A sign that is wrong is an error (there it is taken, or for a prior of a factory left out). A mask broadcasts.
-        It makes no sketches; :func:`jaxoptim.sampling.sketch` makes them of any tree.
+        Sketches hash the place of each number, where devinterp keeps tables of 12 bytes for each parameter: they take
+        no memory and can be compared with those of :func:`jaxoptim.sampling.sketch`, but are other numbers than there.
 
     Raises:
         ``ValueError`` for a number out of range, for an unknown ``preconditioner``, and for a mask or center that does
@@ -123,7 +150,7 @@ class SGMCMC(Sampler):
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Li, Chen, Carlson, Carin,
         Preconditioned stochastic gradient Langevin dynamics for deep neural networks, AAAI 2016. Lau, Furman, Wang,
-        Murfet, Wei, The local learning coefficient, 2023.
+        Murfet, Wei, The local learning coefficient, 2023. Of sketches: see :func:`jaxoptim.sampling.sketch`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -146,7 +173,9 @@ class SGMCMC(Sampler):
         "eps",
         "diffusion_factor",
         "optimize_over",
+        "sketch_start",
     }
+    unlisted: ClassVar[frozenset[str]] = frozenset(("sketch_start",))
 
     _center: Any = "initial"  # of groups that do not say
 
@@ -163,12 +192,18 @@ class SGMCMC(Sampler):
         bounding_box_size: Number | None = None,
         mask: Any = None,
         save_metrics: bool = False,
+        sketch_dim: int | None = None,
+        sketch_seed: int = 0,
         key: Any = None,
         noise_impl: str = "key",
         groups: Groups | None = None,
         frozen: Selectors | None = None,
         wrt: Any = None,
     ) -> None:
+        self.fixed = {"sketch_dim": sketch_dim, "sketch_seed": None}
+        if sketch_dim is not None:
+            sketches.check(sketch_dim, sketch_seed, "sketch_")
+            self.fixed |= {"sketch_seed": np.uint32(sketch_seed)}
         terms = terms_of(prior)
         self._center = terms.center
         self._centers: dict[Parameter, jax.Array] = {}
@@ -201,6 +236,8 @@ class SGMCMC(Sampler):
         bounding_box_size: Number | None = None,
         mask: Any = None,
         save_metrics: bool = False,
+        sketch_dim: int | None = None,
+        sketch_seed: int = 0,
         *,
         key: Any = None,
         noise_impl: str = "key",
@@ -220,6 +257,8 @@ class SGMCMC(Sampler):
             bounding_box_size: see :class:`SGMCMC`.
             mask: see :class:`SGMCMC`.
             save_metrics: see :class:`SGMCMC`.
+            sketch_dim: see :class:`SGMCMC`.
+            sketch_seed: see :class:`SGMCMC`.
             key: see :class:`SGMCMC`.
             noise_impl: see :class:`SGMCMC`.
             groups: see :class:`SGMCMC`.
@@ -244,6 +283,8 @@ class SGMCMC(Sampler):
             bounding_box_size=bounding_box_size,
             mask=mask,
             save_metrics=save_metrics,
+            sketch_dim=sketch_dim,
+            sketch_seed=sketch_seed,
             key=key,
             noise_impl=noise_impl,
             groups=groups,
@@ -266,6 +307,8 @@ class SGMCMC(Sampler):
         bounding_box_size: Number | None = None,
         mask: Any = None,
         save_metrics: bool = False,
+        sketch_dim: int | None = None,
+        sketch_seed: int = 0,
         *,
         key: Any = None,
         noise_impl: str = "key",
@@ -288,6 +331,8 @@ class SGMCMC(Sampler):
             bounding_box_size: see :meth:`sgld`.
             mask: see :meth:`sgld`.
             save_metrics: see :meth:`sgld`.
+            sketch_dim: see :meth:`sgld`.
+            sketch_seed: see :meth:`sgld`.
             key: see :meth:`sgld`.
             noise_impl: see :meth:`sgld`.
             groups: see :meth:`sgld`.
@@ -314,6 +359,8 @@ class SGMCMC(Sampler):
             bounding_box_size=bounding_box_size,
             mask=mask,
             save_metrics=save_metrics,
+            sketch_dim=sketch_dim,
+            sketch_seed=sketch_seed,
             key=key,
             noise_impl=noise_impl,
             groups=groups,
@@ -330,6 +377,8 @@ class SGMCMC(Sampler):
         nbeta: Number = 1.0,
         bounding_box_size: Number | None = None,
         save_metrics: bool = False,
+        sketch_dim: int | None = None,
+        sketch_seed: int = 0,
         *,
         key: Any = None,
         noise_impl: str = "key",
@@ -346,6 +395,8 @@ class SGMCMC(Sampler):
             nbeta: see :meth:`sgld`.
             bounding_box_size: see :meth:`sgld`.
             save_metrics: see :meth:`sgld`.
+            sketch_dim: see :meth:`sgld`.
+            sketch_seed: see :meth:`sgld`.
             key: see :meth:`sgld`.
             noise_impl: see :meth:`sgld`.
             groups: see :meth:`sgld`.
@@ -373,6 +424,8 @@ class SGMCMC(Sampler):
             preconditioner_kwargs={"diffusion_factor": diffusion_factor},
             bounding_box_size=bounding_box_size,
             save_metrics=save_metrics,
+            sketch_dim=sketch_dim,
+            sketch_seed=sketch_seed,
             key=key,
             noise_impl=noise_impl,
             groups=groups,
@@ -428,10 +481,43 @@ class SGMCMC(Sampler):
 
     def iter_group_metrics(self) -> Iterator[Metrics]:
         """What the last step was made of, for each group in turn; see :meth:`get_metrics`."""
+        self._storage.start()  # groups that were just loaded have none
         for group in self.param_groups:
             if rules.COUNT not in group:
                 raise RuntimeError("Metrics not enabled. Set save_metrics=True.")
             yield Metrics._make(group[name].item() for name in _MEASURED)
+
+    def get_sketches(self) -> Sketches:
+        r"""The parts of the last step as sketches, over all groups, whose products are nearly those of the parts.
+
+        With all parameters in one vector, group after group, that of a part v is :math:`S v` for a random matrix S that
+        is the same in all steps and all chains. Over seeds
+
+        .. math::
+            E\,Sv \cdot Su = v \cdot u, \qquad
+            \mathrm{Var}\,Sv \cdot Su = \frac{1}{k}\Big(\|v\|^2 \|u\|^2 + (v \cdot u)^2 - 2 \sum_i v_i^2 u_i^2\Big),
+
+        with :math:`k` the ``sketch_dim``. What :func:`jaxoptim.sampling.sketch` makes of a list of trees, one for each
+        group, with the same dim and seed can be compared too.
+
+        Returns:
+            :class:`Sketches`; zeros before the first step.
+
+        Raises:
+            ``RuntimeError`` without ``sketch_dim``.
+
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from jaxoptim import optim
+            >>> chain = optim.SGMCMC({"w": jnp.ones(3)}, lr=0.5, sketch_dim=1000)
+            >>> chain.step({"w": jnp.array([2.0, 4.0, 4.0])}, noise={"w": jnp.zeros(3)})
+            >>> float(jnp.linalg.norm(chain.get_sketches().scaled_grad))
+            1.5
+        """
+        if self.fixed["sketch_dim"] is None:
+            raise RuntimeError("Sketches not enabled. Set sketch_dim, such as sketch_dim=1024.")
+        self._storage.start()  # groups that were just loaded have none
+        return Sketches._make(sum(group[name] for group in self.param_groups) for name in SKETCHES)
 
     def get_params(self) -> Iterator[Parameter]:
         """Each parameter in turn, in the order of the groups."""
@@ -457,6 +543,8 @@ class SGMCMC(Sampler):
         found = {}
         if not isinstance(center, str):
             found = dict(zip(group["params"], centers_of(center, group["params"]), strict=True))
+        if self.fixed["sketch_dim"] is not None:
+            group["sketch_start"] = max(map(_sketch_end, self.param_groups), default=0)
         super()._add(group)
         self._centers |= found
         if group["preconditioner"] == "nht":
@@ -496,7 +584,13 @@ class SGMCMC(Sampler):
         return devinterp_state.with_places(super().state_dict())
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
-        super()._load(devinterp_state.read(state_dict, aside=_MEASURED), strict, **correspondence)
+        super()._load(devinterp_state.read(state_dict, aside=_ASIDE), strict, **correspondence)
+
+
+def _sketch_end(group: Mapping[str, Any]) -> int:
+    """The place after the last number of a group in the vector that is sketched."""
+    values = [param.value for param in group["params"]]
+    return group.get("sketch_start", 0) + sum(x.size * (2 if is_complex(x) else 1) for x in values)
 
 
 def _prior(weight_decay: float, localization: float) -> Prior:

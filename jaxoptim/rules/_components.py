@@ -21,6 +21,8 @@ COMPONENTS = (
     "grad_dot_noise",
     "prior_dot_noise",
 )
+SKETCHES = ("scaled_grad_sketch", "unscaled_grad_sketch", "localization_sketch", "weight_decay_sketch", "noise_sketch")
+"""The count sketches of the parts of a step, in the order of :meth:`PosteriorSampler.parts`."""
 
 
 class PosteriorSampler(Sampler):
@@ -49,6 +51,18 @@ class PosteriorSampler(Sampler):
     ) -> Slots:
         """One array's part of what is summed for the metrics, in the order of their names; nothing if they are off.
 
+        The arguments are those of :meth:`parts`.
+        """
+        if self.metrics != "components":
+            return {}
+        parts = self.parts(grad, slots, param, rate=rate, unscaled=unscaled, noise=noise)
+        return self.products(parts, slots, param)
+
+    def parts(
+        self, grad: jax.Array, slots: Slots, param: jax.Array, *, rate: Any, unscaled: Any, noise: jax.Array
+    ) -> tuple[Any, ...]:
+        """One array's part of a, of a without preconditioner and friction, of l, d and n; None for one of zeros.
+
         Args:
             grad: the gradient of the loss.
             slots: the slots before the step.
@@ -57,14 +71,15 @@ class PosteriorSampler(Sampler):
             unscaled: the number in its place without preconditioner and friction.
             noise: what the step adds, masked.
         """
-        if self.metrics != "components":
-            return {}
         terms = {name: masked(self, x) for name, x in forces(self, grad, slots, param).items()}
-        descent = rate * terms["grad"]
         pull, decay = (rate * terms[name] if name in terms else None for name in ("localization", "weight_decay"))
+        return rate * terms["grad"], unscaled * terms["grad"], pull, decay, noise
+
+    def products(self, parts: tuple[Any, ...], slots: Slots, param: jax.Array) -> Slots:
+        """What one array adds to the metrics, given its parts of the step."""
+        descent, _, pull, decay, noise = parts
         prior = pull if decay is None else decay if pull is None else pull + decay
-        away = masked(self, param - slots["initial_param"])
-        vectors = (descent, unscaled * terms["grad"], pull, decay, noise, away)
+        vectors = (*parts, masked(self, param - slots["initial_param"]))
         pairs = (*zip(vectors, vectors, strict=True), (descent, prior), (descent, noise), (prior, noise))
         return {name: _dot(*pair) for name, pair in zip(COMPONENTS, pairs, strict=True)}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import (
+    Arrays,
     ArraysByLeaf,
     Coefficient,
     DecayRate,
@@ -17,15 +18,17 @@ from jaxoptim.core import (
     Slots,
     enabled,
     rule,
+    sketches,
     sqrt,
 )
 from jaxoptim.core.rule import assembled
-from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._components import COMPONENTS, SKETCHES, PosteriorSampler
 from jaxoptim.rules._langevin import boxed, check_terms, force, free, masked
 from jaxoptim.rules._terms import needed, zeros
 
 COUNT = "numel"
 """How many numbers moved, one of the metrics."""
+_START = "sketch_start"
 
 
 @rule
@@ -57,15 +60,20 @@ class SGMCMC(PosteriorSampler):
         bounding_box_size: :math:`b \ge 0`, of which zero lets nothing move, or None for no box (default None).
         optimize_over: mask :math:`M` of zeros and ones, as in :class:`SGLD` (default None).
         metrics: ``"components"`` measures the parts of each step, as :class:`PSGLD` (default None: nothing).
+        sketch_dim: measure the parts of each step as sketches of so many numbers, an int >= 1 (default None: none); see
+            :func:`jaxoptim.sampling.sketch`.
+        sketch_seed: an int in :math:`[0, 2^{32})` that the sketches hash with (default None: 0).
+        sketch_start: how many numbers stand before those of the tree in the vector that is sketched (default 0).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
         noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Slots:
         The center, if there is localization; ``square_avg`` of ``"rmsprop"``; ``initial_param``, if there is a box or
-        metrics. With metrics ``shared`` has them, and :data:`COUNT`; the norm of the unscaled gradient is not masked.
+        metrics. With metrics ``shared`` has them, and :data:`COUNT`; with sketches it has those, ``(sketch_dim,)``
+        each. The unscaled gradient is not masked.
 
     Raises:
-        As :class:`SGLD`.
+        As :class:`SGLD`; ``ValueError`` for a size or seed of sketches out of range.
     """
 
     lr: NonNegative = 0.01
@@ -81,6 +89,9 @@ class SGMCMC(PosteriorSampler):
     bounding_box_size: OptionalNonNegative = None
     optimize_over: ArraysByLeaf = None
     metrics: str | None = None
+    sketch_dim: int | None = None
+    sketch_seed: Arrays = None
+    sketch_start: int = 0
 
     box: ClassVar[str] = "clamp"
     center: ClassVar[Any] = None  # type: ignore[misc]  # a slot has it
@@ -88,9 +99,21 @@ class SGMCMC(PosteriorSampler):
     def check(self) -> None:
         super().check()
         check_terms(self, preconditioner=("identity", "rmsprop", "nht"), metrics=(None, "components"))
+        if self.sketch_dim is not None:
+            sketches.check(self.sketch_dim, self._sketch_seed, "sketch_")
+
+    @property
+    def _sketch_seed(self) -> Any:
+        return 0 if self.sketch_seed is None else self.sketch_seed
 
     def init_shared(self) -> dict[str, Any]:
-        return super().init_shared() | ({} if self.metrics is None else {COUNT: jnp.zeros((), jnp.int32)})
+        count = {} if self.metrics is None else {COUNT: jnp.zeros((), jnp.int32)}
+        names = () if self.sketch_dim is None else SKETCHES
+        return super().init_shared() | count | {name: jnp.zeros(self.sketch_dim, jnp.float32) for name in names}
+
+    def shared_at(self, start: int, shared: dict[str, Any]) -> dict[str, Any]:
+        at = {} if self.sketch_dim is None else {_START: sketches.place(self.sketch_start + start)}
+        return shared | at
 
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
         kept = {
@@ -113,12 +136,27 @@ class SGMCMC(PosteriorSampler):
         shaken = masked(self, jnp.sqrt(self.lr * conditioner) * heat * noise)
         moved = param - masked(self, rate * force(centred, grad, slots, param)) + shaken
         inside, _ = boxed(self, moved, slots)
-        measured = centred.components(grad, slots, param, rate=rate, unscaled=self.lr / 2, noise=shaken)
-        if measured:
-            # devinterp leaves the mask out of this norm.
-            measured["unscaled_grad_norm"] = jnp.sum((self.lr / 2 * self.nbeta * grad) ** 2)
-            measured[COUNT] = jnp.asarray(free(self, param), jnp.int32)
-        return inside - param, slots | measured
+        return inside - param, slots | centred._measured(grad, slots, param, rate, shaken, shared)
+
+    def _measured(
+        self, grad: jax.Array, slots: Slots, param: jax.Array, rate: Any, noise: jax.Array, shared: dict[str, Any]
+    ) -> Slots:
+        """One array's part of what is summed for the metrics and sketches that are on."""
+        if self.metrics is None and self.sketch_dim is None:
+            return {}
+        descent, _, *others = self.parts(grad, slots, param, rate=rate, unscaled=self.lr / 2, noise=noise)
+        parts = (descent, self.lr / 2 * self.nbeta * grad, *others)  # devinterp leaves the mask out of the second
+        found = {}
+        if self.metrics is not None:
+            found = self.products(parts, slots, param) | {COUNT: jnp.asarray(free(self, param), jnp.int32)}
+        if self.sketch_dim is None:
+            return found
+        return found | {
+            name: jnp.zeros(self.sketch_dim, param.dtype)
+            if x is None
+            else sketches.part(x, self.sketch_dim, self._sketch_seed, shared[_START])
+            for name, x in zip(SKETCHES, parts, strict=True)
+        }
 
     def _centred(self, slots: Slots) -> Self:
         """The rule with the center that the slots hold."""
@@ -126,4 +164,9 @@ class SGMCMC(PosteriorSampler):
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
         counted = {COUNT: sums[COUNT]} if COUNT in sums else {}
-        return super().update_shared(shared, sums) | counted
+        sketched = {name: sums[name].astype(jnp.float32) for name in SKETCHES if name in sums}
+        return super().update_shared(shared, sums) | counted | sketched
+
+    def rested(self, shared: dict[str, Any]) -> dict[str, Any]:
+        measured = [name for name in (*COMPONENTS, COUNT, *SKETCHES) if name in shared]
+        return shared | {name: jnp.zeros_like(shared[name]) for name in measured}

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxoptim.core import trees
-from jaxoptim.core.noise import hashed, offsets
-from jaxoptim.core.numerics import computing_dtype, real_dtype, view_as_real
+from jaxoptim.core.sketches import check, sketched
 from jaxoptim.sampling.observables import Draw, Observable, at_draws
 
-_LANE = 3
 _OF = ("displacement", "gradient")
 
 
@@ -62,43 +56,10 @@ def sketch(tree: Any, dim: int, seed: Any = 0) -> jax.Array:
         >>> a.shape, bool(abs(a @ b - exact) < 5 * error)
         ((256,), True)
     """
-    _check(dim, seed)
+    check(dim, seed)
     leaves = zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True)
     arrays = [trees.check_array("leaf", name, leaf) for name, leaf in leaves if leaf is not None]
-    return _sketched(arrays, int(dim), jnp.asarray(seed, jnp.uint32))
-
-
-@functools.partial(jax.jit, static_argnames="dim")
-def _sketched(arrays: Sequence[jax.Array], dim: int, seed: jax.Array) -> jax.Array:
-    """The sketch of the numbers of some arrays, one after the other."""
-    key = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-    dtype = real_dtype(computing_dtype(jnp.result_type(*(x.dtype for x in arrays)) if arrays else jnp.float32))
-    total, start = jnp.zeros(dim, dtype), 0
-    for array in arrays:
-        values = view_as_real(array).astype(dtype)
-        bits = _bits(key, start, values.shape)
-        signs = jnp.where((bits & 1) == 1, -1, 1).astype(dtype)
-        total = total.at[(bits >> 1) % dim].add(signs * values)
-        start += values.size
-    return total
-
-
-def _bits(key: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
-    """The random words of the numbers of an array, of which the first is number ``start`` of all."""
-    high, low = offsets(shape)
-    place, high = low + np.uint32(start % 2**32), high + np.uint32(start >> 32)
-    if start % 2**32 + math.prod(shape) > 2**32:
-        high += (place < low).astype(jnp.uint32)
-    return hashed(key, _LANE, high, place)
-
-
-def _check(dim: Any, seed: Any) -> None:
-    """Raise for what is no size and no seed."""
-    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
-        raise ValueError(f"Invalid dim: {dim!r}. A sketch has an int >= 1 of numbers.")
-    is_number = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not isinstance(seed, jax.Array) and not (is_number and 0 <= seed < 2**32):
-        raise ValueError(f"Invalid seed: {seed!r}. It is an int from 0 to 2**32 - 1.")
+    return sketched(arrays, int(dim), jnp.asarray(seed, jnp.uint32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +98,7 @@ class Sketch(Observable):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.dim, self.seed)
+        check(self.dim, self.seed)
         if self.of not in _OF:
             raise ValueError(f"Invalid of: {self.of!r}. Sketch takes {' or '.join(map(repr, _OF))}.")
 
