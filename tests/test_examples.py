@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.numbers  # they compute for longer than they compile
+
 ROOT = Path(__file__).parent.parent
 NAMES = ["sgd", "adam", "adamw", "muon", "rmsprop"]
 
