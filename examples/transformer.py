@@ -516,7 +516,7 @@ def plot(curves: dict[str, Curves], resumed: dict[str, Curves], path: Path) -> N
 
 def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_epochs(default=12)
+    parser.add_epochs(default=10)
     parser.add_out()
     parser.add_argument("--torch", action="store_true", help="train the network in torch too")
     arguments = parser.parse_args()
