@@ -1,61 +1,18 @@
 """Long traces, which go to the memory of the host between the pieces of a run."""
 
-import dataclasses
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxoptim import rules, sampling
+from jaxoptim import sampling
 from jaxoptim.sampling import chains, pieces, run
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import problem
+from traced_runs import FEW, FULL, SGLD, X, loss, same, sample
 
-X = jax.random.normal(jax.random.key(0), (7, 2))
-FEW = {"key": jax.random.key(3), "num_chains": 2, "num_draws": 20, "num_burnin_steps": 3, "num_steps_bw_draws": 2}
-SGLD = rules.SGLD(lr=0.02, nbeta=5.0, weight_norm=True)
 SMALL = 1000  # bytes on the device
-
-
-def of_tokens(w, x):
-    return (jnp.sum((x - w) ** 2, -1) / 2)[:, None] * jnp.arange(3)
-
-
-def loss(w, x):
-    return jnp.mean(jnp.sum((x - w) ** 2, -1) / 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Path(sampling.Observable):
-    """An observable whose result needs its whole trace."""
-
-    def update(self, memory, draw):
-        return memory, draw.loss
-
-    def result(self, memory, trace):
-        return {"sum": trace.sum(), "path": trace.cumsum()}
-
-
-FULL = FEW | {
-    "probes": {"code": X},
-    "observables": {
-        "both": lambda w: {"half": w.astype(jnp.bfloat16), "sign": w > 0},
-        "code": sampling.Losses(of_tokens, "code"),
-        "covariance": sampling.Covariance(),
-        "path": Path(),
-    },
-}
-sample = functools.partial(sampling.sample, loss, jnp.ones(2), SGLD, X)
-
-
-def same(found, expected):
-    """To the last bit, in the same dtypes."""
-    for of in ("loss", "observables", "params", "diverged"):
-        chex.assert_trees_all_equal(getattr(found, of), getattr(expected, of))
-        chex.assert_trees_all_equal_dtypes(getattr(found, of), getattr(expected, of))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
-from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
+from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, real_size, view_as_complex, view_as_real
 from jaxoptim.core.packing import Packed, join, split
 
 
@@ -91,7 +90,7 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
     """
     leaves, treedef = jax.tree.flatten(like, is_leaf=trees.is_leaf)
     arrays = [jnp.asarray(x) if not hasattr(x, "dtype") else x for x in leaves if x is not None]
-    sizes = [math.prod(x.shape) * (2 if is_complex(x) else 1) for x in arrays]
+    sizes = list(map(real_size, arrays))
     if vector.shape != (sum(sizes),):
         raise ValueError(f"The vector has shape {vector.shape}, but the tree holds {sum(sizes)} real numbers.")
     parts = iter(zip(arrays, split(vector, sizes) if sizes else [], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,11 @@ def real_dtype(dtype: Any) -> np.dtype:
 def is_complex(x: Any) -> bool:
     """Whether an array, or what stands for its shape and dtype, is complex."""
     return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
+
+
+def real_size(x: Any) -> int:
+    """How many real numbers an array, or what stands for its shape and dtype, has: two for a complex one."""
+    return math.prod(np.shape(x)) * (2 if jnp.iscomplexobj(x) else 1)
 
 
 def is_numeric(dtype: Any) -> bool:

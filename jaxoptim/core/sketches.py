@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxoptim.core.noise import hashed, offsets
 from jaxoptim.core.numerics import computing_dtype, real_dtype, view_as_real
+from jaxoptim.core.shown import shown
 
 _LANE = 3
 
@@ -58,7 +59,7 @@ def place(number: int) -> np.ndarray:
 def check(dim: Any, seed: Any, prefix: str = "") -> None:
     """Raise for what is no size and no seed of a sketch, which are arguments with this prefix."""
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
-        raise ValueError(f"Invalid {prefix}dim: {dim!r}. A sketch has an int >= 1 of numbers.")
+        raise ValueError(f"Invalid {prefix}dim: {shown(dim)}. A sketch has an int >= 1 of numbers.")
     is_number = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     if not isinstance(seed, jax.Array) and not (is_number and 0 <= seed < 2**32):
-        raise ValueError(f"Invalid {prefix}seed: {seed!r}. It is an int from 0 to 2**32 - 1.")
+        raise ValueError(f"Invalid {prefix}seed: {shown(seed)}. It is an int from 0 to 2**32 - 1.")

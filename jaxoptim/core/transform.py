@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import export
 
@@ -28,7 +27,7 @@ from jaxoptim.core.leaf import (
     summed,
     update_leaf,
 )
-from jaxoptim.core.numerics import is_complex, view_as_complex
+from jaxoptim.core.numerics import is_complex, real_size, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.restoring import restored
 from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled, is_tree
@@ -469,7 +468,8 @@ def _updated(
     if rule.two_pass:
         shared = rule.prepare_shared(shared, summed([first_pass(leaf, shared) for leaf in todo]))
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
-    starts = list(itertools.accumulate(map(_count, all_grads if params is None else all_params), initial=0))
+    sizes = [0 if x is None else real_size(x) for x in (all_grads if params is None else all_params)]
+    starts = list(itertools.accumulate(sizes, initial=0))
     for leaf in todo:
         rows, change, value, new = update_leaf(leaf, rule.shared_at(starts[leaf.number], shared))
         results[leaf.number] = finish(leaf.grad, leaf.param, rows, change, value)
@@ -481,11 +481,6 @@ def _updated(
     counts = jax.tree.unflatten(treedef, new_own) if counted else None
     shared = rule.update_shared(shared, summed(sums))
     return jax.tree.unflatten(treedef, results), OptState(count, new_trees, shared, counts)
-
-
-def _count(x: Any) -> int:
-    """How many real numbers an array has."""
-    return 0 if x is None else np.size(x) * (2 if jnp.iscomplexobj(x) else 1)
 
 
 def noise_of_some(rule: Rule, state: OptState, some: Any, whole: Any) -> Any:

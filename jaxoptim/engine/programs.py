@@ -242,8 +242,11 @@ def _moved(
         return _Moved(new, published, value, taken, None)
     measured = Measured(jnp.sqrt(square), jnp.sqrt(sum_of_squares(moved)))
     if options.may_skip:
-        measured = measured._replace(update_norm=jnp.where(taken, measured.update_norm, 0))
-        measured = measured._replace(skipped=~taken, num_skipped=numbers.num_skipped + (~taken).astype(jnp.int32))
+        measured = measured._replace(
+            update_norm=jnp.where(taken, measured.update_norm, 0),
+            skipped=~taken,
+            num_skipped=numbers.num_skipped + (~taken).astype(jnp.int32),
+        )
     if options.loss_scale is not None and numbers.loss_scale is not None:
         measured = measured._replace(loss_scale=options.loss_scale.updated(numbers.loss_scale, are_finite))
     return _Moved(new, published, value, taken, measured)

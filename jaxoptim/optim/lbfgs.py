@@ -16,7 +16,7 @@ from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.core.loss import Loss, evaluated
-from jaxoptim.core.numerics import is_complex
+from jaxoptim.core.numerics import is_complex, real_size
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.numbers import Numbers
@@ -314,10 +314,10 @@ class LBFGS(Optimizer):
         _, given, wanted, moves = transfer
         if list(given) == list(wanted) and not moves:
             return state
-        ends = dict(zip(given, np.cumsum([_length(param) for param in given]), strict=True))
+        ends = dict(zip(given, np.cumsum([real_size(param) for param in given]), strict=True))
         index = []
         for param in wanted:
-            numbers = np.arange(ends[param] - _length(param), ends[param]).reshape(-1, 2 if is_complex(param) else 1)
+            numbers = np.arange(ends[param] - real_size(param), ends[param]).reshape(-1, 2 if is_complex(param) else 1)
             index.append(numbers[moves[param].index.reshape(-1)] if param in moves else numbers)
         order = np.concatenate([numbers.reshape(-1) for numbers in index])
         entry = dict(state.get(given[0], {}))
@@ -328,7 +328,7 @@ class LBFGS(Optimizer):
         return others | ({wanted[0]: entry} if entry else {})
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
-        size = sum(map(_length, group["params"]))
+        size = sum(map(real_size, group["params"]))
         for index, param in enumerate(group["params"]):
             given = state.get(param, {})
             if unknown := sorted(set(given) - set(_ENTRIES) if index == 0 else set(given)):
@@ -376,8 +376,3 @@ class LBFGS(Optimizer):
         if not (callable(closure) and jax.tree_util.all_leaves([closure])):
             self._storage.advance(closure)
         return self._storage.search(closure)
-
-
-def _length(param: Parameter) -> int:
-    """The number of real numbers in a parameter."""
-    return int(np.prod(param.shape)) * (2 if is_complex(param) else 1)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import sketches
-from jaxoptim.core.numerics import is_complex
+from jaxoptim.core.numerics import real_size
 from jaxoptim.optim import devinterp_state
 from jaxoptim.optim.optimizer import Groups, Number, Selectors
 from jaxoptim.optim.parameter import Parameter
@@ -589,8 +589,7 @@ class SGMCMC(Sampler):
 
 def _sketch_end(group: Mapping[str, Any]) -> int:
     """The place after the last number of a group in the vector that is sketched."""
-    values = [param.value for param in group["params"]]
-    return group.get("sketch_start", 0) + sum(x.size * (2 if is_complex(x) else 1) for x in values)
+    return group.get("sketch_start", 0) + sum(real_size(param.value) for param in group["params"])
 
 
 def _prior(weight_decay: float, localization: float) -> Prior:

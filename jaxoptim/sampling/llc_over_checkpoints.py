@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core.arriving import is_arriving
-from jaxoptim.core.shown import aligned
+from jaxoptim.core.shown import aligned, shown
 from jaxoptim.sampling.doubts import Evidence, divergence, doubts, warn
 from jaxoptim.sampling.labelled import dataset
 from jaxoptim.sampling.llc import LLC, estimates, selection_axis, selection_labels
@@ -338,7 +338,7 @@ def _check_losses(given: Any, count: int | None) -> None:
     """Raise for what are no initial losses of so many checkpoints; None where it is not known how many they are."""
     if isinstance(given, str) or not isinstance(given, Sequence | Mapping | np.ndarray | jax.Array | None):
         raise TypeError(
-            f"init_loss is a list of numbers, or a mapping of names, but got {given!r:.80}. Give one for each "
+            f"init_loss is a list of numbers, or a mapping of names, but got {shown(given)}. Give one for each "
             "checkpoint."
         )
     if given is not None and count not in (None, len(given)):
