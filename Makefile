@@ -1,5 +1,6 @@
 # Every target makes its own virtual environment from python3 alone when there is none.
 # Tests that stand together share compiled programs: worksteal leaves them to one worker as far as it can.
+PYTHON3 ?= python3
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
@@ -49,12 +50,15 @@ stub: $(VENV)/.test
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/.examples: pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
+$(PYTHON):
+	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+		"jaxoptim needs Python 3.11 or newer, and $(PYTHON3) is %d.%d: name another, make PYTHON3=python3.12" % v[:2])'
+	$(PYTHON3) -m venv $(VENV)
+
+$(VENV)/.examples: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[examples]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
+$(VENV)/.test: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.examples

@@ -1,6 +1,6 @@
 """Draw every schedule of ``jaxoptim.schedules``, with the rate 0.1, as one picture.
 
-Run ``python examples/plot_schedules.py --help`` for the options. The picture is the one in the README.
+Run ``python examples/plot_schedules.py --help`` for the options. The picture is the one in ``docs/optax.md``.
 """
 
 from __future__ import annotations

@@ -35,7 +35,11 @@ SAMPLING = (
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
 PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}
 PUBLIC |= {"testing.check_rule": testing.check_rule}
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -92,16 +96,27 @@ def test_readme_names_the_two_commands_and_what_they_need():
     text = (ROOT / "README.md").read_text()
     assert "make demo" in text
     assert "make test" in text
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert link.startswith("http") or (ROOT / link).exists(), link
 
 
-def test_readme_snippets_run_in_order(tmp_path, monkeypatch):
-    assert SNIPPETS
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("snippet", snippets(ROOT / "README.md"), ids=["torch", "pyro", "optax", "devinterp"])
+def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
+    command = [sys.executable, "-W", "error", "-c", snippet]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for snippet in SNIPPETS:
-        exec(compile(snippet, "README.md", "exec"), namespace)
+    for snippet in snippets(page):
+        exec(compile(snippet, page.name, "exec"), namespace)
 
 
 def test_import_needs_only_jax_optax_and_numpy():
