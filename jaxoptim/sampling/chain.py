@@ -19,7 +19,7 @@ from jaxoptim.sampling.held import joined, joined_state, state_without, without
 from jaxoptim.sampling.metropolis import ACCEPTANCE, tested
 from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
-from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.observables import Draw, Observable, at_draws
 from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.swaps import SWAP_RATE, Tried
 from jaxoptim.sampling.target import Given, Target
@@ -212,7 +212,8 @@ def _chain_step(
 
     whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
     draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes, full_loss)
-    values: dict[str, Any] = {"loss": loss}
+    # Swaps compare losses of all data, whatever the steps take.
+    values: dict[str, Any] = {"loss": loss if given.swaps is None else at_draws(draw, full_loss)}
     memories = {}
     for name, observable in spec.observables:
         memories[name], values[name] = observable.update(chain.memories[name], draw)
