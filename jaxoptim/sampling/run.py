@@ -125,7 +125,7 @@ def prepare(
     """
     target, params, given = problem[:3]
     one, count = problem.at_start(0), num_settings * options.num_chains * (problem.num_starts or 1)
-    check_metropolis(sampler, one.arrays, options, problem.stream is not None)
+    check_metropolis(sampler, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     others = options.microbatches, options.metropolis, options.num_chains
