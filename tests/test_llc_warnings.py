@@ -150,6 +150,9 @@ def test_complex_and_missing_parameters_have_a_fall():
     found, norm = fall(rules.SGLD(), start, 5.0, nbeta=1.0, loss=lambda p: jnp.sum(jnp.abs(p["z"]) ** 2))
     assert norm == pytest.approx(2 * np.sqrt(6), rel=1e-5)
     assert found > 5.0
+    boxed = rules.SGLD(bounding_box_size=0.25, localization=1.0)  # each part moves at most so far
+    inside, _ = fall(boxed, start, 5.0, nbeta=1.0, loss=lambda p: jnp.sum(jnp.abs(p["z"]) ** 2))
+    assert inside == pytest.approx(2 * (1 - 0.75**2) + 2**2 - 1.75**2 - 3 * 0.25**2 / 2, rel=1e-5)
 
 
 def estimate(loss, names=None, diverged=None):

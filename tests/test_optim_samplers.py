@@ -281,6 +281,30 @@ def test_the_parents_warnings_and_attributes():
         optim.SGLD(PARAMS, nbeta=2.0, key=3)
 
 
+@pytest.mark.parametrize("cls", [optim.SGLD, optim.SGMCMC.sgld, optim.SGNHT, optim.LBFGS])
+def test_a_parameter_given_twice_is_refused(cls):
+    """One step has one noise, one thermostat, one set of metrics."""
+    p, q = optim.Parameter([1.0, 2.0], name="p"), optim.Parameter([3.0])
+    name = "LBFGS" if cls is optim.LBFGS else (cls.__self__ if cls == optim.SGMCMC.sgld else cls).__name__
+    options = {} if cls is optim.LBFGS else {"nbeta": 2.0}
+    for given in ([p, q, p], {"embed": p, "head": p}):
+        with pytest.raises(ValueError, match=f"^{name} takes each parameter once, but 'p' stands in its group more th"):
+            cls(given, **options)
+    chain = cls([p, q], **options)
+    before = len(chain.param_groups)
+    if cls is not optim.LBFGS:
+        with pytest.raises(ValueError, match=r"but 'params\[0\]' stands"):
+            chain.add_param_group({"params": [optim.Parameter(2.0)] * 2})
+    assert len(chain.param_groups) == before
+    p.grad, q.grad = jnp.ones(2), jnp.ones(1)
+    chain.param_groups[0]["params"].append(p)
+    with pytest.raises(ValueError, match=f"{name} takes each parameter once, but 'p'"):
+        chain.step(closure=lambda: jnp.zeros(()))
+    chain.param_groups[0]["params"].pop()
+    chain.step(closure=lambda: jnp.zeros(()))
+    assert not jnp.array_equal(p.value, jnp.array([1.0, 2.0]))
+
+
 def test_a_sampler_of_ones_own():
     with pytest.raises(TypeError, match=r"Write `class Wrong\(optim.Sampler\):`"):
         type("Wrong", (optim.Optimizer,), {"rule": rules.SGLD})

@@ -150,8 +150,6 @@ def test_errors():
         given(data=jnp.zeros((4, 2)), loss=lambda w, batch: double_well(w), batch_size=2)
     with pytest.raises(ValueError, match="the loss of all data"):
         given(data=lambda key: jnp.zeros((4, 2)), loss=lambda w, batch: double_well(w))
-    with pytest.raises(TypeError, match="real parameters"):
-        given(w=(0j, 0j), loss=lambda w: jnp.sum(abs(w)))
     with pytest.raises(ValueError, match=r"Invalid metropolis: 1. It is True or False"):
         given(metropolis=1)
 

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxoptim import sampling
 from jaxoptim.sampling import chains, pieces, run
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import problem
-from traced_runs import FEW, FULL, SGLD, X, loss, same, sample
+from traced_runs import FEW, FULL, SGLD, X, loss, same, sample, tempered
 
 SMALL = 1000  # bytes on the device
 
@@ -128,13 +127,6 @@ def test_a_run_in_pieces_stops_itself(monkeypatch):
 
 @pytest.mark.usefixtures("small")
 def test_temperatures_swap_in_pieces(monkeypatch):
-    def tempered():
-        return sampling.parallel_tempering(
-            loss, jnp.ones(2), SGLD, X, nbeta=[1.0, 3.0], num_steps_bw_swaps=3, **FEW | {"num_draws": 70}
-        )
-
-    found = tempered()
+    found = tempered(**FEW | {"num_draws": 70})
     monkeypatch.undo()
-    expected = tempered()
-    chex.assert_trees_all_equal(found.loss, expected.loss)
-    chex.assert_trees_all_equal(found.swap_rate, expected.swap_rate)
+    same(found, tempered(**FEW | {"num_draws": 70}))

@@ -11,7 +11,7 @@ from jaxoptim import sampling
 from jaxoptim.sampling import chains, pieces, run, store
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.target import problem
-from traced_runs import FEW, FULL, SGLD, X, loss, same, sample
+from traced_runs import FEW, FULL, SGLD, X, loss, same, sample, tempered
 
 xarray = pytest.importorskip("xarray")
 
@@ -25,25 +25,29 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(run, "_SECONDS_BETWEEN_SAVES", -1.0)
 
 
-@pytest.fixture(scope="module")
-def whole():
-    return sample(**FULL)
+@pytest.fixture(scope="module", params=[sample, tempered], ids=["sample", "parallel_tempering"])
+def made(request):
+    """A function that makes a run, and what it returns without a store."""
+    return request.param, request.param(**FULL)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_with_a_store_is_the_run_without(name, tmp_path, whole):
-    found = sample(store=tmp_path / name, **FULL)
+def test_a_run_with_a_store_is_the_run_without(name, tmp_path, made):
+    runs, whole = made
+    found = runs(store=tmp_path / name, **FULL)
     same(found, whole)
     assert isinstance(found.loss, np.ndarray)
 
 
-def test_the_store_is_the_dataset(tmp_path, whole):
-    sample(store=tmp_path / "run.zarr", **FULL)
+def test_the_store_is_the_dataset(tmp_path, made):
+    runs, whole = made
+    runs(store=tmp_path / "run.zarr", **FULL)
     found, expected = xarray.open_zarr(tmp_path / "run.zarr", consolidated=False).load(), whole.to_xarray()
-    for name, variable in expected.data_vars.items():
+    assert found.coords.keys() == expected.coords.keys() - {"diverged"}  # which the losses tell
+    assert found.data_vars.keys() == expected.data_vars.keys() | {"trace_path"}
+    for name, variable in expected.drop_vars("diverged").variables.items():
         assert found[name].dims == variable.dims
         np.testing.assert_array_equal(found[name], variable)
-    np.testing.assert_array_equal(found["covariance"], expected["covariance"])
     assert found.indexes["draw"].tolist() == list(range(20))
     assert found.attrs["completed"] == 1
 
@@ -64,8 +68,8 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, whole, monkeypatch):
-    path, cuts = tmp_path / name, [9, 22]
+def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, made, monkeypatch):
+    (runs, whole), path, cuts = made, tmp_path / name, [9, 22]
     take = store.Store.take
 
     def failing(self, step, traces):
@@ -77,11 +81,11 @@ def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, whole, monkey
     monkeypatch.setattr(store.Store, "take", failing)
     for _ in range(2):
         with pytest.raises(Interrupted):
-            sample(store=path, **FULL)
-    same(sample(store=path, **FULL), whole)
-    same(sample(store=path, **FULL), whole)  # nothing is left to do
+            runs(store=path, **FULL)
+    same(runs(store=path, **FULL), whole)
+    same(runs(store=path, **FULL), whole)  # nothing is left to do
     more = FULL | {"num_draws": 27}
-    same(sample(store=path, **more), sample(**more))
+    same(runs(store=path, **more), runs(**more))
 
 
 def test_a_store_of_another_run_is_refused(tmp_path):

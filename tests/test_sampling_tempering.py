@@ -219,6 +219,8 @@ def test_errors():
             tempered(quadratic, jnp.zeros(3), [0.5, 1.0], lr=lr)
     with pytest.raises(ValueError, match=r"Invalid num_steps_bw_swaps: 0. It is an int >= 1"):
         tempered(quadratic, jnp.zeros(3), [0.5, 1.0], num_steps_bw_swaps=0)
+    with pytest.raises(ValueError, match="observables: the name 'swap_rate' is taken"):
+        tempered(quadratic, jnp.zeros(3), [0.5, 1.0], observables={"swap_rate": lambda w: w})
     arguments = {"nbeta": [0.5, 1.0], "key": KEY}
     for sampler, name in ((optax.sgd(0.1), "GradientTransformation"), (rules.SGNHT(), "SGNHT")):
         with pytest.raises(TypeError, match=f"for the rule SGLD, but the sampler is {name}"):

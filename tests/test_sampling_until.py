@@ -7,6 +7,7 @@ import pytest
 
 from jaxoptim import rules, sampling
 from jaxoptim.sampling import until
+from traced_runs import FEW, tempered
 
 pytest.importorskip("numpyro")
 
@@ -86,6 +87,23 @@ def test_it_goes_on_under_a_smaller_bound(tmp_path, kept):
     same(both, sampled(until_mcse=high, **saved))  # and takes back none of its draws
     same(sampled(num_draws=500, **options), sampled(**saved))
     assert one.loss.shape[1] < both.loss.shape[1] < 500
+
+
+def test_all_temperatures_are_to_have_it(tmp_path):
+    """In the loss of all data, of which the steps take batches."""
+    pytest.importorskip("zarr")
+    options, bounds = FEW | {"num_draws": 300, "num_chains": 6, "lr": [0.3, 0.2, 0.1]}, (0.2, 0.1)
+    whole, store = tempered(**options).loss, tmp_path / "run.zarr"
+    lengths = []
+    for bound in bounds:
+        found = tempered(**options, until_mcse=bound, store=store).loss
+        lengths.append(found.shape[-1])
+        np.testing.assert_array_equal(found, whole[..., : lengths[-1]])
+        looks = [look for look in range(lengths[-1] + 1) if until.is_look(look)]
+        errors = [max(float(sampling.mcse(of)) for of in whole[..., :look]) for look in looks]
+        assert errors[-1] <= bound < min(errors[:-1])
+        assert looks[-1] == lengths[-1]
+    assert 64 < lengths[0] < lengths[1] < 300
 
 
 def test_files_of_safetensors_are_looked_at_too(tmp_path):

@@ -46,8 +46,17 @@ FULL = FEW | {
 sample = functools.partial(sampling.sample, loss, jnp.ones(2), SGLD, X)
 
 
+tempered = functools.partial(
+    sampling.parallel_tempering, loss, jnp.ones(2), SGLD, X, nbeta=[1.0, 3.0, 5.0], num_steps_bw_swaps=3, batch_size=4
+)
+
+
 def same(found, expected):
     """To the last bit, in the same dtypes."""
-    for of in ("loss", "observables", "params", "diverged"):
-        chex.assert_trees_all_equal(getattr(found, of), getattr(expected, of))
-        chex.assert_trees_all_equal_dtypes(getattr(found, of), getattr(expected, of))
+    for field in dataclasses.fields(expected):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "axes":
+            assert one == other
+        else:
+            chex.assert_trees_all_equal(one, other)
+            chex.assert_trees_all_equal_dtypes(one, other)

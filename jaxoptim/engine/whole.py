@@ -132,8 +132,7 @@ class SharedUpdate(Update):
             if state is not None and jax.tree.leaves(gradients):
                 given = {} if drawn is None else {"noise": named(self.layout, cell, drawn)}
                 own, state = named(self.layout, cell, values), state._replace(step=count, shared=shared)
-                for _ in range(cell.times):
-                    own, state = step(rule, own, gradients, state, **given)
+                own, state = step(rule, own, gradients, state, **given)
                 for member, value in zip(cell.members, own.values(), strict=True):
                     values[member] = value
                 count, shared = state.step, state.shared

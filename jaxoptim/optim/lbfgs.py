@@ -59,8 +59,6 @@ class FlatStorage(WholeStorage):
     def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> OptState | None:
         """The state of the vector from that of its first parameter."""
         section = self.sections[at]
-        if section.times > 1:
-            raise ValueError("LBFGS takes each parameter once, but one stands twice in its group.")
         state = states[section.params[0]] if section.times else {}
         if not state:
             return None

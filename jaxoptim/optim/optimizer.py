@@ -262,7 +262,8 @@ class Optimizer(Hooked):
             ``TypeError`` for what is not a dict, holds what cannot be optimized, or has an option misspelt (keys less
             like an option are the user's own, as in torch); ``ValueError`` for a missing
             required option, an option out of range, names for some parameters only, or a parameter that is in
-            another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice.
+            another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice; of
+            samplers and L-BFGS a ``ValueError``.
 
         Examples:
             >>> from jaxoptim import optim
@@ -296,6 +297,7 @@ class Optimizer(Hooked):
         for index, param in enumerate(group["params"]):
             self._storage.check_param(rule, param.name or f"params[{index}]", param)
         if len(group["params"]) != len(set(group["params"])):
+            self._storage.check_repeated(group["params"])
             warnings.warn(
                 "optimizer contains a parameter group with duplicate parameters; in future, this will cause an error; "
                 "see github.com/pytorch/pytorch/issues/40967 for more information",

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -151,6 +151,9 @@ class Storage:
     def check_param(self, rule: Rule, name: str, param: Parameter) -> None:
         """Raise for a parameter that the rule cannot update."""
         check_param(rule, name, param.struct)
+
+    def check_repeated(self, params: Sequence[Parameter]) -> None:
+        """Accept parameters that stand in a group more than once: a step updates them as often, as in torch."""
 
     def read_all(self) -> None:
         """Read the values of all parameters, which is faster than one after the other."""

@@ -26,7 +26,7 @@ class Section(NamedTuple):
     Attributes:
         group: the dict of options that they follow.
         params: the parameters.
-        times: how often one step updates them: as often as they stand in the group.
+        times: how often one step updates them: once, or never if they stand in no group.
     """
 
     group: Group
@@ -39,7 +39,7 @@ class WholeStorage(Storage, abc.ABC):
 
     Attributes:
         whole: values, and the state of each section; None before the first look at the groups.
-        sections: the groups, parted by how often a step updates their parameters.
+        sections: the groups, and the parameters that stand in none.
         layout: which parameters are whose; its cells are the sections.
         numbers: the rules of the sections, on the device.
     """
@@ -148,6 +148,15 @@ class WholeStorage(Storage, abc.ABC):
         own = self.sections[at].group
         return next((apart for apart, group in settings if group is own), self._settings[0]).setting.rule
 
+    def check_repeated(self, params: Sequence[Parameter]) -> None:
+        """Raise for a parameter that stands in a group more than once: what it shares, such as a key, has one step."""
+        if repeated := [param for param, times in Counter(params).items() if times > 1]:
+            name = repeated[0].name or f"params[{params.index(repeated[0])}]"
+            raise ValueError(
+                f"{self.rule.__name__} takes each parameter once, but {name!r} stands in its group more than once. "
+                "Give it once, with the sum of its gradients."
+            )
+
     # What the user has changed since the last step.
 
     def settle(self) -> None:
@@ -202,13 +211,9 @@ class WholeStorage(Storage, abc.ABC):
     def _sections(self, labels: Mapping[Parameter, str]) -> list[Section]:
         """The parameters of each group, and those that stand in none at the end."""
         inside = set(self.parameters())
-        sections = []
         for group in self.groups:
-            by_times: dict[int, list[Parameter]] = {}
-            counts: Counter[Parameter] = Counter(group["params"])
-            for param, times in counts.items():
-                by_times.setdefault(times, []).append(param)
-            sections += [Section(group, tuple(params), times) for times, params in by_times.items()]
+            self.check_repeated(group["params"])
+        sections = [Section(group, tuple(group["params"]), 1) for group in self.groups if group["params"]]
         outside = tuple(param for param in labels if param not in inside)
         return [*sections, Section({"params": list(outside)}, outside, 0)] if outside else sections
 

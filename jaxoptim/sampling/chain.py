@@ -13,13 +13,14 @@ from jax import lax
 
 from jaxoptim.core import Rule, Sampler, init, noise_of_some, step
 from jaxoptim.core.noise import fold_in, is_key
+from jaxoptim.core.numerics import is_complex, view_as_complex, view_as_real
 from jaxoptim.rules import PSGLD, SGLD
 from jaxoptim.sampling.control_variates import Center, estimate
 from jaxoptim.sampling.held import joined, joined_state, state_without, without
 from jaxoptim.sampling.metropolis import ACCEPTANCE, tested
 from jaxoptim.sampling.microbatches import mean_over_parts
 from jaxoptim.sampling.minimum import loss_and_gradient, loss_of_all
-from jaxoptim.sampling.observables import Draw, Observable
+from jaxoptim.sampling.observables import Draw, Observable, at_draws
 from jaxoptim.sampling.streams import batch_of
 from jaxoptim.sampling.swaps import SWAP_RATE, Tried
 from jaxoptim.sampling.target import Given, Target
@@ -212,7 +213,8 @@ def _chain_step(
 
     whole = chain.state if rule is None else joined_state(rule, chain.state, given.held)
     draw = Draw(params, loss, grads, batch, sampler, whole, is_draw, as_given, probes, full_loss)
-    values: dict[str, Any] = {"loss": loss}
+    # Swaps compare losses of all data, whatever the steps take.
+    values: dict[str, Any] = {"loss": loss if given.swaps is None else at_draws(draw, full_loss)}
     memories = {}
     for name, observable in spec.observables:
         memories[name], values[name] = observable.update(chain.memories[name], draw)
@@ -269,10 +271,20 @@ def _uses_curvature(rule: Rule) -> bool:
 
 
 def _curvature(loss_of: Callable[[Any], Any], params: Any, key: jax.Array) -> Any:
-    r"""The diagonal of the Hessian, estimated by :math:`z \odot Hz` with random signs z (Hutchinson)."""
+    r"""The diagonal of the Hessian, estimated by :math:`z \odot Hz` with random signs z (Hutchinson).
+
+    Complex numbers are pairs, and so is their part of the diagonal.
+    """
     leaves, treedef = jax.tree.flatten(params)
+    pairs = [view_as_real(x) for x in leaves]
     keys = jax.random.split(key, len(leaves))
-    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    probe = jax.tree.unflatten(treedef, signs)
-    _, product = jax.jvp(jax.grad(loss_of), (params,), (probe,))
-    return jax.tree.map(jnp.multiply, probe, product)
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, pairs, strict=True)]
+
+    def as_given(parts: list[Any]) -> list[Any]:
+        return [view_as_complex(x) if is_complex(like) else x for x, like in zip(parts, leaves, strict=True)]
+
+    def loss_of_pairs(pairs: list[Any]) -> Any:
+        return loss_of(jax.tree.unflatten(treedef, as_given(pairs)))
+
+    _, product = jax.jvp(jax.grad(loss_of_pairs), (pairs,), (signs,))
+    return jax.tree.unflatten(treedef, as_given(list(map(jnp.multiply, signs, product))))

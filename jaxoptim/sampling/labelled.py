@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from jaxoptim.core.precision import widened
+
+Labels: TypeAlias = Mapping[str, Sequence[Any] | np.ndarray]
+"""By name the axes before that of chains, and what stands along each."""
 
 OF_THE_LOSS = ("sampling_loss", ("draw",))
 """The name of the loss, and its axes behind that of chains."""
@@ -25,7 +28,7 @@ def labelled(
         values: by name pytrees of arrays with a first axis of chains.
         axes: what ``Observable.axes`` returns of each; the others are traces of their own names.
         first: the names of axes before that of chains.
-        taken: names that no variable may have.
+        taken: further names that no variable may have.
 
     Raises:
         ``ValueError`` for two variables of one name.
@@ -36,7 +39,7 @@ def labelled(
         title, known = axes.get(name, (name, ("draw",)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(value):
             variable = ".".join([title, jax.tree_util.keystr(path, simple=True, separator=".")] if path else [title])
-            if variable in found or variable in taken:
+            if variable in found or variable in (*taken, *first):
                 raise ValueError(f"observables: the variable {variable!r} of {name!r} is taken. Choose another name.")
             array = np.asarray(widened(leaf))
             dims = [*first, "chain"]
@@ -51,7 +54,7 @@ def dataset(
     values: Mapping[str, Any],
     axes: Mapping[str, Any],
     about: Mapping[str, Any],
-    first: Mapping[str, Sequence[Any]] | None = None,
+    first: Labels | None = None,
     more_traces: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -72,7 +75,7 @@ def dataset(
 
     xarray = required_xarray()
     first, more_traces = dict(first or {}), dict(more_traces or {})
-    variables = labelled(values, {**axes, "loss": OF_THE_LOSS}, tuple(first), (*_TAKEN, *first, *more_traces))
+    variables = labelled(values, {**axes, "loss": OF_THE_LOSS}, tuple(first), (*_TAKEN, *more_traces))
     traces = {name: x for name, x in variables.items() if "draw" in x[0]}
     whole = {name: x for name, x in variables.items() if name not in traces}
     dims, loss = traces[OF_THE_LOSS[0]]

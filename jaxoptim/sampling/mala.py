@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxoptim.core import is_known, trees
 from jaxoptim.core.leaf import by_leaf
+from jaxoptim.core.numerics import view_as_real
 from jaxoptim.core.precision import widened
 from jaxoptim.rules._langevin import force, masked, potential
 
@@ -27,7 +28,7 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
     accepted nearly always has little error of discretization.
 
     Args:
-        x: the position before the step, a pytree of arrays.
+        x: the position before the step, a pytree of arrays; complex numbers are pairs of real ones.
         grad_x: the gradient of the potential there, a tree like ``x``, zero where a mask holds it.
         U_x: the potential there, a scalar.
         y: the position after the step.
@@ -59,9 +60,9 @@ def mala_acceptance(x: Any, grad_x: Any, U_x: Any, y: Any, grad_y: Any, U_y: Any
         raise ValueError(f"Invalid lr: {lr!r}. It is a step size >= 0.")
     like = jax.tree.map(jnp.asarray, x)
     given = {"grad_x": grad_x, "y": y, "grad_y": grad_y}
-    leaves = {name: map(widened, trees.arrays_like(tree, like, name, "x")) for name, tree in given.items()}
+    leaves = {name: map(_real, trees.arrays_like(tree, like, name, "x")) for name, tree in given.items()}
     work = squares = jnp.zeros(())
-    for a, grad_a, b, grad_b in zip(map(widened, jax.tree.leaves(like)), *leaves.values(), strict=True):
+    for a, grad_a, b, grad_b in zip(map(_real, jax.tree.leaves(like)), *leaves.values(), strict=True):
         work = work + jnp.sum((b - a) * (grad_a + grad_b)) / 2
         squares = squares + jnp.sum((grad_b - grad_a) * (grad_b + grad_a))
     return jnp.exp(jnp.minimum(0, widened(U_x) - widened(U_y) + work - lr / 8 * squares))
@@ -91,6 +92,11 @@ def potential_at(rule: Any, state: Any, position: Any, loss: Any, grads: Any) ->
         energy = energy + potential(one, 0.0, slots, param)
         forces.append(masked(one, force(one, grad, slots, param)))
     return jnp.asarray(energy, float), jax.tree.unflatten(treedef, forces)
+
+
+def _real(x: jax.Array) -> jax.Array:
+    """An array in the dtype in which it is computed, complex numbers as pairs."""
+    return view_as_real(widened(x))
 
 
 def _check_scalar(name: str, value: Any) -> None:

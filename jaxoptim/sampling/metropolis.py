@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.core import is_known
-from jaxoptim.core.numerics import is_complex
 from jaxoptim.rules import SGLD
 from jaxoptim.rules._langevin import has_box
 from jaxoptim.sampling.mala import mala_acceptance, potential_at
@@ -17,7 +16,7 @@ ACCEPTANCE = "metropolis_acceptance"
 """The name of what is recorded: the probability with which the step from a draw is accepted."""
 
 
-def check_metropolis(sampler: Any, arrays: Any, options: Any, is_stream: bool) -> None:
+def check_metropolis(sampler: Any, options: Any, is_stream: bool) -> None:
     """Raise for a run whose steps have no Metropolis test, or are not of all data."""
     if not isinstance(options.metropolis, bool):
         raise ValueError(f"Invalid metropolis: {options.metropolis!r}. It is True or False.")
@@ -32,8 +31,6 @@ def check_metropolis(sampler: Any, arrays: Any, options: Any, is_stream: bool) -
         raise ValueError(f"metropolis is for steps with noise_level=1, but it is {level!r:.80}.")
     if options.batch_size is not None or is_stream:
         raise ValueError("metropolis needs the loss of all data in each step. Give arrays, and batch_size=None.")
-    if any(is_complex(x) for x in jax.tree.leaves(arrays)):
-        raise TypeError("metropolis is for real parameters, but some are complex. Give real and imaginary parts.")
 
 
 def tested(rule: Any, state: Any, here: Any, proposal: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:

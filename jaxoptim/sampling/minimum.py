@@ -13,7 +13,7 @@ from jax import lax
 from jaxoptim.core import Rule, trees
 from jaxoptim.core.batches import in_batches, size_of
 from jaxoptim.core.leaf import by_leaf
-from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.numerics import computing_dtype, is_complex, view_as_complex, view_as_real
 from jaxoptim.rules._langevin import has_box
 from jaxoptim.sampling.target import Given, Problem, Target
 
@@ -135,7 +135,9 @@ def _stepped(rules: Any, index: Any, nbeta: Any, params: Any, gradient: Any, wan
             continue
         wide, down, decay, localization, mask, size, away = cell
         step = -(length * down).astype(wide.dtype)
-        step = step if size is None else jnp.clip(step, -size, size)
+        if size is not None:  # a box is of real numbers, complex ones are pairs
+            inside = jnp.clip(view_as_real(step), -size, size)
+            step = view_as_complex(inside) if is_complex(step) else inside
         rise += jnp.sum(mask * decay / 2 * (jnp.abs(wide + step) ** 2 - jnp.abs(wide) ** 2))
         rise += jnp.sum(localization / 2 * (jnp.abs(away + step) ** 2 - jnp.abs(away) ** 2))
         shifted.append((wide + step).astype(leaf.dtype))

@@ -16,8 +16,9 @@ from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
 from jaxoptim.interop.numpyro import required
 from jaxoptim.sampling.control_variates import ControlVariates
+from jaxoptim.sampling.metropolis import ACCEPTANCE
 from jaxoptim.sampling.observables import Function, Observable
-from jaxoptim.sampling.swaps import Swaps
+from jaxoptim.sampling.swaps import SWAP_RATE, Swaps
 
 METHODS = ("auto", "vmap", "map")
 
@@ -132,6 +133,8 @@ class RunOptions:
             raise TypeError(
                 f"observables is a mapping of names, but got a {type(self.observables).__name__}. Give a dict."
             )
+        own = {ACCEPTANCE: self.metropolis, SWAP_RATE: self.num_steps_bw_swaps is not None}
+        taken = ["loss", "params", *(name for name, is_there in own.items() if is_there)]
         watched = []
         for name, observable in (self.observables or {}).items():
             if not isinstance(name, str):
@@ -143,7 +146,7 @@ class RunOptions:
                     f"observables: {name!r} is {kind}. Give a function of the parameters, or an instance of an "
                     "Observable."
                 )
-            if name in ("loss", "params"):
+            if name in taken:
                 raise ValueError(f"observables: the name {name!r} is taken. Choose another one.")
             observed = observable if isinstance(observable, Observable) else Function(observable)
             try:

@@ -20,6 +20,7 @@ from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.control_variates import Center, center_like
 from jaxoptim.sampling.held import held_arrays, joined, only, with_small_masks
+from jaxoptim.sampling.labelled import Labels
 from jaxoptim.sampling.metropolis import check_metropolis
 from jaxoptim.sampling.minimum import loss_and_gradient
 from jaxoptim.sampling.options import RunOptions
@@ -95,7 +96,14 @@ class Run(NamedTuple):
     pieces: Pieces | None
 
 
-def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: int, options: RunOptions) -> Run:
+def prepare(
+    problem: Problem,
+    sampler: SamplerLike,
+    rules: Any,
+    num_settings: int,
+    options: RunOptions,
+    labels: Labels | None = None,
+) -> Run:
     """Make ``options.num_chains`` chains of each setting; chain c of all settings has one key, unless they swap.
 
     Where chains begin at several points there are so many of each setting at each of them, one point after the other;
@@ -104,12 +112,20 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
     Nothing is evaluated but what a checkpoint tells runs apart by, and the gradient at a center of control variates
     that stays: what is wrong raises before work is done.
 
+    Args:
+        problem: what is sampled.
+        sampler: the rule, or the transformation.
+        rules: its settings, see :func:`stacked`.
+        num_settings: how many there are.
+        options: the keywords.
+        labels: what the axis of settings is called in a store, and its labels; None for a single one.
+
     Raises:
         ``ValueError`` for a checkpoint of another run, and what the sampler and the observables raise.
     """
     target, params, given = problem[:3]
     one, count = problem.at_start(0), num_settings * options.num_chains * (problem.num_starts or 1)
-    check_metropolis(sampler, one.arrays, options, problem.stream is not None)
+    check_metropolis(sampler, options, problem.stream is not None)
     transformation = None if isinstance(sampler, Rule) else optax.with_extra_args_support(sampler)
     room = room_for(options.num_draws)
     others = options.microbatches, options.metropolis, options.num_chains
@@ -144,7 +160,7 @@ def prepare(problem: Problem, sampler: SamplerLike, rules: Any, num_settings: in
         problem.stream.skip(start)
     pieces: Pieces | None = None
     if options.store is not None:
-        pieces = Store(options, spec.room, start)
+        pieces = Store(options, spec.room, start, labels or {})
     elif spec.room < room:
         pieces = Host(options, spec.room, start, traces)
     return Run(problem, spec, method, mesh, rules, settings, starts, options, about, start, state, pieces)

@@ -183,7 +183,7 @@ def sample(
             Metropolis-adjusted Langevin algorithm, which samples :math:`e^{-U}` exactly, whatever the step size.
             ``observables["metropolis_acceptance"]`` has the probability of the step from each draw; step sizes are
             good where it is about 0.57. A chain keeps loss and gradient, so that a step evaluates them once. Not with a
-            box, complex parameters, or ``noise_level`` other than 1 (default False).
+            box, or ``noise_level`` other than 1 (default False).
 
     Returns:
         :class:`Samples`.

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from jaxoptim import checkpoint
-from jaxoptim.sampling.labelled import OF_THE_LOSS, labelled, required_xarray
+from jaxoptim.sampling.labelled import OF_THE_LOSS, Labels, labelled, required_xarray
 from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.pieces import Pieces
+from jaxoptim.sampling.swaps import SWAP_RATE
 
 Variables = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 
@@ -42,8 +43,8 @@ class Files(Protocol):
 class ZarrFiles:
     """Traces as an ``xarray.Dataset`` in a zarr folder."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, labels: Labels) -> None:
+        self._path, self._labels = path, labels
 
     def length(self) -> int:
         """The length of the axis of draws."""
@@ -60,13 +61,14 @@ class ZarrFiles:
 
     def append(self, first: int, block: Variables) -> None:
         """Append along the axis of draws."""
-        chains, draws = block[OF_THE_LOSS[0]][1].shape
-        counts = {"chain": np.arange(chains), "draw": np.arange(first, first + draws)}
+        chains, draws = block[OF_THE_LOSS[0]][1].shape[-2:]
+        counts = {**self._labels, "chain": np.arange(chains), "draw": np.arange(first, first + draws)}
         dataset = required_xarray().Dataset(dict(block), counts, {"completed": 0})
         if first:
             dataset.to_zarr(self._path, append_dim="draw", consolidated=False)
         else:
-            chunks = {name: {"chunks": (1, *array.shape[1:])} for name, (_, array) in block.items()}
+            single = (1,) * (len(self._labels) + 1)
+            chunks = {name: {"chunks": (*single, *array.shape[len(single) :])} for name, (_, array) in block.items()}
             dataset.to_zarr(self._path, mode="w", encoding=chunks, consolidated=False)
 
     def read(self, *names: str) -> dict[str, np.ndarray]:
@@ -113,13 +115,15 @@ class SafetensorsFiles:
         self._path.mkdir(exist_ok=True)
         if not first:
             self.cut(0)
-        stop = first + block[OF_THE_LOSS[0]][1].shape[1]
+        stop = first + block[OF_THE_LOSS[0]][1].shape[-1]
         self._write(f"draws-{first:012d}-{stop:012d}", block)
 
     def read(self, *names: str) -> dict[str, np.ndarray]:
         """The blocks one after another."""
-        blocks = [checkpoint.load(file)["variables"] for file in sorted(self._blocks())]
-        return {name: np.concatenate([block[name] for block in blocks], 1) for name in names or blocks[0]}
+        blocks = [checkpoint.load(file) for file in sorted(self._blocks())]
+        axes = {name: dims.index("draw") for name, dims in blocks[0]["dimensions"].items()}
+        parts = [block["variables"] for block in blocks]
+        return {name: np.concatenate([part[name] for part in parts], axes[name]) for name in names or axes}
 
     def finish(self, whole: Variables) -> None:
         """Write one more file."""
@@ -138,11 +142,11 @@ class SafetensorsFiles:
         return {file: (int(file.stem.split("-")[1]), int(file.stem.split("-")[2])) for file in found}
 
 
-def files_at(path: str | os.PathLike[str]) -> Files:
+def files_at(path: str | os.PathLike[str], labels: Labels) -> Files:
     """The files of a store: zarr, or safetensors where the name or what is installed says so."""
     has_zarr = all(importlib.util.find_spec(name) is not None for name in ("xarray", "zarr"))
     plain = os.fspath(path).endswith(".safetensors") or not has_zarr
-    return SafetensorsFiles(Path(path)) if plain else ZarrFiles(Path(path))
+    return SafetensorsFiles(Path(path)) if plain else ZarrFiles(Path(path), labels)
 
 
 class Store(Pieces):
@@ -152,15 +156,16 @@ class Store(Pieces):
         options: the keywords of the run.
         room: how many draws the device has room for.
         step: where the run stands; what the store has beyond is made again.
+        labels: the axes of settings.
 
     Raises:
         ``ValueError`` for a store that has fewer draws than its run has made.
     """
 
-    def __init__(self, options: RunOptions, room: int, step: int) -> None:
+    def __init__(self, options: RunOptions, room: int, step: int, labels: Labels) -> None:
         super().__init__(options, room, step)
         path: Any = options.store
-        self._files = files_at(path)
+        self._labels, self._files = labels, files_at(path, labels)
         self._axes = {name: _axes_of_trace(name, of) for name, of in options.watched()} | {"loss": OF_THE_LOSS}
         there = self._files.length()
         if there < self.taken:
@@ -172,18 +177,23 @@ class Store(Pieces):
     def _append(self, block: Any) -> None:
         if self.taken:  # a block that was not written whole, or that no save of the chains knows of
             self._files.cut(self.taken)
-        self._files.append(self.taken, labelled(block, self._axes))
+        self._files.append(self.taken, self._labelled(block, self._axes))
 
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
         """All draws, as the device's traces are but for their number."""
         found = self._files.read()
-        names = iter(labelled(dict(sorted(like.items())), self._axes))  # in the order in which JAX has its leaves
-        return jax.tree.map(lambda x: found[next(names)].astype(x.dtype), like)
+        names = iter(self._labelled(dict(sorted(like.items())), self._axes))  # in the order in which JAX has its leaves
+
+        def one(x: Any) -> np.ndarray:
+            whole = found[next(names)]
+            return whole.reshape(-1, *whole.shape[len(self._labels) + 1 :]).astype(x.dtype)
+
+        return jax.tree.map(one, like)
 
     def loss(self) -> np.ndarray:
         """The loss at the draws that are on disk, ``(chains, draws)``."""
         name = OF_THE_LOSS[0]
-        return self._files.read(name)[name]
+        return self._files.read(name)[name][..., : self.taken].reshape(-1, self.taken)
 
     def saved_with_chains(self, traces: Any) -> Any:
         """Those on the device, for their shapes."""
@@ -191,9 +201,16 @@ class Store(Pieces):
 
     def finish(self, found: dict[str, Any]) -> None:
         """Write what each chain has one of, and that the run has ended."""
-        whole = {name: found[name] for name, of in self._options.watched() if is_made(of)}
-        made = labelled(whole, self._options.axes)
+        made_of = [SWAP_RATE, *(name for name, of in self._options.watched() if is_made(of))]
+        whole = {name: found[name] for name in made_of if name in found}
+        made = self._labelled(whole, self._options.axes | {SWAP_RATE: (SWAP_RATE, ())})
         self._files.finish({name: of for name, of in made.items() if "draw" not in of[0]})
+
+    def _labelled(self, values: Any, axes: Any) -> Variables:
+        """Results of all chains as variables, with the axes of settings."""
+        shape = [len(labels) for labels in self._labels.values()]
+        apart = jax.tree.map(lambda x: np.reshape(x, (*shape, -1, *x.shape[1:])), values)
+        return labelled(apart, axes, tuple(self._labels))
 
 
 def is_made(of: Observable) -> bool:

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import enabled
-from jaxoptim.core.precision import widened
 from jaxoptim.rules import SGLD
 from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.jackknife import jackknife_error
-from jaxoptim.sampling.observables import Draw, Observable, at_draws
+from jaxoptim.sampling.labelled import dataset
+from jaxoptim.sampling.observables import Observable
 from jaxoptim.sampling.options import RunOptions
 from jaxoptim.sampling.run import SamplerLike, arranged_in, check_sampler, observed, prepare, stacked
 from jaxoptim.sampling.sample import first_divergence
 from jaxoptim.sampling.swaps import SWAP_RATE
 from jaxoptim.sampling.target import problem
 
-_FULL_LOSS = "the loss of all data"
+_SETTINGS = "nbeta"
+"""What the axis of temperatures is called where axes have names."""
 
 
 class FreeEnergy(NamedTuple):
@@ -52,6 +53,7 @@ class Tempering:
             of burn-in included, ``(temperatures - 1, chains)``; NaN where there was no turn.
         diverged: for each chain at each temperature the first draw whose loss is not finite, -1 if there is none.
         observables: what else was observed, by name, with first axes of temperatures and chains.
+        axes: as of :class:`Samples`.
     """
 
     nbeta: np.ndarray
@@ -59,6 +61,7 @@ class Tempering:
     swap_rate: np.ndarray
     diverged: np.ndarray
     observables: dict[str, Any]
+    axes: dict[str, tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def free_energy(self) -> FreeEnergy:
@@ -91,13 +94,30 @@ class Tempering:
         error = jackknife_error(np.array([integrals(of).sum(1) for of in others]))
         return FreeEnergy(plain + correction, error, correction)
 
+    def to_xarray(self) -> Any:
+        """Return the draws as an ``xarray.Dataset``, which arviz reads.
 
-@dataclasses.dataclass(frozen=True)
-class _FullLoss(Observable):
-    """The loss of all data at the draws."""
+        It is that of :meth:`Samples.to_xarray` with an axis ``nbeta`` of temperatures before that of chains, and with
+        ``swap_rate`` among its coordinates, NaN at the last temperature, which has no next one.
 
-    def update(self, memory: Any, draw: Draw) -> tuple[Any, Any]:
-        return memory, at_draws(draw, lambda: widened(draw.full_loss()))
+        Returns:
+            An ``xarray.Dataset``. Its part at one temperature is ``dataset.sel(nbeta=...)``.
+
+        Raises:
+            ``ImportError`` without xarray; ``ValueError`` for observables whose names there coincide.
+
+        Examples:
+            >>> import jax, jax.numpy as jnp
+            >>> from jaxoptim import rules, sampling
+            >>> run = sampling.parallel_tempering(
+            ...     lambda w: jnp.sum(w**2) / 2, jnp.zeros(4), rules.SGLD(lr=0.1, localization=1.0), nbeta=[0.5, 2.0],
+            ...     key=jax.random.key(0), num_chains=3, num_draws=20)
+            >>> dict(run.to_xarray()["sampling_loss"].sizes)
+            {'nbeta': 2, 'chain': 3, 'draw': 20}
+        """
+        rate = np.concatenate([self.swap_rate, np.full_like(self.swap_rate[:1], np.nan)])
+        about = {"diverged": self.diverged, SWAP_RATE: rate}
+        return dataset({"loss": self.loss} | self.observables, self.axes, about, {_SETTINGS: self.nbeta})
 
 
 def parallel_tempering(
@@ -122,6 +142,8 @@ def parallel_tempering(
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     probes: Mapping[str, Any] | None = None,
+    store: str | os.PathLike[str] | None = None,
+    until_mcse: float | None = None,
     control_variates: ControlVariates | None = None,
     metropolis: bool = False,
 ) -> Tempering:
@@ -160,6 +182,9 @@ def parallel_tempering(
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
         probes: as for :func:`sample` (default None).
+        store: as for :func:`sample`; the zarr group is that of :meth:`Tempering.to_xarray` (default None).
+        until_mcse: as for :func:`sample`, of the mean loss of all data; all temperatures are to have an error no larger
+            (default None).
         control_variates: as for :func:`sample` (default None).
         metropolis: as for :func:`sample` (default False).
 
@@ -193,12 +218,14 @@ def parallel_tempering(
         num_steps_bw_draws,
         batch_size,
         chain_method,
-        {**(observables or {}), _FULL_LOSS: _FullLoss()} if isinstance(observables, Mapping | None) else observables,
+        observables,
         progress,
         checkpoint,
         probes=probes,
         microbatches=microbatches,
         start_noise=start_noise,
+        store=store,
+        until_mcse=until_mcse,
         control_variates=control_variates,
         metropolis=metropolis,
         num_steps_bw_swaps=num_steps_bw_swaps,
@@ -218,10 +245,10 @@ def parallel_tempering(
         changes["lr"] = jnp.asarray(_step_sizes(lr, len(temperatures)))
     count = len(temperatures)
     rules = stacked(sampler, count, **changes)
-    found = arranged_in((count, num_chains), observed(prepare(given, sampler, rules, count, options)))
-    del found["loss"]  # of batches
-    loss, rate = found.pop(_FULL_LOSS), found.pop(SWAP_RATE)[:-1]
-    return Tempering(temperatures, loss, rate, first_divergence(loss), found)
+    prepared = prepare(given, sampler, rules, count, options, {_SETTINGS: temperatures})
+    found = arranged_in((count, num_chains), observed(prepared))
+    loss, rate = found.pop("loss"), found.pop(SWAP_RATE)[:-1]
+    return Tempering(temperatures, loss, rate, first_divergence(loss), found, options.axes)
 
 
 def _temperatures(nbeta: Any, sampler: Any) -> np.ndarray:
