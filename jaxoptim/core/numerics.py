@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.custom_jvp
@@ -106,10 +106,10 @@ def view_as_complex(x: jax.Array) -> jax.Array:
     return jax.lax.complex(x[..., 0], x[..., 1])
 
 
-def explicit_spec(x: jax.Array) -> PartitionSpec | None:
+def explicit_sharding(x: jax.Array) -> NamedSharding | None:
     """Return the layout of ``x`` over the explicit axes of a mesh; None if it has none."""
-    spec = getattr(jax.typeof(x).sharding, "spec", PartitionSpec())
-    return spec if any(axis is not None for axis in spec) else None
+    sharding = jax.typeof(x).sharding
+    return sharding if any(axis is not None for axis in getattr(sharding, "spec", ())) else None
 
 
 def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) ->
     On a mesh of explicit axes JAX refuses to choose how a product of two sharded axes is laid out. The
     array is gathered, ``function`` runs on every device, and the result is sharded as ``x`` was.
     """
-    spec = explicit_spec(x)
-    if spec is None:
+    sharding = explicit_sharding(x)
+    if sharding is None:
         return function(x)
-    return jax.reshard(function(jax.reshard(x, PartitionSpec())), spec)
+    return jax.reshard(function(jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))), sharding)

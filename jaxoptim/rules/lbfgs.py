@@ -13,6 +13,7 @@ import optax
 from jaxoptim.core import Hyperparameters, NonNegative, OptState, Packed, Scalar, factory, full_like, pack, rule, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.shown import shown
 from jaxoptim.rules import _strong_wolfe
 from jaxoptim.rules._strong_wolfe import Line, Sample
@@ -502,7 +503,7 @@ def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
     """The transformation: one step on the parameters as one vector."""
 
     def init(params: Any) -> OptState:
-        return OptState(jnp.zeros((), jnp.int32), {}, rule.init(flatten(params)))
+        return on_mesh_of(params, OptState(jnp.zeros((), jnp.int32), {}, rule.init(flatten(params))))
 
     def update(
         grads: Any,

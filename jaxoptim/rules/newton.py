@@ -15,6 +15,7 @@ import optax
 from jaxoptim.core import Arrays, Hyperparameters, Numeric, OptState, Packed, factory, is_known, rule, sqrt, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.numerics import computing_dtype, is_complex
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.shown import shown
 from jaxoptim.rules._terms import given_loss
 
@@ -478,7 +479,7 @@ def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
         for name, leaf in zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True):
             if leaf is not None:
                 _check_leaf(name, leaf)
-        return OptState(jnp.zeros((), jnp.int32), {}, {})
+        return on_mesh_of(params, OptState(jnp.zeros((), jnp.int32), {}, {}))
 
     def update(
         grads: Any,
