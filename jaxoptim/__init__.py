@@ -3,12 +3,13 @@
 The pure face: every optimizer is a function that returns an optax transformation, built from a rule, the
 mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``.
 ``jaxoptim.optim`` has the same optimizers as torch-style classes, ``jaxoptim.groups`` lists of their groups,
-``jaxoptim.pyro`` in Pyro's interface, ``jaxoptim.sampling`` chains of samplers, ``jaxoptim.checkpoint`` files, and
-``jaxoptim.interop`` the way to torch and back, and to numpyro.
+``jaxoptim.pyro`` in Pyro's interface, ``jaxoptim.sampling`` chains of samplers, ``jaxoptim.distributed`` state over
+many devices, ``jaxoptim.checkpoint`` files, and ``jaxoptim.interop`` the way to torch and back, and to numpyro.
 """
 
 from jaxoptim import averaging as averaging
 from jaxoptim import checkpoint as checkpoint
+from jaxoptim import distributed as distributed
 from jaxoptim import groups as groups
 from jaxoptim import interop as interop
 from jaxoptim import optim as optim

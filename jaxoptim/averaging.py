@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 
 from jaxoptim.core import Decay, as_jax, is_known, owned, trees
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.schedules.arithmetic import where
 
 AverageStep = Callable[[Any, Any, Any], Any]
@@ -102,7 +103,7 @@ def first_copied(param: jax.Array, average: Any, num_averaged: jax.Array) -> jax
 
 def _averaging(step: AverageStep) -> Averaging:
     def init(params: Any) -> AverageState:
-        return AverageState(jax.tree.map(first_average, params), jnp.zeros((), jnp.int32))
+        return on_mesh_of(params, AverageState(jax.tree.map(first_average, params), jnp.zeros((), jnp.int32)))
 
     def update(state: AverageState, params: Any) -> AverageState:
         averages, treedef = jax.tree.flatten(state.average)

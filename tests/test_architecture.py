@@ -17,6 +17,7 @@ LAYERS = [
     ("rules",),
     ("schedules",),
     ("averaging",),
+    ("distributed",),
     ("engine",),
     ("optim",),
     ("groups",),
@@ -24,7 +25,6 @@ LAYERS = [
     ("interop",),
     ("pyro",),
     ("sampling",),
-    ("distributed",),
     ("testing",),
 ]
 """From the bottom to the top; what stands in one line may not import what stands below it."""

@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import averaging, checkpoint, core, groups, interop, optim, pyro, rules, sampling, schedules, testing
+from jaxoptim import (
+    averaging,
+    checkpoint,
+    core,
+    distributed,
+    groups,
+    interop,
+    optim,
+    pyro,
+    rules,
+    sampling,
+    schedules,
+    testing,
+)
 from jaxoptim.optim import lr_scheduler, swa_utils
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +46,7 @@ SAMPLING = (
     "effective_sample_size mcse rhat"
 )
 PUBLIC |= {f"sampling.{name}": getattr(sampling, name) for name in SAMPLING.split()}
+PUBLIC |= {f"distributed.{name}": value for name, value in vars(distributed).items() if callable(value)}
 PUBLIC |= {"sampling.LLCWarning": sampling.LLCWarning}
 PUBLIC |= {"testing.check_rule": testing.check_rule}
 PAGES = sorted((ROOT / "docs").glob("*.md"))

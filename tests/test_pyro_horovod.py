@@ -70,6 +70,14 @@ def test_sharded_gradients_are_reduced_by_one_all_reduce(mesh):
     assert "all-reduce" in text
 
 
+def test_gradients_of_replicas_are_added_adaptively():
+    """Equal gradients are averaged, orthogonal ones added."""
+    optimizer = optim.HorovodOptimizer(optim.SGD({"lr": 1.0}), op="adasum")
+    values = optimizer.update({"a": jnp.zeros(4), "b": jnp.zeros(3)}, {"a": jnp.eye(4), "b": jnp.ones((4, 3))})
+    np.testing.assert_allclose(values["a"], -np.ones(4), rtol=1e-6)
+    np.testing.assert_allclose(values["b"], -np.ones(3), rtol=1e-6)
+
+
 def test_a_gradient_without_an_axis_more_is_taken_as_it_is():
     of_all, alone = optim.HorovodOptimizer(optim.SGD(OPTIONS)), optim.SGD(OPTIONS)
     values, grads = (

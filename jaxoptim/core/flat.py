@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
-from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, real_size, view_as_complex, view_as_real
+from jaxoptim.core.numerics import (
+    computing_dtype,
+    is_complex,
+    real_dtype,
+    real_size,
+    sharded_like,
+    view_as_complex,
+    view_as_real,
+    whole,
+)
 from jaxoptim.core.packing import Packed, join, split
 
 
@@ -101,8 +110,8 @@ def _placed(like: Any, part: jax.Array) -> jax.Array:
     """One array of the tree from its part of the vector."""
     if is_complex(like):
         pairs = part.astype(real_dtype(like.dtype)).reshape((*like.shape, 2))
-        return view_as_complex(pairs)
-    return part.astype(like.dtype).reshape(like.shape)
+        return sharded_like(view_as_complex(pairs), like)
+    return sharded_like(part.astype(like.dtype).reshape(like.shape), like)
 
 
 def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
@@ -121,7 +130,7 @@ def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
 
 def _joined(arrays: list[Any]) -> jax.Array:
     dtype = _flat_dtype(arrays)
-    return join([view_as_real(x).reshape(-1).astype(dtype) for x in arrays]) if arrays else jnp.zeros(0, dtype)
+    return join([view_as_real(whole(x)).reshape(-1).astype(dtype) for x in arrays]) if arrays else jnp.zeros(0, dtype)
 
 
 def _flat_dtype(arrays: list[Any]) -> Any:

@@ -11,6 +11,7 @@ import optax
 
 from jaxoptim.core.loss import all_finite
 from jaxoptim.core.numerics import computing_dtype
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.shown import shown
 
 
@@ -139,7 +140,7 @@ def scale_loss(
     scaling, inner = LossScale() if loss_scale is None else loss_scale, optax.with_extra_args_support(tx)
 
     def init(params: Any) -> ScaledState:
-        return ScaledState(scaling.init(), inner.init(params))
+        return on_mesh_of(params, ScaledState(scaling.init(), inner.init(params)))
 
     def update(grads: Any, state: ScaledState, params: Any = None, **extra: Any) -> tuple[Any, ScaledState]:
         scale, before = state

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.custom_jvp
@@ -106,19 +106,27 @@ def view_as_complex(x: jax.Array) -> jax.Array:
     return jax.lax.complex(x[..., 0], x[..., 1])
 
 
-def explicit_spec(x: jax.Array) -> PartitionSpec | None:
-    """Return the layout of ``x`` over the explicit axes of a mesh; None if it has none."""
-    spec = getattr(jax.typeof(x).sharding, "spec", PartitionSpec())
-    return spec if any(axis is not None for axis in spec) else None
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """Return the layout of an array, or of its shape, over the explicit axes of a mesh; None if it has none."""
+    sharding: Any = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x).sharding
+    return sharding if any(axis is not None for axis in getattr(sharding, "spec", ())) else None
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """An array that is not sharded over explicit axes: JAX refuses to choose how a product of two is laid out."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def sharded_like(x: jax.Array, like: Any) -> jax.Array:
+    """An array that is sharded over explicit axes as another one is."""
+    sharding = explicit_sharding(like)
+    return x if sharding is None else jax.reshard(x, sharding)
 
 
 def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """``function(x)`` for a function that mixes the axes of ``x``, whatever their explicit sharding.
 
-    On a mesh of explicit axes JAX refuses to choose how a product of two sharded axes is laid out. The
-    array is gathered, ``function`` runs on every device, and the result is sharded as ``x`` was.
+    The array is gathered, ``function`` runs on every device, and the result is sharded as ``x`` was.
     """
-    spec = explicit_spec(x)
-    if spec is None:
-        return function(x)
-    return jax.reshard(function(jax.reshard(x, PartitionSpec())), spec)
+    return sharded_like(function(whole(x)), x)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import trees
-from jaxoptim.core.numerics import explicit_spec
+from jaxoptim.core.numerics import explicit_sharding
 
 _GROUP = 32
 """Arrays joined or split by one operation.
@@ -255,7 +255,7 @@ def unpacked(tree: Any) -> Any:
 def _is_sharded(x: jax.Array) -> bool:
     """Whether an array is laid out over several devices, as far as that is known."""
     if isinstance(x, jax.core.Tracer):
-        return explicit_spec(x) is not None
+        return explicit_sharding(x) is not None
     return len(x.sharding.device_set) > 1
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO, bcoo_sum_duplicates
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxoptim.core import trees
-from jaxoptim.core.numerics import explicit_spec
+from jaxoptim.core.numerics import explicit_sharding
 
 
 def check_rows(name: str, grad: BCOO, param: Any) -> None:
@@ -37,15 +37,15 @@ def distinct_rows(grad: BCOO) -> tuple[jax.Array, jax.Array]:
 
 def take(table: jax.Array, rows: jax.Array) -> jax.Array:
     """The rows of a table, zeros for those past its end."""
-    spec = explicit_spec(table)
-    along = None if spec is None else PartitionSpec(None, *spec[1:])
+    sharding = explicit_sharding(table)
+    along = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
     return table.at[rows].get(mode="fill", fill_value=0, out_sharding=along)
 
 
 def put(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
     """The table with rows replaced."""
-    values, spec = values.astype(table.dtype), explicit_spec(table)
-    return table.at[rows].set(values, mode="drop", unique_indices=True, out_sharding=spec)
+    values, sharding = values.astype(table.dtype), explicit_sharding(table)
+    return table.at[rows].set(values, mode="drop", unique_indices=True, out_sharding=sharding)
 
 
 def as_update(rows: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> BCOO:

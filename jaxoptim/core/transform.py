@@ -29,6 +29,7 @@ from jaxoptim.core.leaf import (
 )
 from jaxoptim.core.numerics import is_complex, real_size, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.restoring import restored
 from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled, is_tree
 from jaxoptim.core.signatures import bound
@@ -82,7 +83,7 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
             missing), so that the state keeps its structure whichever gradients are missing.
 
     Returns:
-        An :class:`OptState`, each slot on the devices of its parameter.
+        An :class:`OptState`, each slot with the sharding of its parameter, counts and keys on all devices of these.
 
     Raises:
         ``TypeError`` for a parameter that is not floating or complex; what the rule raises for a parameter
@@ -112,9 +113,11 @@ def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
     slots = [made.get(index, {}) for index in range(len(leaves))]
     trees_of_slots = {key: jax.tree.unflatten(treedef, [its.get(key) for its in slots]) for key in names}
     own = [jnp.zeros((), jnp.int32) if index in arrays else None for index in range(len(leaves))]
-    return OptState(
-        jnp.zeros((), jnp.int32), trees_of_slots, shared, jax.tree.unflatten(treedef, own) if counts else None
-    )
+    step, own_counts = jnp.zeros((), jnp.int32), jax.tree.unflatten(treedef, own) if counts else None
+    traced = [x for x in arrays.values() if isinstance(x, jax.core.Tracer)]
+    if traced and not names:  # a compiled function that uses no parameter would not run on their devices
+        step, _ = jax.lax.optimization_barrier((step, traced[0]))
+    return on_mesh_of(params, OptState(step, trees_of_slots, shared, own_counts))
 
 
 def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given: Any) -> tuple[Any, OptState]:

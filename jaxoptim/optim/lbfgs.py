@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxoptim import rules
 from jaxoptim.core import OptState, as_jax
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.core.loss import Loss, evaluated
 from jaxoptim.core.numerics import is_complex, real_size
+from jaxoptim.core.placement import on_mesh_of
+from jaxoptim.distributed.layouts import laid_out
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.numbers import Numbers
@@ -51,7 +54,10 @@ class FlatStorage(WholeStorage):
 
     def fresh(self, at: int) -> OptState:
         """The state before the first step."""
-        return OptState(jnp.zeros((), jnp.int32), {}, self._first())
+        return self._placed(jnp.zeros((), jnp.int32), self._first())
+
+    def _placed(self, count: jax.Array, shared: Any) -> OptState:
+        return on_mesh_of(self._owner().values, OptState(count, {}, shared))
 
     def _first(self) -> Any:
         return _init(self.rule_at(0), _vector(self.layout, self._owner().values))
@@ -62,11 +68,11 @@ class FlatStorage(WholeStorage):
         state = states[section.params[0]] if section.times else {}
         if not state:
             return None
-        return OptState(jnp.zeros((), jnp.int32), {}, _loaded(self.rule_at(at), self._first(), state))
+        return self._placed(jnp.zeros((), jnp.int32), _loaded(self.rule_at(at), self._first(), state))
 
     def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
         """Take state that was kept elsewhere; all of it is shared."""
-        self.replace_state(0, OptState(jnp.asarray(part.count, jnp.int32), {}, part.shared or {}))
+        self.replace_state(0, self._placed(jnp.asarray(part.count, jnp.int32), part.shared or {}))
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
         """The state by torch's names, a new dict; empty for all but the first parameter."""
@@ -104,13 +110,19 @@ class FlatStorage(WholeStorage):
         self._settle_trained()
         with self._started():
             owner = self._owner()
-            kind = None if loss.has_aux else (loss, *map(kind_of, jax.tree.leaves(args)))
-            given = (self.layout, owner.form, self.numbers, owner.taken(), loss, args)
+            kind = None if loss.has_aux else (loss, self._shardings, *map(kind_of, jax.tree.leaves(args)))
+            given = (self.layout, self._shardings, owner.form, self.numbers, owner.taken(), loss, args)
             value, aux, spoilt = owner.run(_minimize, kind, given)[2:]
         # A search for the step stays where the loss is finite, and need not be waited for.
         if not self._has_warned and not self._searches and bool(spoilt):
             self._warn(8)
         return value, aux, None
+
+    @property
+    def _shardings(self) -> tuple[Any, ...]:
+        """Where values are that are on several devices, None for others: the compiler would choose by the vector."""
+        shardings = [x.sharding for x in self._owner().values]
+        return tuple(x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in shardings)
 
     def _settle_trained(self) -> None:
         """Bring everything up to date; raises if a parameter is frozen."""
@@ -145,13 +157,14 @@ class FlatStorage(WholeStorage):
         self.start()
         before = owner.contents
         try:
+            places = self._shardings
             search = _begin(self.layout, self.numbers, before)
             while not losses or not bool(search.done):
                 losses.append(closure())
                 grads = _vector(self.layout, [param.grad for param in owner.params])
-                search, values = _observe(self.layout, self.numbers, search, before, losses[-1], grads)
+                search, values = _observe(self.layout, places, self.numbers, search, before, losses[-1], grads)
                 owner.replace(contents(values, owner.states))
-            owner.replace(_finish(self.layout, self.numbers, search, before))
+            owner.replace(_finish(self.layout, places, self.numbers, search, before))
         except BaseException:
             owner.replace(before)
             if is_new:
@@ -170,19 +183,25 @@ def _vector(layout: Layout, values: Sequence[Any]) -> OrderedDict[str, Any]:
     return named(layout, layout.cells[0], values)
 
 
-def _with_vector(layout: Layout, values: Sequence[Any], x: jax.Array) -> list[Any]:
+def _with_vector(layout: Layout, places: tuple[Any, ...], values: Sequence[Any], x: jax.Array) -> list[Any]:
     """All values, those of the vector from it."""
     own = unflatten(x, _vector(layout, values))
-    return [own.get(struct.name, value) for struct, value in zip(layout.structs, values, strict=True)]
+    return laid_out([own.get(struct.name, old) for struct, old in zip(layout.structs, values, strict=True)], places)
 
 
 def _stepped(state: OptState, shared: Any, others: Sequence[Any]) -> list[Any]:
     return [OptState(state.step + 1, {}, shared), *others]
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "form", "loss"), donate_argnames="leaves")
+@functools.partial(jax.jit, static_argnames=("layout", "places", "form", "loss"), donate_argnames="leaves")
 def _minimize(
-    layout: Layout, form: Static, numbers: Numbers, leaves: Sequence[Any], loss: Loss, args: tuple[Any, ...]
+    layout: Layout,
+    places: tuple[Any, ...],
+    form: Static,
+    numbers: Numbers,
+    leaves: Sequence[Any],
+    loss: Loss,
+    args: tuple[Any, ...],
 ) -> tuple[list[Any], list[Any], Any, Any, jax.Array]:
     """One step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
 
@@ -193,7 +212,7 @@ def _minimize(
     names = [struct.name for struct in layout.structs]
 
     def by_name(x: jax.Array) -> dict[str, Any]:
-        return dict(zip(names, _with_vector(layout, values, x), strict=True))
+        return dict(zip(names, _with_vector(layout, places, values, x), strict=True))
 
     def value_and_grad(x: jax.Array) -> tuple[Any, Any]:
         found = evaluated(loss.of(layout.tree).of(by_name), x, args)
@@ -204,7 +223,7 @@ def _minimize(
         found = evaluated(loss.of(layout.tree).of(by_name), x, args)
         first, aux = (found.loss, found.grads), found.aux
     value, x, shared, spoilt = rule.minimized(value_and_grad, x, state.shared, first)
-    new = contents(_with_vector(layout, values, x), _stepped(state, shared, others))
+    new = contents(_with_vector(layout, places, values, x), _stepped(state, shared, others))
     return [new.leaves], [None], value, aux, spoilt
 
 
@@ -215,20 +234,22 @@ def _begin(layout: Layout, numbers: Numbers, kept: Contents) -> Any:
     return numbers.each()[0].start(state.shared, flatten(_vector(layout, values)))
 
 
-@functools.partial(jax.jit, static_argnames="layout", donate_argnames="search")
-def _observe(layout: Layout, numbers: Numbers, search: Any, kept: Contents, loss: Any, grads: Any) -> tuple[Any, Any]:
+@functools.partial(jax.jit, static_argnames=("layout", "places"), donate_argnames="search")
+def _observe(
+    layout: Layout, places: tuple[Any, ...], numbers: Numbers, search: Any, kept: Contents, loss: Any, grads: Any
+) -> tuple[Any, Any]:
     """The search after an evaluation, and the values to evaluate next."""
     values, _ = kept.cells[0]
     search = numbers.each()[0].observe(search, loss, flatten_like(grads, _vector(layout, values)))
-    return search, _with_vector(layout, values, search.point)
+    return search, _with_vector(layout, places, values, search.point)
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def _finish(layout: Layout, numbers: Numbers, search: Any, kept: Contents) -> Contents:
+@functools.partial(jax.jit, static_argnames=("layout", "places"))
+def _finish(layout: Layout, places: tuple[Any, ...], numbers: Numbers, search: Any, kept: Contents) -> Contents:
     """The values and the state at the end of a step."""
     values, (state, *others) = kept.cells[0]
     _, x, shared = numbers.each()[0].finish(search)
-    return contents(_with_vector(layout, values, x), _stepped(state, shared, others))
+    return contents(_with_vector(layout, places, values, x), _stepped(state, shared, others))
 
 
 _init = jax.jit(lambda rule, values: rule.init(flatten(values)))

@@ -157,7 +157,9 @@ def to_load(
             group[gradient_transforms.KEY] = mine[gradient_transforms.KEY]
     if strict:
         state_checks.check_strays(state_dict["state"], params)
-    state: Mapping[Any, Any] = {params.get(key, key): _copied(value) for key, value in state_dict["state"].items()}
+    state: Mapping[Any, Any] = {
+        params.get(key, key): _copied(value, params.get(key)) for key, value in state_dict["state"].items()
+    }
     given, wanted = [params[key] for key in order], [param for group in here for param in group["params"]]
     state = optimizer._transferred(state, Transfer(groups, given, wanted, moves or {}))
     if strict:
@@ -222,11 +224,22 @@ def _keep(group: dict[str, Any], mine: dict[str, Any], keep: Collection[str]) ->
         group["initial_lr"] = mine.get("initial_lr", mine["lr"])
 
 
-def _copied(value: Any) -> Any:
-    """An entry with arrays of our own in the place of those of NumPy and torch, which may change."""
+def _copied(value: Any, param: Parameter | None) -> Any:
+    """An entry with arrays of our own in the place of those of NumPy and torch, which may change.
+
+    Those of the shape of a parameter on several devices go there, one by one: all may be too much for one device.
+    """
     if not isinstance(value, Mapping):
         return value
-    return {name: jax.tree.map(_own, slot) for name, slot in value.items()}
+    sharding = None if param is None or jax.device_count() == 1 else param.value.sharding
+    if param is None or sharding is None or len(sharding.device_set) == 1:
+        return {name: jax.tree.map(_own, slot) for name, slot in value.items()}
+
+    def placed(x: Any) -> Any:
+        x = _own(x)
+        return jax.device_put(x, sharding) if isinstance(x, jax.Array) and x.shape == param.shape else x
+
+    return {name: jax.tree.map(placed, slot) for name, slot in value.items()}
 
 
 def _own(x: Any) -> Any:

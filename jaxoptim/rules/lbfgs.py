@@ -13,6 +13,8 @@ import optax
 from jaxoptim.core import Hyperparameters, NonNegative, OptState, Packed, Scalar, factory, full_like, pack, rule, trees
 from jaxoptim.core import transformation as transformation_of
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
+from jaxoptim.core.numerics import explicit_sharding
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.shown import shown
 from jaxoptim.rules import _strong_wolfe
 from jaxoptim.rules._strong_wolfe import Line, Sample
@@ -502,7 +504,7 @@ def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
     """The transformation: one step on the parameters as one vector."""
 
     def init(params: Any) -> OptState:
-        return OptState(jnp.zeros((), jnp.int32), {}, rule.init(flatten(params)))
+        return on_mesh_of(params, OptState(jnp.zeros((), jnp.int32), {}, rule.init(flatten(params))))
 
     def update(
         grads: Any,
@@ -539,7 +541,9 @@ def _change(vector: jax.Array, grads: list[Any], params: Any) -> Any:
     """The updates as a tree, in the dtypes of the gradients; None where there is no gradient."""
     held, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
     kinds = [
-        param if param is None or grad is None else jax.ShapeDtypeStruct(jnp.shape(param), grad.dtype)
+        param
+        if param is None or grad is None
+        else jax.ShapeDtypeStruct(jnp.shape(param), grad.dtype, sharding=explicit_sharding(param))
         for param, grad in zip(held, grads, strict=True)
     ]
     changes = jax.tree.leaves(unflatten(vector, jax.tree.unflatten(treedef, kinds)), is_leaf=trees.is_leaf)

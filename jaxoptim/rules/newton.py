@@ -14,7 +14,8 @@ import optax
 
 from jaxoptim.core import Arrays, Hyperparameters, Numeric, OptState, Packed, factory, is_known, rule, sqrt, trees
 from jaxoptim.core import transformation as transformation_of
-from jaxoptim.core.numerics import computing_dtype, is_complex
+from jaxoptim.core.numerics import computing_dtype, is_complex, sharded_like, whole
+from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.shown import shown
 from jaxoptim.rules._terms import given_loss
 
@@ -478,7 +479,7 @@ def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
         for name, leaf in zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True):
             if leaf is not None:
                 _check_leaf(name, leaf)
-        return OptState(jnp.zeros((), jnp.int32), {}, {})
+        return on_mesh_of(params, OptState(jnp.zeros((), jnp.int32), {}, {}))
 
     def update(
         grads: Any,
@@ -512,17 +513,17 @@ def _changes(rule: Newton, grads: Any, params: Any, value_fn: Callable[[Any], An
     leaves, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
     given, names = trees.leaves_like(grads, params, "grads"), trees.names(params)
     rule.check_names(trees.array_names(params))
-    dtypes, points = {}, {}
+    dtypes, points, held = {}, {}, dict(zip(names, leaves, strict=True))
     for name, leaf, grad in zip(names, leaves, given, strict=True):
         if leaf is not None and grad is not None:
             grad = grad if hasattr(grad, "dtype") else jnp.asarray(grad)
             leaf = jnp.asarray(leaf)
             trees.check_shape("gradient", name, grad, leaf)
-            dtypes[name], points[name] = grad.dtype, _checked_point(name, leaf)
+            dtypes[name], points[name] = grad.dtype, whole(_checked_point(name, leaf))
 
     def loss_at(points: dict[str, jax.Array]) -> Any:
-        moved = [points.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-        return value_fn(jax.tree.unflatten(treedef, moved))
+        moved = held | {name: sharded_like(point, held[name]) for name, point in points.items()}
+        return value_fn(jax.tree.unflatten(treedef, moved.values()))
 
     if not points:
         return jax.tree.unflatten(treedef, [None] * len(leaves))
@@ -534,7 +535,7 @@ def _changes(rule: Newton, grads: Any, params: Any, value_fn: Callable[[Any], An
         radius = rule.trust_radii.get(name)
         batch = points[name].shape[:-1]
         _checked_radius(1.0 if radius is None else radius, batch, f"trust_radii[{name!r}]")
-        return solve(gradient[name], block, radius)[0].astype(dtypes[name])
+        return sharded_like(solve(gradient[name], block, radius)[0].astype(dtypes[name]), held[name])
 
     return jax.tree.unflatten(treedef, [change(name) if name in points else None for name in names])
 

@@ -12,11 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.flat import flatten, unflatten
+from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.shown import shown
+from jaxoptim.distributed.reduction import Op, reduced
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.foreign import WRAPPER, refuse_foreign
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
 from jaxoptim.pyro.optim.optim import PyroOptim
+
+OPS: dict[str, Op] = {"average": "mean", "sum": "sum", "adasum": "adasum"}
+"""Horovod's names of how gradients are reduced, and ours."""
 
 
 class HorovodOptimizer(PyroOptim):
@@ -34,13 +39,14 @@ class HorovodOptimizer(PyroOptim):
     - devices: a gradient given to :meth:`update` may have one more leading axis, a gradient for each replica, such as
       an array that is sharded over the devices along it.
     - in compiled functions, the devices along ``axis_name`` of a ``jax.shard_map`` (or the axis of a ``jax.vmap``):
-      ``jaxoptim.transformation(optimizer)`` reduces with ``jax.lax.pmean``.
+      ``jaxoptim.transformation(optimizer)`` has :func:`jaxoptim.distributed.all_reduce` in front.
 
     Gradients are reduced first and clipped then, so that all replicas clip alike.
 
     Args:
         pyro_optim: what makes the steps; its options and clipping are taken over, its state is not.
-        op: ``"average"`` or ``"sum"`` (default ``"average"``).
+        op: ``"average"`` (default), ``"sum"``, or ``"adasum"`` of 2, 4, 8, ... replicas; see
+            :func:`jaxoptim.distributed.all_reduce`.
         axis_name: the axis for use in compiled functions (default None).
 
     Raises:
@@ -59,13 +65,13 @@ class HorovodOptimizer(PyroOptim):
     """
 
     def __init__(
-        self, pyro_optim: PyroOptim, *, op: Literal["average", "sum"] = "average", axis_name: Any = None
+        self, pyro_optim: PyroOptim, *, op: Literal["average", "sum", "adasum"] = "average", axis_name: Any = None
     ) -> None:
         refuse_foreign("The optimizer", pyro_optim, WRAPPER)
         if not isinstance(pyro_optim, PyroOptim) or isinstance(pyro_optim, PyroLRScheduler):
             raise TypeError(f"Expected a PyroOptim object without a schedule but got a {type(pyro_optim).__name__}.")
-        if op not in ("average", "sum"):
-            raise ValueError(f"Invalid op: {shown(op)}. HorovodOptimizer takes 'average' or 'sum'.")
+        if op not in OPS:
+            raise ValueError(f"Invalid op: {shown(op)}. HorovodOptimizer takes {', '.join(map(repr, OPS))}.")
         super().__init__(pyro_optim.pt_optim_constructor, pyro_optim.pt_optim_args, pyro_optim.pt_clip_args)
         self.op, self.axis_name = op, axis_name
 
@@ -88,13 +94,12 @@ class HorovodOptimizer(PyroOptim):
         present = np.array([grads[index] is not None for index in order], np.float32)
         own = [jnp.zeros_like(params[index].value) if grads[index] is None else grads[index] for index in order]
         like = [jax.ShapeDtypeStruct(grad.shape, grad.dtype) for grad in own]
-        vector = _sum_of_processes(jnp.concatenate([flatten(own), present]))
-        counts, vector = np.asarray(vector[len(vector) - len(order) :]), vector[: len(vector) - len(order)]
-        if self.op == "average":
-            vector = vector / jax.process_count()
+        reduced, counts = _reduce_of_processes(tuple(like), self.op)(
+            _of_processes(jnp.concatenate([flatten(own), present]))
+        )
         result: list[Any] = [None] * len(params)
-        for index, grad, count in zip(order, unflatten(vector, like), counts, strict=True):
-            result[index] = grad if count else None
+        for index, grad, count in zip(order, reduced, np.asarray(counts.addressable_data(0)), strict=True):
+            result[index] = grad.addressable_data(0) if count else None
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,22 +110,37 @@ class HorovodOptimizer(PyroOptim):
         self.op, self.axis_name = state["op"], state["axis_name"]
 
 
-@functools.partial(jax.jit, static_argnames="op")
-def _over_devices(grads: dict[int, jax.Array], op: str) -> dict[int, jax.Array]:
-    """Gradients without their leading axis; sharded along it, this is an all-reduce."""
-    return {index: grad.mean(0) if op == "average" else grad.sum(0) for index, grad in grads.items()}
+def _stacked(grads: Any, op: str) -> Any:
+    """Gradients of replicas, which stand along a leading axis, as one; sharded along it, this is an all-reduce."""
+    return jax.vmap(lambda own: reduced(own, "replicas", OPS[op]), axis_name="replicas", out_axes=None)(grads)
 
 
-def _sum_of_processes(vector: jax.Array) -> jax.Array:
-    """The sum of a vector over all processes, on a device of each."""
-    devices = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([devices[process] for process in sorted(devices)]), ("processes",))
-    mine = jax.device_put(vector[None], devices[jax.process_index()])
-    shape = (len(devices), *vector.shape)
-    whole = jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, PartitionSpec("processes")), [mine])
-    return _total(NamedSharding(mesh, PartitionSpec()))(whole).addressable_data(0)
+_over_devices = jax.jit(_stacked, static_argnames="op")
+
+
+def _of_processes(vector: jax.Array) -> jax.Array:
+    """The vectors of all processes as one array, a row on a device of each."""
+    return jax.make_array_from_single_device_arrays(
+        (jax.process_count(), *vector.shape),
+        NamedSharding(_mesh(), PartitionSpec("processes")),
+        [jax.device_put(vector[None], _mesh().local_devices[0])],
+    )
 
 
 @functools.cache
-def _total(sharding: NamedSharding) -> Any:
-    return jax.jit(lambda whole: whole.sum(0), out_shardings=sharding)
+def _mesh() -> Mesh:
+    devices = {device.process_index: device for device in reversed(jax.devices())}
+    return Mesh(np.array([devices[process] for process in sorted(devices)]), ("processes",))
+
+
+@functools.cache
+def _reduce_of_processes(like: tuple[jax.ShapeDtypeStruct, ...], op: str) -> Any:
+    """The program that reduces the gradients of all processes, and counts which have them."""
+
+    def reduce(whole: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        vectors, present = jnp.split(whole, [whole.shape[1] - len(like)], 1)
+        wide = [jax.ShapeDtypeStruct(x.shape, computing_dtype(x.dtype)) for x in like]
+        grads = _stacked(jax.vmap(lambda vector: unflatten(vector, wide))(vectors), op)
+        return [grad.astype(x.dtype) for grad, x in zip(grads, like, strict=True)], present.sum(0)
+
+    return jax.jit(reduce, out_shardings=NamedSharding(_mesh(), PartitionSpec()))

@@ -12,8 +12,9 @@ import optax
 
 from jaxoptim import rules
 from jaxoptim.core import OptState, Rule, init, transformation, update
+from jaxoptim.distributed import all_reduce
 from jaxoptim.engine.numbers import Setting
-from jaxoptim.pyro.optim.horovod import HorovodOptimizer
+from jaxoptim.pyro.optim.horovod import OPS, HorovodOptimizer
 from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
 from jaxoptim.pyro.optim.multi import (
     MixedMultiOptimizer,
@@ -76,11 +77,11 @@ def _over_axis(optim: HorovodOptimizer, /) -> optax.GradientTransformationExtraA
             "In a compiled function HorovodOptimizer reduces gradients along a named axis, but none was given. Give "
             "HorovodOptimizer(optim, axis_name='data'), the axis of the jax.shard_map."
         )
-    reduce = jax.lax.pmean if optim.op == "average" else jax.lax.psum
-    base = _by_name(optim)
+    reduce, base = all_reduce(optim.axis_name, OPS[optim.op]), _by_name(optim)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return base.update(reduce(grads, optim.axis_name), state, params, **extra)
+        grads, _ = reduce.update(grads, optax.EmptyState(), params)
+        return base.update(grads, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(base.init, update)
 

@@ -1,0 +1,172 @@
+"""How the arrays of a state are laid out over a mesh, from how its parameters are."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxoptim.core import transformation, trees
+
+Axes = tuple[str, ...]
+"""Names of axes of a mesh."""
+
+
+class Placed(NamedTuple):
+    """A parameter on a mesh.
+
+    Attributes:
+        name: its dotted path.
+        shape: its shape.
+        spec: the axes of the mesh along each of its dimensions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+
+
+def spread(param: Placed | Held, mesh: Mesh, axes: Axes) -> PartitionSpec:
+    """The layout of a parameter with its longest dimension that these axes divide cut along them too.
+
+    It is the parameter's own where it is cut along them already, and where they divide no dimension.
+    """
+    entries = _entries(param.spec, len(param.shape))
+    if set(axes) & set(itertools.chain(*entries)):
+        return param.spec
+    parts = [math.prod(mesh.shape[axis] for axis in (*entry, *axes)) for entry in entries]
+    fitting = [at for at, length in enumerate(param.shape) if length and length % parts[at] == 0]
+    if not fitting:
+        return param.spec
+    at = max(fitting, key=lambda at: (not entries[at], param.shape[at]))
+    return _spec([(*entry, *axes) if place == at else entry for place, entry in enumerate(entries)])
+
+
+def is_along(spec: PartitionSpec, axes: Axes) -> bool:
+    """Whether a layout cuts a dimension along one of these axes."""
+    return bool(set(axes) & set(itertools.chain(*_entries(spec, len(spec)))))
+
+
+class Held(NamedTuple):
+    """An array of a state.
+
+    Attributes:
+        name: that of its parameter, or its own path.
+        shape: its shape.
+        spec: its layout.
+        is_owned: whether it belongs to a parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    is_owned: bool
+
+
+def state_specs(state: Any, params: Any, placed: Sequence[Placed | None]) -> list[Held | None]:
+    """For each leaf of a state its layout, None where it is None.
+
+    An array belongs to the parameter whose path is in its own: at its end, as in all states of optax that are trees
+    like the parameters, or begun in front and ended there. It has the layout of the parameter along the dimensions that
+    the two share. What belongs to no parameter is whole on every device.
+
+    Args:
+        state: arrays, or their shapes.
+        params: the tree of parameters.
+        placed: where its leaves are, None for those that are None.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_leaf)[0]]
+    known = {path: its for path, its in zip(paths, placed, strict=True) if its is not None}
+    lengths = sorted({len(path) for path in known}, reverse=True)
+    found: list[Held | None] = []
+    for path, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=trees.is_leaf)[0]:
+        found.append(None if x is None else _held(path, x, known, lengths))
+    return found
+
+
+def _held(path: tuple[Any, ...], x: Any, known: dict[Any, Placed], lengths: Sequence[int]) -> Held:
+    shape = tuple(x.shape)
+    for its in _owners(path, known, lengths):
+        if (spec := _inherited(shape, its)) is not None:
+            return Held(its.name, shape, spec, True)
+    return Held(jax.tree_util.keystr(path, simple=True, separator="."), shape, PartitionSpec(), False)
+
+
+def _owners(path: tuple[Any, ...], known: dict[Any, Placed], lengths: Sequence[int]) -> Iterator[Placed]:
+    """The parameters whose path is in another one, the longest first."""
+    for length in lengths:
+        for front in range(length + 1 if length <= len(path) else 0):
+            its = known.get((*path[:front], *path[len(path) - (length - front) :]))
+            if its is not None:
+                yield its
+
+
+def _inherited(shape: tuple[int, ...], param: Placed) -> PartitionSpec | None:
+    """The layout of an array that belongs to a parameter; None for one that has no dimension in common with it."""
+    entries, whole = _entries(param.spec, len(param.shape)), param.shape
+    more = len(shape) - len(whole)
+    if more >= 0 and shape[more:] == whole:  # the same, or a stack of them
+        return _spec([()] * more + entries)
+    if more == 0 and all(a in (1, b) for a, b in zip(shape, whole, strict=True)):  # means over some dimensions
+        return _spec([entry if a == b else () for a, b, entry in zip(shape, whole, entries, strict=True)])
+    if more < 0:  # the same without these dimensions
+        kept = [at for at in itertools.combinations(range(len(whole)), len(shape)) if _taken(whole, at) == shape]
+        specs = [_spec(_taken(entries, at)) for at in kept]
+        if specs:
+            return specs[0] if all(spec == specs[0] for spec in specs) else PartitionSpec()
+    return None
+
+
+def _taken(values: Sequence[Any], at: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(values[place] for place in at)
+
+
+def _entries(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """The axes along each dimension."""
+    entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
+    return entries + [()] * (ndim - len(entries))
+
+
+def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
+    """A layout without what is not needed, so that equal ones are equal."""
+    short = list(entries)
+    while short and not short[-1]:
+        short.pop()
+    return PartitionSpec(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in short))
+
+
+def sharding_on(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding:
+    """The sharding of an array; on a mesh of explicit axes it has an entry for each dimension, as types there have."""
+    if AxisType.Explicit in mesh.axis_types:
+        spec = PartitionSpec(*spec, *[None] * (ndim - len(spec)))
+    return NamedSharding(mesh, spec)
+
+
+def laid_out(tree: Any, shardings: Sequence[NamedSharding | None]) -> Any:
+    """A tree whose dense arrays are under shardings, which the compiler may not change."""
+
+    def under(x: Any, sharding: NamedSharding | None) -> Any:
+        if sharding is None or trees.is_leaf(x):
+            return x
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        return jax.reshard(x, sharding) if explicit else jax.lax.with_sharding_constraint(x, sharding)
+
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=trees.is_leaf)
+    return jax.tree.unflatten(treedef, [under(x, its) for x, its in zip(leaves, shardings, strict=True)])
+
+
+def without_shardings(tree: Any) -> Any:
+    """The shapes and dtypes of a tree."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def as_transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """A rule, a transformation or a Pyro-style optimizer as a transformation."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optax.with_extra_args_support(optimizer)
+    return transformation(optimizer)
