@@ -39,6 +39,18 @@ def pytest_configure(config):
         shutil.rmtree(PROGRAMS)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave all but the first case of a costly test to the slow suite."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("costly") and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(test)
+
+
 def pytest_collection_finish():
     """Leave all modules and tests out of what the collector looks at: it took a tenth of the time."""
     gc.collect()

@@ -55,6 +55,7 @@ def statistics_of(variables, xs, dtype=np.float64):
     return jax.tree.map(lambda *values: np.mean(values, 0), *found)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("momenta", MOMENTA, ids=str)
 def test_batch_statistics_are_the_mean_over_batches(momenta):
     net, variables, xs = Net(*momenta), variables_of(), batches([16, 9, 16, 16, 9])
@@ -70,6 +71,7 @@ def test_batch_statistics_are_the_mean_over_batches(momenta):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(new))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("momenta", MOMENTA, ids=str)
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
 def test_batch_statistics_agree_with_torch(momenta, dtype, rtol):
@@ -113,6 +115,7 @@ def linear_variables(width=3):
 
 
 # 0.987654321 has more digits than float32, in which 1 - momentum is off by 2e-6.
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("momentum", "form"),
     [(momentum, "flax") for momentum in (0.0, 0.1, 0.9, 0.99, 0.9999, 0.987654321)]
@@ -287,6 +290,7 @@ def test_the_model_is_compiled_once_for_all_batches():
     assert len(calls) - first < first
 
 
+@pytest.mark.slow
 def test_statistics_of_an_optimizers_average():
     variables, xs = variables_of(1), batches([8, 8])
     opt = optim.SGD(variables["params"], lr=0.1)

@@ -96,6 +96,7 @@ STARTS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["default", "ema", "custom"])
 @pytest.mark.parametrize("start", STARTS)
 def test_the_average_follows_groups_that_are_added_later(start, mode):
@@ -203,6 +204,7 @@ def test_one_program_serves_all_updates(mode, caplog):
     assert averaged_model._update._cache_size() == before + 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", ["avg_fn", "multi_avg_fn"])
 @pytest.mark.parametrize(
     "decays", [(0.5, 0.99, 0.0, 1.0), (1, 0), (np.float64(0.25), np.float32(0.5))], ids=["floats", "ints", "numpy"]
@@ -277,6 +279,7 @@ def test_the_arrays_of_a_loaded_state_dict_are_the_users(spend):
     assert_same(averaged.state_dict(), reference.state_dict())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("mode", ["default", "custom-multi", "buffers"])
 def test_numpy_arrays_may_change_after_each_call(mode):
     def given_tree(x):

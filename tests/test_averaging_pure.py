@@ -62,6 +62,7 @@ def made(kind):
     return function(**options)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("kind", "compiled"),
     [(kind, True) for kind in PURE] + [(kind, False) for kind in ("swa", "ema-0.9", "debiased-0.9")],

@@ -48,6 +48,7 @@ KEYS = {
 # Round trips.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("library", ["numpy", "jax"])
 def test_arrays_of_every_dtype_come_back(dtype, library, tmp_path):
@@ -165,6 +166,7 @@ TREES = nested(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(tree=TREES)
 def test_generated_trees_come_back(tree, tmp_path_factory):
@@ -251,6 +253,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("make", STRUCTURES.values(), ids=STRUCTURES)
 def test_any_tree_comes_back_in_the_structure_of_another(make, tmp_path):
     tree = make()

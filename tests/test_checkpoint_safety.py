@@ -298,6 +298,7 @@ def mutated(x, rng):
     return x
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("seed", range(4))
 def test_mutations_of_a_file_load_or_are_an_error(seed, tmp_path):
     tree = header_of(checkpoint_files.path_of(1))[1]["tree"]

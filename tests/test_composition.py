@@ -56,6 +56,7 @@ def factory_of(rule):
     return next(value for value in vars(jaxoptim).values() if getattr(value, "__wrapped__", None) is rule)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_chain(case):
     tx, _ = transformed(case)
@@ -64,6 +65,7 @@ def test_chain(case):
     assert_close(chained, run_alone(case, grads=clipped, scale=0.5))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_partition_and_masked(case):
     tx, _ = transformed(case)
@@ -78,6 +80,7 @@ def test_partition_and_masked(case):
     assert_close(masked, expected)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_inject_hyperparams(case):
     factory = factory_of(case.row.rule)
@@ -177,6 +180,7 @@ def test_flax_train_state():
     assert int(losses[-1][0].opt_state.step) == 31
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "make", [jaxoptim.adamw, jaxoptim.sgd, jaxoptim.nadam, jaxoptim.adafactor], ids=lambda f: f.__name__
 )

@@ -88,6 +88,7 @@ def ours_and_theirs(case):
         return [np.asarray(x) for x in params], [x.numpy() for x in tensors]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(depends_on_the_count, CASES))
 def test_late_and_missing_gradients_agree_with_the_parent(case):
     assert parity.distance(*ours_and_theirs(case)) < 1e-12
@@ -176,6 +177,7 @@ def test_states_of_three_fields_count_for_all_arrays():
     assert jaxoptim.step(rule, params, params, state)[1].counts is None
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_sampler_follows_the_updates_of_the_tree():
     rule, params = rules.SGLD(key=jax.random.key(3)), {"a": ones(), "b": ones()}
     state, plain = jaxoptim.init(rule, params, counts=True), jaxoptim.init(rule, params)
@@ -225,6 +227,7 @@ def test_a_scan_carries_counts_and_a_hypergradient_goes_through_it():
     assert float(slope) == pytest.approx(-6 * (4 + 1), rel=1e-4)  # six numbers, each step a rate long
 
 
+@pytest.mark.slow
 def test_a_stack_of_states_has_counts_of_its_own():
     rates, params = jnp.array([0.1, 0.2]), {"late": ones(), "w": ones()}
     stack = jax.vmap(rules.RAdam)(rates)
@@ -283,6 +286,7 @@ def test_accumulated_gradients_keep_the_structure_of_the_state(counts):
     assert jax.tree.map(int, state.inner_opt_state.counts) == ({"a": 2, "b": 2} if counts else None)
 
 
+@pytest.mark.slow
 def test_packed_parameters_may_have_counts():
     params = {f"w{i}": jnp.full(3, i + 1.0) for i in range(40)} | {"large": ones(30, 20)}
     packed, rule = jaxoptim.pack(params, 100), rules.NAdam(lr=0.1)
@@ -379,6 +383,7 @@ class Meeting:
         return [tensor.numpy() for tensor in tensors]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless([*MET_FIRST.values()].__contains__, MET))
 def test_counts_go_to_the_other_faces_and_to_the_parent_and_back(case, x64):
     run = Meeting(case)

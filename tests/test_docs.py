@@ -112,7 +112,7 @@ def test_readme_names_the_two_commands_and_what_they_need():
     assert "make test" in text
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link
@@ -125,6 +125,7 @@ def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -72,6 +72,7 @@ def torch_run(name, options, steps, max_norm):
     return [leaf.detach().numpy() for leaf in leaves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["step", "minimize", "clipped"])
 @pytest.mark.parametrize(("name", "options"), KINDS, ids=[name for name, _ in KINDS])
 def test_frozen_parameters_stay_as_in_torch(name, options, way):
@@ -229,6 +230,7 @@ def test_minimize_compiles_once_for_each_choice_and_takes_no_gradient_of_the_res
 # The other faces.
 
 
+@pytest.mark.slow
 def test_samplers():
     for way in ("step", "minimize"):
         chain = optim.SGLD(START, lr=1e-3, nbeta=2.0, frozen="encoder")
@@ -250,6 +252,7 @@ def test_lbfgs_says_that_it_cannot():
             step()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -60,6 +60,7 @@ def optimizer(params=START):
     return optim.AdamW(params, groups=GROUPS, gradient_transform=TX)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["step", "minimize", "both"])
 def test_steps_are_those_of_the_chain_in_optax(way):
     opt, theirs = optimizer(), InOptax()
@@ -159,6 +160,7 @@ def went_through_the_pure_face(opt, path):
     return opt
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "resumed",
     [resumed_by_state_dict, resumed_from_a_file, lambda opt, path: copy.deepcopy(opt), went_through_the_pure_face],
@@ -285,6 +287,7 @@ def test_a_sparse_gradient_is_refused():
         opt.step({"a": sparse})
 
 
+@pytest.mark.slow
 def test_gradients_of_modules():
     model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
     opt = optim.SGD(model, lr=0.1, gradient_transform=optax.chain(optax.clip_by_global_norm(0.1), optax.trace(0.5)))

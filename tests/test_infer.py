@@ -138,6 +138,7 @@ def frozen(svi):
     return jax.random.key_data(svi.key).tolist(), {n: hashlib.sha1(x.tobytes()).hexdigest() for n, x in params.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", each(CASES))
 def test_losses_and_parameters_are_numpyros(case):
     model, make, elbo, data = CASES[case]
@@ -168,6 +169,7 @@ def test_the_plain_loss_is_numpyros_to_the_bit(case):
     assert grads.keys() == params.keys()
 
 
+@pytest.mark.slow
 def test_names_of_networks_are_paths():
     params, constrain, _ = differentiable_loss(decoder, encoder, Trace_ELBO(), KEY, X)
     parts = [f"Dense_{i}.{part}" for i in (0, 1) for part in ("bias", "kernel")]
@@ -227,6 +229,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(OPTIMIZERS))
 def test_every_kind_of_optimizer(name):
     svi = SVI(model, guide, OPTIMIZERS[name](), Trace_ELBO(), key=KEY)
@@ -297,6 +300,7 @@ def test_the_posterior_of_a_conjugate_model():
     assert draws["mean"].shape == (5,)
 
 
+@pytest.mark.slow
 def test_run_is_a_loop_of_steps(capsys):
     first, second = (SVI(model, guide, adam(), Trace_ELBO(), key=KEY) for _ in range(2))
     losses = first.run(45, DATA)
@@ -383,6 +387,7 @@ def test_an_annealing_factor_compiles_once():
     assert len(set(losses)) == 6
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -404,6 +409,7 @@ def test_static_arguments_have_their_own_programs(first, second):
     assert len(counted.calls) == before
 
 
+@pytest.mark.slow
 def test_ints_are_static_so_that_plates_can_have_their_size():
     svi = SVI(annealed, annealed_guide, adam(), Trace_ELBO())
     for size in (3, np.int64(2)):
@@ -433,6 +439,7 @@ def test_arguments_that_are_neither_arrays_nor_hashable(args, kwargs, name):
         svi.step(*args, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_count_as_static_argument_is_warned_of():
     def guide(data, step):
         numpyro.sample("mean", dist.Normal(numpyro.param("loc", 0.5), 1.0))
@@ -460,6 +467,7 @@ def late(data, stage):
     numpyro.sample("mean", dist.Normal(loc, scale))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(["pyro", "rule", "optax"]))
 def test_parameters_are_created_when_they_are_reached(name):
     svi = SVI(lambda data, stage: model(data), late, OPTIMIZERS[name](), Trace_ELBO())
@@ -576,6 +584,7 @@ def test_mutable_state_is_numpyros():
     assert not np.allclose(jax.tree.leaves(svi.mutable_state)[0], jax.tree.leaves(before)[0])
 
 
+@pytest.mark.slow
 def test_the_plain_loss_takes_mutable_state():
     params, _, loss_fn = differentiable_loss(normalised, nothing, Trace_ELBO(), KEY, X, X[:, 0])
     with pytest.raises(ValueError, match="with_mutable_state"):
@@ -692,6 +701,7 @@ def test_a_loss_that_is_no_scalar(returned, words, method):
     assert svi.params == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [jnp.float16(1.0), jnp.ones(2, jnp.bfloat16)], ids=["0-d float16", "bfloat16"])
 def test_parameters_keep_a_half_precision(start):
     def parabola():

@@ -46,6 +46,7 @@ def compiled(loss, guide=guide):
     return jax.jit(lambda key: loss_fn(params, key, DATA))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("particles", [1, 16])
 def test_particles_within_a_function_are_as_many(particles):
     elbo = Trace_ELBO(num_particles=particles)
@@ -81,6 +82,7 @@ DRAWS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("draws", DRAWS)
 def test_draws_of_a_loss_are_independent(draws):
     values = []
@@ -151,6 +153,7 @@ def test_a_seed_around_the_step_is_not_one_of_the_losss():
     chex.assert_trees_all_equal(seeded, [second.step(DATA) for _ in range(3)])
 
 
+@pytest.mark.slow
 def test_subsamples_of_a_plate_are_the_seeds():
     def subsampled(data):
         with numpyro.plate("n", 100, subsample_size=10) as rows:
@@ -167,6 +170,7 @@ def test_subsamples_of_a_plate_are_the_seeds():
 NAMES = ["self", "rng_key", "init_params", "model", "guide", "param_map"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elbo", [Trace_ELBO(), lambda model, guide, **kwargs: drawn_of(model, guide, **kwargs)])
 def test_arguments_of_a_model_have_any_name(elbo):
     def summed(**kwargs):
@@ -205,6 +209,7 @@ def test_an_argument_called_self_to_an_object_of_numpyro(model, guide, name):
 AT_HALF = autoguide.AutoDelta(of_self, init_loc_fn=init_to_value(values={"mean": 0.5}))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("guide", "args", "kwargs"),
     [

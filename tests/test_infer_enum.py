@@ -68,6 +68,7 @@ def automatic(mixture):
     return AutoNormal(handlers.block(mixture, hide=["component"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "particles"),
     [
@@ -96,6 +97,7 @@ def marginal(weight, locs):
     return -logsumexp(each, axis=-1).sum()
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_marginal_density(enumerated):
     mixture = enumerated(point_model)
     params, constrain, loss_fn = differentiable_loss(mixture, nothing, TraceEnum_ELBO(), KEY, DATA)

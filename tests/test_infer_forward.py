@@ -55,6 +55,7 @@ def test_losses_and_parameters_are_numpyros():
     assert svi.mutable_state["state"]["calls"] == 6.0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "make",
     [

@@ -58,6 +58,7 @@ def of(optimizer, guide, key, **options):
     return SVI(valleys, guide, optimizer(), Trace_ELBO(), key=key, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[] if x in ("decaying", "mixed") else pytest.mark.slow) for x in OPTIMIZERS]
 )
@@ -134,6 +135,7 @@ def test_mutable_state_and_batches():
         made(KEY).run_many(2, 3, iter([x[:4], x[:5], x[:4]]), progress_bar=False)
 
 
+@pytest.mark.slow
 def test_fits_that_blow_up_are_not_the_best():
     def model(data):
         x = numpyro.param("start", lambda key: jax.random.normal(key))
@@ -157,6 +159,7 @@ def test_fits_that_blow_up_are_not_the_best():
     assert not never.params
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_best_so_far():
     def until(count):
         for _ in range(count):
@@ -192,6 +195,7 @@ class Begun:
         return svi
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("made", "problem"),
     [

@@ -132,6 +132,7 @@ def test_a_resumed_run_is_the_undisturbed_one(kind, tmp_path):
     check_resumed(fit(OPTIMIZERS[kind]()), another(kind), tmp_path / "run", [(DATA,)] * 5, [(DATA,)] * 5)
 
 
+@pytest.mark.slow
 def test_runs_over_batches_that_are_drawn_go_on_where_they_were(tmp_path):
     data = jnp.arange(7.0)
     svi, other = fit(OPTIMIZERS["clipped"]()), another("clipped")
@@ -166,6 +167,7 @@ def test_late_parameters(kind, case, tmp_path):
     check_resumed(fit(OPTIMIZERS[kind]()), another(kind), tmp_path / "run", calls(*before), calls(*after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", each(OPTIMIZERS))
 def test_a_run_that_was_only_evaluated(kind, tmp_path):
     svi = fit(OPTIMIZERS[kind]())
@@ -173,6 +175,7 @@ def test_a_run_that_was_only_evaluated(kind, tmp_path):
     check_resumed(svi, another(kind), tmp_path / "run", [], [(DATA,)] * 2)
 
 
+@pytest.mark.slow
 def test_a_loaded_run_can_be_saved_again(tmp_path):
     svi, other, third = fit(OPTIMIZERS["rule"]()), another("rule"), another("rule")
     advance(svi, calls("", "a"))
@@ -182,6 +185,7 @@ def test_a_loaded_run_can_be_saved_again(tmp_path):
     check_resumed(other, third, tmp_path / "again", calls(""), calls("", "b", "a"))
 
 
+@pytest.mark.slow
 def test_constrained_values_are_there_at_once(tmp_path):
     svi, other = fit(OPTIMIZERS["rule"]()), another("rule")
     advance(svi, calls("", "a"))
@@ -209,6 +213,7 @@ def test_a_state_stays_as_it_was():
         chex.assert_trees_all_equal(jax.device_get({name: state[name] for name in before}), before)
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_what_was_saved():
     for kind in ("rule", "clipped", "scheduled", "torch made", "mixed"):
         svi = fit(OPTIMIZERS[kind]())
@@ -222,6 +227,7 @@ def test_a_run_goes_back_to_what_was_saved():
         assert advance(svi, [(DATA,)] * 3) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", [KEY, jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=["typed", "raw", "rbg"]
 )
@@ -231,6 +237,7 @@ def test_keys(key, tmp_path):
     assert other.key.dtype == svi.key.dtype
 
 
+@pytest.mark.slow
 def test_batch_normalisation(tmp_path):
     svi, other = (fit(rules.SGD(lr=1e-4, momentum=0.9), normalised, nothing) for _ in range(2))
     check_resumed(svi, other, tmp_path / "run", [(X,)] * 3, [(X[:4],), (X,)])
@@ -240,6 +247,7 @@ def test_batch_normalisation(tmp_path):
     chex.assert_trees_all_equal(svi.mutable_state, state["mutable_state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["AutoNormal", pytest.param("AutoMultivariateNormal", marks=pytest.mark.slow)])
 def test_automatic_guides(kind, tmp_path):
     svi, other = (fit(rules.Adam(lr=0.05), guide=getattr(autoguide, kind)(model)) for _ in range(2))
@@ -258,6 +266,7 @@ np.savez({path!r}, losses=losses, **{{name: param.value for name, param in svi.p
 """
 
 
+@pytest.mark.slow
 def test_another_process(tmp_path):
     svi, path = fit(OPTIMIZERS["rule"]()), tmp_path / "run"
     advance(svi, calls("", "a"))
@@ -277,6 +286,7 @@ def auxiliary(x, late=""):
     numpyro.sample("label", dist.Normal(numpyro.param("loc", jnp.zeros(2)).sum(), numpyro.param("width", 1.0)), obs=4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", each(["clipped", "rule", "optax", "torch made"]))
 def test_shared_parameters(kind, tmp_path):
     def pair():
@@ -298,6 +308,7 @@ def test_shared_parameters(kind, tmp_path):
         chex.assert_trees_all_equal(contents(one), contents(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clipped", "scheduled", "mixed"])
 def test_two_fits_of_one_optimizer_are_saved_apart(kind, tmp_path):
     """The optimizer has the state of the fit that came last; that of the other is put aside."""
@@ -358,6 +369,7 @@ class Saved(Momentum):
         self.velocity = dict(state_dict["velocity"])
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own(tmp_path):
     check_resumed(fit(Saved()), fit(Saved()), tmp_path / "run", [(DATA,)] * 2, [(DATA,)] * 2)
 
@@ -436,6 +448,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", REFUSED)
 def test_states_that_do_not_fit(case):
     make, kind, error, words = REFUSED[case]
@@ -450,6 +463,7 @@ def test_states_that_do_not_fit(case):
     assert advance(svi, [(DATA,)] * 2) == advance(twin, [(DATA,)] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clipped", "scheduled"])
 @pytest.mark.parametrize("evaluated", [False, True], ids=["known", "new"])
 def test_a_part_that_was_loaded_is_taken_back(kind, evaluated):
@@ -477,6 +491,7 @@ def test_a_part_that_was_loaded_is_taken_back(kind, evaluated):
     chex.assert_trees_all_equal(of_svi.get_state(), of_twin.get_state())
 
 
+@pytest.mark.slow
 def test_a_loaded_run_has_other_arguments_of_the_constructor():
     """Initial values are for a run that begins."""
     svi, other = fit(rules.Adam()), fit(rules.Adam(), init_params={"loc": jnp.ones(2)}, skip_nonfinite=True)
@@ -549,6 +564,7 @@ def made(*begun):
     return svi
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [(), (1.0,)], ids=["before the first call", "after it"])
 def test_stores_of_pyro(store, begun):
     path, expected = store
@@ -572,6 +588,7 @@ def test_a_store_that_waits_is_saved(store, tmp_path):
     chex.assert_trees_all_close(other.get_params(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_store_without_pyro(store):
     """Its own constraints are not known then."""
     code = f"""

@@ -82,6 +82,7 @@ def theirs(kind, options):
     return {name: parent.param(name).detach().numpy() for name in ("mean", "scale")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
     [("pyro", "Adam", {"lr": 0.05}), ("decay", "ClippedAdam", {"lr": 0.05, "lrd": 0.9})],
@@ -95,6 +96,7 @@ def test_shared_parameters_are_pyros(name, kind, options):
     assert first == {"mean": second["mean"]}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["rule", "optax", "torch"])
 def test_shared_state_is_that_of_a_pyro_style_optimizer(name):
     optimizer = OPTIMIZERS[name]()
@@ -105,6 +107,7 @@ def test_shared_state_is_that_of_a_pyro_style_optimizer(name):
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pyro", "decay", "rule", "torch"])
 def test_what_is_not_shared_is_separate(name):
     optimizer = OPTIMIZERS[name]()
@@ -132,6 +135,7 @@ def test_a_multi_optimizer_of_two_fits_keeps_their_states():
     chex.assert_trees_all_equal(found, alternate([fit(OPTIMIZERS["mixed"]()) for _ in range(2)]))
 
 
+@pytest.mark.slow
 def test_a_schedule_moves_on_in_both_fits():
     def make():
         return pyro.optim.ExponentialLR({"optimizer": optim.SGD, "optim_args": {"lr": 0.05}, "gamma": 0.5})
@@ -145,6 +149,7 @@ def test_a_schedule_moves_on_in_both_fits():
     chex.assert_trees_all_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_state_of_a_fit_goes_with_it():
     optimizer = pyro.optim.Adam({"lr": 0.05})
     first = Parameter(1.0, "x")
@@ -190,6 +195,7 @@ def fit(**kwargs):
     return SVI(latent, guide, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), **kwargs)
 
 
+@pytest.mark.slow
 def test_initial_values_are_numpyros():
     initial = {"loc": 3.0, "scale": np.float32(0.2)}
     svi, begun = fit(init_params=initial), fit()

@@ -64,6 +64,7 @@ def signature(state):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(TRANSFORMATIONS))
 def test_steps_are_those_of_a_loop_written_out(name):
     tx = optax.with_extra_args_support(TRANSFORMATIONS[name]())
@@ -102,6 +103,7 @@ def test_agrees_with_numpyros_own_adapter():
         np.testing.assert_allclose(mine.params[name], value, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(LINE_SEARCH, ["rule"]))
 @pytest.mark.parametrize("stable", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_loss_itself_reaches_line_searches(name, stable):
@@ -139,6 +141,7 @@ def test_float32_parameters_stay_float32():
     assert signature(new) == signature(state)
 
 
+@pytest.mark.slow
 def test_complex_parameters_descend():
     optim = to_numpyro(jaxoptim.sgd(lr=0.1))
     state = optim.init({"z": jnp.array(1.0 + 2.0j)})
@@ -158,6 +161,7 @@ def test_a_state_goes_on_after_pickling_with_another_object():
     np.testing.assert_array_equal(result.losses, expected.losses)
 
 
+@pytest.mark.slow
 def test_a_model_without_parameters():
     def nothing(data):
         numpyro.sample("mean", dist.Normal(0.0, 1.0))
@@ -266,6 +270,7 @@ def second_order():
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("forward", [False, True])
 def test_the_loss_can_be_differentiated_twice(forward):
     target = iterated if forward else model
@@ -274,6 +279,7 @@ def test_the_loss_can_be_differentiated_twice(forward):
     np.testing.assert_allclose(result.params["mean_auto_loc"], MEAN, rtol=1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("tx", [jaxoptim.adam(lr=0.1), jaxoptim.lbfgs(), optax.lbfgs()], ids=["adam", "lbfgs", "optax"])
 def test_a_stable_update_leaves_the_state_where_the_loss_is_not_finite(tx):
     svi = SVI(model, delta, to_numpyro(tx), Trace_ELBO())

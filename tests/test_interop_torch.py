@@ -158,6 +158,7 @@ step = jax.jit(jaxoptim.step)
 # A hundred steps on two sides.
 
 
+@pytest.mark.costly
 @each(STATES)
 def test_fifty_steps_in_torch_and_fifty_here_are_a_hundred_in_torch(case, x64):
     trial, half, saved, whole, at_end = in_torch(str(case))
@@ -169,6 +170,7 @@ def test_fifty_steps_in_torch_and_fifty_here_are_a_hundred_in_torch(case, x64):
     assert pickle.dumps(jax.tree.map(numbers, saved)) == kept
 
 
+@pytest.mark.costly
 @each(STATES, BACK)
 def test_fifty_steps_here_and_fifty_in_torch_are_a_hundred_in_torch(case, x64):
     trial, half, saved, whole, _ = in_torch(str(case))
@@ -189,6 +191,7 @@ def test_fifty_steps_here_and_fifty_in_torch_are_a_hundred_in_torch(case, x64):
     close(tensors_of(theirs), tensors_of(resumed))
 
 
+@pytest.mark.costly
 @each([case for case in FIRST if case.row.name in PURE])
 def test_the_pure_face_continues_a_run_of_torch(case, x64):
     trial, half, saved, whole, _ = in_torch(str(case))
@@ -246,6 +249,7 @@ def lbfgs_in_torch(start, state_dict=None, **options):
     return made
 
 
+@pytest.mark.slow
 @by_search
 def test_lbfgs_changes_sides_in_mid_run(search, x64):
     options = {"line_search_fn": search, "max_iter": 3}
@@ -359,6 +363,7 @@ def mixed(options):
     return getattr(torch.optim, options.pop("name"))(groups, **options), tensors, noise
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "options",
     [

@@ -103,6 +103,7 @@ CARRIED = [
 FAST = [CARRIED[0], CARRIED[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [pytest.param(*x, marks=[] if x in FAST else pytest.mark.slow, id="-".join([x[0], *x[1]])) for x in CARRIED],
@@ -182,6 +183,7 @@ def stepped(name, shape, **options):
     return {"weight": tensor}, made.state_dict()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "shape", "move", "reason"),
     [
@@ -265,6 +267,7 @@ def test_adafactors_factors_follow_a_permutation_of_axes_or_refuse_it(move):
                 np.testing.assert_allclose(moved[name], slot, rtol=1e-13)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(move=MOVES)
 def test_a_rearrangement_is_the_permutation_and_has_an_inverse(move):

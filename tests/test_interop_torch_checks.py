@@ -30,6 +30,7 @@ def described(name, **arrays):
 A, B = np.array([1.0, -2.0]), np.array([[0.5, 0.1, 2.0]])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "side", "target"),
     [
@@ -313,6 +314,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_state_dict_says_whose_it_is_after(way):
     old = described("AdamW", w=B, b=A)

@@ -153,6 +153,7 @@ def steps_before_ctrl_c(step, wait):
     return count
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("face", [*FACES.values()], ids=FACES)
 def test_everything_is_readable_after_ctrl_c(face, ctrl_c):
     undisturbed, disturbed = face(), face()

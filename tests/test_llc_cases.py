@@ -218,6 +218,7 @@ def test_sgnht_has_the_known_values(lr, diffusion, kick_friction, thermostat, di
     assert (value, alpha) == (pytest.approx(0.5, rel=1e-9), pytest.approx(diffusion, rel=1e-9))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("order", ORDERS)
 def test_sgnht_is_that_of_a_simulation(order, moving):
@@ -287,6 +288,7 @@ def test_quasi_homogeneous_holds_at_every_temperature():
         assert cases.quasi_homogeneous((1, 2, 3)) == pytest.approx(total, rel=1e-7)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (3, 3)])
 @pytest.mark.parametrize(("box", "localization"), [(1.0, 0.0), (5.0, 1.0)])
 @pytest.mark.parametrize("nbeta", [100.0, 1e6])
@@ -462,6 +464,7 @@ def test_rank_zero_network_is_that_of_a_simulation(m, h, n):
     assert np.average(values, weights=weights) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("widths", [(5, 3, 5), (5, 4, 5), (4, 3, 8), (3, 2, 2), (1, 2, 1)])
 def test_rank_zero_network_approaches_its_theory(widths):
     """The only check here of the theory's two numbers that is not another statement of the theory."""

@@ -50,6 +50,7 @@ def assert_equal(found, expected, rtol):
 # The estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"batch_size": 8}, {"same_batches": True, "batch_size": 8, "microbatches": 2}])
 @pytest.mark.parametrize("method", ["vmap", "map"])
 def test_each_estimate_is_that_of_its_checkpoint_alone(method, changes):
@@ -60,6 +61,7 @@ def test_each_estimate_is_that_of_its_checkpoint_alone(method, changes):
         assert_equal(found[step], alone(params, **changes), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_at_a_time_is_equal_to_the_last_bit_and_needs_the_program_of_one():
     expected = [alone(params) for params in TRAINING.values()]
     before = chains.run_steps._cache_size()
@@ -69,6 +71,7 @@ def test_one_at_a_time_is_equal_to_the_last_bit_and_needs_the_program_of_one():
         assert_equal(found[step], of, rtol=0)
 
 
+@pytest.mark.slow
 def test_groups_of_any_size_are_the_same_also_the_last_one():
     whole = over()
     for size in (2, 3, 7):
@@ -83,6 +86,7 @@ def test_a_stacked_tree_is_a_list_of_its_parts():
     assert over(stacked, stacked=True).names == (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_one_program_and_others_need_no_other():
     def of_one(params, x):  # each a program of its own
         return loss(params, x)
@@ -111,6 +115,7 @@ def test_initial_losses_may_be_given(given, at_once):
     np.testing.assert_allclose(over(init_loss=given, at_once=at_once).init_loss, [0.1, 0.2, over().init_loss[2]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_a_run_goes_on_from_its_checkpoint(at_once, tmp_path):
     changes = {"at_once": at_once, "observables": {"out": lambda params: params["out"]}}
@@ -156,6 +161,7 @@ def test_wrong_initial_losses_are_refused(given, error, match):
 SELECTIONS = {"in": "in", "out": "out", "half": {"in": jnp.arange(5) < 3, "out": False}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "map"])
 def test_selections_are_those_of_each_checkpoint_and_hold_its_own_arrays(method):
     changes = {"selections": SELECTIONS, "chain_method": method, "num_chains": 2}
@@ -171,6 +177,7 @@ def test_selections_are_those_of_each_checkpoint_and_hold_its_own_arrays(method)
     np.testing.assert_allclose(held.loss[:, 0], found.loss[:, 1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_of_quadratics_they_are_exact():
     """Each checkpoint has a curvature of its own in an array that is held."""
 
@@ -201,6 +208,7 @@ def net_loss(net, x):
     return jnp.mean((net.sign * jnp.tanh(x @ net.weight) - x[:, 0]) ** 2)
 
 
+@pytest.mark.slow
 def test_modules_have_their_own_other_arrays():
     nets = [Net(seed) for seed in (1, 2, 3)]
     found = over(nets, net_loss)
@@ -210,6 +218,7 @@ def test_modules_have_their_own_other_arrays():
     assert_equal(over(stacked, net_loss, stacked=True), found, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_are_sampled_as_alone():
     low = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), params) for params in TRAINING.values()]
     found = over(low)
@@ -233,6 +242,7 @@ def draw(key):
     return jax.random.normal(key, (6, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [Loader(), draw], ids=["iterable", "function"])
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_streams_begin_anew_for_each_group(data, at_once):
@@ -306,6 +316,7 @@ def test_of_an_iterable_only_what_is_sampled_is_there():
 # Warnings
 
 
+@pytest.mark.slow
 def test_a_warning_names_its_checkpoints_once_for_each_reason():
     def quadratic(w):
         return jnp.sum(w**2) / 2
@@ -327,6 +338,7 @@ def test_a_warning_names_its_checkpoints_once_for_each_reason():
     assert "for selection 'one' of checkpoint 0" in str(caught[0].message)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_chains_all_diverge_is_left_out():
     def steep(w):
         return w[0] ** 4
@@ -368,6 +380,7 @@ def test_the_numbers_are_those_of_each_and_a_name_is_needed():
         found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selections", [None, SELECTIONS])
 def test_the_dataset(selections):
     pytest.importorskip("xarray")

@@ -41,6 +41,7 @@ def reasons(messages):
     return set(found)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("start", "sampler", "changes", "expected"),
     [
@@ -86,6 +87,7 @@ def test_warnings_are_silenced_by_their_category():
         sampling.estimate_llc(quadratic, jnp.ones(3), SGLD, **LONG | {"num_draws": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True], ids=["numbers", "names"])
 def test_a_warning_names_its_selections(named):
     start = {"far": jnp.ones(1), "near": jnp.zeros(1)}
@@ -135,6 +137,7 @@ def test_a_minimum_on_the_face_of_a_box_is_one(x64):
     assert free > 0.05 > held
 
 
+@pytest.mark.slow
 def test_the_fall_is_of_all_data_whatever_the_batches(x64):
     data = np.random.default_rng(0).normal(size=7)
     found = [

@@ -104,6 +104,7 @@ def begun(row: Row, steps: int = 13) -> tuple[Any, Any]:
     return scheduler, step
 
 
+@pytest.mark.costly
 @by_row([*ALL, PLATEAU_ROW])
 @without_steps
 def test_a_state_dict_is_what_json_pickle_and_torch_can_write(row):

@@ -55,6 +55,7 @@ def torch_loss(params, x, y):
 
 
 class TestClipping:
+    @pytest.mark.slow
     @pytest.mark.parametrize("bounds", [*BOUNDS.values()], ids=BOUNDS)
     @pytest.mark.parametrize("pair", [*PAIRS.values()], ids=PAIRS)
     def test_trajectories_are_torchs(self, pair, bounds):
@@ -103,6 +104,7 @@ class TestClipping:
             opt.minimize(own_loss, X, Y, **options)
         assert programs.minimize._cache_size() == before + 1
 
+    @pytest.mark.slow
     def test_what_is_measured(self):
         opt = optim.SGD(start(), lr=0.1)
         grads = jax.grad(loss)(start(), X, Y)
@@ -115,6 +117,7 @@ class TestClipping:
         opt.minimize(loss, X, Y)  # measures nothing
         assert opt.last is measured
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "optimizer",
         [
@@ -217,6 +220,7 @@ class TestMicroBatches:
         ):
             opt.minimize(lambda params, factor=1.0: factor * loss(params, X, Y), *args, accumulate=4)
 
+    @pytest.mark.slow
     def test_numbers_go_to_all_and_keys_are_folded(self):
         def noisy(params, x, factor, key):
             return factor * jnp.sum(params["bias"]) * jax.random.normal(key), jax.random.normal(key)
@@ -247,6 +251,7 @@ class TestMicroBatches:
 
 
 class TestSkippedSteps:
+    @pytest.mark.costly
     @pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, optim.NAdam], ids=lambda make: make.__name__)
     def test_leave_everything_as_it_is(self, make):
         opt = make(start(), lr=0.1, groups=[("bias", {"lr": 0.01})])
@@ -272,6 +277,7 @@ class TestSkippedSteps:
         opt.minimize(not_finite, 1.0, skip_nonfinite=True)
         assert opt.param_groups[0]["lr"] == 0.05
 
+    @pytest.mark.slow
     def test_a_sampler_keeps_its_count(self):
         chain = optim.SGHMC(start(), lr=1e-3, nbeta=10.0, key=jax.random.key(0))
         chain.minimize(not_finite, jnp.nan, skip_nonfinite=True)

@@ -69,6 +69,7 @@ def arrays(model):
 # equinox.
 
 
+@pytest.mark.slow
 def test_equinox_is_trained_as_optax_trains_its_inexact_arrays():
     model, tx = equinox_model(), optax.adamw(0.05, weight_decay=0.1)
     opt = optim.AdamW(model, lr=0.05, weight_decay=0.1)
@@ -135,6 +136,7 @@ def by_hand(opt_of, steps):
     return model, [float(step(model, optimizer)) for _ in range(steps)]
 
 
+@pytest.mark.slow
 def test_nnx_is_trained_as_its_own_optimizer_trains_it():
     model, losses = by_hand(optax.adam(0.01), 10)
     given = Net(nnx.Rngs(0))
@@ -151,6 +153,7 @@ def test_nnx_is_trained_as_its_own_optimizer_trains_it():
         np.testing.assert_array_equal(x, before[path], err_msg=path)  # what was given stays
 
 
+@pytest.mark.slow
 def test_nnx_gradients():
     model = Net(nnx.Rngs(0))
     opt, other = optim.SGD(model, lr=0.1), optim.SGD(nnx.state(model, nnx.Param), lr=0.1)
@@ -162,6 +165,7 @@ def test_nnx_gradients():
     chex.assert_trees_all_equal(jax.tree.leaves(nnx.state(opt.params, nnx.Param)), jax.tree.leaves(other.params))
 
 
+@pytest.mark.slow
 def test_nnx_aux_keywords_and_micro_batches():
     def loss(model, x, y, *, weight):
         return weight * nnx_loss(model, x, y), model.norm.mean[...]
@@ -186,6 +190,7 @@ def test_a_skipped_step_keeps_the_statistics():
         np.testing.assert_array_equal(x, before[path], err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda m: optim.LBFGS(m, max_iter=4), lambda m: optim.SGLD(m, lr=1e-4, nbeta=2.0)])
 def test_other_optimizers(make):
     opt = make(Net(nnx.Rngs(0)))
@@ -195,6 +200,7 @@ def test_other_optimizers(make):
     assert isinstance(opt.params, Net)
 
 
+@pytest.mark.slow
 def test_nnx_without_anything_else():
     opt = optim.Adam(nnx.Linear(6, 3, rngs=nnx.Rngs(0)), lr=0.1)
     losses = [float(opt.minimize(nnx_loss, X, Y)) for _ in range(5)]
@@ -262,6 +268,7 @@ FILTERS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["minimize", "step", "step along all"])
 @pytest.mark.parametrize("wrt", FILTERS)
 def test_some_variables_are_trained_as_nnx_trains_them(wrt, way):
@@ -301,6 +308,7 @@ def test_variables_that_are_kept_are_neither_cut_nor_copied():
     chex.assert_trees_all_close(opt.params.first.lora_a[...], whole.params.first.lora_a[...], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_wrt_is_of_every_class_and_stays():
     for make in (optim.LBFGS, optim.Adagrad, optim.ClippedAdam, optim.SGNHT, optim.SGHMC):
         options = {"nbeta": 2.0} if issubclass(make, optim.Sampler) else {}
@@ -371,6 +379,7 @@ def linen_loss(variables, x, y):
     return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["minimize", "step"])
 def test_linen_variables_are_trained_as_optax_trains_their_params(way):
     variables = LinenNet().init(jax.random.key(0), X, train=True)
@@ -406,6 +415,7 @@ def test_linen_collections_go_from_one_micro_batch_to_the_next():
 # Averages.
 
 
+@pytest.mark.slow
 def test_an_average_of_a_module_is_a_module():
     opt = optim.SGD(Net(nnx.Rngs(0)), lr=0.5)
     average = optim.swa_utils.AveragedModel(opt, avg_fn=optim.swa_utils.get_ema_avg_fn(0.5))

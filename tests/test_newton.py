@@ -134,6 +134,7 @@ class TestAgainstPyro:
         close(ours(*given, None)[0], in_pyro(*given, None)[0], 1e-12)
         assert ours(*given, None)[0][0, 0] == pytest.approx(-1e8)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [1, 2, 3])
     def test_dimension_functions(self, x64, size):
         matrix, slope, start = problem(size, (3, 2), "positive")
@@ -183,6 +184,7 @@ class TestDerivatives:
         close(grads[1], -np.linalg.solve(at_minimum, weights[..., None])[..., 0], 1e-6)
         assert np.max(np.abs(grads[2])) < 1e-6
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="radius_None"), 0.3])
     @pytest.mark.parametrize("curvature", [pytest.param("positive", marks=slow), "indefinite"])
     @pytest.mark.parametrize(
@@ -212,6 +214,7 @@ class TestDerivatives:
         result = jax.jit(lambda slope, x: newton_step(quartic(matrix, slope), x, 0.3)[0])
         check_grads(result, (slope, x), order=2, modes=("rev",), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="plain"), 0.5])
     @pytest.mark.parametrize(
         "eigenvalues",
@@ -284,6 +287,7 @@ class TestWherePyroFails:
         close(mode, -0.1 * np.ones(3) / 3**0.5, 1e-12)
         close(cov, np.eye(3) * 0.1 / 3**0.5, 1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, 3])
     def test_saddle(self, size):
         """At a zero gradient the norm adds nothing, and the matrix is singular."""
@@ -335,6 +339,7 @@ class TestWherePyroFails:
 
 
 class TestAnyDimension:
+    @pytest.mark.costly
     @by_radius
     @by_curvature
     @pytest.mark.parametrize("size", [1, 2, 3, pytest.param(4, marks=slow), pytest.param(5, marks=slow), 10])
@@ -350,6 +355,7 @@ class TestAnyDimension:
         if size > 3:
             assert (cov == jnp.swapaxes(cov, -1, -2)).all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, 3, 4])
     @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=slow)])
     def test_smallest_eigenvalue(self, dtype, size):
@@ -390,17 +396,20 @@ class TestAnyDimension:
         assert (mode == expected[0].astype(x.dtype)).all()
         assert (cov == expected[1]).all()
 
+    @pytest.mark.slow
     def test_scalar(self):
         mode, cov = newton_step(lambda x: (x - 3) ** 2, 0.0)
         assert mode.shape == ()
         assert float(mode) == 3
         assert cov.tolist() == [[0.5]]
 
+    @pytest.mark.slow
     def test_empty_batch(self):
         mode, cov = newton_step(isotropic, jnp.zeros((0, 3)), 0.1)
         assert mode.shape == (0, 3)
         assert cov.shape == (0, 3, 3)
 
+    @pytest.mark.slow
     def test_radius_of_each_problem(self, x64):
         matrix, slope, x = problem(2, (3, 4), "indefinite")
         radii = np.array([0.1, 0.2, 0.4])[:, None]
@@ -412,6 +421,7 @@ class TestAnyDimension:
         H, g, _ = problem(3, (4,), "positive")
         close(solve(g, H, np.inf)[0], reference(g, H + 1e-8 * np.eye(3), None)[0], 1e-12)
 
+    @pytest.mark.slow
     def test_nan_in_one_problem(self):
         """The others go on; in one dimension the step of NaN is not made, as in Pyro."""
         g, H = np.array([[1.0, 1.0], [np.nan, 1.0]]), np.stack([np.eye(2)] * 2)
@@ -423,6 +433,7 @@ class TestAnyDimension:
 
 
 class TestTransforms:
+    @pytest.mark.slow
     def test_loss_is_evaluated_once(self):
         calls = []
 
@@ -439,6 +450,7 @@ class TestTransforms:
             jax.effects_barrier()
             assert len(calls) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "size", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)]
     )
@@ -454,6 +466,7 @@ class TestTransforms:
         expected = newton_step(quartic(jnp.asarray(matrix), jnp.asarray(slope)), x, radii)
         jax.tree.map(lambda x, y: close(x, y, 1e-12), step(matrix, slope, x, radii), expected)
 
+    @pytest.mark.slow
     def test_loss_of_arrays_in_a_scan(self):
         def train(centers):
             def body(x, _):
@@ -471,6 +484,7 @@ class TestTransforms:
         np.testing.assert_allclose(mode, centers, atol=1e-5)
         np.testing.assert_allclose(derivative, np.ones((2, 2)), atol=1e-5)
 
+    @pytest.mark.slow
     def test_hessian_of_dependent_problems_is_summed_as_in_pyro(self):
         _, push = jax.linearize(
             jax.grad(lambda x: jnp.sum(x, 0) @ jnp.array([[1.0, 2], [2, 3]]) @ x[0]), jnp.ones((3, 2))
@@ -501,6 +515,7 @@ def any_problem(draw):
 
 
 class TestWithinTheRadius:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "tolerance"),
         [pytest.param("float32", 1e-5, id="f32"), pytest.param("float64", 1e-12, id="f64", marks=slow)],
@@ -520,6 +535,7 @@ class TestWithinTheRadius:
         assert np.linalg.norm(np.asarray(dx, np.float64)) <= radius * (1 + tolerance)
         assert np.asarray(g, np.float64) @ np.asarray(dx, np.float64) <= 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, 3, 4])
     @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=slow)])
     def test_rank_deficient(self, dtype, size):
@@ -560,6 +576,7 @@ class TestTransformation:
         assert int(state.step) == 1
         assert (state.slots, state.shared) == ({}, {})
 
+    @pytest.mark.slow
     def test_one_evaluation_for_all(self):
         calls, params, tx = [], self.params(), newton()
 
@@ -586,6 +603,7 @@ class TestTransformation:
         updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, value_fn=loss))(params)
         assert jax.tree.map(lambda u: u.dtype.name, updates) == {"x": "bfloat16", "y": "float32"}
 
+    @pytest.mark.slow
     def test_chain_and_scan(self):
         tx = optax.chain(newton({"a.pairs": 0.2}), optax.scale(0.9))
 
@@ -603,6 +621,7 @@ class TestTransformation:
         assert losses[-1] < losses[0]
         assert max(float(np.max(np.abs(g))) for g in jax.tree.leaves(jax.jit(jax.grad(self.loss))(params))) < 1e-4
 
+    @pytest.mark.slow
     def test_rule_is_a_pytree(self):
         rule = Newton({"x": 1, "y": np.float32(2), "z": None})
         assert jax.tree.leaves(rule) == [1.0, 2.0]
@@ -644,6 +663,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"loss of shape \(3,\)"):
             newton_step(lambda x: jnp.sum(x, -1), jnp.ones((3, 2)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("radius", "error"),
         [

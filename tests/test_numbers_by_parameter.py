@@ -49,6 +49,7 @@ def three_values(cls, name):
     return [default, *others, default, default][:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cls",
     [
@@ -65,6 +66,7 @@ def test_every_number_of_every_rule_may_be_a_tree(cls):
     chex.assert_trees_all_close(params, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_prefixes_and_tuples():
     prefix = {"a": 0.0, "c": 0.1, "n": 0.2}
     params, _ = train(rules.AdamW(weight_decay=prefix, betas=({"a": 0.9, "c": 0.5, "n": 0.5}, 0.999), lr=0.1))
@@ -92,6 +94,7 @@ def test_schedules_in_trees():
     assert_same(train(rules.SGD(lr=lr))[0], expected)
 
 
+@pytest.mark.slow
 def test_transformations_take_trees():
     tx = jaxoptim.adamw(lr=0.1, weight_decay={"a": 0.1, "c": 0.0, "n": 0.0})
     params, state = PARAMS, tx.init(PARAMS)
@@ -116,6 +119,7 @@ def test_numbers_sweep_under_vmap():
         chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], params), train(rule)[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hypergradients_by_leaf():
     def after(rule):
         return loss(train(rule)[0])
@@ -161,6 +165,7 @@ def test_other_numbers_do_not_compile_again():
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_sparse_low_precision_complex_and_missing_gradients():
     params = {"t": jnp.ones((3, 2)), "h": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(2, complex), "s": jnp.ones(1)}
     grads = {
@@ -241,6 +246,7 @@ def vectors_stay(params):
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
+@pytest.mark.costly
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "mask",

@@ -170,6 +170,7 @@ def nnx_state(kernel: Any, bias: Any) -> Any:
     return nnx.State({"kernel": nnx.Param(kernel), "bias": nnx.Param(bias)})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("make", "names"),
     [

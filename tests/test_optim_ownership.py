@@ -45,6 +45,7 @@ def start(case: Case):
     return [jnp.asarray(x) for x in parity.problem(case.row.shapes)[0]]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("advance", [lambda opt: opt.step(tree()), lambda opt: opt.minimize(bowl)], ids=["step", "min"])
 @pytest.mark.parametrize(
     "case", slow_unless(FORMS.__contains__, [case for case in DENSE if case.row.rule is not rules.Muon])
@@ -104,6 +105,7 @@ def test_buffers_that_nobody_else_holds_are_donated():
     assert after == pointers  # the new values stand where the old ones stood
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [
@@ -126,6 +128,7 @@ def test_memory_does_not_grow(use, only_new_garbage):
     assert counts[2:] == [counts[2]] * 4
 
 
+@pytest.mark.slow
 def test_a_dropped_optimizer_frees_its_memory(only_new_garbage):
     gc.collect()
     before = len(jax.live_arrays())
@@ -184,6 +187,7 @@ def test_a_failed_step_of_a_decaying_rate_gives_the_rate_back():
     assert opt.param_groups[0]["lr"] == 0.05
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_new_numbers_compile_nothing(case):
     opt = optimizer(case, start(case))
@@ -249,6 +253,7 @@ def test_minimize_refuses_what_it_cannot_hash():
         optim.SGD(jnp.ones(2)).minimize(Unhashable())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     noise = parity.problem(case.row.shapes)[1]
@@ -357,6 +362,7 @@ def test_sharded_parameters_stay_sharded():
     assert opt.state_dict()["state"][0]["exp_avg"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.slow
 def test_the_face_makes_the_steps_of_the_pure_packed_form():
     params = {f"layer{i}": jnp.full((4, i + 1), 1.0) for i in range(20)}
     opt, packed = optim.AdamW(params, lr=0.1), pack(params)
@@ -368,6 +374,7 @@ def test_the_face_makes_the_steps_of_the_pure_packed_form():
     chex.assert_trees_all_close(opt.params, packed.unpack(), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["step", "minimize"])
 def test_numpy_arrays_may_change_after_the_call(way):
     for _ in range(10):  # whether the program reads them too late is a matter of chance

@@ -46,6 +46,7 @@ def trained(case: Case, count: int = 3, **options: Any) -> tuple[Any, list[Any]]
     return opt, params
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_the_count_of_steps_has_torchs_type(case):
     opt, params = trained(case)
@@ -163,6 +164,7 @@ def setdefault(state: Any, p: Any, side: Any) -> None:
     assert state.setdefault(p, {})["step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edit",
     [
@@ -198,6 +200,7 @@ def test_what_is_written_into_state_takes_effect_as_in_torch(edit):
             np.testing.assert_allclose(ours.state[param][name], slot, rtol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("written", ["deleted", None])
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.5}, {"nesterov": True}], ids=str)
 def test_a_momentum_buffer_that_is_missing_or_none_begins_anew(options, written):
@@ -300,6 +303,7 @@ def test_a_saved_run_goes_on_bit_for_bit(case, way):
         assert jnp.array_equal(param.value, twin.value)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", [case for case in STATES if case.row in TORCH], ids=str)
 def test_torchs_state_dict_is_loaded_as_it_is(case):
     tensors = params_of(Theirs, case.row)
@@ -392,6 +396,7 @@ def unchanged(opt: Any, state_dict: Any, error: type[Exception], message: str, *
     assert (repr(opt), pickle.dumps(opt.state_dict())) == before
 
 
+@pytest.mark.slow
 def test_loading_checks_what_it_is_given_and_changes_nothing():
     opt = optim.Adam({"w": np.ones((2, 2)), "b": np.ones(2)}, lr=0.1)
     grads = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}

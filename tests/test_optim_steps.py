@@ -76,6 +76,7 @@ def start_over(opt: Any, params: Any, side: Any) -> None:
     opt.add_param_group({"params": params, "lr": 0.1})
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("name", "options", "change"),
     [
@@ -136,6 +137,7 @@ def test_lists_and_arrays_changed_in_place_take_effect():
     assert opt.params == [0.25]
 
 
+@pytest.mark.slow
 def test_a_parameter_that_was_taken_out_is_left_alone():
     def program(side: Any) -> Any:
         params = [side.param(x) for x in start((3, 2), (2,))]
@@ -269,6 +271,7 @@ def test_a_callable_pytree_of_gradients_is_no_closure(make):
     assert opt.params.factor.tolist() == [0.5]
 
 
+@pytest.mark.slow
 def test_wrong_gradients_name_the_parameter_and_change_nothing():
     opt = optim.Adam({"layer": {"w": np.ones(2), "b": np.ones(1)}}, lr=0.1)
     right = {"layer": {"w": jnp.ones(2), "b": jnp.ones(1)}}
@@ -312,6 +315,7 @@ def test_no_gradient_at_all_is_no_step(row):
     compare(program)
 
 
+@pytest.mark.slow
 def test_zero_grad():
     def program(side: Any, **options: Any) -> Any:
         params = [side.param([1.0, 2.0]), side.param([3.0]), side.param([[1.0]] * 4)]
@@ -422,6 +426,7 @@ def test_a_parameter_is_a_copy():
     assert np.all(param.value == 2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "value", [1.5, 1.5 + 2j, np.float32(1), [1.0, 2.0], np.ones((2, 0)), jnp.ones(2, jnp.bfloat16)]
 )

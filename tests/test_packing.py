@@ -31,6 +31,7 @@ def tree_of(shapes, dtypes, seed=0):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(shapes=shapes, dtypes=st.lists(dtypes, min_size=12, max_size=12), max_size=st.integers(0, 20))
 def test_unpack_returns_what_was_packed(shapes, dtypes, max_size):
@@ -58,6 +59,7 @@ def params_of(count=8):
     }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_packed_training_equals_plain_training(case):
     rule = case.ours()
@@ -78,6 +80,7 @@ def test_packed_training_equals_plain_training(case):
     chex.assert_trees_all_close(slots, state.slots, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_updates_are_those_of_optax():
     params = params_of()
     packed, tx = pack(params), jaxoptim.adam(lr=0.1)
@@ -86,6 +89,7 @@ def test_packed_updates_are_those_of_optax():
     assert_same(optax.apply_updates(packed, updates).unpack(), optax.apply_updates(params, expected))
 
 
+@pytest.mark.slow
 def test_gradients_through_unpack_are_packed():
     params = params_of()
 
@@ -97,6 +101,7 @@ def test_gradients_through_unpack_are_packed():
     assert_same(grads.unpack(), jax.grad(loss)(params))
 
 
+@pytest.mark.slow
 def test_the_transpose_of_unpack_concatenates_few_arrays_at_a_time():
     packed = pack({f"w{i}": jnp.full(3, i, jnp.float32) for i in range(300)})
     text = str(jax.make_jaxpr(jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p.unpack()))))(packed))

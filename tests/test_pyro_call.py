@@ -238,6 +238,7 @@ def test_a_failing_update_leaves_the_values_that_were_given_before():
 # What is given, and what is held.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [list, tuple, set, iter, lambda p: (x for x in p), lambda p: {x.name: x for x in p}.values()],
@@ -276,6 +277,7 @@ def test_values_that_are_held_stay_readable():
     assert [(float(x[0]), float(y[0])) for x, y in held] == [(-i, -i) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_an_optimizer_leaves_no_garbage(only_new_garbage):
     optimizer, a = optim.SGD({"lr": 1.0}), ones("a")
     optimizer([a])
@@ -384,6 +386,7 @@ def test_options_are_written_through_optim_objs():
         optimizer.optim_objs["b"] = twin
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_a_state_is_written_through_optim_objs(name):
     options = {"lr": 0.1} if name == "Adam" else {"lr": 0.1, "momentum": 0.9}

@@ -90,6 +90,7 @@ OPTIONS = {
 
 
 class TestAgainstPyro:
+    @pytest.mark.costly
     @pytest.mark.parametrize("case", OPTIONS)
     def test_pyro_multi_optimizer(self, case):
         name, *options = OPTIONS[case]
@@ -102,6 +103,7 @@ class TestAgainstPyro:
         parent = pyro.optim.multi.TorchMultiOptimizer(torch.optim.Adam, {"lr": 0.1})
         assert_same(ours, parent, coupled, ["x", "pair"])
 
+    @pytest.mark.costly
     @pytest.mark.parametrize(
         "radii",
         [
@@ -268,6 +270,7 @@ class TestTransformation:
 
         return options
 
+    @pytest.mark.costly
     @pytest.mark.parametrize("in_scan", [False, True], ids=["jit", "scan"])
     @pytest.mark.parametrize(
         "kind", ["pyro_multi", "mixed", *(pytest.param(k, marks=slow) for k in ("pyro_optim", "newton", "nested"))]
@@ -323,6 +326,7 @@ class TestTransformation:
 class TestOneState:
     """A PyroOptim is the same whoever calls it."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("cls", ["ClippedAdam", pytest.param("Adam", marks=slow)])
     def test_one_count(self, cls):
         options = {"lr": 0.1, "lrd": 0.5} if cls == "ClippedAdam" else {"lr": 0.1}

@@ -211,6 +211,7 @@ class TestSurprises:
         optimizer.step(loss, {"x": params["x"]}, 1.0)
         assert np.array(params["y"].value) == before
 
+    @pytest.mark.slow
     def test_new_parameter_for_torch_style_lbfgs(self):
         params, optimizer = started("x"), as_multi_optimizer(lambda params: torch_style.LBFGS(params, lr=0.1))
         optimizer.step(loss, params, 1.0)

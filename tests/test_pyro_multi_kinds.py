@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 class TestGetStep:
+    @pytest.mark.slow
     @kinds(*TORCH_STYLE)
     def test_is_the_step_and_changes_nothing(self, kind):
         (optimizer, params), (twin, others) = pair(kind)
@@ -75,6 +76,7 @@ class TestGetStep:
         up, down = (result(values | {"y": values["y"] + s}, 0.8) for s in (h, -h))
         assert float(of_values["y"]) == pytest.approx(float((up - down) / (2 * h)), rel=1e-5, abs=1e-8)
 
+    @pytest.mark.slow
     def test_derivative_of_a_minimum(self):
         """Of a quadratic by its own target: the identity; by the point that it starts from: zero."""
         quadratic = lambda values, target: jnp.sum((values["x"] - target) ** 2 * jnp.array([1.0, 3.0]))  # noqa: E731
@@ -117,6 +119,7 @@ class TestNotFinite:
         bad = _with_derivative(zero, wild)
         return loss(values, target) + jax.lax.stop_gradient(extra) + bad
 
+    @pytest.mark.costly
     @kinds("torch_lbfgs", "own", "mixed_own", "horovod")
     def test_skipped(self, kind):
         (optimizer, params), (twin, others) = pair(kind)
@@ -212,6 +215,7 @@ class TestParameters:
         assert_equal(arrays(params), arrays(others), 1e-14)
         assert_equal(arrays(old), before)
 
+    @pytest.mark.costly
     @kinds("mixed_own", "instance", "mixed", "torch_lbfgs")
     def test_new_later(self, kind):
         params = started("x")

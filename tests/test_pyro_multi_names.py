@@ -89,6 +89,7 @@ def by_transformation(mixed):
 
 
 class TestForms:
+    @pytest.mark.costly
     @pytest.mark.parametrize("run", [by_step, by_get_step, by_transformation], ids=lambda run: run.__name__)
     @pytest.mark.parametrize("form", FORMS)
     def test_as_all_names_listed(self, form, run):
@@ -96,6 +97,7 @@ class TestForms:
         others = [name for name in NAMES if name not in listed]
         chex.assert_trees_all_equal(run(two_parts(given, others)), run(two_parts(listed, others)))
 
+    @pytest.mark.costly
     @pytest.mark.parametrize("call", ["step", "get_step"])
     def test_second_derivatives_by_a_site(self, call):
         given, listed = (
@@ -111,6 +113,7 @@ class TestForms:
         new = mixed.get_step(lambda values: sum(values.values()), {"net": 1.0, "net.scale": 1.0})
         assert new == {"net": 1.0, "net.scale": 0.0}
 
+    @pytest.mark.slow
     def test_a_part_in_a_part(self):
         inner = two_parts(re.compile(r".*\.bias"), re.compile(r".*\.kernel"))
         nested = MixedMultiOptimizer([(["decoder$params", "encoder$params"], inner), (["loc"], Newton())])
@@ -236,6 +239,7 @@ def of_networks(encoder, decoder):
     return MixedMultiOptimizer([(encoder, optim.Adam({"lr": 0.05})), (decoder, rules.SGD(lr=0.01, momentum=0.9))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_sites_of_networks_in_svi(kind):
     network, layers = NETWORKS[kind]
@@ -256,6 +260,7 @@ def test_sites_of_networks_in_svi(kind):
         chex.assert_trees_all_equal(arrays(svi.params), arrays(fits[0].params))
 
 
+@pytest.mark.slow
 def test_sites_of_networks_in_numpyros_svi():
     network, _ = NETWORKS["flax"]
     mixed = of_networks(["encoder$params"], ["decoder$params", "noise"])
@@ -291,6 +296,7 @@ class TestLateInSVI:
     def fit(late, rest=("loc",)):
         return SVI(staged, nothing, MixedMultiOptimizer([(rest, rules.SGD(lr=1.0)), (late, rules.SGD(lr=0.25))]), ELBO)
 
+    @pytest.mark.costly
     @pytest.mark.parametrize("form", LATE)
     def test_names_of_other_steps(self, form):
         svi = self.fit(LATE[form])

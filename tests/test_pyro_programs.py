@@ -57,6 +57,7 @@ def test_fifty_parameters_with_fifty_options_are_one_program():
     assert programs() == before + 3
 
 
+@pytest.mark.slow
 def test_parameters_that_come_one_at_a_time_share_programs():
     optimizer, params = optim.Adam({"lr": 0.1}), []
     before = programs()
@@ -173,6 +174,7 @@ def test_many_random_calls_are_those_of_one_optimizer_per_parameter(maker, calls
 # Large, sharded and low-precision parameters.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_large_and_small_ones_make_the_same_steps(dtype):
     optimizer = optim.Adam({"lr": 0.1}, {"clip_value": 0.5})

@@ -87,6 +87,7 @@ def is_common(case: Case) -> bool:
     return case.row.name in ("SGD", "Adam", "RMSprop")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", TUNED, ids=str)
 def test_changing_any_number_of_a_rule_compiles_nothing_new(case):
     step, compiled = counting_step()
@@ -113,6 +114,7 @@ def test_switching_a_term_on_compiles_another_program():
     assert len(compiled) == 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", [case for case in FIRST if "lr" in case.row.rule.specs], ids=str)
 def test_vmap_over_a_rule_equals_a_loop_over_its_settings(case):
     settings = [case.ours(lr=lr) for lr in (0.01, 0.02, 0.05)]
@@ -129,6 +131,7 @@ def test_vmap_over_an_array_given_for_one_number():
     np.testing.assert_allclose(jax.vmap(train)(jax.vmap(rules.Adam)(rates)), looped, rtol=1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "case",
     # Rprop moves by the sign alone and Muon rounds to bfloat16; their rates still act linearly.
@@ -144,6 +147,7 @@ def test_derivative_by_the_learning_rate_is_the_finite_difference(case, x64):
     assert float(derivative) == pytest.approx(float((ahead - behind) / (2 * h)), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rate", "total"])
 def test_derivative_by_a_decay_rate(name, x64):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
@@ -160,6 +164,7 @@ def test_derivative_by_a_decay_rate(name, x64):
     assert float(derivative) == pytest.approx(float((final(0.8 + h) - final(0.8 - h)) / (2 * h)), rel=1e-5)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(is_common, [c for c in TUNED if c.row.rule is not rules.SparseAdam]))
 def test_hypergradients_are_finite_where_a_gradient_was_always_zero(case):
     def final(rule):
@@ -295,6 +300,7 @@ def test_rules_compare_and_hash_by_their_numbers():
     assert repr(rules.SGD(lr=1)).startswith("SGD(lr=1.0, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("field", ["lr", "weight_decay", "eps"])
 def test_a_schedule_stands_for_any_number(field):
     def schedule(step):

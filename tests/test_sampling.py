@@ -74,6 +74,7 @@ def by_hand(loss_fn, params, sampler, data, batch_size, steps, key):
     return np.array(losses), path, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "data", "batch_size"),
     [
@@ -127,6 +128,7 @@ def test_a_repeated_run_is_the_same_to_the_last_bit():
     same(*(sampling.sample(loss, START, SGLD, **FEW) for _ in range(2)))
 
 
+@pytest.mark.slow
 def test_float64(x64):
     start = jax.tree.map(lambda x: x.astype(float), START)
     found = sampling.sample(loss, start, SGLD, **FEW)
@@ -143,6 +145,7 @@ def test_parameters_that_are_none_stay_none():
     assert np.isfinite(found.loss).all()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("size", [3, 5, 10, 1])
 def test_batches_take_each_datum_at_most_once_in_an_epoch(size):
     data, per_epoch = jnp.arange(N), N // size
@@ -159,6 +162,7 @@ def test_batches_take_each_datum_at_most_once_in_an_epoch(size):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("count", [10, 16, 33])
 def test_every_order_is_as_likely(count):
     """Each datum at each place, and each pair at the first two places, as often as chance has it."""
@@ -194,6 +198,7 @@ class Last(sampling.Observable):
         return memory | trace
 
 
+@pytest.mark.slow
 def test_observables():
     observed = {
         "w": lambda params: params["w"],
@@ -224,6 +229,7 @@ def test_observables():
     trees_close(same_loss.loss, found.loss)
 
 
+@pytest.mark.slow
 def test_acceptance_is_that_of_each_step():
     sampler = rules.SGLD(lr=0.3, nbeta=3.0, localization=1.0, weight_decay=0.5, optimize_over={"w": None, "b": 0.0})
     found = sampling.sample(loss, START, sampler, observables={"accepted": sampling.MalaAcceptance()}, **FEW)
@@ -254,6 +260,7 @@ def test_acceptance_is_of_sgld():
 # Transformations as samplers.
 
 
+@pytest.mark.slow
 def test_a_transformation_is_a_sampler():
     tx = jaxoptim.sgld(lr=0.02, nbeta=5.0, localization=1.0, key=jax.random.key(99))
     found, expected = (sampling.sample(loss, START, sampler, **FEW) for sampler in (tx, SGLD))
@@ -318,6 +325,7 @@ def test_an_interrupted_run_continues_to_the_last_bit(tmp_path, monkeypatch):
     same(sampling.sample(fit, START, sampler, DATA, checkpoint=path, **options), whole)  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_more_draws(tmp_path):
     path, options = tmp_path / "run", FEW | {"observables": {"covariance": sampling.Covariance()}}
     whole = sampling.sample(loss, START, SGLD, **options | {"num_draws": 8})
@@ -345,6 +353,7 @@ MORE_OTHER_RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [OTHER_RUNS, pytest.param(MORE_OTHER_RUNS, marks=pytest.mark.slow)], ids=["", "more"]
 )
@@ -363,6 +372,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes):
 # Divergence.
 
 
+@pytest.mark.slow
 @few_draws
 def test_divergence_is_reported_and_left_out():
     sampler = rules.SGLD(lr=0.05, nbeta=1.0)
@@ -383,6 +393,7 @@ def test_divergence_is_reported_and_left_out():
     assert np.isnan(llc.per_chain).tolist() == [x >= 0 for x in first]
 
 
+@pytest.mark.slow
 def test_all_chains_diverged():
     with pytest.raises(FloatingPointError, match=r"2 of 2 chains diverged: chain 0 at draw .*smaller lr"):
         sampling.estimate_llc(at_most, START, rules.SGLD(lr=10.0), nbeta=5.0, **FEW)
@@ -393,6 +404,7 @@ def test_all_chains_diverged():
 # The estimate.
 
 
+@pytest.mark.slow
 @few_draws
 def test_the_estimate_is_that_of_its_draws():
     llc = sampling.estimate_llc(fit, START, SGLD.replace(nbeta=1.0), DATA, batch_size=4, **FEW)
@@ -426,6 +438,7 @@ def test_selections_are_named():
     np.testing.assert_allclose(by_name.loss, llc.loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 @few_draws
 def test_selections_move_their_parameters_only():
     masks = {"w": {"w": np.ones(2), "b": np.zeros(())}, "half": {"w": np.array([1, 0]), "b": None}}
@@ -444,6 +457,7 @@ def test_selections_move_their_parameters_only():
         llc[0][0]
 
 
+@pytest.mark.slow
 @few_draws
 def test_a_sweep_is_each_of_its_settings():
     rates, strengths = [0.01, 0.03, 100.0], [0.0, 2.0]
@@ -477,6 +491,7 @@ def test_other_numbers_compile_nothing_new():
     assert (chains.run_steps._cache_size(), chains.init_chains._cache_size(), chains.results._cache_size()) == before
 
 
+@pytest.mark.slow
 def test_no_data_are_written_into_the_program():
     data = {"x": jnp.ones((1000, 2)), "y": jnp.ones(1000)}
     spec = ChainSpec(Target(fit), None, 4, (), 5)

@@ -32,6 +32,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "batch_size", "count"),
     [
@@ -93,6 +94,7 @@ def mean_of(w, x):
     return jnp.mean(x) * jnp.sum(w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "map"])
 def test_all_chains_see_the_same_batches(method):
     options = {"key": KEY, "num_chains": 4, "num_draws": 8, "batch_size": 3, "chain_method": method}
@@ -111,6 +113,7 @@ def test_all_chains_see_the_same_batches(method):
     assert moved is None or (moved.loss == shared[:2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_chains_on_the_same_batches_differ_in_their_noise_alone():
     data = 2.0 ** jnp.arange(12)

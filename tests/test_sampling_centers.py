@@ -39,6 +39,7 @@ def flat(of):
     return np.concatenate([np.asarray(of["w"], np.float64), np.asarray(of["b"], np.float64)], -1)
 
 
+@pytest.mark.slow
 @of_sampler
 def test_chains_settle_between_the_minimum_and_the_center(name):
     r"""The stationary mean is :math:`K^{-1}(n\beta H w^* + \gamma c)`, and c the start where the center has None."""
@@ -59,6 +60,7 @@ def test_chains_settle_between_the_minimum_and_the_center(name):
         assert abs(accepted.mean() - cases.mala_quadratic(k, 0.02)) < 4 * accepted.std() / np.sqrt(number)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_box_stays_about_the_start(name):
     far = {"w": START["w"] + 100, "b": START["b"] - 100, "frozen": None}
@@ -70,6 +72,7 @@ def test_the_box_stays_about_the_start(name):
     np.testing.assert_array_equal(flat(after.slots["initial_param"]), flat(START))
 
 
+@pytest.mark.slow
 def test_another_center_compiles_nothing_new_and_continues_only_its_own_run(tmp_path):
     sampler = rules.SGLD(lr=0.01, nbeta=3.0, localization=5.0, center=CENTER)
     other = sampler.replace(center=CENTER | {"w": jnp.array([5.0, 5.0])})
@@ -145,6 +148,7 @@ WRONG = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("center", "error", "match"), WRONG.values(), ids=WRONG)
 def test_centers_that_do_not_fit(center, error, match):
     sampler = rules.SGLD(localization=1.0, center=center)

@@ -47,6 +47,7 @@ def at_rest(loss, w, by=None, *, draws=N // BATCH, **options):
     return np.asarray(found.loss[0], float), np.asarray(found.observables["g"][0], float)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("loss", [regression, logistic])
 @pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=slow)])
 def test_loss_and_gradient_are_unbiased(loss, microbatches):
@@ -57,6 +58,7 @@ def test_loss_and_gradient_are_unbiased(loss, microbatches):
     np.testing.assert_allclose(grads.mean(0), grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_variance_of_the_gradient_is_that_of_the_closed_form():
     r"""Of a linear regression it is that of :math:`x x^T (w - c)`, which goes as the square of the distance."""
     own = np.einsum("ni,nj->nij", X, X).astype(float) / NOISE**2
@@ -99,18 +101,21 @@ def positions(sampler=None, data=DATA, **options):
     ).observables["w"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=slow)])
 def test_a_center_that_is_renewed_at_each_step_gives_the_gradient_of_all_data(method):
     found = positions(control_variates=ControlVariates(renewed_every=1), chain_method=method)
     np.testing.assert_allclose(found, positions(batch_size=None, chain_method=method), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_center_that_is_not_renewed_in_time_is_where_the_chains_began():
     options = {"start_noise": 0.0}
     found = positions(control_variates=ControlVariates(renewed_every=1000), **options)
     np.testing.assert_allclose(found, positions(control_variates=ControlVariates(), **options), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_between_renewals_the_center_stays():
     """The first gradient after each renewal is exact, and the next ones are not."""
     w = positions(control_variates=ControlVariates(renewed_every=4), num_draws=9)
@@ -125,6 +130,7 @@ def test_between_renewals_the_center_stays():
     assert (np.delete(off, [0, 4, 8]) > 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "by",
     [ControlVariates(), pytest.param(ControlVariates(renewed_every=10), marks=slow)],
@@ -148,6 +154,7 @@ def test_the_posterior_of_a_conjugate_model(by):
         assert (np.diag(plain) > 1.5 * np.diag(expected)).all()
 
 
+@pytest.mark.slow
 def test_an_estimate_of_the_learning_coefficient_is_better_by_it():
     options = {"key": KEY, "num_chains": 8, "num_draws": 400, "num_burnin_steps": 100, "batch_size": BATCH}
     arguments = regression, jnp.asarray(BEST, jnp.float32), rules.SGLD(lr=2e-3), DATA
@@ -178,6 +185,7 @@ def of_tree(params, batch):
     return regression(w, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, pytest.param(1, marks=slow)])
 def test_trees_with_held_and_complex_arrays(every):
     mask = {"a": None, "held": 0.0, "z": None, "none": None}
@@ -193,6 +201,7 @@ def test_trees_with_held_and_complex_arrays(every):
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "by", [pytest.param(ControlVariates(jnp.zeros(SIZE)), marks=slow), ControlVariates(renewed_every=7)]
 )

@@ -158,6 +158,7 @@ class Sees(sampling.Observable):
         return memory, {"grads": draw.grads, "start": slots["initial_param"], "arrays": draw.arrays, **slots}
 
 
+@pytest.mark.slow
 def test_observables_see_whole_trees():
     watched = {"seen": Sees(), "accepted": sampling.MalaAcceptance()}
     options = {"key": KEY, "num_chains": 2, "num_draws": 3, "observables": watched}
@@ -247,6 +248,7 @@ def some_of(number):
     return {f"layer{layer}": (np.arange(64 * 64) % 7 == (layer + number) % 7).reshape(64, 64) for layer in range(8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_masks_are_one_copy_for_all_chains_of_a_setting(count):
     """As wide as the numbers that they multiply; a byte for each number of each chain would be four times that."""

@@ -56,6 +56,7 @@ def squares(w):
     return w[:2] ** 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("x", "y", "shape"),
     [
@@ -171,6 +172,7 @@ class Regression:
         return self.residual**2 / (2 * width) + np.log(2 * math.pi * width) / 2
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("nbeta", [300.0, 300 / math.log(300)], ids=["beta 1", "WBIC"])
 def test_the_numbers_of_a_regression_are_the_exact_ones(nbeta):
     given = Regression(nbeta)

@@ -56,6 +56,7 @@ def position(w):
     return w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["double well", "winding valley"])
 def test_it_is_exact_against_quadrature_and_plain_steps_are_not(case):
     loss, dimension, nbeta, _, reach = CASES[case]
@@ -70,6 +71,7 @@ def test_it_is_exact_against_quadrature_and_plain_steps_are_not(case):
     assert abs(off[False]).max() > 10
 
 
+@pytest.mark.slow
 def test_the_probability_that_is_recorded_is_how_often_chains_move():
     found = run("double well", num_steps_bw_draws=1, num_draws=200)
     w, alpha = (np.asarray(found.observables[name], float) for name in ("w", "metropolis_acceptance"))
@@ -79,6 +81,7 @@ def test_the_probability_that_is_recorded_is_how_often_chains_move():
     assert abs(moved.sum() - expected) < 4 * np.sqrt(spread)
 
 
+@pytest.mark.slow
 def test_the_potential_has_all_its_terms():
     """A Gaussian with decay and localization about a center, of which some directions are held."""
     h, nbeta, decay, localization, center = np.array([0.5, 2.0, 9.0]), 3.0, 2.0, 4.0, np.array([1.0, -1.0, 0.5])
@@ -121,6 +124,7 @@ def test_a_proposal_where_the_loss_is_not_finite_is_rejected():
     assert np.isfinite(found.observables["metropolis_acceptance"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=slow)])
 def test_a_run_goes_on_where_it_was(tmp_path, method):
     options = {"num_chains": 3, "num_burnin_steps": 0, "chain_method": method}

@@ -168,6 +168,7 @@ def test_a_run_of_a_module_is_that_of_its_arrays(kind):
     chex.assert_trees_all_equal(leaves(of.model), before)
 
 
+@pytest.mark.slow
 @few_draws
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimates_of_a_module_are_those_of_its_arrays(kind):
@@ -227,6 +228,7 @@ class Changes(sampling.Observable):
         return memory, trace
 
 
+@pytest.mark.slow
 def test_what_a_loss_changes_in_a_module_is_dropped():
     """Each step has the statistics and the random counts that were given, and so has each observable."""
     observables = {"changes": Changes(), "means": lambda model: (model(X[:2]), model.norm.mean[...])[1]}
@@ -250,6 +252,7 @@ def test_what_a_loss_changes_in_a_module_is_dropped():
     assert (one.loss != other.loss).all()  # where they are used, they are those given
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("only_new_garbage")  # what is collected takes its programs along
 def test_modules_of_one_structure_share_a_program():
     """Weights, integers, statistics and keys are data; a number of Python is not."""
@@ -285,6 +288,7 @@ def test_a_module_without_other_arrays_runs_as_its_arrays_to_the_last_bit():
     assert found.params.activation is model.activation
 
 
+@pytest.mark.slow
 def test_a_run_of_a_module_continues_from_a_checkpoint(tmp_path):
     path, model = tmp_path / "run", net(trains=False)
     options = FEW | {"observables": {"all": _same}}
@@ -327,6 +331,7 @@ def test_a_part_of_a_module_leaves_the_rest_to_the_loss():
 # The torch-style samplers.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("make", [optim.SGLD, optim.SGNHT, optim.SGHMC, optim.PSGLD], ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("kind", ["equinox", "nnx"])
 def test_torch_style_samplers_take_modules(kind, make):

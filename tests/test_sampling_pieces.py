@@ -30,6 +30,7 @@ def prepared_of(sampler=SGLD, **options):
     return run.prepare(problem(loss, jnp.ones(2), X, options), sampler, run.stacked(sampler, 1), 1, options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_run_in_pieces_is_the_run_in_one(whole):
     same(sample(**FULL), whole)
@@ -107,6 +108,7 @@ def test_a_run_that_was_cut_goes_on_from_its_checkpoint(tmp_path, whole, small, 
     same(sample(checkpoint=path, **FULL), whole)  # nothing is left to do
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("sizes", [(2**26, SMALL), (SMALL, 2**26)], ids=["then in pieces", "then in one"])
 def test_a_checkpoint_goes_on_with_another_room(sizes, tmp_path, whole, monkeypatch):
     for size, draws in zip(sizes, (7, 20), strict=True):
@@ -125,6 +127,7 @@ def test_a_run_in_pieces_stops_itself(monkeypatch):
     assert found.loss.shape[1] < 300
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_temperatures_swap_in_pieces(monkeypatch):
     found = tempered(**FEW | {"num_draws": 70})

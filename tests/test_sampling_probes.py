@@ -32,6 +32,7 @@ def loss(w, x):
     return jnp.mean(of_each(w, x))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("method", ["vmap", "map"])
 @pytest.mark.parametrize("size", [None, 7, 3, 1], ids=["all", "one batch", "a smaller last batch", "one by one"])
 def test_losses_are_those_of_the_parameters_of_the_draw(size, method):
@@ -53,6 +54,7 @@ def test_losses_are_those_of_the_parameters_of_the_draw(size, method):
     np.testing.assert_allclose(found.loss, plain.loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_covariances_of_losses_are_the_influence_of_data_on_one_another():
     r"""Of losses :math:`|w - a_i|^2/2` under :math:`N(m, v I)` they are :math:`d v^2/2 + v (m - a_i)(m - a_j)`."""
     nbeta, lr, number, at = 20.0, 0.02, 20_011, jnp.zeros(2)
@@ -81,6 +83,7 @@ def nnx_each(model, x):
     return of_each(model.w[...], x)
 
 
+@pytest.mark.slow
 def test_losses_of_a_module_are_those_of_its_arrays():
     options = FEW | {"probes": {"x": X}}
     found = sampling.sample(
@@ -101,6 +104,7 @@ class Far(sampling.Observable):
 FAR = Far()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_estimates_and_sweeps_take_probes():
     options = FEW | {"probes": {"x": X}, "observables": {"each": sampling.Losses(of_each, "x"), "far": FAR}}

@@ -28,6 +28,7 @@ def test_it_is_linear():
     np.testing.assert_allclose(of(combined), 2 * of(TREE) - 3 * of(OTHER), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_number_has_one_place_and_a_sign():
     """The places are uniform and the signs even: each count within five standard errors."""
     size, dim = 4096, 8
@@ -53,6 +54,7 @@ def test_products_have_the_mean_and_the_variance_of_the_formula():
     assert squares.std() / np.sqrt(number) < 0.03 * exact
 
 
+@pytest.mark.slow
 def test_numbers_count_on_from_leaf_to_leaf_whatever_their_dtypes():
     np.testing.assert_allclose(of(TREE), of(flatten(TREE)), rtol=1e-6)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), TREE)
@@ -71,6 +73,7 @@ def test_it_is_float64_where_the_tree_is(x64):
     np.testing.assert_allclose(of(tree), of(TREE), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_numbers_past_32_bits_go_on():
     key = jax.random.key_data(jax.random.key(1))
     across = sketches.words(key, sketches.place(2**32 - 2), (2, 2)).reshape(-1)
@@ -132,6 +135,7 @@ WATCHED = {
 FEW = {"key": KEY, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 1, "num_steps_bw_draws": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 def test_chains_have_one_sketch_of_displacement_and_gradient(method):
     seen = sampling.sample(
@@ -145,6 +149,7 @@ def test_chains_have_one_sketch_of_displacement_and_gradient(method):
     np.testing.assert_allclose(seen["grads"], each(grads), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_the_same_sketch_only(tmp_path):
     path, options = tmp_path / "run", FEW | {"observables": WATCHED, "chain_method": "vmap"}
     whole = sampling.sample(loss, START, SGLD, **options)

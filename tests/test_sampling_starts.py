@@ -97,6 +97,7 @@ def test_chains_begin_in_the_box(box):
     assert len(np.unique(start)) > (100 if box == "reflect" else 1)
 
 
+@pytest.mark.slow
 def test_without_noise_all_begin_at_the_parameters_and_chains_are_as_they_were():
     base = {"num_chains": 3, "num_draws": 4}
     plain, zero = (
@@ -125,6 +126,7 @@ class Centers(sampling.Observable):
 CENTERS = Centers()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_estimates_and_sweeps_begin_apart_and_compare_with_the_loss_at_the_center():
     h, base = np.ones((1, 4)), {"key": KEY, "num_chains": 3, "num_draws": 4, "observables": {"at": CENTERS}}
@@ -149,6 +151,7 @@ def test_estimates_and_sweeps_begin_apart_and_compare_with_the_loss_at_the_cente
     np.testing.assert_allclose(sweep.trace[1, 0, :, 0], sweep.trace[0, 0, :, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_rhat_tells_chains_that_have_not_met():
     """From one point they look as if they had."""
@@ -163,6 +166,7 @@ def test_rhat_tells_chains_that_have_not_met():
     assert rhat(3.0) > 20
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_apart_continues_to_the_last_bit(tmp_path):
     path, base = tmp_path / "run", {"start_noise": 0.5, "num_chains": 2, "num_draws": 4, "key": KEY}
     args = quadratic, jnp.ones(3), rules.SGLD(), np.ones((1, 3))

@@ -67,6 +67,7 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, made, monkeypatch):
     (runs, whole), path, cuts = made, tmp_path / name, [9, 22]
@@ -119,6 +120,7 @@ def test_a_store_and_a_checkpoint(tmp_path):
     assert not (tmp_path / "run.safetensors.run").exists()
 
 
+@pytest.mark.slow
 def test_batches_that_come_and_a_store(tmp_path):
     def batches():
         return iter([X + number for number in range(100)])

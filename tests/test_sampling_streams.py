@@ -63,6 +63,7 @@ def agree(found, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [False, True], ids=["own", "same"])
 @pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 def test_batches_in_the_order_of_arrays_give_the_run_of_arrays(method, same):
@@ -87,6 +88,7 @@ def whole(key):
     return jax.tree.map(lambda x: x[shuffled(jnp.arange(N, dtype=jnp.uint32), N, key)], DATA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same", [pytest.param(False, marks=pytest.mark.slow), True], ids=["own", "same"])
 def test_a_function_of_keys_gives_the_run_of_arrays(same):
     """Where a batch is an epoch of arrays, the key of a step is that of the epoch."""
@@ -173,6 +175,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_run_continues_to_the_last_bit(kind, tmp_path):
     run = functools.partial(sampling.sample, fit, START, SGLD)
@@ -189,6 +192,7 @@ def test_a_run_continues_to_the_last_bit(kind, tmp_path):
 # Estimates.
 
 
+@pytest.mark.slow
 @few_draws
 def test_the_first_batches_stand_for_all_data():
     batches = [jnp.full(2, float(number)) for number in range(40)]

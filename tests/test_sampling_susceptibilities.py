@@ -62,6 +62,7 @@ def exact(hessian, other, part, baseline, lr=LR):
     return value
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("baseline", module.BASELINES)
 def test_susceptibilities_of_a_quadratic_are_the_closed_form(baseline):
     found = run(baseline)
@@ -78,6 +79,7 @@ def test_susceptibilities_of_a_quadratic_are_the_closed_form(baseline):
         assert (gap < 5 * found.response.std_error[:, column]).all()
 
 
+@pytest.mark.slow
 def test_with_a_metropolis_step_they_are_those_of_the_posterior():
     """The closed form of a step of no size; that of plain steps is many errors off."""
     found = run("component", metropolis=True)
@@ -89,6 +91,7 @@ def test_with_a_metropolis_step_they_are_those_of_the_posterior():
     assert (np.abs(of_all[0] - plain) > 5 * of_all[1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_with_control_variates_batches_are_as_good_as_all_data():
     """The gradients of these batches differ by a constant, which the center tells."""
@@ -154,6 +157,7 @@ def mean_of_rows(w):
     return of_rows(w, ROWS, TARGETS).mean()
 
 
+@pytest.mark.slow
 def test_a_component_answers_to_weights_of_data_as_its_susceptibility_says():
     r"""d E[L] / dh of the loss (1 - h) L + h l_x is n beta chi_x, by differences of chains with the same noise."""
     data = {"row": ROWS, "target": TARGETS, "weight": np.full(12, 1 / 12)}
@@ -206,6 +210,7 @@ def by_hand(phi, excess, whole, baseline):
     return -covariance - (mean * (excess.mean((0, 1)) - whole.mean((0, 1))) if baseline == "full" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize(
     ("baseline", "reference", "size"),
@@ -243,6 +248,7 @@ def few(params=START, loss=mean_square, each=squares, **changes):
         return sampling.susceptibilities(loss, params, rules.SGLD(lr=0.05), TRAIN, **options)
 
 
+@pytest.mark.slow
 def test_without_a_loss_of_each_a_datum_is_a_batch_of_its_own():
     np.testing.assert_allclose(few(each=None).chi["x"], few().chi["x"], rtol=1e-5)
 
@@ -265,6 +271,7 @@ def test_modules_whose_counts_a_loss_changes():
     assert found.llc.observables["both"].shape == (3, 5, 5)
 
 
+@pytest.mark.slow
 def test_chains_of_all_parameters_are_run_beside_parts():
     part = {"part": PART}
     beside, among = few(selections=part), few(selections=part | {"every": True})

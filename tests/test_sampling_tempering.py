@@ -67,12 +67,14 @@ def test_the_free_energy_of_a_gaussian():
     np.testing.assert_allclose(w.mean((1, 2)), NBETA[:, None] * H * BEST / stiff, atol=0.15)
 
 
+@pytest.mark.slow
 def test_the_errors_are_those_of_repeated_runs():
     runs = [quadratics(key=jax.random.key(seed), num_chains=8, num_draws=60).free_energy for seed in range(20)]
     off = np.array([(of.value - exact_moments(NBETA)[2])[1:] / of.error[1:] for of in runs])
     assert 0.5 < np.mean(off**2) < 2.2
 
 
+@pytest.mark.slow
 def test_positions_are_swapped_at_the_exact_rate():
     found = quadratics()
     rng, size, rates = np.random.default_rng(0), 200_000, []
@@ -93,6 +95,7 @@ def wells(w):
     return jnp.sum((w**2 - 4) ** 2 / 16 - w / 20)
 
 
+@pytest.mark.slow
 def test_it_crosses_a_barrier_that_chains_do_not():
     nbeta = np.array([0.0, 1.0, 2.0, 4.0, 7.0, 11.0, 16.0])
     options = {"lr": 0.4 / (1 + nbeta), "localization": 0.25, "num_draws": 400, "observables": {"w": lambda w: w}}
@@ -114,6 +117,7 @@ def test_it_crosses_a_barrier_that_chains_do_not():
     assert (alone.observables["w"] > 0).mean() < probability[-1] / 5
 
 
+@pytest.mark.slow
 def test_pairs_take_turns_and_swap_with_the_metropolis_ratio():
     nbeta, chains = jnp.array([0.5, 1.0, 3.0, 4.0]), 20_000
     loss = jnp.repeat(jnp.array([1.0, 1.4, 1.2, jnp.nan]), chains)
@@ -160,6 +164,7 @@ def test_the_loss_is_that_of_all_data():
     assert found.loss.shape == (3, 3, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [pytest.param("vmap", marks=slow), "map"])
 def test_a_run_goes_on_where_it_was(tmp_path, method):
     path, options = tmp_path / "run", {"chain_method": method}

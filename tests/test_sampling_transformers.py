@@ -158,6 +158,7 @@ def mask_of(of, names):
     return by_path(sampling.restriction(of.arrays, names, **of.options), of.arrays)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_is_what_its_output_depends_on(kind):
     """Where the output of no other head counts, and the residual stream is not read again, the gradient is in the mask.
@@ -307,6 +308,7 @@ def test_what_there_is_not(params, names, options, error, problem):
         sampling.restriction(case(params).arrays if isinstance(params, str) else params, names, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["nnx", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linen", "equinox"))]
 )

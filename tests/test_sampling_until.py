@@ -67,6 +67,7 @@ def test_a_bound_that_is_not_reached_takes_all_draws():
     np.testing.assert_array_equal(estimated(until_mcse=1e-6, num_draws=150).loss, estimated(num_draws=150).loss)
 
 
+@pytest.mark.slow
 def test_all_selections_are_to_have_it():
     where = [jnp.zeros(SIZE).at[:2].set(1), jnp.ones(SIZE)]
     found = estimated(until_mcse=0.2, selections=where)
@@ -75,6 +76,7 @@ def test_all_selections_are_to_have_it():
     assert found.loss.shape[-1] == estimated(until_mcse=0.2, selections=where[1:]).loss.shape[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["checkpoint", "store"])
 def test_it_goes_on_under_a_smaller_bound(tmp_path, kept):
     pytest.importorskip("zarr")

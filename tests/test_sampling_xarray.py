@@ -70,6 +70,7 @@ def samples():
     return sampling.sample(loss, jnp.ones(2), SGLD, X, observables=OBSERVABLES, probes=PROBES, **FEW)
 
 
+@pytest.mark.slow
 def test_traces_are_variables_with_the_names_of_devinterp(samples):
     found = samples.to_xarray()
     draws = ("chain", "draw")
@@ -148,6 +149,7 @@ def test_without_xarray_it_says_what_to_install(samples, monkeypatch):
 NEAR = rules.SGLD(lr=0.01, localization=1.0, nbeta=10.0)
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize("selections", [None, {"first": ["x"], "both": ["x", "y"]}, [["x"], ["x", "y"], ["y"]]])
 def test_an_llc_has_the_dataset_of_its_samples_and_its_trace(selections):

@@ -410,6 +410,7 @@ def derivatives(rows):
     return [jax.tree.map(np.asarray, run(lr, counted(100))) for lr in (LR, 2 * LR)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [EXAMPLES, pytest.param(ROWS, marks=pytest.mark.slow)], ids=["examples", "rows"])
 def test_the_derivative_by_the_base_rate_is_the_finite_difference(rows, x64):
     behind, ahead = derivatives(rows)
@@ -421,6 +422,7 @@ def test_the_derivative_by_the_base_rate_is_the_finite_difference(rows, x64):
             np.testing.assert_allclose(slope, difference, rtol=1e-10, atol=tolerance, err_msg=row.id)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("row", "step", "double"),
     [
@@ -478,6 +480,7 @@ def test_a_schedule_without_a_momentum_says_who_has_one():
 # Composition.
 
 
+@pytest.mark.slow
 def test_a_chain_inside_a_sequence_is_what_it_is_alone(x64):
     # torch's own applies the first factors twice, or raises NotImplementedError at the milestone.
     chain = chained(CONSTANT, EXPONENTIAL)
@@ -493,6 +496,7 @@ def test_a_sequence_inside_a_sequence_is_what_it_is_alone(x64):
     assert_double(np.asarray(jax.vmap(schedule)(jnp.arange(80))), expected)
 
 
+@pytest.mark.slow
 def test_one_cycle_after_a_warmup_of_the_rate_that_it_begins_with(x64):
     row = sequential(CONSTANT, ONE_CYCLE, at=[10])
     assert_double(np.asarray(jax.vmap(row.schedule())(jnp.arange(60))), run_parent(row, 60))
@@ -555,6 +559,7 @@ def test_a_jitted_value_is_the_eager_one(row):
         np.testing.assert_allclose(jitted(all_examples(), np.int32(step))[row.id], value, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("kind", "double"), [(np.float32, False), (np.int64, True), (np.float64, True)])
 @pytest.mark.parametrize("row", quick(EXAMPLES, 5), ids=str)
 def test_any_kind_of_number_is_a_step(row, kind, double):
@@ -587,6 +592,7 @@ def nudged(value):
     return value * 0.9 if isinstance(value, float) else value
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_only_counts_and_switches_are_structure(row):
     leaves, structure = jax.tree.flatten(row.schedule())
@@ -595,6 +601,7 @@ def test_only_counts_and_switches_are_structure(row):
     assert all(isinstance(leaf, float) for leaf in [*leaves, *others])
 
 
+@pytest.mark.slow
 def test_changing_any_number_compiles_nothing_new():
     run, compiled = examples()
     values = run(all_examples(), np.int32(40))
@@ -613,6 +620,7 @@ def test_changing_a_count_compiles_another_program():
     assert float(value(schedules.step_lr(0.1, 50), 40)) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_vmap_over_the_base_rate():
     @jax.jit
     def run(rates):
@@ -647,6 +655,7 @@ def test_vmap_over_the_base_of_a_power():
     np.testing.assert_allclose(swept, scale * gammas[:, None, None] ** exponents, rtol=6e-6, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_derivatives_by_other_numbers(x64):
     functions = [
         (0.9, lambda gamma: schedules.exponential_lr(LR, gamma)(20)),
@@ -741,6 +750,7 @@ def loss(params):
     return jnp.sum((params["w"] - 3.0) ** 2)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
 def test_a_schedule_gives_the_rate_of_each_step(factory):
     name = "eta" if factory is jaxoptim.adagrad_rmsprop else "lr"
@@ -787,6 +797,7 @@ SCHEDULE = schedules.sequential_lr(
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "tx",
     [
@@ -815,6 +826,7 @@ def descended(rule, steps=6):
     return loss(jax.lax.scan(body, (params, jaxoptim.init(rule, params)), length=steps)[0][0])
 
 
+@pytest.mark.slow
 def test_the_hypergradient_of_the_base_rate(x64):
     both, h = jax.jit(jax.value_and_grad(descended)), 1e-6
 
@@ -835,6 +847,7 @@ def test_vmap_over_the_base_rate_of_a_rule():
     np.testing.assert_allclose(jax.jit(jax.vmap(final))(rates), [one(lr) for lr in rates], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rule_with_another_rate_in_its_schedule_compiles_nothing_new():
     compiled = []
 
@@ -1086,6 +1099,7 @@ def test_a_plateau_in_float32():
             np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_vmap_makes_many_plateaus(x64):
     metrics = np.random.default_rng(0).integers(-20, 20, (5, 40)) / 8
     rates = np.geomspace(0.1, 1.0, 5)
@@ -1143,6 +1157,7 @@ def test_a_plateau_refuses_what_torch_refuses():
 # Plots.
 
 
+@pytest.mark.slow
 def test_plot_draws_the_values_of_the_steps():
     schedule = CYCLIC.schedule()
     ax = schedules.plot(schedule, 40)

@@ -196,6 +196,7 @@ class TestMisspeltOptions:
             {key: opt.param_groups[0][key] for key in own} == {key: parent.param_groups[0][key] for key in own} == own
         )
 
+    @pytest.mark.slow
     def test_every_option_is_its_own(self):
         """No class refuses an option of its own, nor one that a scheduler adds."""
         for name in ("SGD", "AdamW", "Rprop", "ASGD", "Adadelta", "NAdam", "RMSprop", "ClippedAdam", "DCTAdam"):
@@ -243,6 +244,7 @@ def by_minimize(opt, param):
 
 
 class TestLBFGSWhereTheLossTurnsNaN:
+    @pytest.mark.costly
     @pytest.mark.parametrize("step", [by_closure, by_minimize])
     @pytest.mark.parametrize("max_iter", [1, 2, 20])
     def test_goes_on_from_the_last_finite_point(self, x64, step, max_iter):
@@ -295,6 +297,7 @@ class TestLBFGSWhereTheLossTurnsNaN:
             assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((x, state)))
         np.testing.assert_allclose(x, 1.0, atol=1e-3)
 
+    @pytest.mark.slow
     def test_a_loss_that_is_nan_from_the_start_stays_where_it_is(self):
         for search in (None, "strong_wolfe"):
             rule, x = jaxoptim.rules.LBFGS(line_search_fn=search), jnp.ones(3)

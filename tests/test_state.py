@@ -37,6 +37,7 @@ def two_steps(rule, params, grads):
     return params, state
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_carried_by_scan(case):
     rule, params, grads = problem(case)
@@ -61,6 +62,7 @@ def test_state_is_the_same_on_both_sides_of_cond(case):
     assert_trees_equal(step_if(True, params, state), jaxoptim.step(rule, params, grads, state))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_exported_and_serialized(case):
     rule, params, grads = problem(case)
@@ -95,6 +97,7 @@ def assert_sharded_like_params(state, params):
             assert slot["w"].sharding.is_equivalent_to(params["w"].sharding, 2), name
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_sharded_like_its_parameter(case, axis_type):

@@ -89,6 +89,7 @@ def loop(steps, loss_fn, params, optimizer, key, *args, seen=None):
 # Basic SVI.
 
 
+@pytest.mark.slow
 def test_a_mean_of_normal_data():
     svi = SVI(model, guide, decaying(600), Trace_ELBO(num_particles=10), key=KEY)
     losses = svi.run(600, DATA, progress_bar=False)
@@ -232,6 +233,7 @@ def test_the_low_level_loop_reaches_the_posterior_with_optax_too():
 # A regularizer.
 
 
+@pytest.mark.slow
 def test_a_regularizer_of_unconstrained_values_shifts_the_optimum():
     # Up to a constant the loss is PRECISION / 2 ((loc - LOC)^2 + scale^2) - log(scale), and the scale is exp(u).
     params, constrain, loss_fn = differentiable_loss(model, guide, Trace_ELBO(num_particles=10), KEY, DATA)
@@ -269,6 +271,7 @@ def clipped_by_hand(grad, clip_norm=None, clip_value=None):
     return jnp.asarray(grad if clip_value is None else np.clip(grad, -clip_value, clip_value))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "clips",
     [
@@ -301,6 +304,7 @@ def test_clipping_in_the_optimizer_is_clipping_by_hand(clips):
         np.testing.assert_allclose(svi.params[name].value, value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_posterior_with_clipped_gradients():
     # Few particles: many gradients are beyond the bound, and those at the optimum are symmetric or rarely clipped.
     svi = SVI(model, guide, decaying(800, clip_norm=5.0), Trace_ELBO(num_particles=10), key=KEY)
@@ -345,6 +349,7 @@ def test_beta_weakens_the_data(elbo):
     near(svi.get_params(), loc=DATA.sum() / NOISE**2 / 4 / precision, scale=precision**-0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
 def test_a_beta_vae_of_linear_networks(beta):
     noise, variance = 0.5, 3.0
@@ -389,6 +394,7 @@ def pair_guide(data):
     numpyro.sample("b", dist.Normal(numpyro.param("b_loc", 0.0), scale))
 
 
+@pytest.mark.slow
 def test_newton_for_one_parameter_and_adam_for_the_others():
     mixed = multi.MixedMultiOptimizer([(["a_loc"], multi.Newton()), (["b_loc", "b_scale"], decaying(600))])
     svi = SVI(pair, pair_guide, mixed, Trace_ELBO(num_particles=10), key=KEY)
@@ -399,6 +405,7 @@ def test_newton_for_one_parameter_and_adam_for_the_others():
     near(svi.get_params(), b_loc=-LOC, b_scale=SCALE)
 
 
+@pytest.mark.slow
 def test_newton_and_adam_by_hand():
     params, constrain, loss_fn = differentiable_loss(pair, pair_guide, Trace_ELBO(num_particles=10), KEY, DATA)
     adam, newton, key = decaying(300, lr=0.1), multi.Newton(), KEY
@@ -459,6 +466,7 @@ def averaged_elbo(model, guide, *args, **kwargs):
     return sum(simple_elbo(model, guide, *args, **kwargs) for _ in range(8)) / 8
 
 
+@pytest.mark.slow
 def test_an_elbo_of_ones_own():
     near(fitted(800, model, guide, DATA, elbo=averaged_elbo), loc=LOC, scale=SCALE)
 
@@ -512,6 +520,7 @@ def test_annealing_compiles_once_and_ends_at_the_posterior(caplog):
     near(svi.get_params(), loc=LOC, scale=SCALE, atol=0.02)
 
 
+@pytest.mark.slow
 def test_annealing_in_the_low_level_loop_compiles_once(caplog):
     params, constrain, loss_fn = differentiable_loss(
         weighted, weighted_guide, Trace_ELBO(num_particles=10), KEY, DATA, factor=0.1
@@ -582,6 +591,7 @@ def each(skip=()):
     ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", each())
 def test_every_optimizer_reaches_the_posterior(name):
     make, steps = OPTIMIZERS[name]

@@ -17,6 +17,7 @@ RULES = [*(case.ours() for case in FIRST), *SAMPLERS]
 FEW = (rules.SGD, rules.Adagrad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "own",
     [pytest.param(x, id=type(x).__name__, marks=[] if isinstance(x, FEW) else pytest.mark.slow) for x in RULES],
@@ -152,6 +153,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda cls: cls.__name__)
 def test_a_broken_rule_fails_with_what_is_wrong(broken):
     few = {"scalar": jnp.array(0.5), "vector": jnp.linspace(-1, 1, 5), "matrix": jnp.linspace(0.1, 1, 6).reshape(3, 2)}
@@ -159,6 +161,7 @@ def test_a_broken_rule_fails_with_what_is_wrong(broken):
         check_rule(broken(), few)
 
 
+@pytest.mark.slow
 def test_the_faces_and_missing_gradients_are_checked(monkeypatch):
     few = {"a": jnp.linspace(-1, 1, 5), "b": jnp.array(0.5)}
     check_rule(Momentum(), few)
@@ -195,6 +198,7 @@ def test_what_cannot_be_checked_is_refused():
         check_rule(OnlyCubes())
 
 
+@pytest.mark.slow
 def test_the_library_does_not_import_the_kit_nor_chex():
     code = "import sys, jaxoptim; sys.exit(bool({'chex', 'jaxoptim.testing'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -27,6 +27,7 @@ def ones(dtype=jnp.float32):
     return jnp.ones(SHAPE, dtype)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_none_leaves_are_left_alone(case):
     rule = case.ours()
@@ -212,6 +213,7 @@ def test_sparse_adam_leaves_untouched_rows_alone_to_the_bit():
     assert jnp.all(new[jnp.array([1, 4])] != table[jnp.array([1, 4])])
 
 
+@pytest.mark.slow
 def test_sparse_updates_add_to_the_parameters_as_optax_adds_them():
     table, tx = {"w": jnp.ones((6, 2))}, jaxoptim.sparse_adam(lr=0.1)
     grads = {"w": rows([4, 1, 4], jnp.ones((3, 2)))}
