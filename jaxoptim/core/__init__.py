@@ -41,5 +41,6 @@ from jaxoptim.core.transform import init as init
 from jaxoptim.core.transform import noise_of_some as noise_of_some
 from jaxoptim.core.transform import step as step
 from jaxoptim.core.transform import step_and_change as step_and_change
+from jaxoptim.core.transform import steps_and_changes as steps_and_changes
 from jaxoptim.core.transform import transformation as transformation
 from jaxoptim.core.transform import update as update

@@ -226,21 +226,26 @@ def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     return slots_of(param, drawn)
 
 
-def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Array, Any, Slots]:
+Change = tuple[Any, jax.Array, Any, Slots]
+"""The rows of a parameter that change (None: all), their change, their new values, None if they follow from it, and
+the new slots."""
+
+
+def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> Change:
     """Return the rows that change (None: all), the change of one parameter in them, and its new slots.
 
     Before the slots stands the new value of the rows, None where it is the old one and the change, rounded.
     """
     if not isinstance(leaf.grad, BCOO):
-        return None, *_valued(leaf, *_update_dense(*leaf[1:], shared))
+        return None, *valued(leaf, *update_dense(*leaf[1:], shared))
     if not leaf.rule.rowwise:
         leaf = leaf._replace(grad=sparse.to_dense(leaf.grad))
-        return None, *_valued(leaf, *_update_dense(*leaf[1:], shared))
+        return None, *valued(leaf, *update_dense(*leaf[1:], shared))
     rows, values = sparse.distinct_rows(leaf.grad)
     touched = {key: slot if slot is None else sparse.take(slot, rows) for key, slot in leaf.slots.items()}
     here = None if leaf.param is None else sparse.take(leaf.param, rows)
     of_rows = leaf._replace(grad=values, slots=touched, param=here)
-    change, value, new = _valued(of_rows, *_update_dense(*of_rows[1:], shared))
+    change, value, new = valued(of_rows, *update_dense(*of_rows[1:], shared))
     return (
         rows,
         change,
@@ -249,7 +254,7 @@ def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> tuple[Any, jax.Arra
     )
 
 
-def _valued(leaf: LeafUpdate, change: jax.Array, slots: Slots) -> tuple[jax.Array, Any, Slots]:
+def valued(leaf: LeafUpdate, change: jax.Array, slots: Slots) -> tuple[jax.Array, Any, Slots]:
     """The change, the new value of a parameter that keeps more than the nearest one, and the slots."""
     param, how = leaf.param, leaf.rule.precision
     if param is None or not precision.is_low(param.dtype) or not how.keeps_values:
@@ -261,7 +266,7 @@ def _valued(leaf: LeafUpdate, change: jax.Array, slots: Slots) -> tuple[jax.Arra
 
 
 @jax.jit
-def _update_dense(
+def update_dense(
     rule: Rule,
     grad: jax.Array,
     slots: Slots,
@@ -270,7 +275,7 @@ def _update_dense(
     given: dict[str, Any],
     shared: dict[str, Any],
 ) -> tuple[jax.Array, Slots]:
-    """Run the rule in the computing dtype, on the real view of complex arrays.
+    """Run the rule in the computing dtype, on the real view of complex arrays; the change and the new slots.
 
     Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
     a large tree; the compiler inlines it.

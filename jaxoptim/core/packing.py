@@ -238,7 +238,7 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
         raise TypeError("pack was given a Packed, which is packed already. Use it as it is, or unpack() it first.")
     leaves = zip(trees.names(tree), jax.tree.leaves(tree, is_leaf=trees.is_leaf), strict=True)
     arrays = [(name, trees.as_array("parameter", name, leaf)) for name, leaf in leaves if leaf is not None]
-    kinds = [str(x.dtype) if x.size <= max_size and not _is_sharded(x) else None for _, x in arrays]
+    kinds = [str(x.dtype) if x.size <= max_size and not is_sharded(x) else None for _, x in arrays]
     buffers = tuple(sorted({kind for kind in kinds if kind is not None}))
     places = tuple(
         _Place(name, x.shape, None if kind is None else buffers.index(kind))
@@ -252,11 +252,11 @@ def unpacked(tree: Any) -> Any:
     return tree.unpack() if isinstance(tree, Packed) else tree
 
 
-def _is_sharded(x: jax.Array) -> bool:
+def is_sharded(x: Any) -> bool:
     """Whether an array is laid out over several devices, as far as that is known."""
     if isinstance(x, jax.core.Tracer):
         return explicit_sharding(x) is not None
-    return len(x.sharding.device_set) > 1
+    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
 
 
 def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]], is_whole: bool = False) -> list[jax.Array]:

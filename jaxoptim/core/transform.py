@@ -25,7 +25,6 @@ from jaxoptim.core.leaf import (
     init_leaf,
     of_any_leaf,
     summed,
-    update_leaf,
 )
 from jaxoptim.core.numerics import is_complex, real_size, view_as_complex
 from jaxoptim.core.packing import Packed, unpacked
@@ -33,6 +32,7 @@ from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.restoring import restored
 from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled, is_tree
 from jaxoptim.core.signatures import bound
+from jaxoptim.core.stacks import update_leaves
 
 P = ParamSpec("P")
 
@@ -196,13 +196,26 @@ def step_and_change(rule: Rule, param: Any, grad: Any, state: OptState) -> tuple
 
     The change is not rounded to the dtype of the array. Who asks for its norm need not keep the old array for it.
     """
+    (new, change), state = _with_changes(rule, param, grad, state)
+    return new, change, state
+
+
+def steps_and_changes(
+    rule: Rule, params: list[Any], grads: list[Any], state: OptState
+) -> tuple[list[Any], list[Any], OptState]:
+    """Several arrays, with gradients, after one update, the changes that were added to them, and the new state."""
+    pairs, state = _with_changes(rule, params, grads, state)
+    return [new for new, _ in pairs], [change for _, change in pairs], state
+
+
+def _with_changes(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, OptState]:
+    """A tree of pairs, each array after one update and its change."""
 
     def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
         new = _applied(param, rows, change, value)
         return new, change if rows is None else new - param
 
-    (new, change), state = _updated(rule, grad, state, param, {}, finish, lambda grad, param: (param, None))
-    return new, change, state
+    return _updated(rule, grads, state, params, {}, finish, lambda grad, param: (param, None))
 
 
 def _applied(param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
@@ -473,8 +486,8 @@ def _updated(
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
     sizes = [0 if x is None else real_size(x) for x in (all_grads if params is None else all_params)]
     starts = list(itertools.accumulate(sizes, initial=0))
-    for leaf in todo:
-        rows, change, value, new = update_leaf(leaf, rule.shared_at(starts[leaf.number], shared))
+    updated = update_leaves(todo, [rule.shared_at(starts[leaf.number], shared) for leaf in todo])
+    for leaf, (rows, change, value, new) in zip(todo, updated, strict=True):
         results[leaf.number] = finish(leaf.grad, leaf.param, rows, change, value)
         for key in new_slots.keys() & new.keys():
             new_slots[key][leaf.number] = new.pop(key)

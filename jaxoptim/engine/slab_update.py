@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import OptState, Rule, check_gradient, init, step_and_change
+from jaxoptim.core import OptState, Rule, check_gradient, init, step_and_change, steps_and_changes
 from jaxoptim.core.clipping import squares
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.core.sparse import rows_of
@@ -127,6 +127,7 @@ class SlabUpdate(Update):
         """Values, slots and counts after one step along the gradient of each cell, and the changes of values."""
         layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
         counts, settings, new, changes = contents.counts, _each(self._numbers(data)), [], []
+        together = _steps_together(layout, settings, contents, grads) if self.even else {}
         for cell, grad, (value, slots) in zip(layout.cells, grads, contents.cells, strict=True):
             setting = settings[cell.setting]
             if slots is None or grad is None or not cell.times:
@@ -134,7 +135,9 @@ class SlabUpdate(Update):
                 continue
             members = jnp.array(cell.members)
             count = counts[0] if self.even else counts[members] if cell.is_slab else counts[cell.members[0]]
-            if not cell.is_slab:
+            if cell.number in together:
+                value, slots, change = together[cell.number]
+            elif not cell.is_slab:
                 value, slots, change = _alone_step(cell, setting, value, slots, count, grad)
             elif self.even and cell.is_flat:
                 value, slots, change = _flat_step(setting, value, slots, count, grad)
@@ -196,6 +199,31 @@ def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any
         value, change, (count, slots, *_) = step_and_change(setting.rule, value, setting.clip.clipped(grad), state)
         changes.append(change)
     return value, slots, functools.reduce(jnp.add, changes)
+
+
+def _steps_together(
+    layout: Layout, settings: Sequence[Setting], contents: Contents, grads: Sequence[Any]
+) -> dict[int, tuple[Any, Any, Any]]:
+    """One step of the arrays that stand by themselves because their rule looks at shapes: values, slots and changes.
+
+    Those of one shape and setting go through the rule as one stack, if all parameters have made the same steps.
+    """
+    alike: dict[int, list[int]] = {}
+    for cell, grad, (_, slots) in zip(layout.cells, grads, contents.cells, strict=True):
+        is_dense = grad is not None and slots is not None and not isinstance(grad, BCOO)
+        if is_dense and not (cell.is_slab or cell.times != 1 or settings[cell.setting].rule.elementwise):
+            alike.setdefault(cell.setting, []).append(cell.number)
+    stepped: dict[int, tuple[Any, Any, Any]] = {}
+    for at, numbers in alike.items():
+        rule, clip = settings[at]
+        values, own = zip(*(contents.cells[number] for number in numbers), strict=True)
+        names = dict.fromkeys(name for slots in own for name in slots)
+        slots = {name: [slots.get(name) for slots in own] for name in names}
+        clipped = [clip.clipped(grads[number]) for number in numbers]
+        new, changes, state = steps_and_changes(rule, list(values), clipped, OptState(contents.counts[0], slots, {}))
+        for place, number in enumerate(numbers):
+            stepped[number] = new[place], {name: state.slots[name][place] for name in own[place]}, changes[place]
+    return stepped
 
 
 def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:

@@ -158,29 +158,38 @@ class Muon(Rule):
         return {name: move(slot) for name, slot in slots.items()}
 
     def orthogonalized(self, matrix: jax.Array) -> jax.Array:
-        """The matrix with its singular values brought near one, by Newton and Schulz's iteration."""
+        """The matrix with its singular values brought near one, by Newton and Schulz's iteration.
+
+        A tall one is multiplied from the right, which is the iteration of its transpose.
+        """
         a, b, c = (jnp.asarray(coefficient, jnp.float32) for coefficient in self.ns_coefficients)
         tall = matrix.shape[0] > matrix.shape[1]
-        x = _bfloat16(matrix.astype(jnp.float32))
-        x = x.T if tall else x
-        norm = _bfloat16(jnp.sqrt(jnp.sum(x * x)))
-        x = _bfloat16(x / jnp.maximum(norm, _bfloat16(jnp.asarray(self.eps, jnp.float32))))
+        matrix = _rounded(matrix.astype(jnp.float32))
+        norm = _rounded(jnp.sqrt(jnp.sum(matrix * matrix)))
+        x = matrix / jnp.maximum(norm, _rounded(jnp.asarray(self.eps, jnp.float32)))
         for _ in range(self.ns_steps):
-            gram = _bfloat16(_matmul(x, x.T))
+            x = _bfloat16(x)
+            gram = jax.lax.optimization_barrier(jnp.matmul(x.T, x) if tall else jnp.matmul(x, x.T))
             square = jax.lax.reduce_precision(c * _matmul(gram, gram), exponent_bits=8, mantissa_bits=23)
             polynomial = _bfloat16(_fused_multiply_add(b, gram, square))
-            x = _bfloat16(_fused_multiply_add(a, x, _matmul(polynomial, x)))
-        return x.T if tall else x
+            product = _matmul(x, polynomial.T) if tall else _matmul(polynomial, x)
+            x = _fused_multiply_add(a, x, product)
+        return _rounded(x)
 
 
-def _bfloat16(x: jax.Array) -> jax.Array:
+def _rounded(x: jax.Array) -> jax.Array:
     """A float32 array rounded to bfloat16, by an operation that the compiler may not undo."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
+def _bfloat16(x: jax.Array) -> jax.Array:
+    """A float32 array in bfloat16, which the compiler may not replace by the float32 one that it is made of."""
+    return jax.lax.optimization_barrier(_rounded(x).astype(jnp.bfloat16))
+
+
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two bfloat16 matrices, summed in float32."""
-    return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    """The product of two bfloat16 matrices in float32."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _fused_multiply_add(a: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -189,6 +198,7 @@ def _fused_multiply_add(a: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     With ``a`` in two parts of 16 and 8 bits both products are exact, and the error of the one sum that
     matters is carried along. Without it one in a thousand small matrices would differ from torch's.
     """
+    x = x.astype(jnp.float32)
     high = jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=15)
     product = high * x
     total = product + y
