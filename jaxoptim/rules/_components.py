@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ COMPONENTS = (
 )
 SKETCHES = ("scaled_grad_sketch", "unscaled_grad_sketch", "localization_sketch", "weight_decay_sketch", "noise_sketch")
 """The count sketches of the parts of a step, in the order of :meth:`PosteriorSampler.parts`."""
+
+
+class Scaled(NamedTuple):
+    """A number times an array, apart: a sum over the array reads what is in memory, not a product made for it."""
+
+    number: Any
+    array: jax.Array
+
+    @property
+    def value(self) -> jax.Array:
+        """The product."""
+        return self.number * self.array
+
+    def dot(self, other: Scaled) -> jax.Array:
+        """The sum of the products with another one."""
+        return self.number * other.number * jnp.sum(self.array * other.array)
 
 
 class PosteriorSampler(Sampler):
@@ -60,7 +76,7 @@ class PosteriorSampler(Sampler):
 
     def parts(
         self, grad: jax.Array, slots: Slots, param: jax.Array, *, rate: Any, unscaled: Any, noise: jax.Array
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Scaled | None, ...]:
         """One array's part of a, of a without preconditioner and friction, of l, d and n; None for one of zeros.
 
         Args:
@@ -71,15 +87,22 @@ class PosteriorSampler(Sampler):
             unscaled: the number in its place without preconditioner and friction.
             noise: what the step adds, masked.
         """
-        terms = {name: masked(self, x) for name, x in forces(self, grad, slots, param).items()}
-        pull, decay = (rate * terms[name] if name in terms else None for name in ("localization", "weight_decay"))
-        return rate * terms["grad"], unscaled * terms["grad"], pull, decay, noise
+        terms = {name: (k, masked(self, x)) for name, (k, x) in forces(self, grad, slots, param).items()}
 
-    def products(self, parts: tuple[Any, ...], slots: Slots, param: jax.Array) -> Slots:
+        def at(rate: Any, name: str) -> Scaled | None:
+            if name not in terms:
+                return None
+            number, x = terms[name]
+            return Scaled(rate * number, x) if jnp.ndim(rate) == 0 else Scaled(number, rate * x)
+
+        pull, decay = at(rate, "localization"), at(rate, "weight_decay")
+        return at(rate, "grad"), at(unscaled, "grad"), pull, decay, Scaled(1.0, noise)
+
+    def products(self, parts: tuple[Scaled | None, ...], slots: Slots, param: jax.Array) -> Slots:
         """What one array adds to the metrics, given its parts of the step."""
         descent, _, pull, decay, noise = parts
-        prior = pull if decay is None else decay if pull is None else pull + decay
-        vectors = (*parts, masked(self, param - slots["initial_param"]))
+        prior = pull if decay is None else decay if pull is None else Scaled(1.0, pull.value + decay.value)
+        vectors = (*parts, Scaled(1.0, masked(self, param - slots["initial_param"])))
         pairs = (*zip(vectors, vectors, strict=True), (descent, prior), (descent, noise), (prior, noise))
         return {name: _dot(*pair) for name, pair in zip(COMPONENTS, pairs, strict=True)}
 
@@ -89,6 +112,6 @@ class PosteriorSampler(Sampler):
         return shared | {name: x.astype(jnp.float32) for name, x in (found | norms).items()}
 
 
-def _dot(a: Any, b: Any) -> jax.Array:
+def _dot(a: Scaled | None, b: Scaled | None) -> jax.Array:
     """The product of two arrays, of which None is one of zeros."""
-    return jnp.zeros(()) if a is None or b is None else jnp.sum(a * b)
+    return jnp.zeros(()) if a is None or b is None else a.dot(b)

@@ -43,16 +43,17 @@ class _Boxed(Protocol):
 
 def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
     r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
-    return functools.reduce(operator.add, forces(rule, grad, slots, param).values())
+    terms = forces(rule, grad, slots, param).values()
+    return functools.reduce(operator.add, (number * x for number, x in terms))
 
 
-def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, jax.Array]:
-    """The terms of :func:`force` that are on, by name."""
-    terms = {"grad": rule.nbeta * grad}
+def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, tuple[Any, jax.Array]]:
+    """The terms of :func:`force` that are on, by name, each a number times an array."""
+    terms = {"grad": (rule.nbeta, grad)}
     if enabled(rule.weight_decay):
-        terms["weight_decay"] = rule.weight_decay * param
+        terms["weight_decay"] = rule.weight_decay, param
     if enabled(rule.localization):
-        terms["localization"] = rule.localization * from_center(rule, slots, param)
+        terms["localization"] = rule.localization, from_center(rule, slots, param)
     return terms
 
 

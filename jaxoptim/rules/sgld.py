@@ -17,7 +17,7 @@ from jaxoptim.core import (
     factory,
     rule,
 )
-from jaxoptim.rules._components import PosteriorSampler
+from jaxoptim.rules._components import PosteriorSampler, Scaled
 from jaxoptim.rules._langevin import boxed, check_terms, force, from_center, masked
 from jaxoptim.rules._terms import needed, zeros
 
@@ -167,12 +167,17 @@ class SGLD(PosteriorSampler):
 
     def _squares(self, grad: Any, slots: Slots, param: Any, noise: Any, moved: Any, inside: Any) -> Slots:
         """One array's part of what is summed for the metrics with switches."""
-        pull, away = self.lr / 2 * self.nbeta * grad, param - slots["initial_param"]
+        shaken, pull, away = masked(self, noise), self.lr / 2 * self.nbeta, param - slots["initial_param"]
+
+        def landed(x: jax.Array) -> Scaled:
+            return Scaled(1.0, param + (x - param))  # as the step writes it, so that it is in memory
+
         if self.metrics == "devinterp":
-            vectors = masked(self, noise), pull, moved, self.localization * away
+            vectors = Scaled(1.0, shaken), Scaled(pull, grad), landed(moved), Scaled(self.localization, away)
         else:
-            vectors = masked(self, jnp.sqrt(self.lr) * noise), masked(self, pull), inside, masked(self, away)
-        sums = {name: jnp.sum(x**2) for name, x in zip(METRICS, vectors, strict=True)}
+            free, there = Scaled(pull, masked(self, grad)), Scaled(1.0, masked(self, away))
+            vectors = Scaled(jnp.sqrt(self.lr), shaken), free, landed(inside), there
+        sums = {name: x.dot(x) for name, x in zip(METRICS, vectors, strict=True)}
         if self.save_mala_vars and self.metrics == "devinterp":
             sums["distance"] = self.lr * jnp.sqrt(self.localization * jnp.sum(masked(self, away) ** 2))
         held = self.localization * jnp.sum(masked(self, from_center(self, slots, param)) ** 2)

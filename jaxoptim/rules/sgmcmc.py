@@ -22,7 +22,7 @@ from jaxoptim.core import (
     sqrt,
 )
 from jaxoptim.core.rule import assembled
-from jaxoptim.rules._components import COMPONENTS, SKETCHES, PosteriorSampler
+from jaxoptim.rules._components import COMPONENTS, SKETCHES, PosteriorSampler, Scaled
 from jaxoptim.rules._langevin import boxed, check_terms, force, free, masked
 from jaxoptim.rules._terms import needed, zeros
 
@@ -145,7 +145,8 @@ class SGMCMC(PosteriorSampler):
         if self.metrics is None and self.sketch_dim is None:
             return {}
         descent, _, *others = self.parts(grad, slots, param, rate=rate, unscaled=self.lr / 2, noise=noise)
-        parts = (descent, self.lr / 2 * self.nbeta * grad, *others)  # devinterp leaves the mask out of the second
+        whole = Scaled(self.lr / 2 * self.nbeta, grad)  # devinterp leaves the mask out of it
+        parts = (descent, whole, *others)
         found = {}
         if self.metrics is not None:
             found = self.products(parts, slots, param) | {COUNT: jnp.asarray(free(self, param), jnp.int32)}
@@ -154,7 +155,7 @@ class SGMCMC(PosteriorSampler):
         return found | {
             name: jnp.zeros(self.sketch_dim, param.dtype)
             if x is None
-            else sketches.part(x, self.sketch_dim, self._sketch_seed, shared[_START])
+            else sketches.part(x.value, self.sketch_dim, self._sketch_seed, shared[_START])
             for name, x in zip(SKETCHES, parts, strict=True)
         }
 

@@ -171,7 +171,9 @@ def sample(
             or, where zarr and xarray are not installed or the name ends in ``.safetensors``, a file of safetensors for
             each block of draws. The chains are saved beside it, in ``<store>.run`` unless there is a ``checkpoint``:
             with both the same run continues, to the last bit as if never interrupted. What comes back is read from it,
-            NumPy's arrays in the memory of the host (default None).
+            NumPy's arrays in the memory of the host, at the end of the run. Where that is too small all draws are in
+            the store by then, and ``xarray.open_zarr(store, consolidated=False)`` reads of them what is looked at
+            (default None).
         until_mcse: a bound > 0 on the Monte-Carlo standard error of the mean loss, see :func:`mcse`, of the chains that
             have not diverged. Where it is no larger the run stops, its draws the first ones of the run without a bound,
             of which ``num_draws`` is then the most. The error is looked at when there are 64 draws, and then each time

@@ -180,13 +180,17 @@ class Store(Pieces):
         self._files.append(self.taken, self._labelled(block, self._axes))
 
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
-        """All draws, as the device's traces are but for their number."""
+        """All draws, as the device's traces are but for their number.
+
+        They are read whole. An array of zarr has no arithmetic, which statistics of draws and trees of arrays need, and
+        a file of safetensors has a checksum of all its numbers.
+        """
         found = self._files.read()
         names = iter(self._labelled(dict(sorted(like.items())), self._axes))  # in the order in which JAX has its leaves
 
         def one(x: Any) -> np.ndarray:
             whole = found[next(names)]
-            return whole.reshape(-1, *whole.shape[len(self._labels) + 1 :]).astype(x.dtype)
+            return whole.reshape(-1, *whole.shape[len(self._labels) + 1 :]).astype(x.dtype, copy=False)
 
         return jax.tree.map(one, like)
 
