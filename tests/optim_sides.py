@@ -23,6 +23,8 @@ OURS = {
     "master_weights": False,
     "rounding": "nearest",
     "state_dtype": None,
+    "mesh": None,
+    "zero": None,
 }
 """Arguments that every class has besides the parent's, and their defaults."""
 OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"], "Muon": ["flatten"]}

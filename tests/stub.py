@@ -14,6 +14,7 @@ HEAD = '''"""The signatures of the classes in classes.py, written by ``python te
 # fmt: off
 from typing import Any
 
+from jax.sharding import Mesh
 from optax import GradientTransformation
 
 '''

@@ -156,3 +156,109 @@ def test_classes(name, x64):
 
 def is_dense(x):
     return isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+# Classes over a mesh.
+
+OVER_A_MESH = {
+    name: (getattr(optim, name), options)
+    for name, options in {
+        "Adadelta": {},
+        "Adafactor": {"lr": 0.1},
+        "Adagrad": {"lr": 0.1},
+        "Adam": {"lr": 0.1, "amsgrad": True},
+        "AdamW": {"lr": 0.1},
+        "Adamax": {"lr": 0.1},
+        "ASGD": {"lr": 0.1},
+        "Muon": {"lr": 0.1},
+        "NAdam": {"lr": 0.1},
+        "RAdam": {"lr": 0.1},
+        "RMSprop": {"lr": 0.1},
+        "Rprop": {"lr": 0.1},
+        "SGD": {"lr": 0.05, "momentum": 0.9},
+        "AdagradRMSProp": {},
+        "ClippedAdam": {"lr": 0.1},
+        "DCTAdam": {"lr": 0.1},
+    }.items()
+}
+FAST_OVER_A_MESH = ("AdamW", "Adafactor", "NAdam")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in FAST_OVER_A_MESH else pytest.mark.slow) for x in OVER_A_MESH]
+)
+def test_classes_over_a_mesh(name, x64):
+    """State is in parts over the data axis, from the first step on and once it is loaded; parameters are whole."""
+    cls, options = OVER_A_MESH[name]
+    mesh, begin = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), values("wv" if name == "Muon" else "wvb")
+
+    def run(**more):
+        opt = cls(begin, **options, **more)
+        schedulers = [optim.lr_scheduler.ExponentialLR(opt, 0.9)] if "lr" in opt.defaults else []
+        for factor in (1.0, jnp.nan, 2.0):
+            opt.minimize(loss, factor, clip_norm=0.5, skip_nonfinite=True)
+            for scheduler in schedulers:
+                scheduler.step()
+        opt.step(jax.tree.map(jnp.sin, begin))
+        other = cls(opt.params, **options, **more)
+        other.load_state_dict(jax.tree.map(lambda x: np.asarray(x) if is_dense(x) else x, opt.state_dict()))
+        loaded = state_of(other)
+        other.step(jax.tree.map(jnp.cos, begin))
+        other.minimize(loss)
+        return opt, other, loaded
+
+    def state_of(opt):
+        return dict(zip(opt.params, opt.state_dict()["state"].values(), strict=True))
+
+    _, expected, _ = run()
+    first, found, loaded = run(mesh=mesh, zero="data")
+    assert_close(found.params, expected.params)
+    assert_close(without_shapes(state_of(found)), without_shapes(state_of(expected)))
+    assert all(x.is_fully_replicated and len(x.sharding.device_set) == 8 for x in found.params.values())
+    for state in (state_of(first), loaded, state_of(found)):
+        for param, slots in state.items():
+            for slot in slots.values():
+                if getattr(slot, "shape", None) == SHAPES[param]:
+                    assert slot.size == 8 * slot.addressable_shards[0].data.size, (param, slot.sharding)
+
+
+def without_shapes(state):
+    return {param: {name: np.asarray(x) for name, x in slots.items()} for param, slots in state.items()}
+
+
+def squares(params):
+    return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in params.values())
+
+
+def test_steps_of_a_class_over_a_mesh_are_one_program(caplog):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(jnp.ones((16, 8), jnp.bfloat16), NamedSharding(mesh, P(None, "data")))
+    params = {"whole": jnp.ones((4, 16)), "sharded": sharded}
+    opt = optim.Adam(params, mesh=mesh, zero=("data",), master_weights=True)
+    with jax.log_compiles():
+        for _ in range(3):
+            opt.minimize(squares)
+    assert caplog.text.count("Compiling jit(minimized)") == 1
+    assert opt.params["sharded"].sharding.is_equivalent_to(sharded.sharding, 2)
+    (whole,) = [slots for slots in opt.state.values() if "master_weights" not in slots]
+    assert whole["exp_avg"].sharding.spec == P(None, "data")
+    (sharded_state,) = [slots for slots in opt.state.values() if "master_weights" in slots]
+    assert sharded_state["master_weights"].sharding.is_equivalent_to(sharded.sharding, 2)
+    opt.add_param_group({"params": jnp.ones((8, 3))})
+    opt.step([jax.tree.map(jnp.ones_like, params), jnp.ones((8, 3))])
+    added = list(opt.state.values())[-1]
+    assert added["exp_avg"].sharding.spec == P("data")
+
+
+def test_errors_and_warnings_of_classes_over_a_mesh():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with pytest.raises(TypeError, match="no mesh was given"):
+        optim.Adam(jnp.ones(8), zero="data")
+    with pytest.raises(TypeError, match="mesh takes a Mesh"):
+        optim.Adam(jnp.ones(8), mesh="data")
+    with pytest.raises(ValueError, match="Invalid axis: 'model'"):
+        optim.Adam(jnp.ones(8), mesh=mesh, zero="model")
+    with pytest.warns(UserWarning, match=r"of 1 arrays, whose state, 24 bytes, .*: 'b' \(3,\)"):
+        optim.Adam({"w": jnp.ones((8, 2)), "b": jnp.ones(3), "s": jnp.ones(())}, mesh=mesh, zero="data")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mesh'"):
+        optim.LBFGS(jnp.ones(8), mesh=mesh, zero="data")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import transformation, trees
+from jaxoptim.core.shown import shown
 
 Axes = tuple[str, ...]
 """Names of axes of a mesh."""
@@ -145,6 +147,74 @@ def sharding_on(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding:
     if AxisType.Explicit in mesh.axis_types:
         spec = PartitionSpec(*spec, *[None] * (ndim - len(spec)))
     return NamedSharding(mesh, spec)
+
+
+class Parts(NamedTuple):
+    """Where an array is that is updated in parts.
+
+    Attributes:
+        mesh: the mesh.
+        whole: its sharding.
+        parts: that of its moments, and of its gradient and itself in an update.
+        shape: its shape.
+    """
+
+    mesh: Mesh
+    whole: NamedSharding
+    parts: NamedSharding
+    shape: tuple[int, ...]
+
+    def slot(self, x: Any) -> NamedSharding | None:
+        """The sharding of a slot; None of one that it lacks."""
+        if x is None:
+            return None
+        spec = _inherited(tuple(x.shape), Placed("", self.shape, self.parts.spec))
+        return sharding_on(self.mesh, PartitionSpec() if spec is None else spec, len(x.shape))
+
+
+def parts_of(sharding: Any, shape: tuple[int, ...], axes: Axes) -> Parts | None:
+    """The parts of an array over data axes; None without any, and for an array that is on no mesh."""
+    if not axes or not isinstance(sharding, NamedSharding) or not isinstance(mesh := sharding.mesh, Mesh):
+        return None
+    spec = spread(Placed("", shape, sharding.spec), mesh, axes)
+    return Parts(mesh, sharding, sharding_on(mesh, spec, len(shape)), shape)
+
+
+Whole = Mapping[str, tuple[tuple[int, ...], int]]
+"""Arrays whose state is not in parts, by name: their shapes, and the bytes of their state."""
+
+
+def warn_of_whole(what: str, mesh: Mesh, axes: Axes, whole: Whole, level: int) -> None:
+    """Warn of arrays that the data axes do not divide, if there are any.
+
+    Args:
+        what: what the axes were given to.
+        mesh: their mesh.
+        axes: the axes.
+        whole: the arrays.
+        level: how many calls the user's line is away.
+    """
+    if not whole:
+        return
+    count, size = math.prod(mesh.shape[axis] for axis in axes), sum(size for _, size in whole.values())
+    first = ", ".join(f"{name!r} {shape}" for name, (shape, _) in list(whole.items())[:5])
+    warnings.warn(
+        f"The axis {', '.join(map(repr, axes))} of {what}, {count} devices, divides no dimension of {len(whole)} "
+        f"arrays, whose state, {size} bytes, is whole on every device: {first}{', ...' if len(whole) > 5 else ''}. "
+        f"Where that is too much, make a dimension of them a multiple of {count}.",
+        stacklevel=level + 1,
+    )
+
+
+def check_axes(what: str, mesh: Mesh, axis: Any) -> Axes:
+    """The data axes by name; raises for one that the mesh lacks."""
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if missing := [name for name in axes if name not in mesh.axis_names] or ([] if axes else [()]):
+        raise ValueError(
+            f"Invalid axis: {shown(missing[0])}. {what} takes an axis of the mesh: "
+            f"{', '.join(map(repr, mesh.axis_names))}."
+        )
+    return axes
 
 
 def laid_out(tree: Any, shardings: Sequence[NamedSharding | None]) -> Any:

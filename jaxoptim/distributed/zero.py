@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,17 +13,18 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import trees
-from jaxoptim.core.shown import shown
 from jaxoptim.distributed.layouts import (
     Axes,
     Held,
     Placed,
     as_transformation,
+    check_axes,
     is_along,
     laid_out,
     sharding_on,
     spread,
     state_specs,
+    warn_of_whole,
     without_shardings,
 )
 
@@ -90,12 +90,7 @@ def zero(
         >>> round(float(params["w"][0, 0]), 6), params["w"].is_fully_replicated
         (0.9, True)
     """
-    inner, axes = as_transformation(optimizer), (axis,) if isinstance(axis, str) else tuple(axis)
-    if missing := [name for name in axes if name not in mesh.axis_names] or ([] if axes else ["()"]):
-        raise ValueError(
-            f"Invalid axis: {shown(missing[0])}. zero takes an axis of the mesh: "
-            f"{', '.join(map(repr, mesh.axis_names))}."
-        )
+    inner, axes = as_transformation(optimizer), check_axes("zero", mesh, axis)
     layout = SpreadInit(inner, mesh, axes, specs)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -180,16 +175,7 @@ class SpreadInit:
             if its is not None and its.shape and its.name not in cut and not is_along(its.spec, self.axes):
                 size = math.prod(its.shape) * x.dtype.itemsize
                 whole[its.name] = its.shape, whole.get(its.name, ((), 0))[1] + size
-        if whole:
-            first = ", ".join(f"{name!r} {shape}" for name, (shape, _) in list(whole.items())[:5])
-            count = math.prod(self.mesh.shape[axis] for axis in self.axes)
-            warnings.warn(
-                f"The axis {', '.join(map(repr, self.axes))} of zero, {count} devices, divides no dimension of "
-                f"{len(whole)} arrays, whose state, {sum(size for _, size in whole.values())} bytes, is whole on every "
-                f"device: {first}{', ...' if len(whole) > 5 else ''}. Where that is too much, make a dimension of them "
-                f"a multiple of {count}.",
-                stacklevel=3,
-            )
+        warn_of_whole("zero", self.mesh, self.axes, whole, 3)
         return jax.tree.unflatten(treedef, self.placed(found))
 
     def state_laid_out(self, state: Any, params: Any, parts: Sequence[Placed | None]) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxoptim.core import Rule, as_jax, init
 from jaxoptim.core.numerics import placed_like
+from jaxoptim.distributed.layouts import Parts, parts_of
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout, Struct, row_shape
 from jaxoptim.engine.numbers import Form, common_forms
@@ -94,7 +95,7 @@ def frozen(
     number = {param: index for index, param in enumerate(params)}
     forms = common_forms([group.apart for group in groups])
     structs = [Struct(labels[param], tuple(param.shape), str(jnp.dtype(param.dtype))) for param in params]
-    cells, groups_in, num_shared = _cells(members, groups, _kinds(groups, forms, members, records, alone))
+    cells, groups_in, num_shared = _cells(members, groups, _kinds(groups, forms, members, records, alone), records)
     layout = Layout(view.treedef, tuple(number[param] for param in view.leaves), tuple(structs), tuple(cells))
     states = [complete(records[param], groups[at], labels[param], param) for param, at, _ in members]
     counts = [count for _, count, _ in states]
@@ -163,7 +164,7 @@ def _kinds(
 
 
 def _cells(
-    members: Sequence[_Member], groups: Sequence[Group], kinds: Sequence[Hashable]
+    members: Sequence[_Member], groups: Sequence[Group], kinds: Sequence[Hashable], records: Mapping[Any, Record]
 ) -> tuple[list[Cell], list[list[int]], int]:
     """The cells, the groups of each setting that they follow, and how many of these are those of slabs.
 
@@ -184,7 +185,10 @@ def _cells(
         row = None if isinstance(kind, _Alone) else row_shape(rule, shapes)
         of_each, times = tuple(at[members[index].group] for index in own), members[own[0]].times
         is_flat = rule.elementwise and len(at) == 1 and clip.is_off
-        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], times, is_flat))
+        parts = None
+        if isinstance(kind, _Alone):
+            parts = parts_of(records[kind.param].sharding, shapes[0], groups[members[own[0]].group].axes)
+        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], times, is_flat, parts))
     return cells, [list(found) for found in settings], num_shared
 
 
@@ -210,7 +214,7 @@ def _arrays(
     if not cell.is_slab:
         value, _, slots = own[0]
         value = placed(value, sharding)
-        return value, slots and _slots_beside(rule, value, slots)
+        return value, slots and _slots_beside(rule, value, slots, cell.parts)
     value = _joined(layout, cell, [value for value, _, _ in own], sharding, cell.row)
     if all(slots is None for _, _, slots in own):
         return value, None
@@ -231,9 +235,11 @@ def _arrays(
     return value, joined
 
 
-def _slots_beside(rule: Rule, value: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
+def _slots_beside(rule: Rule, value: jax.Array, slots: dict[str, Any], parts: Parts | None) -> dict[str, Any]:
     """The slots of a single array where they belong."""
     slots = {name: None if x is None else as_jax(x) for name, x in slots.items()}
+    if parts is not None:
+        return {name: None if x is None else placed(x, parts.slot(x)) for name, x in slots.items()}
     devices = value.sharding.device_set
     if all(x is None or x.sharding.device_set == devices for x in slots.values()):
         return slots

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core.packing import join, split
+from jaxoptim.distributed.layouts import Parts
 from jaxoptim.engine.static import Static
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -63,6 +64,7 @@ class Cell(NamedTuple):
         times: how often one step updates them.
         is_flat: whether the arrays of a slab are one long row each, which is faster for parameters that make the same
             steps under the same numbers; else the compiler repeats work for rows that it is to lay end to end.
+        parts: where the parts of a single array are that is updated in parts over a data axis, None for others.
     """
 
     number: int
@@ -72,6 +74,7 @@ class Cell(NamedTuple):
     setting: int
     times: int = 1
     is_flat: bool = True
+    parts: Parts | None = None
 
     @property
     def is_slab(self) -> bool:

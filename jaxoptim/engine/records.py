@@ -53,12 +53,14 @@ class Group(NamedTuple):
         params: the parameters, each once.
         times: how often one step updates each of them.
         is_counted: whether state shows a count; state without one starts anew with a slot that is new.
+        axes: the data axes over whose devices the state of sharded parameters is in parts.
     """
 
     apart: TakenApart
     params: tuple[Any, ...]
     times: tuple[int, ...]
     is_counted: bool = True
+    axes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from jaxoptim.core import OptState, Rule, check_gradient, init, step_and_change,
 from jaxoptim.core.clipping import squares
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.core.sparse import rows_of
+from jaxoptim.distributed.layouts import Parts, laid_out
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout
 from jaxoptim.engine.numbers import Numbers, Setting
@@ -172,7 +173,7 @@ def start(layout: Layout, alone: frozenset[int], numbers: Sequence[Numbers], con
                 slots = {name: _chosen(here, made[name], slots[name]) for name in slots}
             new.append((value, made if slots is None else slots))
         else:
-            new.append((value, init(setting.rule, value).slots if cell.number in alone else slots))
+            new.append((value, _alone_slots(cell, setting.rule, value) if cell.number in alone else slots))
     return Contents(jnp.where(fresh, 0, counts), new)
 
 
@@ -191,8 +192,24 @@ def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any)
     return after if mask is None else jnp.where(mask, after, counts)
 
 
+def _alone_slots(cell: Cell, rule: Rule, value: Any) -> dict[str, Any]:
+    """The slots of an array that stands by itself before the first update."""
+    if cell.parts is None:
+        return init(rule, value).slots
+    return _in_parts(cell.parts, init(rule, *laid_out([value], [cell.parts.parts])).slots)
+
+
+def _in_parts(parts: Parts, slots: dict[str, Any]) -> dict[str, Any]:
+    """Slots over the devices of a data axis."""
+    return laid_out(slots, [parts.slot(slots[name]) for name in sorted(slots)])
+
+
 def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:
     """One step of an array that stands by itself, and its change."""
+    if cell.parts is not None:
+        grad, value = laid_out([grad, value], [cell.parts.parts] * 2)
+        value, slots, change = _alone_step(cell._replace(parts=None), setting, value, slots, count, grad)
+        return *laid_out([value], [cell.parts.whole]), _in_parts(cell.parts, slots), change
     changes = []
     for _ in range(cell.times):
         state = OptState(count, slots, {})

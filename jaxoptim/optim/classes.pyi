@@ -3,6 +3,7 @@
 # fmt: off
 from typing import Any
 
+from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from jaxoptim.optim.counts_by_number import CountsByNumber
@@ -18,21 +19,24 @@ class Adadelta(Optimizer):
         foreach: bool | None = None, *, capturable: bool = False, maximize: bool = False, differentiable: bool = False,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Adafactor(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, beta2_decay: Number = -0.8,
         eps: tuple[Number | None, Number] = (None, 0.001), d: Number = 1.0, weight_decay: Number = 0.0, *,
         foreach: bool | None = None, maximize: bool = False, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Adagrad(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, lr_decay: Number = 0, weight_decay: Number = 0,
         initial_accumulator_value: Number = 0, eps: Number = 1e-10, foreach: bool | None = None, *,
         maximize: bool = False, differentiable: bool = False, fused: bool | None = None, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Adam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
@@ -40,14 +44,16 @@ class Adam(Optimizer):
         maximize: bool = False, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         decoupled_weight_decay: bool = False, groups: Groups | None = None, frozen: Selectors | None = None,
         wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Adamax(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.002, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, foreach: bool | None = None, *, maximize: bool = False,
         differentiable: bool = False, capturable: bool = False, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class AdamW(Decoupled):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
@@ -55,14 +61,16 @@ class AdamW(Decoupled):
         foreach: bool | None = None, capturable: bool = False, differentiable: bool = False, fused: bool | None = None,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class ASGD(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, lambd: Number = 0.0001, alpha: Number = 0.75,
         t0: Number = 1000000.0, weight_decay: Number = 0, foreach: bool | None = None, maximize: bool = False,
         differentiable: bool = False, capturable: bool = False, *, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Muon(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, weight_decay: Number = 0.1, momentum: Number = 0.95,
@@ -70,7 +78,8 @@ class Muon(Optimizer):
         eps: Number = 1e-07, ns_steps: int = 5, adjust_lr_fn: str | None = None, *,
         flatten: tuple[int, ...] | None = None, groups: Groups | None = None, frozen: Selectors | None = None,
         wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class NAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.002, betas: tuple[Number, Number] = (0.9, 0.999),
@@ -78,7 +87,8 @@ class NAdam(Optimizer):
         decoupled_weight_decay: bool = False, *, foreach: bool | None = None, maximize: bool = False,
         capturable: bool = False, differentiable: bool = False, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class RAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
@@ -86,7 +96,8 @@ class RAdam(Optimizer):
         foreach: bool | None = None, maximize: bool = False, capturable: bool = False, differentiable: bool = False,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class RMSprop(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, alpha: Number = 0.99, eps: Number = 1e-08,
@@ -94,47 +105,54 @@ class RMSprop(Optimizer):
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False, *,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class Rprop(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.01, etas: tuple[Number, Number] = (0.5, 1.2),
         step_sizes: tuple[Number, Number] = (1e-06, 50), *, capturable: bool = False, foreach: bool | None = None,
         maximize: bool = False, differentiable: bool = False, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class SGD(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, momentum: Number = 0, dampening: Number = 0,
         weight_decay: Number = 0, nesterov: bool = False, *, maximize: bool = False, foreach: bool | None = None,
         differentiable: bool = False, fused: bool | None = None, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class SparseAdam(Optimizer):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, maximize: bool = False, *, groups: Groups | None = None, frozen: Selectors | None = None,
         wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class AdagradRMSProp(Optimizer):
     def __init__(self, params: Any, eta: Number = 1.0, delta: Number = 1e-16, t: Number = 0.1, *,
         groups: Groups | None = None, frozen: Selectors | None = None, wrt: Any = None,
         gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class ClippedAdam(DecayingRate):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, weight_decay: Number = 0, clip_norm: Number = 10.0, lrd: Number = 1.0,
         centered_variance: bool = False, *, groups: Groups | None = None, frozen: Selectors | None = None,
         wrt: Any = None, gradient_transform: GradientTransformation | None = None, master_weights: bool = False,
-        rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class DCTAdam(CountsByNumber):
     def __init__(self, params: Any, lr: Number = 0.001, betas: tuple[Number, Number] = (0.9, 0.999),
         eps: Number = 1e-08, clip_norm: Number = 10.0, lrd: Number = 1.0, subsample_aware: bool = False, *,
         dct_dim: int | None = None, subsample: Any = None, groups: Groups | None = None,
         frozen: Selectors | None = None, wrt: Any = None, gradient_transform: GradientTransformation | None = None,
-        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None) -> None: ...
+        master_weights: bool = False, rounding: str = 'nearest', state_dtype: Any = None, mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None) -> None: ...
 
 class SGLD(MeasuredSampler):
     def __init__(self, params: Any, lr: Number = 0.01, noise_level: Number = 1.0, weight_decay: Number = 0.0,

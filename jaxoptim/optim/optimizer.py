@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
+from jax.sharding import Mesh
 from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from jaxoptim.core import Rule, trees
@@ -16,7 +17,7 @@ from jaxoptim.core.modules import ModuleDef, ModuleLoss, Parts, Rest, parts_of
 from jaxoptim.core.precision import checked
 from jaxoptim.engine.owner import Minimization
 from jaxoptim.engine.programs import Measured
-from jaxoptim.optim import functional, gradient_transforms, option_names, state_checks, state_dicts, subclass
+from jaxoptim.optim import functional, gradient_transforms, option_names, placement, state_checks, state_dicts, subclass
 from jaxoptim.optim.description import Table, described, has_schedule, options_at
 from jaxoptim.optim.grad_scaler import GradScaler
 from jaxoptim.optim.groups import Groups as Groups
@@ -80,6 +81,11 @@ class Optimizer(Hooked):
             next two are those of :meth:`jaxoptim.Rule.with_precision`. Samplers and L-BFGS have none of the three.
         rounding: of float16 and bfloat16 parameters and state, ``"nearest"`` (default) or ``"stochastic"``.
         state_dtype: of the state, bfloat16 or float16 (default None: that of the parameter, float32 at least).
+        mesh: a mesh whose devices all have the parameters; those that are sharded over it already stay as they are
+            (default None: each parameter where it is).
+        zero: the name of an axis of ``mesh``, or several, over whose devices state is in parts, as by
+            :func:`jaxoptim.distributed.zero` (default None: state is where its parameter is). Samplers and L-BFGS have
+            neither.
 
     Attributes:
         param_groups: a list of dicts, the options of each group and its ``"params"``, a list of
@@ -92,8 +98,8 @@ class Optimizer(Hooked):
     Raises:
         Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
         parameter of torch, and for an option that does not exist,
-        ``ValueError`` for an empty list, an option out of range, a parameter in two groups; ``TypeError`` for ``wrt``
-        where ``params`` is no nnx module.
+        ``ValueError`` for an empty list, an option out of range, a parameter in two groups, an axis that ``mesh``
+        lacks; ``TypeError`` for ``wrt`` where ``params`` is no nnx module, and for ``zero`` without ``mesh``.
         A call that raises leaves parameters, state and counts as they were.
 
     Examples:
@@ -120,6 +126,7 @@ class Optimizer(Hooked):
     """An option of each group that a step multiplies by another one, and that other: ``("lr", "lrd")``."""
     _module: ModuleDef | None = None  # the module that the parameters came in
     _rest = Rest()  # its other arrays
+    _mesh: Mesh | None = None  # where new parameters go
     fixed: Mapping[str, Any] = {}
     """Hyperparameters of the rule that the class sees to itself, and the values that they have there."""
     may_lack: ClassVar[frozenset[str]] = frozenset()
@@ -151,8 +158,12 @@ class Optimizer(Hooked):
         master_weights: bool = False,
         rounding: str = "nearest",
         state_dtype: Any = None,
+        mesh: Mesh | None = None,
+        zero: str | tuple[str, ...] | None = None,
     ) -> None:
         self._prepare()
+        self._mesh = placement.checked(mesh, zero)
+        self._storage.axes = placement.data_axes(mesh, zero)
         self.defaults = defaults
         gradient_transforms.check(gradient_transform)
         self._storage.gradient_transform = gradient_transform
@@ -162,6 +173,7 @@ class Optimizer(Hooked):
         self._add_all(params, groups)
         if frozen is not None:
             self.freeze(frozen)
+        placement.warn_of_whole(self._storage, 4)
         if self.starts_at_once:
             self._storage.start()
 
@@ -296,6 +308,7 @@ class Optimizer(Hooked):
         rule = self._storage.rule_of(group)
         for index, param in enumerate(group["params"]):
             self._storage.check_param(rule, param.name or f"params[{index}]", param)
+        placement.place(group["params"], self._mesh)
         if len(group["params"]) != len(set(group["params"])):
             self._storage.check_repeated(group["params"])
             warnings.warn(
@@ -744,6 +757,7 @@ class Optimizer(Hooked):
             "module": self._module,
             "rest": self._rest,
             "precision": storage.precision,
+            "axes": storage.axes,
             gradient_transforms.KEY: (storage.gradient_transform, storage.transform_state()),
         }
 
@@ -755,6 +769,7 @@ class Optimizer(Hooked):
             self._storage.forest, self._storage.is_list = state["forest"], state["is_list"]
         self._module, self._rest = state.get("module", self._module), state.get("rest", self._rest)
         self._storage.precision = state.get("precision", self._storage.precision)
+        self._storage.axes = state.get("axes", self._storage.axes)
         if "defaults" in state:
             self.defaults = state["defaults"]
             self._storage.allowed = self.defaults.keys()

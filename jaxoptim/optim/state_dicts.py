@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim.core import Rearrangement, owned
 from jaxoptim.core.numerics import is_numeric
 from jaxoptim.core.shown import shown
+from jaxoptim.distributed.layouts import parts_of
 from jaxoptim.optim import gradient_transforms, state_checks
 from jaxoptim.optim.matching import by_name, matched
 from jaxoptim.optim.parameter import Parameter
@@ -158,7 +159,8 @@ def to_load(
     if strict:
         state_checks.check_strays(state_dict["state"], params)
     state: Mapping[Any, Any] = {
-        params.get(key, key): _copied(value, params.get(key)) for key, value in state_dict["state"].items()
+        params.get(key, key): _copied(value, params.get(key), optimizer._storage.axes)
+        for key, value in state_dict["state"].items()
     }
     given, wanted = [params[key] for key in order], [param for group in here for param in group["params"]]
     state = optimizer._transferred(state, Transfer(groups, given, wanted, moves or {}))
@@ -224,7 +226,7 @@ def _keep(group: dict[str, Any], mine: dict[str, Any], keep: Collection[str]) ->
         group["initial_lr"] = mine.get("initial_lr", mine["lr"])
 
 
-def _copied(value: Any, param: Parameter | None) -> Any:
+def _copied(value: Any, param: Parameter | None, axes: tuple[str, ...]) -> Any:
     """An entry with arrays of our own in the place of those of NumPy and torch, which may change.
 
     Those of the shape of a parameter on several devices go there, one by one: all may be too much for one device.
@@ -234,6 +236,9 @@ def _copied(value: Any, param: Parameter | None) -> Any:
     sharding = None if param is None or jax.device_count() == 1 else param.value.sharding
     if param is None or sharding is None or len(sharding.device_set) == 1:
         return {name: jax.tree.map(_own, slot) for name, slot in value.items()}
+
+    if (parts := parts_of(sharding, param.shape, axes)) is not None:
+        sharding = parts.parts
 
     def placed(x: Any) -> Any:
         x = _own(x)

@@ -53,6 +53,7 @@ class Storage:
         other_state: what the user filed under other keys than parameters.
         gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
         precision: how arrays of few bits are kept.
+        axes: the data axes over whose devices state is in parts.
         loaded_transform_state: the state of the transformations from the next step on, None for that which they have.
     """
 
@@ -66,6 +67,7 @@ class Storage:
         self.is_list = False
         self.other_state: dict[Any, Any] = {}
         self.precision = DEFAULT
+        self.axes: tuple[str, ...] = ()
         self.gradient_transform: Any = None
         self.loaded_transform_state: Any = None
         self._transform: Transform | None = None
@@ -380,14 +382,16 @@ class Storage:
         for at in self._places:
             group = self.groups[at]
             times: Counter[Parameter] = Counter(group["params"] * sum(other is group for other in self.groups))
-            members.append(Members(self._settings[at], tuple(times), tuple(times.values()), self.step_type is not None))
+            is_counted = self.step_type is not None
+            members.append(Members(self._settings[at], tuple(times), tuple(times.values()), is_counted, self.axes))
         every = Counter(param for of in members for param in of.params)
         if twice := [param for param, count in every.items() if count > 1]:
             raise ValueError(f"some parameters appear in more than one parameter group: {twice[0]}")
         inside = {param for of in members for param in of.params}
         outside = tuple(param for param in self.labels if param not in inside)
         if outside:  # taken out of all groups, and updated by none
-            members.append(Members(self._settings[0], outside, (0,) * len(outside), self.step_type is not None))
+            never = (0,) * len(outside)
+            members.append(Members(self._settings[0], outside, never, self.step_type is not None, self.axes))
         self.store.freeze(members, self.labels, View(treedef, tuple(leaves)))
         self._seen = [(group, list(group["params"])) for group in self.groups]
 

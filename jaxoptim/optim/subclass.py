@@ -16,6 +16,7 @@ import inspect
 from typing import Any
 
 import jax
+from jax.sharding import Mesh as Mesh
 from optax import GradientTransformation as GradientTransformation
 
 from jaxoptim.core.rule import Hyperparameters, Traced
@@ -29,7 +30,7 @@ TORCH_FLAGS = {"foreach": None, "fused": None, "capturable": False, "differentia
 """Options of torch that say how to compute, not what, with their defaults."""
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-_COMMON = ("groups", "frozen", "wrt", "gradient_transform", "master_weights", "rounding", "state_dtype")
+_COMMON = ("groups", "frozen", "wrt", "gradient_transform", "master_weights", "rounding", "state_dtype", "mesh", "zero")
 """What constructors take after the options of the rule, where the base class does."""
 _FLAGS = {
     name: inspect.Parameter(name, _KEYWORD, default=default, annotation="bool | None" if default is None else "bool")
