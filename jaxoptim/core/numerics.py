@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,19 @@ def owned(array: Any) -> jax.Array:
 def placed_like(array: jax.Array, like: Any) -> jax.Array:
     """An array on the devices of another, or of a ``ShapeDtypeStruct`` that says them."""
     sharding = getattr(like, "sharding", None)
-    return array if sharding is None or sharding == array.sharding else jax.device_put(array, sharding)
+    return array if sharding is None or sharding == array.sharding else put(array, sharding)
+
+
+def put(arrays: Any, sharding: Any) -> Any:
+    """Arrays under a sharding, also one over the devices of several processes, which all have the same arrays."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(arrays, sharding)
+    return _program_that_puts(sharding)(arrays)
+
+
+@functools.cache
+def _program_that_puts(sharding: Any) -> Any:
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)
 
 
 def strong(x: Any) -> jax.Array:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxoptim.core.numerics import put
+
 T = TypeVar("T")
 
 
@@ -41,7 +43,7 @@ def on_mesh_of(params: Any, state: T) -> T:
     leaves, treedef = jax.tree.flatten(state)
     free = [at for at, x in enumerate(leaves) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)]
     free = [at for at in free if not leaves[at].committed]
-    placed = jax.device_put([leaves[at] for at in free], NamedSharding(mesh, PartitionSpec()))
+    placed = put([leaves[at] for at in free], NamedSharding(mesh, PartitionSpec()))
     for at, x in zip(free, placed, strict=True):
         leaves[at] = x
     return jax.tree.unflatten(treedef, leaves)

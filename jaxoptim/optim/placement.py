@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxoptim.core.numerics import put
 from jaxoptim.core.shown import shown
 from jaxoptim.distributed import layouts
 from jaxoptim.engine.slots import abstract_slots
@@ -38,7 +38,7 @@ def place(params: Iterable[Parameter], mesh: Mesh | None) -> None:
     for param in params:
         sharding = param.value.sharding
         if not (isinstance(sharding, NamedSharding) and sharding.device_set == devices):
-            param.value = jax.device_put(param.value, NamedSharding(mesh, PartitionSpec()))
+            param.value = put(param.value, NamedSharding(mesh, PartitionSpec()))
 
 
 def warn_of_whole(storage: Storage, level: int) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core import Rearrangement, owned
-from jaxoptim.core.numerics import is_numeric
+from jaxoptim.core.numerics import is_numeric, put
 from jaxoptim.core.shown import shown
 from jaxoptim.distributed.layouts import parts_of
 from jaxoptim.optim import gradient_transforms, state_checks
@@ -242,7 +242,7 @@ def _copied(value: Any, param: Parameter | None, axes: tuple[str, ...]) -> Any:
 
     def placed(x: Any) -> Any:
         x = _own(x)
-        return jax.device_put(x, sharding) if isinstance(x, jax.Array) and x.shape == param.shape else x
+        return put(x, sharding) if isinstance(x, jax.Array) and x.shape == param.shape else x
 
     return {name: jax.tree.map(placed, slot) for name, slot in value.items()}
 
