@@ -228,7 +228,8 @@ def _steps_together(
     alike: dict[int, list[int]] = {}
     for cell, grad, (_, slots) in zip(layout.cells, grads, contents.cells, strict=True):
         is_dense = grad is not None and slots is not None and not isinstance(grad, BCOO)
-        if is_dense and not (cell.is_slab or cell.times != 1 or settings[cell.setting].rule.elementwise):
+        is_apart = cell.is_slab or cell.parts is not None or cell.times != 1 or settings[cell.setting].rule.elementwise
+        if is_dense and not is_apart:
             alike.setdefault(cell.setting, []).append(cell.number)
     stepped: dict[int, tuple[Any, Any, Any]] = {}
     for at, numbers in alike.items():
