@@ -79,6 +79,7 @@ by_pair = pytest.mark.parametrize("name", PAIRS)
 # Against torch.
 
 
+@pytest.mark.costly
 @by_pair
 def test_averages_agree_with_torch(name, x64):
     ours, torchs = PAIRS[name]
@@ -145,6 +146,7 @@ def in_double(name, trees):
 OURS = [name for name in PAIRS if not name.startswith("custom")]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", OURS)
 def test_single_precision_loses_no_more_than_torch(name):
     ours, torchs = PAIRS[name]
@@ -157,6 +159,7 @@ def test_single_precision_loses_no_more_than_torch(name):
     assert errors[0] <= 1.05 * errors[1]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["default", "swa", "ema-0.9", "ema-0.999", "ema-multi-0.5", "ema-multi-0.999"])
 def test_half_precision_is_averaged_in_single(name, dtype):
@@ -428,6 +431,7 @@ def test_integers_are_averaged_as_torch_does_where_it_is_exact(x64):
         assert_same(multi, averaged_by_us(trees, use_buffers=True))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("use_buffers", [False, True], ids=["last", "averaged"])
 @pytest.mark.parametrize("name", ["default", "ema-multi-0.9"])
 def test_flax_variables_agree_with_torchs_module(name, use_buffers, x64):

@@ -102,6 +102,7 @@ def parameters(row):
     return params
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(lambda case: case in FIRST and case.row.name in ("Adam", "Rprop"), STATES))
 def test_a_resumed_optimizer_goes_on_bit_for_bit(case, tmp_path):
     run = Run(
@@ -151,6 +152,7 @@ def test_resumed_schedulers_go_on_bit_for_bit(schedule, before, tmp_path):
     assert_resumes(run, tmp_path, before, 6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "lr",
     [np.float32(0.1), np.float64(0.1), np.asarray(0.1), jnp.asarray(0.1), jnp.float32(0.1), 1],

@@ -30,6 +30,7 @@ def run_pyro(start, noise, options, marks):
     return param.numpy(), optimizer.state[param]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [

@@ -203,6 +203,7 @@ OF_EACH_FORM = ("Adam", "NAdam", "ClippedAdam", "Adafactor")
 """A kind for each way in which arrays are kept: by rows, with numbers of each row, with rates that decay, alone."""
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OF_EACH_FORM else pytest.mark.slow) for name in KINDS]
@@ -300,6 +301,7 @@ def test_a_term_that_another_group_has_compiles_nothing(cls):
             face.step(GRADS)
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "Adadelta", "SGD"])
 def test_terms_that_some_groups_have_are_torchs(kind):

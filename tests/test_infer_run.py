@@ -118,6 +118,7 @@ def singles(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in OPTIMIZERS | SECOND_ORDER]
 )
@@ -147,6 +148,7 @@ def test_any_number_of_steps_is_one_program_and_the_model_is_not_traced_again():
     assert (len(traces), loops.minimize_many._cache_size()) == (before, programs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_data", [12, 150], ids=["one thread", "many"])
 def test_losses_of_more_steps_than_a_block(num_data):
     def model(data):
@@ -165,6 +167,7 @@ def test_losses_of_more_steps_than_a_block(num_data):
     assert_same(run, loop)
 
 
+@pytest.mark.slow
 def test_large_arrays_are_replaced_in_place(monkeypatch):
     size, texts, program = 100_000, [], loops.minimize_many
 
@@ -214,6 +217,7 @@ def normalised(x):
     numpyro.sample("y", dist.Normal(net(x), 1.0).to_event(1), obs=x[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skips", [False, True], ids=["plain", "stable"])
 def test_mutable_state_goes_on(skips, singles):
     looped, run = pairs(lambda: optax.adam(0.01), normalised, lambda x: None, skip_nonfinite=skips)
@@ -228,6 +232,7 @@ def some_of_nan(count):
     return [np.full_like(DATA, np.nan) if at % 3 == 1 else DATA + at for at in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decaying", pytest.param("mixed", marks=pytest.mark.slow), "optax"])
 def test_a_stable_run_skips_what_is_not_finite(name, singles):
     looped, run = pairs(OPTIMIZERS[name])
@@ -256,6 +261,7 @@ class Loader:
             yield DATA[end - size : end]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rule", pytest.param("own", marks=pytest.mark.slow)])
 def test_batches_come_from_an_iterable_epoch_after_epoch(name):
     looped, run = pairs(OPTIMIZERS[name])
@@ -266,6 +272,7 @@ def test_batches_come_from_an_iterable_epoch_after_epoch(name):
     assert_same(looped, run)
 
 
+@pytest.mark.slow
 def test_batches_come_by_keyword_and_many_in_one_call():
     looped, run = pairs(OPTIMIZERS["rule"])
     losses = [looped.step(scale=2.0, data=batch) for batch in [*Loader([4, 4, 4])] * 30]
@@ -290,6 +297,7 @@ def test_batches_that_end_too_early():
     assert_same(looped, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rule", pytest.param("own", marks=pytest.mark.slow)])
 def test_batches_are_drawn_without_seeing_a_datum_twice(name):
     looped, run = pairs(OPTIMIZERS[name])
@@ -302,6 +310,7 @@ def test_batches_are_drawn_without_seeing_a_datum_twice(name):
     assert len(np.unique(np.concatenate(batches[4:6]), axis=0)) == 10  # the third epoch
 
 
+@pytest.mark.slow
 def test_data_of_several_arrays_are_drawn_by_keyword():
     def paired(weight, data):
         x, y = data["x"], data["y"]
@@ -360,6 +369,7 @@ def test_the_bar_shows_the_loss(capsys):
     np.testing.assert_array_equal(svi.losses, losses)
 
 
+@pytest.mark.slow
 def test_parameters_that_come_late_and_frozen_ones(singles):
     def wider(data, scale=1.0):
         guide(data)
@@ -384,6 +394,7 @@ def test_parameters_that_come_late_and_frozen_ones(singles):
     assert not singles
 
 
+@pytest.mark.slow
 def test_a_parameter_that_comes_late_has_a_count_of_its_own(singles):
     """Under a rule as in Pyro, also when it is not reached later on."""
 
@@ -416,6 +427,7 @@ def test_a_parameter_that_comes_late_has_a_count_of_its_own(singles):
         check(scale, count, others[:1])
 
 
+@pytest.mark.slow
 def test_two_fits_that_share_parameters_take_turns():
     def shared(run):
         optimizer = named.Adam({"lr": 0.05})

@@ -158,6 +158,7 @@ def marks(kind, case):
     return numbers if numbers and kind in FAST_LATE else [*numbers, pytest.mark.slow]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("kind", "case"),
     [pytest.param(k, case, marks=marks(k, case)) for k in OPTIMIZERS if k not in FIXED for case in LATE],

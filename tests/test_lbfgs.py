@@ -173,6 +173,7 @@ def compare_states(rule, state, parent):
             close(ours, theirs, f"{name}[{row}]")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "options",
     [pytest.param(name, marks=[] if name in ("defaults", "short_history") else pytest.mark.slow) for name in OPTIONS],
@@ -200,6 +201,7 @@ def test_every_step_asks_for_torchs_points_and_leaves_torchs_state(search, probl
         compare_states(rule, state, parent.state)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("problem", "search", "options"),
     [
@@ -231,6 +233,7 @@ def test_ten_steps_on_our_own_equal_torchs(problem, search, options, x64):
         close(state[name], parent.state[name], name)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("problem", "search", "options"), UNSTABLE)
 def test_torch_disagrees_with_itself_where_ten_steps_are_not_compared(problem, search, options):
     x = PROBLEMS[problem][1]
@@ -280,6 +283,7 @@ def zeros_tree():
     return {"weights": jnp.zeros((3, 10)), "frozen": None, "bias": jnp.zeros(1)}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_transformation_is_torchs_step(search, given, x64):
@@ -296,6 +300,7 @@ def test_the_transformation_is_torchs_step(search, given, x64):
     assert int(state.shared["n_iter"]) == parent.state["n_iter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 def test_the_loss_is_evaluated_as_often_as_in_torch(given, x64):
     seen = []
@@ -368,6 +373,7 @@ def test_changing_numbers_compiles_nothing_new():
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_gives_the_rate_of_each_step(x64):
     def loss(x):
         return jnp.sum((x - 1.0) ** 4)
@@ -383,6 +389,7 @@ def test_a_schedule_gives_the_rate_of_each_step(x64):
     np.testing.assert_allclose(x, scheduled, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_complex_parameters_are_pairs_of_real_ones(search, x64):
     z = np.array([1.0 + 2.0j, -0.5 + 0.1j])
@@ -411,6 +418,7 @@ def test_complex_parameters_are_pairs_of_real_ones(search, x64):
     close(state.shared["prev_flat_grad"], optimizer.state[real]["prev_flat_grad"], "prev_flat_grad")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lower_precisions(dtype, search):
@@ -439,6 +447,7 @@ def test_packed_parameters_and_plain_gradients(x64):
     assert isinstance(updates, jaxoptim.Packed)
 
 
+@pytest.mark.slow
 def test_a_parameter_without_gradient_is_held_fixed(x64):
     def loss(params):
         return jnp.sum((params["a"] - params["b"]) ** 2) + jnp.sum(params["a"] ** 4)
@@ -453,6 +462,7 @@ def test_a_parameter_without_gradient_is_held_fixed(x64):
     np.testing.assert_allclose(updates["a"], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_it_goes_into_an_optax_chain(x64):
     tx = optax.chain(jaxoptim.lbfgs(), optax.scale(1.0))
     _, params, _ = optimized(tx, ridge_tree, zeros_tree(), 2)
@@ -460,6 +470,7 @@ def test_it_goes_into_an_optax_chain(x64):
     np.testing.assert_allclose(params["weights"], expected["weights"], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_state_may_be_donated_and_shaped_without_arrays():
     tx, x = jaxoptim.lbfgs(line_search_fn="strong_wolfe"), jnp.zeros(3)
     step = jax.jit(
@@ -481,6 +492,7 @@ def cosh(x):
 # Where a step ends early, and what torch does not survive.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_flat_gradient_ends_the_step_at_once(search):
     tx, x = jaxoptim.lbfgs(line_search_fn=search), jnp.ones(3)
@@ -493,6 +505,7 @@ def test_a_flat_gradient_ends_the_step_at_once(search):
         np.testing.assert_array_equal(value, before.shared[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_ends_the_step_and_spoils_nothing(bad, search):

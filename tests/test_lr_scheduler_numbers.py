@@ -73,6 +73,7 @@ pytestmark = pytest.mark.numbers
 # The numbers.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", OPTIONS)
 @by_row(ALL)
 def test_two_hundred_epochs_are_torchs(row, name):
@@ -89,6 +90,7 @@ def test_two_hundred_epochs_are_torchs(row, name):
     same(run)
 
 
+@pytest.mark.costly
 @without_steps
 @by_row([row for row in ALL if row.values(25) == 25])
 def test_a_rate_in_an_array_stays_one(row):
@@ -196,6 +198,7 @@ def check(row: Row, name: str, rates: Any, epochs: int, doing: Any = ()) -> None
     same(run)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", GENERATED)
 @settings(max_examples=25, deadline=None, suppress_health_check=slow_to_draw)
 @given(data=st.data())
@@ -211,6 +214,7 @@ def test_many_generated_options_give_torchs_numbers(kind, data):
     check(Row(kind, data.draw(GENERATED[kind])), data.draw(names), data.draw(rates), 200, data.draw(changes))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", GENERATED)
 @settings(max_examples=20, deadline=None, suppress_health_check=slow_to_draw)
 @given(data=st.data())

@@ -39,6 +39,7 @@ def typed(words, impl="threefry2x32"):
 # --- The numbers -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("words", KEYS.values(), ids=KEYS)
 @pytest.mark.parametrize("shape", quick(SHAPES, MORE_SHAPES), ids=str)
 def test_key_gives_the_numbers_of_jax(shape, words):
@@ -46,6 +47,7 @@ def test_key_gives_the_numbers_of_jax(shape, words):
     assert_same(normal(typed(words), shape, jnp.float32), expected)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", quick(SHAPES, MORE_SHAPES), ids=str)
 def test_key_gives_the_numbers_of_jax_in_float64(shape, x64):
     expected = jax.random.normal(typed(KEYS["any"]), (math.prod(shape),), jnp.float64).reshape(shape)
@@ -59,6 +61,7 @@ def test_key_gives_the_numbers_of_jax_in_its_shape(shape):
     assert_same(normal(key, shape, jnp.float32), jax.random.normal(key, shape))
 
 
+@pytest.mark.slow
 @of_impl
 def test_x64_does_not_change_float32(impl):
     key = typed(KEYS["any"])
@@ -79,6 +82,7 @@ def test_key_of_another_implementation_gives_the_numbers_of_jax(impl):
     assert_same(normal(key, (10,), "float32"), jax.random.normal(key, (10,)))
 
 
+@pytest.mark.costly
 @of_impl
 @pytest.mark.parametrize("shape", quick([(1000,)], [(91, 11)]), ids=str)
 def test_numbers_do_not_depend_on_threefry_partitionable(shape, impl):
@@ -115,6 +119,7 @@ def test_hash_is_its_formula(words):
     np.testing.assert_allclose(normal(typed(words), (1000,), "float32", "hash"), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_hash_is_its_formula_in_float64(x64):
     high, low = (hashed(KEYS["any"], np.arange(1000, dtype=np.uint64), lane) for lane in (1, 2))
     expected = _gaussian(jnp.asarray(high.astype(np.uint64) << 32 | low), np.dtype("float64"))
@@ -154,6 +159,7 @@ def test_offsets_beyond_32_bits(impl, shape):
     np.testing.assert_allclose(program(typed(KEYS["any"])).ravel(), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "word"), [("float32", np.uint32), ("float64", np.uint64)])
 def test_tails_end_where_the_docstring_says(dtype, word, x64):
     ends = _gaussian(jnp.array([0, np.iinfo(word).max], word), np.dtype(dtype))
@@ -197,6 +203,7 @@ MAPS = maps()
 MORE_MAPS = ["jit", "jit of vmap", "map in batches", "shard_map of map", "jit of sharded keys"]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("transform", quick(["vmap", "map", "scan", "shard_map"], MORE_MAPS))
 @pytest.mark.parametrize("shape", quick([(91, 11)], [(1000,)]), ids=str)
 @of_impl
@@ -206,6 +213,7 @@ def test_transformations_do_not_change_the_numbers(impl, shape, transform):
     assert_same(MAPS[transform](f, keys), jnp.stack([f(key) for key in keys]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", quick([("x", "y")], [("x", None), (None, "x")]), ids=str)
 @pytest.mark.parametrize("shape", quick([(128, 8)], [(128, 128)]), ids=str)
 @of_impl
@@ -433,6 +441,7 @@ def matrix(generate, family, size=2**14):
 GENERATORS = {impl: of(impl) for impl in IMPLS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", OF_ONE[:3], ids=lambda check: check.__name__)
 @pytest.mark.parametrize("generate", GENERATORS.values(), ids=GENERATORS)
 def test_statistics_of_few_numbers(generate, check):
@@ -463,6 +472,7 @@ def test_statistics_of_many_keys(generate, family, check):
     assert check(matrix(generate, family)) < 1
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("generate", "family", "check"),
     [

@@ -72,6 +72,7 @@ def pieces(problem):
     return [optim.Parameter(start[0]), optim.Parameter(start[1:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TAKEN)
 def test_closures_are_called_as_by_torch(run, x64):
     problem, options = run
@@ -89,6 +90,7 @@ def test_closures_are_called_as_by_torch(run, x64):
     np.testing.assert_allclose(x, parent.x, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("run", TAKEN)
 def test_minimize_agrees_with_torch(run, x64):
     problem, options = run
@@ -169,6 +171,7 @@ def test_state_of_another_optimizer_is_refused():
     assert len(opt.state) == 0
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("calls", [0, 3])
 def test_a_raising_closure_changes_nothing(calls):
     params = pieces("rosenbrock10")
@@ -217,6 +220,7 @@ def test_a_new_rate_compiles_nothing():
     assert lbfgs._minimize._cache_size() == before
 
 
+@pytest.mark.slow
 def test_complex_parameters_agree_with_torch(x64):
     target = np.array([1 - 2j, 0.5 + 1j])
 
@@ -251,6 +255,7 @@ def test_complex_parameters_agree_with_torch(x64):
     np.testing.assert_allclose(cell.value, tensor.detach().numpy(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_else_the_loss_returns_is_of_the_first_evaluation(x64):
     opt, twin = (optim.LBFGS(jnp.asarray(PROBLEMS["ridge"][1])) for _ in range(2))
     start = opt.params
@@ -308,6 +313,7 @@ def test_one_group_and_no_gradients():
         optim.LBFGS([1.0], line_search_fn="wolfe")
 
 
+@pytest.mark.slow
 def test_the_state_is_filed_under_the_first_parameter(x64):
     params = pieces("rosenbrock10")
     opt = optim.LBFGS(params)

@@ -133,6 +133,7 @@ def run(case, dtype):
     return twins
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", DENSE)
 def test_a_run_agrees_with_the_parent(case, x64):
     twins = run(case, "float64")
@@ -140,6 +141,7 @@ def test_a_run_agrees_with_the_parent(case, x64):
     twins.check_state_dicts(1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", COMPLEX)
 def test_a_complex_run_agrees_with_the_parent(case, x64):
     twins = run(case, "complex128")
@@ -162,6 +164,7 @@ def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     assert rms_error(ours, reference) <= 1.05 * rms_error(theirs, reference)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, SPARSE))
 def test_sparse_gradients_agree_with_the_parent(case, x64):
     shapes = case.row.shapes if case.row.sparse else ((12, 4), (9,), (7, 2, 3))

@@ -87,6 +87,7 @@ def pair(request, x64):
     return (*both(theirs, ours, options, changes), options)
 
 
+@pytest.mark.costly
 def test_it_is_devinterps(pair):
     parent, chain, tensors, cells, options = pair
     for theirs, mine in zip(tensors, cells, strict=True):
@@ -111,6 +112,7 @@ def test_it_is_devinterps(pair):
                 np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.costly
 def test_states_change_sides(pair):
     parent, chain, _, cells, options = pair
     ours = type(chain)(grouped([optim.Parameter(x.value) for x in cells], [{}, {}]), nbeta=3.0)
@@ -142,6 +144,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "rule", "options"), SAMPLERS.values(), ids=SAMPLERS)
 def test_it_draws_what_the_pure_face_draws_and_goes_there_and_back(cls, rule, options):
     options = {"lr": 0.01, "nbeta": 2.0, "key": jax.random.key(4)} | options
@@ -159,6 +162,7 @@ def test_it_draws_what_the_pure_face_draws_and_goes_there_and_back(cls, rule, op
     assert int(chain.param_groups[0]["step"]) == 4
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kept", ["deepcopy", "pickle", "state_dict", "checkpoint"])
 def test_a_copy_continues_to_the_last_bit(kept, tmp_path):
     groups = [{"params": [optim.Parameter(jnp.ones(3))]}, {"params": [optim.Parameter(jnp.ones(2))], "lr": 0.1}]
@@ -182,6 +186,7 @@ def test_a_copy_continues_to_the_last_bit(kept, tmp_path):
     assert float(chain.param_groups[1]["thermostat"]) == float(other.param_groups[1]["thermostat"])
 
 
+@pytest.mark.slow
 def test_groups_have_noise_thermostats_and_counts_of_their_own():
     first, second = optim.Parameter(jnp.zeros(4)), optim.Parameter(jnp.zeros(4))
     chain = optim.SGNHT([{"params": [first]}, {"params": [second], "diffusion_factor": 0.5}], nbeta=2.0)

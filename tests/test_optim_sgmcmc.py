@@ -90,6 +90,7 @@ TWINS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:noise_level", "ignore:Warning. noise_level")
 @pytest.mark.parametrize(("make", "twin", "options"), TWINS.values(), ids=TWINS)
 def test_it_makes_the_steps_of_the_sampler_of_that_name(make, twin, options):
@@ -116,6 +117,7 @@ def slanted(params, slope, curvature):
     return jnp.sum(slope * params + curvature * params**2 / 2)
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:preconditioner")
 @pytest.mark.parametrize(("options", "loss", "k", "mean", "heat", "rate"), DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_it_samples_from_the_exact_distribution(options, loss, k, mean, heat, rate):
@@ -128,6 +130,7 @@ def test_it_samples_from_the_exact_distribution(options, loss, k, mean, heat, ra
     assert float(jnp.var(chain.params)) == pytest.approx(variance, rel=4 * np.sqrt(2 / size))
 
 
+@pytest.mark.slow
 def test_metrics_are_the_parts_of_a_step():
     options = {"lr": 0.5, "nbeta": 3.0, "noise_level": 0.5, "save_metrics": True, "key": KEY} | RMSPROP
     prior = CompositePrior([GaussianPrior(0.5, center=None), GaussianPrior(2.0, center=CENTER)])
@@ -177,6 +180,7 @@ def sketches_of(parts, dim=DIM, seed=0):
     return optim.sgmcmc.Sketches(*(sampling.sketch(x, dim, seed) for x in parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metrics", [False, True], ids=["alone", "with metrics"])
 def test_sketches_are_those_of_the_parts_of_a_step(metrics):
     chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=7, save_metrics=metrics, **SKETCHED)
@@ -188,6 +192,7 @@ def test_sketches_are_those_of_the_parts_of_a_step(metrics):
     chex.assert_trees_all_equal(chain.params, other.params)
 
 
+@pytest.mark.slow
 def test_sketches_of_the_parts_add_up_to_that_of_the_change():
     chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, **SKETCHED)
     chain.step(GRADS)
@@ -197,6 +202,7 @@ def test_sketches_of_the_parts_add_up_to_that_of_the_change():
     np.testing.assert_allclose(parts, change, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_products_of_sketches_are_those_of_the_metrics():
     """Over seeds the mean is exact, and the variance that of the formula; one program makes all seeds."""
     number = 4000
@@ -235,6 +241,7 @@ def test_products_of_sketches_are_those_of_the_metrics():
         assert abs(squares.mean() - variance) < 4 * squares.std() / np.sqrt(number), name
 
 
+@pytest.mark.slow
 def test_sketches_of_groups_are_one_of_all_parameters():
     z = optim.Parameter(jnp.array([1 + 2j, -3j]))
     groups = [{"params": [z]}, {"params": [optim.Parameter(x) for x in PARAMS.values()], "lr": 0.25, **RMSPROP}]
@@ -253,6 +260,7 @@ def test_sketches_of_groups_are_one_of_all_parameters():
     np.testing.assert_allclose(chain.get_sketches().unscaled_grad, sampling.sketch(kept, DIM, 3), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_group_that_rests_or_was_loaded_has_zeros_for_metrics():
     chain = optim.SGMCMC(PARAMS, groups=[("b", {})], save_metrics=True)
     chain.step(GRADS)
@@ -264,6 +272,7 @@ def test_a_group_that_rests_or_was_loaded_has_zeros_for_metrics():
     assert set(chain.get_metrics()) == {0}
 
 
+@pytest.mark.slow
 def test_a_mask_and_frozen_parameters_keep_their_places():
     chain = optim.SGMCMC(PARAMS, mask=MASK, frozen=["b"], sketch_dim=DIM, **SKETCHED)
     chain.step(GRADS, noise=NOISE)
@@ -273,6 +282,7 @@ def test_a_mask_and_frozen_parameters_keep_their_places():
     chex.assert_trees_all_close(chain.get_sketches(), sketches_of(parts), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sketches_are_of_the_sampler_and_not_of_its_state_dict():
     chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=2**32 - 1, key=KEY, **SKETCHED)
     chain.step(GRADS)
@@ -298,6 +308,7 @@ def test_sketches_are_of_the_sampler_and_not_of_its_state_dict():
             sampler.get_sketches()
 
 
+@pytest.mark.slow
 def test_sketches_go_to_the_pure_face_and_back():
     chain = optim.SGMCMC(PARAMS, sketch_dim=DIM, sketch_seed=1, **SKETCHED)
     tx, params, state = chain.to_functional()
@@ -357,6 +368,7 @@ def test_groups_may_differ_in_all():
 COPIES = ("deepcopy", "pickle", "state_dict", "checkpoint")
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "options", [{"prior": CENTER, "sketch_dim": DIM} | RMSPROP, {}], ids=["with state", "without state"]
 )
@@ -433,6 +445,7 @@ def test_another_seed_of_sketches_compiles_nothing():
     assert len(set(map(tuple, sketches))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:nbeta", "ignore:preconditioner")
 @pytest.mark.parametrize("method", ["sgld", "rmsprop_sgld", "sgnht"])
 def test_the_factories_sketch(method):

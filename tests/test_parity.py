@@ -31,6 +31,7 @@ def test_complex_parameters_agree_with_the_parent(case):
     assert parity.float64_distance(case, is_complex=True) < 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", slow_unless(lambda case: case in FIRST and case.row.rule is not rules.Muon, DENSE))
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
@@ -38,6 +39,7 @@ def test_low_precision_is_no_worse_than_the_parent(case, dtype):
     assert ours <= CHANCE * theirs
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", SPARSE, ids=str)
 def test_sparse_gradients_agree_with_the_parent(case, x64):
     assert distance(*run_sparse(case, "float64")) < 1e-12

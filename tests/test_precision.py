@@ -58,6 +58,7 @@ def rows_of(grad):
 # Values in float32 beside the parameters.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_a_run_with_master_weights_is_that_in_float32_with_a_cast_in_the_loss(case):
     dtype = LOW[FIRST.index(case) % 2]
@@ -70,6 +71,7 @@ def test_a_run_with_master_weights_is_that_in_float32_with_a_cast_in_the_loss(ca
     assert state.slots["master_weights"].keys() == params.keys()
 
 
+@pytest.mark.slow
 def test_the_transformation_gives_the_same_parameters():
     rule = rules.AdamW(lr=1e-3).with_precision(master_weights=True)
     tx, params = jaxoptim.transformation(rule), start([(6, 4), (5,)], jnp.bfloat16)
@@ -83,6 +85,7 @@ def test_the_transformation_gives_the_same_parameters():
     assert params["0"].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_packed_and_mixed_trees():
     rule, params = rules.Adam().with_precision(master_weights=True), start([(6, 4), (5,), (2,)], jnp.bfloat16)
     params |= {"full": jnp.ones(3), "none": None}
@@ -106,6 +109,7 @@ def test_a_value_that_somebody_assigns_counts():
     chex.assert_trees_all_close(state.slots["master_weights"], jnp.array([0.9998, 4.9999]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sparse_rows():
     rule = rules.SGD(lr=1e-4).with_precision(master_weights=True)
     params = jnp.ones((4, 2), jnp.bfloat16)
@@ -124,6 +128,7 @@ CLASSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "options"), CLASSES, ids=[cls.__name__ for cls, _ in CLASSES])
 def test_classes(cls, options):
     params = start([(6, 4), (5,), (LARGE,)], jnp.bfloat16) | {"full": jnp.ones(3)}
@@ -176,6 +181,7 @@ def test_a_state_of_torch_goes_on_with_master_weights():
     chex.assert_trees_all_close(state["master_weights"], jnp.full((3, 2), 1 - 0.19))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "how", [{"master_weights": True}, {"rounding": "stochastic"}, {"state_dtype": jnp.bfloat16}], ids=str
 )

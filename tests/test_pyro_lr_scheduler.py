@@ -65,6 +65,7 @@ def run(row, twins, steps, losses=None):
     twins.check_states()
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning", "ignore:To get the last learning rate:UserWarning")
 @pytest.mark.parametrize("row", ROWS)
 def test_a_run_agrees_with_pyro(row, x64):
@@ -89,6 +90,7 @@ PLATEAUS = [
 ]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("options", PLATEAUS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
 def test_a_plateau_agrees_with_pyro(options, x64):
     ours = {"optimizer": torch_style.Adam, "optim_args": {"lr": LR}, **options}

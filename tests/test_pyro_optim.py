@@ -91,6 +91,7 @@ def run(case, dtype="float64", steps=STEPS):
     return twins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(lambda case: str(case) in FAST, CASES))
 def test_a_run_agrees_with_pyro(case, x64):
     with torch.sparse.check_sparse_tensor_invariants():
@@ -107,6 +108,7 @@ def test_a_complex_run_agrees_with_pyro(case, x64):
     twins.check_states()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_every_wrapper_makes_pyros_steps(case, x64):
     shape = case.row.shapes[0]
@@ -122,6 +124,7 @@ def test_every_wrapper_makes_pyros_steps(case, x64):
     twins.check_states()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "case", slow_unless(lambda case: case.row.name == "Adam", [case for case in FIRST if not case.row.sparse])
@@ -168,6 +171,7 @@ def three_parameters(ours, theirs, steps=10, dtype="float64"):
     return twins
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("form", FORMS, ids=["dict", "empty-dict", "one-argument", "two-arguments", "default-argument"])
 def test_options_are_asked_as_in_pyro(form, x64):
     twins = three_parameters(optim.Adam(form), pyro.optim.Adam(form))
@@ -210,6 +214,7 @@ def test_the_dict_of_options_is_not_changed():
 # Clipping.
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: "-".join(f"{k}={v}" for k, v in clip.items()) or "none")
 def test_clipping_agrees_with_pyro(clip, x64):
     twins = three_parameters(optim.Adam({"lr": 0.1}, clip), pyro.optim.Adam({"lr": 0.1}, dict(clip)), STEPS)
@@ -242,6 +247,7 @@ def test_clipping_of_no_numbers_agrees_with_pyro(clip, bad, x64):
         np.testing.assert_allclose(twins.cells[name].value, twins.tensors[name].detach().numpy(), rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_complex_gradients_are_clipped_by_their_norm(x64):
     twins = Twins(
         optim.Adam({"lr": 0.1}, {"clip_norm": 0.5}), pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 0.5}), "complex128"
@@ -256,6 +262,7 @@ def test_complex_gradients_are_clipped_by_their_norm(x64):
         optim.SGD({}, {"clip_value": 1.0}).update({"a": jnp.ones(2, complex)}, {"a": jnp.ones(2, complex)})
 
 
+@pytest.mark.slow
 def test_sparse_gradients_are_clipped_as_their_sum(x64):
     clip = {"clip_norm": 0.5, "clip_value": 0.2}
     values, rows = np.arange(6.0).reshape(3, 2), np.array([2, 0, 2])
@@ -275,6 +282,7 @@ def test_sparse_gradients_are_clipped_as_their_sum(x64):
 # DCTAdam.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 7, 8, 13])
 def test_a_transformed_axis_agrees_with_pyro(length, x64):
     options = {"lr": 0.02, "lrd": 0.99}
@@ -292,6 +300,7 @@ def test_a_transformed_axis_agrees_with_pyro(length, x64):
     twins.check_states()
 
 
+@pytest.mark.slow
 def test_subsamples_that_change_agree_with_pyro(x64):
     options = {"lr": 0.02, "subsample_aware": True, "clip_norm": 0.7}
     rng = np.random.default_rng(3)
@@ -314,6 +323,7 @@ def test_subsamples_that_change_agree_with_pyro(x64):
             np.testing.assert_allclose(np.asarray(ours[key]), slot.numpy(), rtol=1e-12)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("indices", [[1], [3, 0], [2, 2], []], ids=str)
 def test_subsamples_of_any_size_agree_with_pyro(indices, x64):
     options = {"lr": 0.1, "subsample_aware": True}
@@ -342,6 +352,7 @@ def test_a_rate_decays_where_a_gradient_is_missing(x64):
     assert twins.distance() < 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "AdagradRMSProp", "ClippedAdam"])
 def test_a_parameter_that_came_without_a_gradient_has_pyros_state(name, x64):
     twins = Twins(getattr(optim, name)({}), getattr(pyro.optim, name)({}))

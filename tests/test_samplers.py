@@ -207,6 +207,7 @@ def cases(fast):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "options"), cases(FAST))
 def test_float64_agrees_with_devinterp(rule, options, x64):
     ours, theirs = run_ours(rule(**options)), run_parent(PARENTS[rule], options)
@@ -218,6 +219,7 @@ def test_float64_agrees_with_devinterp(rule, options, x64):
             assert error(ours[name], expected) < (1e-12 if isinstance(expected, list) else FLOAT32), name
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("rule", "options"), cases({rules.SGLD: ["saving with masks"], rules.SGNHT: ["all"]}))
 def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
     ours, exact = run_ours(rule(**options), form=as_updates), run_ours(rule(**options))
@@ -226,6 +228,7 @@ def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
         assert error(ours[name], expected) < (1e-12 if isinstance(expected, list) else FLOAT32), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rule", "options"), cases({rules.SGLD: ["all but saving"], rules.SGNHT: []}))
 def test_low_precision_is_no_worse_than_devinterp(rule, options, dtype):
@@ -265,6 +268,7 @@ def test_a_parameter_without_gradient_is_not_sampled():
     assert (theirs["params"][0] != value).all()
 
 
+@pytest.mark.costly
 @of_sampler
 def test_a_missing_gradient_leaves_all_of_its_parameter_alone(sampler):
     params = {"a": jnp.ones(3), "b": jnp.ones(2), "frozen": None}
@@ -294,6 +298,7 @@ def test_an_update_without_any_gradient_changes_nothing():
         run_both(rules.SGNHT, {}, np.ones(3, np.float32), [None])
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_a_box_of_size_zero_is_no_box(sampler, x64):
     shapes = ((3,),)
@@ -514,6 +519,7 @@ def run_twins(rule, twin, options):
     return {name: joined(x, 1) if isinstance(x, list) else x for name, x in seen.items()}, run_numpy(twin, o)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "twin", "options"),
     [pytest.param(*case, id=name, marks=[] if ", all" in name else pytest.mark.slow) for name, case in TWINS.items()],
@@ -575,6 +581,7 @@ def assert_close(a, b):
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_noise_is_that_of_the_key_the_step_and_the_array(sampler):
     rule = sampler(key=KEY)
@@ -606,6 +613,7 @@ def test_noise_differs_between_steps_arrays_and_keys():
     assert np.abs(correlation).max() < 5 / np.sqrt(1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["key", "hash"])
 def test_noise_differs_between_dtypes(impl, x64):
     params = [jnp.zeros(1000, jnp.float32), jnp.zeros(1000, jnp.float64)]
@@ -618,6 +626,7 @@ def test_without_a_key_it_is_that_of_seed_zero():
     assert_same(jaxoptim.init(rules.SGLD(), PARAMS).shared["key"], jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_keys_of_any_implementation(impl):
     params = [jnp.zeros(5)]
@@ -635,6 +644,7 @@ def test_noise_by_hash_is_other_noise():
     assert (seen[0] != seen[1]).all()
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_low_precision_parameters_have_noise_of_full_precision(sampler):
     params = [jnp.ones(8, jnp.bfloat16)]
@@ -646,6 +656,7 @@ def test_low_precision_parameters_have_noise_of_full_precision(sampler):
     assert_same(new, [exact[0].astype(jnp.bfloat16)])
 
 
+@pytest.mark.slow
 @of_sampler
 def test_complex_parameters_are_pairs_of_real_ones(sampler):
     rule = sampler(key=KEY, bounding_box_size=0.1, localization=2.0, weight_decay=0.5, lr=0.05)
@@ -672,6 +683,7 @@ def test_complex_parameters_are_pairs_of_real_ones(sampler):
 # The metrics that tell what moves the parameters.
 
 
+@pytest.mark.slow
 def test_scaled_metrics_are_the_norms_of_what_moves():
     mask = {"a": jnp.array([1.0, 0.0]), "b": None}
     options = {"lr": 0.3, "nbeta": 2.0, "noise_level": 0.5, "localization": 3.0, "bounding_box_size": 0.4}
@@ -735,6 +747,7 @@ ALONE = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("rule", "kept"), KEPT.values(), ids=KEPT)
 def test_the_parts_of_a_step_sum_to_it(rule, kept, x64):
     """Each alone is the whole but for the momentum there was, and so are all together, with the products."""
@@ -770,6 +783,7 @@ def test_the_parts_of_a_step_sum_to_it(rule, kept, x64):
 # What JAX does with it.
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_vmap_over_keys_and_over_rates_equals_a_loop(sampler):
     keys, rates = jax.random.split(KEY, 2), jnp.array([0.01, 0.03])
@@ -790,6 +804,7 @@ def test_vmap_over_a_rule():
     assert_close(jax.tree.map(lambda x: x[1], swept), walk(rules.SGLD(lr=0.03))[0])
 
 
+@pytest.mark.costly
 @of_sampler
 def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     compiled = []
@@ -813,6 +828,7 @@ def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_packed_parameters_have_the_same_numbers(sampler):
     rule = sampler(key=KEY, localization=1.0)
@@ -827,6 +843,7 @@ def test_packed_parameters_have_the_same_numbers(sampler):
     assert_close(state._replace(shared={}), expected._replace(shared={}))
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_derivatives_by_the_numbers_are_finite_differences(sampler, x64):
     params, noise = (jax.tree.map(lambda x: x.astype(float), x) for x in (PARAMS, noise_of(KEY, 1)))
@@ -845,6 +862,7 @@ def test_derivatives_by_the_numbers_are_finite_differences(sampler, x64):
         assert float(getattr(derivative, name)) == pytest.approx((ahead - behind) / (2 * h), rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.costly
 @of_sampler
 def test_derivatives_are_finite_where_a_gradient_is_zero(sampler):
     params = [jnp.zeros(3)]
@@ -856,6 +874,7 @@ def test_derivatives_are_finite_where_a_gradient_is_zero(sampler):
     chex.assert_tree_all_finite(jax.grad(final)(sampler()))
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_it_composes_with_optax(sampler):
     factory = getattr(jaxoptim, sampler.__name__.lower())
@@ -880,6 +899,7 @@ def test_it_composes_with_optax(sampler):
         assert_close(optax.apply_updates(PARAMS, updates), {"a": PARAMS["a"], **alone})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type",
     [

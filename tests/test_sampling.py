@@ -285,6 +285,7 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_an_interrupted_run_continues_to_the_last_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_SECONDS_BETWEEN_SAVES", -1.0)

@@ -72,6 +72,7 @@ def sgld(lr, mask=None, **options):
     return rules.SGLD(lr=lr, optimize_over=None if mask is None else jnp.asarray(mask), **options)
 
 
+@pytest.mark.slow
 @away
 @pytest.mark.parametrize("case", some(QUADRATICS, ["anisotropic", "all_at_once"]))
 def test_sgld_on_a_quadratic(case):
@@ -93,6 +94,7 @@ STIFF = {"localization": 30.0, "weight_decay": 5.0}
 PATH = {"num_burnin_steps": 10, "num_steps_bw_draws": 3}
 
 
+@pytest.mark.slow
 def test_sgld_in_every_coordinate():
     """Second moments, and the covariance over the draws of each chain."""
     h, nbeta, lr, draws = np.array([0.01, 0.5, 10.0, 100.0]), 3.0, 2e-3, 40
@@ -114,6 +116,7 @@ def test_sgld_in_every_coordinate():
     assert np.all(abs(found.mean(0) - exact) < 4 * found.std(0) / math.sqrt(len(found)))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("burnin", "every"), [(0, 1), (0, 3), (7, 1), (5, 4)])
 def test_sgld_transient_draw_by_draw(burnin, every):
     """Each step changes what is expected by a good part: a draw one step early or late is noticed."""
@@ -171,6 +174,7 @@ def test_sgld_with_minibatches(data, batch):
 THREE = np.array([1.0, 5.0, 20.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", some(["kick_friction", "ding", "badodab"], ["badodab"]))
 def test_sgnht_on_a_quadratic(order):
     """Many coordinates, which hold the thermostat at its mean."""
@@ -391,6 +395,7 @@ def test_sgld_equipartition():
 BAOAB = rules.SGHMC(order="baoab")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("a", "b", "nbeta", "sampler", "steps"),
     [
@@ -504,6 +509,7 @@ def test_mala_is_that_of_devinterp(x64):
     assert 0 < sum(x == 1 for x in accepted) < 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("h", "options"),
     [
@@ -667,6 +673,7 @@ def test_chains_do_not_depend_on_how_they_are_run(sampler, number, method):
 # Results
 
 
+@pytest.mark.slow
 def test_diagnostics_of_an_estimate():
     """Those of numpyro, and near the exact error and effective size of an autoregressive process."""
     h, nbeta, lr, draws = np.ones(1), 100.0, 4e-3, 1500
@@ -746,6 +753,7 @@ def test_calibration_is_a_grid_of_estimates():
         assert sweep.std[i, j] == pytest.approx(llc.std, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(f"ignore::{WARNING}")
 @pytest.mark.parametrize("batch_size", some([None, 1, 3, 7], [3]))
 def test_init_loss_is_the_mean_over_all_data(batch_size):

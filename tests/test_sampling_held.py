@@ -65,6 +65,7 @@ def product(params):
     return jnp.sum(params["a"]) * jnp.sum(params["b"] ** 2)
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("impl", ["key", "hash"])
@@ -78,6 +79,7 @@ def test_a_part_of_the_noise_is_that_part(impl, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
@@ -127,6 +129,7 @@ LAYER = 64 * 64 * 4
 CHAINS = 17  # which are not spread over devices
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize(
     ("sampler", "copies"),

@@ -134,6 +134,7 @@ def same(ours, theirs):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_a_module_is_that_of_its_arrays(kind):

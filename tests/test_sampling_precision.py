@@ -44,6 +44,7 @@ def equal(a, b):
 # One distribution in all dtypes.
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize("lr", [1e-3, 1e-5, *(pytest.param(lr, marks=slow) for lr in (1e-4, 1e-6, 1e-7))])
 @pytest.mark.parametrize("is_coarse", [False, pytest.param(True, marks=slow)], ids=["loss32", "loss16"])
@@ -65,6 +66,7 @@ def test_estimates_agree_in_all_dtypes(lr, is_coarse):
         assert llc.std == pytest.approx(wide.std, rel=0.1)
 
 
+@pytest.mark.slow
 @LOW
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda cls: cls.__name__)
 def test_a_run_is_that_of_float32_whose_loss_casts(sampler, dtype):
@@ -96,6 +98,7 @@ class Positions(sampling.Observable):
         return memory, draw.arrays
 
 
+@pytest.mark.slow
 def test_a_transformation_moves_in_float32_too():
     numbers, options = {"lr": 1e-9, "nbeta": 100.0}, FEW | {"observables": {"all": Positions()}}
     by_rule, by_tx = (
@@ -109,6 +112,7 @@ def test_a_transformation_moves_in_float32_too():
 # What is seen of them.
 
 
+@pytest.mark.slow
 @LOW
 def test_losses_and_functions_get_the_dtype_that_was_given(dtype):
     start = {"low": jnp.full(3, 0.5, dtype), "full": jnp.ones(2), "none": None}
@@ -144,6 +148,7 @@ class Seen(sampling.Observable):
         return memory, draw.params
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_a_mean_over_many_batches_does_not_overflow():
     """In float16 the sum of the losses of all data would."""
@@ -154,6 +159,7 @@ def test_a_mean_over_many_batches_does_not_overflow():
     assert llc.init_loss == pytest.approx(50)
 
 
+@pytest.mark.slow
 def test_the_covariance_is_of_positions_in_float32():
     watched = {"all": sampling.Covariance(), "some": sampling.Covariance(lambda w: w[:2])}
     low, full = (
@@ -165,6 +171,7 @@ def test_the_covariance_is_of_positions_in_float32():
     assert (low.observables["some"] != low.observables["all"][:, :2, :2]).any()
 
 
+@pytest.mark.slow
 def test_acceptance_rates_the_step_size_in_every_dtype():
     rates = []
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -190,6 +197,7 @@ def test_mala_acceptance_computes_in_float32(dtype):
 # Estimates, with what they take.
 
 
+@pytest.mark.slow
 def test_calibrate_agrees():
     options = {"lr": [1e-6, 1e-4], "localization": [0.0, 10.0], "nbeta": 1e3, "key": KEY, "num_chains": 2}
     wide, low = (
@@ -252,6 +260,7 @@ def dtypes(tree):
     return sorted((jax.tree_util.keystr(path), str(x.dtype)) for path, x in jax.tree_util.tree_leaves_with_path(tree))
 
 
+@pytest.mark.slow
 @LOW
 @pytest.mark.parametrize("kind", ["equinox", "nnx", "linen"])
 def test_modules_keep_their_dtypes_and_move_in_float32(kind, dtype, tmp_path):
@@ -277,6 +286,7 @@ def test_modules_keep_their_dtypes_and_move_in_float32(kind, dtype, tmp_path):
 # Runs that go on.
 
 
+@pytest.mark.slow
 @LOW
 def test_a_resumed_run_equals_the_undisturbed_one(dtype, tmp_path):
     """Each stretch is too short to move a number of the dtype, so positions that were rounded would be seen."""
@@ -294,6 +304,7 @@ def test_a_resumed_run_equals_the_undisturbed_one(dtype, tmp_path):
         sampling.sample(quadratic, other, rules.SGLD(lr=1e-9, nbeta=100.0), checkpoint=path, **options)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_rounded_chains_is_refused(tmp_path):
     """Such as this library once wrote."""
     path = tmp_path / "run"
@@ -311,6 +322,7 @@ def test_a_checkpoint_of_rounded_chains_is_refused(tmp_path):
 ROUNDS = "rounds each step to the parameter's dtype, bfloat16.*Give float32 parameters and cast them in the loss"
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("make", CLASSES, ids=lambda cls: cls.__name__)
 def test_torch_style_samplers_warn_of_rounding_once(make):
     params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16), "c": jnp.ones(2, jnp.bfloat16)}

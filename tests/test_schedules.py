@@ -165,12 +165,14 @@ def doubles():
         return values_of_arguments(ROWS, STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_value_in_float64(row):
     assert_double(doubles()[row.id], parents(row.id, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", DISPUTED, ids=str)
 def test_a_sequence_starts_every_schedule_from_the_base_rate(row, x64):
@@ -185,12 +187,14 @@ def singles():
     return values_of_arguments(ROWS, STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_value_in_float32(row):
     assert_single(singles()[row.id], parents(row.id, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("rows", [[*EXAMPLES], pytest.param(SIMPLE, marks=pytest.mark.slow)], ids=["examples", "rows"])
 def test_every_value_in_float32_of_schedules_that_the_compiler_knows(rows):
@@ -211,12 +215,14 @@ def documented(row):
     return 1e-11 if row.name == "LinearLR" and row.options["total_iters"] >= 10**6 else 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", LONG, ids=str)
 def test_ten_thousand_values_in_float64(row):
     assert_double(long_values(MANY, True)[row.id], parents(row.id, MANY), documented(row))
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", LONG, ids=str)
 def test_ten_thousand_values_in_float32(row):
@@ -306,6 +312,7 @@ def generated(row, steps=60):
         assert_double(np.asarray(jax.vmap(schedule)(jnp.arange(steps)))[: len(parent)], parent)
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "MultiplicativeLR"])
 def test_generated_options(name):
@@ -548,6 +555,7 @@ def all_examples(**lr):
     return {row.id: row.schedule(**lr) for row in EXAMPLES}
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", quick(EXAMPLES, 4), ids=str)
 def test_a_jitted_value_is_the_eager_one(row):
@@ -1054,6 +1062,7 @@ PLATEAU = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize(("mode", "threshold_mode"), MODES)
 def test_a_plateau_in_scan_is_torch_to_the_bit(mode, threshold_mode):
@@ -1085,6 +1094,7 @@ def test_a_plateau_with_the_defaults_of_torch():
     np.testing.assert_allclose(rates, parent_plateau(metrics)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_a_plateau_in_float32():
     generator = np.random.default_rng(0)

@@ -188,6 +188,7 @@ MAKERS = {
 FAST = [("written", "Adam"), ("written", "clipped"), ("written", "SGD"), ("normal", "ClippedAdam")]
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize(
     ("which", "maker"),

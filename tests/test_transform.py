@@ -46,6 +46,7 @@ def test_none_leaves_are_left_alone(case):
         assert_same(slot["skipped"], after.slots[name]["skipped"])
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
@@ -203,6 +204,7 @@ def test_sparse_gradients_act_as_their_dense_sum(indices, rule, seed):
     chex.assert_trees_all_close(after, expected_after, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_sparse_adam_leaves_untouched_rows_alone_to_the_bit():
     table, rule = jnp.linspace(0, 1, 12).reshape(6, 2), rules.SparseAdam()
