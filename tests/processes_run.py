@@ -1,6 +1,7 @@
 """One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS INDEX FOLDER``.
 
-It saves a sharded state with orbax, restores it and compares the bits; and asks our ``save``, which must refuse.
+It saves a sharded state with orbax, restores it and compares the bits; asks our ``save``, which must refuse; and trains
+with state in parts over both.
 """
 
 import sys
@@ -10,11 +11,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxoptim
-from jaxoptim import checkpoint
+from jaxoptim import checkpoint, optim
+from jaxoptim.distributed import zero
+
+
+def loss(w):
+    return jnp.sum(w**2)
+
+
+def train_in_parts(mesh, w):
+    """A class, from whole parameters of this process, and a transformation, from sharded ones, make the same run."""
+    assert jaxoptim.init(jaxoptim.rules.NAdam(), w).step.sharding.mesh.size == 4
+    tx = zero(jaxoptim.adamw(lr=0.1), mesh, "x", P("x"))
+    state, update = tx.init(w), jax.jit(tx.update)
+    opt = optim.AdamW(jnp.asarray(multihost_utils.process_allgather(w, tiled=True)), lr=0.1, mesh=mesh, zero="x")
+    for _ in range(3):
+        updates, state = update(jax.grad(loss)(w), state, w)
+        w = w + updates
+        opt.minimize(loss)
+    (slots,) = opt.state.values()
+    for slot in (slots["exp_avg"], state.slots["exp_avg"]):
+        assert slot.sharding.spec == P("x")
+    here = multihost_utils.process_allgather(w, tiled=True)
+    np.testing.assert_allclose(np.asarray(opt.params.addressable_data(0)), here, rtol=1e-5, atol=1e-6)
 
 
 def main(address, index, folder):
@@ -40,6 +64,7 @@ def main(address, index, folder):
         assert (a.sharding, a.dtype) == (b.sharding, b.dtype)
         for x, y in zip(a.addressable_shards, b.addressable_shards, strict=True):
             assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
+    train_in_parts(mesh, params["w"])
     print("restored", flush=True)  # noqa: T201
     try:
         checkpoint.save(folder / "ours.safetensors", {"opt": state})

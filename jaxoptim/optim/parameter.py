@@ -174,7 +174,8 @@ def zeros_like(grad: Any) -> Any:
 def _copied(value: Any, name: str | None) -> jax.Array:
     """An array of our own: optimizers donate what they hold, and NumPy arrays may change."""
     if isinstance(value, jax.Array):
-        array = strong(jax.device_put(value, may_alias=False))
+        is_here = isinstance(value, jax.core.Tracer) or value.is_fully_addressable  # and not with other processes too
+        array = strong(jax.device_put(value, may_alias=False) if is_here else jnp.copy(value))
     else:
         check_not_trained_by_torch("The value" if name is None else f"The value of {name!r}", value)
         array = owned(value)
