@@ -83,6 +83,7 @@ def assert_shardings(tree, shardings):
 # Where state is.
 
 
+@pytest.mark.costly
 @AXIS_TYPES
 @pytest.mark.parametrize("rule", each_rule())
 def test_state_is_on_its_mesh_from_init_on_and_steps_are_one_program(rule, axis_type, caplog):
@@ -157,6 +158,7 @@ def test_shardings_of_a_state_are_those_of_any_transformation(tx):
             assert x.sharding.spec == P(*[None] * (x.ndim - 2), *wanted)
 
 
+@pytest.mark.slow
 def test_a_state_is_restored_on_another_mesh(tmp_path):
     """The shardings of the target are those that the state would have there."""
     tx = optax.chain(optax.clip_by_global_norm(1.0), jaxoptim.transformation(ONE_SAMPLER), jaxoptim.adafactor())
@@ -218,6 +220,7 @@ def state_bytes(state):
     return sum(x.addressable_shards[0].data.nbytes for x in arrays), sum(x.nbytes for x in arrays)
 
 
+@pytest.mark.costly
 @AXIS_TYPES
 @pytest.mark.parametrize("rule", each_rule())
 def test_zero_makes_the_run_of_one_device_with_a_part_of_the_state(rule, axis_type, caplog):
@@ -262,6 +265,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.costly
 @AXIS_TYPES
 @pytest.mark.parametrize(("shape", "names", "specs", "parts"), LAYOUTS.values(), ids=LAYOUTS)
 def test_zero_keeps_parameters_as_they_are_sharded(shape, names, specs, parts, axis_type):
@@ -321,6 +325,7 @@ def test_zero_of_state_that_belongs_to_no_parameter():
     assert state.shared["d"].sharding.spec == P("data")
 
 
+@pytest.mark.slow
 def test_zero_takes_sparse_gradients():
     mesh, rows = mesh_of(), jnp.array([[1], [9], [14]])
     grads = {"w": BCOO((jnp.ones((3, 4)), rows), shape=(16, 4))}

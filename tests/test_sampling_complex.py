@@ -75,6 +75,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["curvature", "acceptance", *(pytest.param(x, marks=slow) for x in ("box", "held"))])
 def test_chains(name):
     rule, options = SAMPLERS[name]

@@ -31,6 +31,7 @@ def made(request):
     return request.param, request.param(**FULL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_with_a_store_is_the_run_without(name, tmp_path, made):
     runs, whole = made
@@ -39,6 +40,7 @@ def test_a_run_with_a_store_is_the_run_without(name, tmp_path, made):
     assert isinstance(found.loss, np.ndarray)
 
 
+@pytest.mark.costly
 def test_the_store_is_the_dataset(tmp_path, made):
     runs, whole = made
     runs(store=tmp_path / "run.zarr", **FULL)

@@ -91,6 +91,7 @@ def test_it_goes_on_under_a_smaller_bound(tmp_path, kept):
     assert one.loss.shape[1] < both.loss.shape[1] < 500
 
 
+@pytest.mark.slow
 def test_all_temperatures_are_to_have_it(tmp_path):
     """In the loss of all data, of which the steps take batches."""
     pytest.importorskip("zarr")

@@ -51,6 +51,7 @@ def part(name, result):
     return params[name], {key: slot[name] for key, slot in slots.items()}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("missed", [{}, {"skipped": (1, "c")}, {"skipped": (1, "c"), "counts": True}], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_an_array_is_updated_as_if_it_were_alone(rule, missed, x64, on_accelerators):
@@ -61,6 +62,7 @@ def test_an_array_is_updated_as_if_it_were_alone(rule, missed, x64, on_accelerat
         chex.assert_trees_all_close(part(name, together), part(name, alone), rtol=1e-15, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [{"master_weights": True}, {"rounding": "stochastic"}], ids=str)
 def test_arrays_of_few_bits_keep_what_they_keep_alone(precision, on_accelerators):
     rule, params = RULES["Muon"].with_precision(**precision), tree(0, jnp.bfloat16)
