@@ -2,6 +2,7 @@
 # Tests that stand together share compiled programs: worksteal leaves them to one worker as far as it can.
 PYTHON3 ?= python3
 VENV ?= .venv
+ACCELERATORS ?= .venv-accelerators
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
 TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
@@ -10,7 +11,7 @@ TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo test test-slow lint bench parity stub clean
+.PHONY: demo test test-slow lint bench accelerators parity stub clean
 
 demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
@@ -39,6 +40,10 @@ bench: $(VENV)/.test
 	$(PYTHON) benchmarks/variational.py
 	$(PYTHON) benchmarks/sampling.py
 
+# What steps cost on chips that need not be here, docs/accelerators.md, by the compilers for them.
+accelerators: $(ACCELERATORS)/.installed
+	$(ACCELERATORS)/bin/python benchmarks/accelerators.py
+
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test
 	$(PYTHON) tests/parity.py
@@ -48,7 +53,7 @@ stub: $(VENV)/.test
 	$(PYTHON) tests/stub.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ACCELERATORS)
 
 $(PYTHON):
 	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
@@ -62,3 +67,12 @@ $(VENV)/.examples: pyproject.toml | $(PYTHON)
 $(VENV)/.test: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.examples
+
+# The plugin for CUDA, which is that of the jax installed, needs ptxas to compile, and none of the libraries to run.
+$(ACCELERATORS)/.installed: pyproject.toml
+	test -x $(ACCELERATORS)/bin/python || python3 -m venv $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --editable . 'jax[tpu]'
+	jax=$$($(ACCELERATORS)/bin/python -c 'import jax; print(jax.__version__)') && \
+	$(ACCELERATORS)/bin/python -m pip install --quiet --no-deps nvidia-cuda-nvcc-cu12 \
+		jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
+	touch $@
