@@ -55,7 +55,7 @@ def statistics_of(variables, xs, dtype=np.float64):
     return jax.tree.map(lambda *values: np.mean(values, 0), *found)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("momenta", MOMENTA, ids=str)
 def test_batch_statistics_are_the_mean_over_batches(momenta):
     net, variables, xs = Net(*momenta), variables_of(), batches([16, 9, 16, 16, 9])
@@ -71,7 +71,7 @@ def test_batch_statistics_are_the_mean_over_batches(momenta):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(new))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("momenta", MOMENTA, ids=str)
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-5), (np.float64, 1e-12)], ids=["float32", "float64"])
 def test_batch_statistics_agree_with_torch(momenta, dtype, rtol):
@@ -168,6 +168,7 @@ def test_loaders_give_batches_or_tuples_of_them(loader):
     np.testing.assert_allclose(averaged.module["batch_stats"]["mean"], np.mean([x.mean(0) for x in xs], 0), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16], ids=["bfloat16", "float16"])
 def test_statistics_in_half_precision_are_right_to_their_digits(dtype):
     variables = linear_variables()
@@ -242,6 +243,7 @@ def test_statistics_that_cannot_be_computed_change_nothing(loader, apply_fn, err
     averaged.update_parameters(linear_variables())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("freeze", [dict, flax.core.FrozenDict, OrderedDict], ids=["dict", "FrozenDict", "OrderedDict"])
 def test_the_statistics_find_their_place_in_any_mapping(freeze, use_buffers):
@@ -309,6 +311,7 @@ def test_statistics_of_an_optimizers_average():
     assert update_bn(xs, averaged, raising) is None
 
 
+@pytest.mark.slow
 def test_statistics_of_an_nnx_model():
     class Model(nnx.Module):
         def __init__(self, rngs):

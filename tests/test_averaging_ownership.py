@@ -36,6 +36,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given_params", "cls", "name"),
     [("pytree", optim.SGD, "default"), ("groups", optim.SGD, "default"), ("parameters", optim.Adam, "ema-multi-0.9")]
@@ -158,6 +159,7 @@ def pointers(averaged):
     return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(averaged._average)}
 
 
+@pytest.mark.slow
 @by_mode
 def test_an_update_is_donated(mode):
     averaged = AveragedModel(ones(), **MODES[mode])
@@ -192,6 +194,7 @@ def compiled_by(caplog, function):
     return re.findall(r"Compiling (\S+)", caplog.text)
 
 
+@pytest.mark.slow
 @by_mode
 def test_one_program_serves_all_updates(mode, caplog):
     shapes = {"w": (7,), "v": (5, 3), "u": (100 + list(MODES).index(mode),)}  # that no other test has
@@ -279,7 +282,7 @@ def test_the_arrays_of_a_loaded_state_dict_are_the_users(spend):
     assert_same(averaged.state_dict(), reference.state_dict())
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "custom-multi", "buffers"])
 def test_numpy_arrays_may_change_after_each_call(mode):
     def given_tree(x):

@@ -128,6 +128,7 @@ def test_the_first_update_copies_what_there_is(kind):
     assert np.signbit(state.average[3])
 
 
+@pytest.mark.slow
 @by_few
 def test_leaves_of_every_kind(kind):
     average = made(kind)
@@ -161,6 +162,7 @@ def test_leaves_of_every_kind(kind):
     np.testing.assert_allclose(state.average["number"], by_formula(values, decay, debias)[-1][0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_keys_of_random_numbers_are_copied():
     trees = [{"w": jnp.full(2, float(n)), "rng": jax.random.key(n)} for n in range(4)]
     averaged, average = AveragedModel(trees[0]), averaging.swa()
@@ -173,6 +175,7 @@ def test_keys_of_random_numbers_are_copied():
         assert jnp.array_equal(jax.random.key_data(result["rng"]), jax.random.key_data(trees[-1]["rng"]))
 
 
+@pytest.mark.slow
 @by_few
 def test_a_donated_scan_carries_the_average(kind):
     average = made(kind)
@@ -193,6 +196,7 @@ def test_a_donated_scan_carries_the_average(kind):
     assert (int(result.n_averaged), int(result.average["n"])) == (8, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debias", [False, True], ids=["plain", "debiased"])
 def test_vmap_over_decays_equals_a_loop(debias):
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(10, 4)), jnp.float32)
@@ -224,6 +228,7 @@ def slopes(decay, debias, xs):
 SERIES = np.random.default_rng(0).normal(size=(6, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debias", [False, True], ids=["plain", "debiased"])
 @pytest.mark.parametrize("decay", [0.1, 0.4, 0.7, 0.999])
 def test_the_derivative_by_the_decay_is_the_finite_difference(decay, debias, x64):
@@ -256,6 +261,7 @@ def test_packed_trees_are_averaged_as_they_are(kind):
     assert_close(named(packed.average.unpack()), named(state.average), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
 def test_averages_are_sharded_like_their_parameters(axis_type):
     assert len(jax.devices()) == 8

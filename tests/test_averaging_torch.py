@@ -87,6 +87,7 @@ def test_averages_agree_with_torch(name, x64):
     assert_close(averaged_by_us(trees, **ours), averaged_by_torch(trees, **torchs), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_multi_mean_is_the_mean_where_torchs_weight_is_single(x64):
     # torch's 1 / (n + 1) of an integer tensor has float32's digits, whatever the parameters are.
     trees = long_run(np.float64)
@@ -102,6 +103,7 @@ def test_the_multi_mean_is_the_mean_where_torchs_weight_is_single(x64):
 TINY = {"a": (3,), "b": {"c": (2, 2)}}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     decay=st.one_of(st.sampled_from(DECAYS), st.floats(0, 1)),
@@ -119,6 +121,7 @@ def test_any_decay_and_any_scale_agree_with_torch(decay, seed, exponent, count, 
         assert_close(averaged_by_us(trees, **ours), averaged_by_torch(trees, **torchs), atol=1e-12 * largest)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-100, 100), count=st.integers(1, 150))
 def test_the_mean_of_any_parameters_agrees_with_torch(seed, exponent, count):
@@ -182,6 +185,7 @@ def test_a_step_that_bfloat16_would_lose_is_kept():
     assert averaged_by_torch(trees, **torchs)["w"].tolist() == [1, 1, 1]  # it never leaves the first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["avg_fn", "multi_avg_fn"])
 def test_complex_parameters_agree_with_torch(kind, x64):
     rng = np.random.default_rng(0)
@@ -200,6 +204,7 @@ def test_a_decay_of_zero_follows_and_of_one_stays(single):
         assert_same(averaged_by_us(trees, **{"avg_fn" if single else "multi_avg_fn": make(decay)}), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["default", "ema-0.9", "ema-multi-0.0", "ema-multi-0.999", "custom"])
 def test_the_first_update_copies_whatever_there_was(name, dtype):
@@ -415,6 +420,7 @@ def test_loading_without_strict_takes_what_there_is():
 # Buffers.
 
 
+@pytest.mark.slow
 def test_integers_are_averaged_as_torch_does_where_it_is_exact(x64):
     # torch's multi function for the mean divides integers and raises; its default does not.
     rng = np.random.default_rng(0)
@@ -431,7 +437,7 @@ def test_integers_are_averaged_as_torch_does_where_it_is_exact(x64):
         assert_same(multi, averaged_by_us(trees, use_buffers=True))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("use_buffers", [False, True], ids=["last", "averaged"])
 @pytest.mark.parametrize("name", ["default", "ema-multi-0.9"])
 def test_flax_variables_agree_with_torchs_module(name, use_buffers, x64):
@@ -449,6 +455,7 @@ def test_flax_variables_agree_with_torchs_module(name, use_buffers, x64):
         assert_same(averaged.module["batch_stats"], variables["batch_stats"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", [dict, flax.core.freeze, OrderedDict], ids=["dict", "FrozenDict", "OrderedDict"])
 def test_everything_beside_params_is_a_buffer(freeze):
     trees = [

@@ -82,6 +82,7 @@ def test_all_bit_patterns_survive_nan_payloads_included(dtype, tmp_path):
     assert [np.asarray(y).tobytes() for y in loaded] == [raw, np.asarray(jnp.asarray(x)).tobytes()]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
 def test_typed_keys_come_back_and_go_on(key, tmp_path):
     loaded = reloaded({"key": key()}, tmp_path)["key"]
@@ -201,6 +202,7 @@ def test_saving_inside_of_a_compiled_function_is_refused(tmp_path):
         jax.jit(lambda x: checkpoint.save(tmp_path / NAME, {"w": x}))(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", WIDE)
 def test_wide_arrays_are_not_narrowed_in_silence(dtype, tmp_path):
     with jax.enable_x64(True):
@@ -360,6 +362,7 @@ def run_of(steps=2):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_file_is_plain_safetensors_and_json(tmp_path, monkeypatch):
     run, path = run_of(), tmp_path / NAME
     for module, name in ((pickle, "loads"), (pickle, "load"), (pickle, "Unpickler"), (torch, "load"), (np, "load")):
@@ -386,6 +389,7 @@ def test_a_file_is_plain_safetensors_and_json(tmp_path, monkeypatch):
 # Files of released versions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(checkpoint_files.FOLDER.glob("*")), ids=lambda path: path.stem)
 def test_files_of_released_formats_stay_loadable(path):
     version = int(path.stem.removeprefix("format-"))

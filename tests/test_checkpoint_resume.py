@@ -102,7 +102,7 @@ def parameters(row):
     return params
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(lambda case: case in FIRST and case.row.name in ("Adam", "Rprop"), STATES))
 def test_a_resumed_optimizer_goes_on_bit_for_bit(case, tmp_path):
     run = Run(
@@ -118,6 +118,7 @@ def quartic(params, noise):
     return jnp.sum((params["w"] - noise[:3]) ** 4) + jnp.sum((params["v"] * params["w"][:2] - 1) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line_search", [pytest.param(None, marks=pytest.mark.slow), "strong_wolfe"])
 def test_resumed_lbfgs_goes_on_bit_for_bit(line_search, tmp_path):
     params = {"v": jnp.ones(2), "w": jnp.array([1.0, -2.0, 0.5])}
@@ -144,6 +145,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("before", [1, 3, 5])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_resumed_schedulers_go_on_bit_for_bit(schedule, before, tmp_path):

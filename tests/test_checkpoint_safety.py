@@ -66,6 +66,7 @@ def test_every_flipped_bit_is_seen(some, tmp_path):
         check_damaged(path, flipped)
 
 
+@pytest.mark.slow
 def test_every_truncation_and_extension_is_seen(tmp_path):
     path, raw = small(tmp_path)
     for size in range(len(raw)):
@@ -424,6 +425,7 @@ def test_keep_must_be_a_positive_integer(keep, tmp_path):
         checkpoint.save(tmp_path / NAME, 1, keep=keep)
 
 
+@pytest.mark.slow
 def test_a_reader_always_finds_a_whole_checkpoint(tmp_path):
     path, seen, errors, stop = tmp_path / NAME, [], [], threading.Event()
     checkpoint.save(path, {"n": 0, "w": np.zeros(30_000)}, keep=2)

@@ -50,6 +50,7 @@ def assert_equal(one, other):
             np.testing.assert_allclose(a, b, rtol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_type", NORMS)
 @pytest.mark.parametrize("max_norm", [0.5, 100.0, 0])
 def test_norms_are_clipped_as_in_torch(norm_type, max_norm):
@@ -125,6 +126,7 @@ def test_norms_that_are_not_finite(bad):
     assert_equal(grads_of(a), grads_of(b))
 
 
+@pytest.mark.slow
 def test_rows_complex_numbers_and_low_precision():
     rows = BCOO((jnp.array([[3.0, 0.0], [0.0, 2.0], [0.0, 2.0]]), jnp.array([[0], [1], [1]])), shape=(4, 2))
     clipped, norm = clip_grad_norm_([rows], 1.0)

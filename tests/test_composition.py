@@ -117,6 +117,7 @@ def test_muon_names_the_switch_that_cannot_be_injected():
         optax.inject_hyperparams(jaxoptim.muon)().init(PARAMS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_multi_steps(case):
     tx, _ = transformed(case)
@@ -124,6 +125,7 @@ def test_multi_steps(case):
     assert_close(accumulated, run_alone(case, steps=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_apply_if_finite(case):
     tx, update_alone = transformed(case)
@@ -146,6 +148,7 @@ def test_map_params(case):
     assert jax.tree.leaves(mapped).count("slot") == len(jax.tree.leaves(state)) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, FIRST))
 def test_unknown_keywords_are_ignored(case):
     tx = jaxoptim.transformation(case.ours())
@@ -162,6 +165,7 @@ class Network(nn.Module):
 X, Y = jax.random.normal(jax.random.key(0), (16, 3)), jax.random.normal(jax.random.key(1), (16, 2))
 
 
+@pytest.mark.slow
 def test_flax_train_state():
     network = Network()
     state = TrainState.create(
@@ -205,6 +209,7 @@ def test_flax_nnx_optimizer(make):
     np.testing.assert_allclose(model.kernel[...], params["kernel"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_equinox():
     model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
     tx = jaxoptim.adam(lr=0.05)
@@ -230,6 +235,7 @@ def test_equinox_filters_take_rules_apart():
     assert jax.tree.leaves(eqx.filter(rule, lambda x: False)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [jaxoptim.adam, jaxoptim.rprop, jaxoptim.adadelta], ids=lambda f: f.__name__)
 def test_optimistix(make):
     solver = optimistix.OptaxMinimiser(make(lr=0.05 if make is not jaxoptim.adadelta else 50.0), rtol=1e-6, atol=1e-6)

@@ -111,6 +111,7 @@ def late(case):
     return case.ours(), params, {"late": grad, "w": grad}, {"late": None, "w": grad}, {"late": None, "w": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FEW.__contains__, STATES))
 def test_an_array_moves_as_it_would_alone(case):
     rule, params, both, one, _ = late(case)
@@ -209,6 +210,7 @@ def counted(rule=None):
     return rule, *jaxoptim.step(rule, params, params | {"late": None}, jaxoptim.init(rule, params)), params
 
 
+@pytest.mark.slow
 def test_a_scan_carries_counts_and_a_hypergradient_goes_through_it():
     params = {"late": ones(), "w": ones()}
 
@@ -243,6 +245,7 @@ def test_a_stack_of_states_has_counts_of_its_own():
     assert begun.counts["w"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_counts_are_exported_described_and_found():
     rule, now, state, params = counted()
     described = jax.eval_shape(lambda: jaxoptim.init(rule, params, counts=True))
@@ -383,7 +386,7 @@ class Meeting:
         return [tensor.numpy() for tensor in tensors]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless([*MET_FIRST.values()].__contains__, MET))
 def test_counts_go_to_the_other_faces_and_to_the_parent_and_back(case, x64):
     run = Meeting(case)
@@ -424,6 +427,7 @@ def test_a_wrong_tree_of_counts_changes_nothing_in_the_torch_style_face():
     chex.assert_trees_all_equal(opt.params, params)
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_pyro_style_optimizer_decays_where_a_gradient_is_missing():
     optimizer = jaxoptim.pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.5})
     tx, params = jaxoptim.transformation(optimizer), {"a": jnp.ones(()), "b": jnp.ones(())}

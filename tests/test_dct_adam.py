@@ -30,7 +30,7 @@ def run_pyro(start, noise, options, marks):
     return param.numpy(), optimizer.state[param]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
@@ -107,6 +107,7 @@ def test_all_numbers_sampled_is_no_subsample():
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_transform_and_a_subsample_of_another_axis_act_on_the_sampled_series():
     # Pyro fails here. Each sampled row is a series of its own, updated as if it were alone.
     params, grad = jnp.ones((4, 7)), jnp.linspace(-1, 1, 28).reshape(4, 7)
@@ -120,6 +121,7 @@ def test_a_transform_and_a_subsample_of_another_axis_act_on_the_sampled_series()
     assert state.slots["step"].shape == (4, 1)
 
 
+@pytest.mark.slow
 def test_errors_say_which_axis():
     with pytest.raises(ValueError, match=r"dct_dim=-2, but 'bias' of shape \(3,\) has no such axis"):
         jaxoptim.dct_adam(dct_dim=-2).init({"bias": jnp.ones(3)})

@@ -83,7 +83,7 @@ def assert_shardings(tree, shardings):
 # Where state is.
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @AXIS_TYPES
 @pytest.mark.parametrize("rule", each_rule())
 def test_state_is_on_its_mesh_from_init_on_and_steps_are_one_program(rule, axis_type, caplog):
@@ -141,6 +141,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 def test_shardings_of_a_state_are_those_of_any_transformation(tx):
     """All arrays of a parameter's shape have its sharding, stacks of them too."""
@@ -220,7 +221,7 @@ def state_bytes(state):
     return sum(x.addressable_shards[0].data.nbytes for x in arrays), sum(x.nbytes for x in arrays)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @AXIS_TYPES
 @pytest.mark.parametrize("rule", each_rule())
 def test_zero_makes_the_run_of_one_device_with_a_part_of_the_state(rule, axis_type, caplog):

@@ -134,6 +134,7 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(snippet, page.name, "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_import_needs_only_jax_optax_and_numpy():
     code = (
         "import sys, jaxoptim; heavy = {'torch', 'pyro', 'numpyro', 'flax', 'orbax', 'equinox', 'matplotlib', 'tqdm', "

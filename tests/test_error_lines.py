@@ -140,6 +140,7 @@ class TestGradients:
 
 
 class TestNumbersInHalfPrecision:
+    @pytest.mark.costly
     @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
     @pytest.mark.parametrize(
         "name",

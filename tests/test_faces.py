@@ -203,7 +203,7 @@ OF_EACH_FORM = ("Adam", "NAdam", "ClippedAdam", "Adafactor")
 """A kind for each way in which arrays are kept: by rows, with numbers of each row, with rates that decay, alone."""
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in OF_EACH_FORM else pytest.mark.slow) for name in KINDS]
@@ -270,6 +270,7 @@ def without(missing):
     return GRADS | dict.fromkeys(missing)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("cls", STATEFUL)
 def test_no_number_of_a_group_compiles(cls):
     face = cls(KINDS["NAdam"], [{n: VALUES[n] for n in names} for names in (NAMES[:2], NAMES[2:])], [0.1, 0.1])
@@ -289,6 +290,7 @@ def test_no_number_of_a_group_compiles(cls):
             face.step(GRADS)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("cls", STATEFUL)
 def test_a_term_that_another_group_has_compiles_nothing(cls):
     face = warm(cls)
@@ -370,6 +372,7 @@ def test_a_scheduler_that_moves_every_group_compiles_nothing(cls):
             scheduler.step()
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("cls", STATEFUL)
 def test_a_new_group_compiles_once(cls):
     face = warm(cls)

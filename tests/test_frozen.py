@@ -94,6 +94,7 @@ def test_frozen_parameters_stay_as_in_torch(name, options, way):
 # What is frozen, and how that is said.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selectors", "names"),
     [
@@ -192,6 +193,7 @@ def test_small_parameters_freeze_and_thaw_in_the_program_for_masks():
     assert programs.advance._cache_size() == before
 
 
+@pytest.mark.slow
 def test_minimize_compiles_once_for_each_choice_and_takes_no_gradient_of_the_rest():
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
     seen = []
@@ -283,6 +285,7 @@ def test_multi_optimizers(optimizer):
         assert stayed == list(frozen)
 
 
+@pytest.mark.slow
 def test_pyro_style_calls():
     optimizer = pyro_style.Adam({"lr": 0.1})
     params = [Parameter(jnp.ones(shape), str(shape)) for shape in ((2,), (LARGE,), (2, 1))]
@@ -294,6 +297,7 @@ def test_pyro_style_calls():
     assert [float(param.value.reshape(-1)[0]) for param in params] == pytest.approx([0.7, 1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_svi():
     numpyro = pytest.importorskip("numpyro")
 
@@ -311,6 +315,7 @@ def test_svi():
     assert float(svi.params["b"].value) < 0.7
 
 
+@pytest.mark.slow
 def test_the_pure_face_leaves_them_too():
     opt = optim.Adam(START, lr=0.1)
     opt.minimize(loss)

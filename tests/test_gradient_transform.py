@@ -60,7 +60,7 @@ def optimizer(params=START):
     return optim.AdamW(params, groups=GROUPS, gradient_transform=TX)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["step", "minimize", "both"])
 def test_steps_are_those_of_the_chain_in_optax(way):
     opt, theirs = optimizer(), InOptax()
@@ -160,7 +160,7 @@ def went_through_the_pure_face(opt, path):
     return opt
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "resumed",
     [resumed_by_state_dict, resumed_from_a_file, lambda opt, path: copy.deepcopy(opt), went_through_the_pure_face],
@@ -221,6 +221,7 @@ def test_the_state_begins_afresh_with_other_parameters():
     chex.assert_trees_all_close(opt.params, [{"a": jnp.full(2, 0.61)}, {"b": jnp.full(2, 0.71)}], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_group_takes_another_one_at_any_time():
     opt = optim.SGD([{"params": [jnp.ones(2)]}, {"params": [jnp.ones(2)]}], lr=1.0)
     grads = [[jnp.full(2, 4.0)], [jnp.full(2, 4.0)]]

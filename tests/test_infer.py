@@ -239,6 +239,7 @@ def test_every_kind_of_optimizer(name):
     same(svi.get_params(), result.params)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_torchs_kind_brings_its_own_parameters():
     adam = optim.Adam({"loc": jnp.array(3.0), "scale": jnp.array(0.0)}, lr=0.05)
     svi = SVI(model, guide, adam, Trace_ELBO(), key=KEY)
@@ -387,7 +388,7 @@ def test_an_annealing_factor_compiles_once():
     assert len(set(losses)) == 6
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -416,6 +417,7 @@ def test_ints_are_static_so_that_plates_can_have_their_size():
         svi.step(DATA[:size], size=size)
 
 
+@pytest.mark.slow
 def test_data_of_numpy_is_read_at_the_call():
     svi, other = (SVI(model, guide, adam(), Trace_ELBO()) for _ in range(2))
     data = np.array([1.0, 2.5, 3.0])
@@ -538,6 +540,7 @@ def test_evaluation_creates_parameters_and_changes_none():
     assert svi.evaluate_loss(DATA) != loss
 
 
+@pytest.mark.slow
 def test_nothing_to_optimise():
     def guide(data):
         numpyro.sample("mean", dist.Normal(0.5, 1.0))
@@ -604,6 +607,7 @@ def test_a_function_as_loss_has_no_mutable_state():
 # What goes wrong.
 
 
+@pytest.mark.slow
 def test_a_step_without_finite_loss_changes_nothing_but_the_key():
     svi = SVI(model, guide, adam(), Trace_ELBO(), skip_nonfinite=True)
     svi.step(DATA)
@@ -617,6 +621,7 @@ def test_a_step_without_finite_loss_changes_nothing_but_the_key():
     assert np.isnan(plain.params["loc"].value)
 
 
+@pytest.mark.slow
 def test_a_skipped_step_keeps_the_mutable_state():
     svi = SVI(normalised, nothing, adam(), Trace_ELBO(), skip_nonfinite=True)
     svi.step(X, X[:, 0])

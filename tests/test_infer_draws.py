@@ -46,7 +46,7 @@ def compiled(loss, guide=guide):
     return jax.jit(lambda key: loss_fn(params, key, DATA))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 16])
 def test_particles_within_a_function_are_as_many(particles):
     elbo = Trace_ELBO(num_particles=particles)
@@ -82,7 +82,7 @@ DRAWS = {
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("draws", DRAWS)
 def test_draws_of_a_loss_are_independent(draws):
     values = []
@@ -115,6 +115,7 @@ def test_each_step_draws_anew_from_a_constant_seed():
     assert svi.step(DATA) != second
 
 
+@pytest.mark.slow
 def test_weights_of_a_replayed_model_need_no_seed():
     """At the posterior each weight is the evidence, whatever is drawn."""
 
@@ -145,6 +146,7 @@ def test_one_draw_for_many_evaluations_is_refused(draws):
         )
 
 
+@pytest.mark.slow
 def test_a_seed_around_the_step_is_not_one_of_the_losss():
     """It would be there when the program is compiled, and never again."""
     first, second = (SVI(model, guide, rules.SGD(lr=0.0), lambda m, g, x: drawn(g, x), key=KEY) for _ in range(2))
@@ -209,7 +211,7 @@ def test_an_argument_called_self_to_an_object_of_numpyro(model, guide, name):
 AT_HALF = autoguide.AutoDelta(of_self, init_loc_fn=init_to_value(values={"mean": 0.5}))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guide", "args", "kwargs"),
     [

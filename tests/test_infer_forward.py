@@ -45,6 +45,7 @@ def fit(optimizer, **kwargs):
     return SVI(model, guide, optimizer, Trace_ELBO(), key=KEY, **kwargs)
 
 
+@pytest.mark.slow
 def test_losses_and_parameters_are_numpyros():
     adam = jaxoptim.adam(lr=0.05)
     parent = Parent(model, guide, to_numpyro(adam), Trace_ELBO())

@@ -219,6 +219,7 @@ def test_what_many_fits_cannot_begin_with(made, problem):
     svi.step(DATA)  # which still works
 
 
+@pytest.mark.slow
 def test_values_to_begin_with_are_those_of_all_fits():
     svi = of(OPTIMIZERS["rule"], point, KEY, init_params={"start": 1.5})
     found = svi.run_many(3, 1, DATA, progress_bar=False)

@@ -133,6 +133,7 @@ def test_a_run_is_a_loop_of_steps(name, singles):
     assert run.step(DATA) == looped.step(DATA)  # also what the optimizer keeps
 
 
+@pytest.mark.slow
 def test_any_number_of_steps_is_one_program_and_the_model_is_not_traced_again():
     traces = []
 
@@ -204,6 +205,7 @@ def test_options_that_decay_are_one_program_from_the_first_step_on():
     assert (len(traces), loops.minimize_many._cache_size()) == (2, programs + 1)
 
 
+@pytest.mark.slow
 def test_options_that_decay_go_on_over_many_calls():
     looped, run = pairs(lambda: named.ClippedAdam({"lr": 0.05, "lrd": 0.999}))
     losses = [looped.step(DATA) for _ in range(600)]
@@ -344,6 +346,7 @@ def test_a_batch_that_the_data_do_not_have(args, size, problem):
 # What happens in between.
 
 
+@pytest.mark.slow
 def test_ctrl_c_finds_everything_as_the_last_step_has_left_it():
     def until(count):
         for at in range(count):
@@ -445,6 +448,7 @@ def test_two_fits_that_share_parameters_take_turns():
     assert_same(shared(run=True), shared(run=False))
 
 
+@pytest.mark.slow
 def test_an_automatic_guide_and_values_to_begin_with():
     begun = []
     for run in (True, False):

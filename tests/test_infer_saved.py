@@ -126,6 +126,7 @@ def calls(*lates):
     return [(DATA, late) for late in lates]
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("kind", each(OPTIMIZERS))
 def test_a_resumed_run_is_the_undisturbed_one(kind, tmp_path):
@@ -158,7 +159,7 @@ def marks(kind, case):
     return numbers if numbers and kind in FAST_LATE else [*numbers, pytest.mark.slow]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "case"),
     [pytest.param(k, case, marks=marks(k, case)) for k in OPTIMIZERS if k not in FIXED for case in LATE],
@@ -204,6 +205,7 @@ def test_constrained_values_are_there_at_once(tmp_path):
     np.testing.assert_array_equal(again.get_params()["scale"], [1.0, 1.0])
 
 
+@pytest.mark.slow
 def test_a_state_stays_as_it_was():
     for kind in ("rule", "clipped", "torch made"):
         svi = fit(OPTIMIZERS[kind]())
@@ -330,6 +332,7 @@ def test_parameters_put_in_are_saved_before_the_first_call(tmp_path):
     check_resumed(svi, other, tmp_path / "run", [], [(DATA,)] * 2)
 
 
+@pytest.mark.slow
 def test_a_torch_style_optimizer_and_a_function_that_makes_one(tmp_path):
     svi, other = fit(OPTIMIZERS["torch"]()), another("torch made")
     svi.step(DATA)
@@ -449,7 +452,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_states_that_do_not_fit(case):
     make, kind, error, words = REFUSED[case]
@@ -605,6 +608,7 @@ except ValueError as error:
     assert result.stdout.startswith("The constraint of 'soft', _SoftplusPositive, is not known here. Import"), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "constraint", "error", "words"),
     [

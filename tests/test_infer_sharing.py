@@ -96,7 +96,7 @@ def test_shared_parameters_are_pyros(name, kind, options):
     assert first == {"mean": second["mean"]}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rule", "optax", "torch"])
 def test_shared_state_is_that_of_a_pyro_style_optimizer(name):
     optimizer = OPTIMIZERS[name]()
@@ -115,6 +115,7 @@ def test_what_is_not_shared_is_separate(name):
     chex.assert_trees_all_equal(found, alternate(pair(OPTIMIZERS[name](), OPTIMIZERS[name]())))
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_brings_parameters_brings_them_to_both():
     adam = optim.Adam({"mean": jnp.array(3.0)}, lr=0.05)
     first = SVI(main, nothing, adam, Trace_ELBO())
@@ -126,6 +127,7 @@ def test_an_optimizer_that_brings_parameters_brings_them_to_both():
     assert first.get_params() == second.get_params() == {"mean": adam.params["mean"]}
 
 
+@pytest.mark.slow
 def test_a_multi_optimizer_of_two_fits_keeps_their_states():
     def fit(optimizer):
         return SVI(main, nothing, optimizer, Trace_ELBO())
@@ -270,6 +272,7 @@ def test_params_are_those_of_an_svi():
     assert svi.get_params() == {"loc": 3.0, "scale": 1.0}
 
 
+@pytest.mark.slow
 def test_the_names_of_the_other_svi_are_known():
     first, second = pair(rules.SGD(lr=0.1), rules.SGD(lr=0.1), shared=True)
     second.step(DATA)

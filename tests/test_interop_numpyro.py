@@ -172,6 +172,7 @@ def test_a_model_without_parameters():
         assert result.losses.shape == (3,)
 
 
+@pytest.mark.slow
 def test_the_progress_bar_compiles_once(capsys):
     traces = []
 
@@ -220,6 +221,7 @@ def test_networks_have_nested_parameters(tx):
     assert result.params["net$params"]["Dense_0"]["kernel"].shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_mutable_state_is_handed_back():
     svi = SVI(regression, empty, to_numpyro(jaxoptim.adam(lr=0.0)), Trace_ELBO(), normalise=True)
     result = svi.run(KEY, 4, X, X[:, 0], progress_bar=False)
@@ -270,7 +272,7 @@ def second_order():
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", [False, True])
 def test_the_loss_can_be_differentiated_twice(forward):
     target = iterated if forward else model
@@ -279,7 +281,7 @@ def test_the_loss_can_be_differentiated_twice(forward):
     np.testing.assert_allclose(result.params["mean_auto_loc"], MEAN, rtol=1e-5)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", [jaxoptim.adam(lr=0.1), jaxoptim.lbfgs(), optax.lbfgs()], ids=["adam", "lbfgs", "optax"])
 def test_a_stable_update_leaves_the_state_where_the_loss_is_not_finite(tx):
     svi = SVI(model, delta, to_numpyro(tx), Trace_ELBO())
@@ -323,6 +325,7 @@ def test_without_numpyro(monkeypatch):
 # The Pyro-style optimizers.
 
 
+@pytest.mark.slow
 def test_pyro_style_options_are_asked_for_by_name():
     asked = []
 

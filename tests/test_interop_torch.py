@@ -202,6 +202,7 @@ def test_the_pure_face_continues_a_run_of_torch(case, x64):
     close(params, whole)
 
 
+@pytest.mark.slow
 @each([case for case in FIRST if case.row.name in PURE], BACK)
 def test_torch_continues_a_run_of_the_pure_face(case, x64):
     trial, _, saved, whole, _ = in_torch(str(case))
@@ -335,6 +336,7 @@ def test_names_on_both_sides_count_on_the_way_into_torch(x64):
     close([theirs.state[tensors["w"]]["exp_avg"], theirs.state[tensors["b"]]["exp_avg"]], [[0.2] * 2, [0.3] * 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["NAdam", "Adagrad", "RAdam"])
 def test_counts_and_numbers_of_older_torch_are_plain_ones(name, x64):
     tensor = torch.ones(2, dtype=torch.float64)
@@ -363,7 +365,7 @@ def mixed(options):
     return getattr(torch.optim, options.pop("name"))(groups, **options), tensors, noise
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -512,6 +514,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tensor_of_any_kind_comes_and_goes(kind, x64):
     tensor, expected = KINDS[kind]()
@@ -546,6 +549,7 @@ PLATEAU = Schedule("ReduceLROnPlateau", {"patience": 3, "factor": 0.5})
 EACH = {row.name: row for row in reversed([*SIMPLE, *COMPOSITE, PLATEAU])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", EACH.values(), ids=EACH)
 def test_a_scheduler_and_its_optimizer_change_sides_twice(row):
     part = 13 if row is PLATEAU else min(13, (row.values(40) - 1) // 3)
@@ -583,6 +587,7 @@ def test_a_scheduler_and_its_optimizer_change_sides_twice(row):
     close(tensors_of(moving.optimizer), tensors_of(whole.optimizer), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_average_changes_sides_twice(x64):
     rng = np.random.default_rng(3)
     trees = [{"0": {"weight": rng.normal(size=(2, 3)), "bias": rng.normal(size=2)}} for _ in range(9)]

@@ -149,6 +149,7 @@ def test_a_run_of_a_module_is_carried_over_and_back(name, options, x64):
     close(half.parameters(), net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "transposed"),
     [({}, False), ({"adjust_lr_fn": "match_rms_adamw"}, True)],
@@ -243,6 +244,7 @@ def test_the_slots_of_this_test_are_adafactors(x64):
         assert slot is None if state.slots[name] is None else np.allclose(slot, state.slots[name], rtol=1e-14)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(move=MOVES)
 def test_adafactors_factors_follow_a_permutation_of_axes_or_refuse_it(move):
@@ -304,6 +306,7 @@ def small_tree(fill=0.0):
     return {layer: {leaf: jnp.full(x, fill) for leaf, x in of.items()} for layer, of in shapes.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "selector"),
     [(TO_TORCH, r".*\.kernel"), (TO_TORCH.__getitem__, lambda path: path.endswith("kernel"))],

@@ -30,7 +30,7 @@ def described(name, **arrays):
 A, B = np.array([1.0, -2.0]), np.array([[0.5, 0.1, 2.0]])
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side", "target"),
     [
@@ -181,6 +181,7 @@ def test_adams_coupled_decay_is_not_taken_for_adamws():
     assert opt.param_groups[0]["decoupled_weight_decay"] is True
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", STATES, ids=str)
 def test_every_slot_of_a_wrong_shape_or_kind_is_refused_by_name(case, x64):
     tensors = [torch.ones(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)]
@@ -292,6 +293,7 @@ LBFGS_EDITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("entry", "value", "message"), LBFGS_EDITS)
 def test_every_entry_of_lbfgs_that_does_not_fit_is_named(entry, value, message):
     opt = optim.LBFGS({"w": np.ones(1), "b": np.array([1.0, 2.0])}, max_iter=3, history_size=3)

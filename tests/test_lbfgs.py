@@ -173,7 +173,7 @@ def compare_states(rule, state, parent):
             close(ours, theirs, f"{name}[{row}]")
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [pytest.param(name, marks=[] if name in ("defaults", "short_history") else pytest.mark.slow) for name in OPTIONS],
@@ -233,7 +233,7 @@ def test_ten_steps_on_our_own_equal_torchs(problem, search, options, x64):
         close(state[name], parent.state[name], name)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "search", "options"), UNSTABLE)
 def test_torch_disagrees_with_itself_where_ten_steps_are_not_compared(problem, search, options):
     x = PROBLEMS[problem][1]
@@ -283,7 +283,7 @@ def zeros_tree():
     return {"weights": jnp.zeros((3, 10)), "frozen": None, "bias": jnp.zeros(1)}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("search", SEARCHES)
 def test_the_transformation_is_torchs_step(search, given, x64):
@@ -528,6 +528,7 @@ def test_a_loss_that_is_never_finite_ends_too(search):
     assert int(state["func_evals"]) <= 26
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_line_search_goes_back_from_a_trial_that_is_not_finite(bad, x64):
     def loss(x):  # a barrier at zero, beyond which the first trial lies
@@ -539,6 +540,7 @@ def test_the_line_search_goes_back_from_a_trial_that_is_not_finite(bad, x64):
     np.testing.assert_allclose(x, 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero_and_a_flat_cubic_do_not_move():
     tx, x = jaxoptim.lbfgs(lr=0.0, line_search_fn="strong_wolfe"), jnp.ones(2)
     updates, state = tx.update(jax.grad(cosh)(x + 1), tx.init(x), x, value_fn=lambda x: cosh(x + 1))
@@ -628,6 +630,7 @@ def test_flatten_and_unflatten_are_inverse(x64):
     assert trees.names(unflatten(vector, jax.eval_shape(lambda: tree))) == trees.names(tree)
 
 
+@pytest.mark.slow
 def test_flatten_errors():
     params = {"w": jnp.ones(2), "z": jnp.ones(1, jnp.complex64)}
     with pytest.raises(ValueError, match="holds 4 real numbers"):

@@ -52,6 +52,7 @@ def test_sgld_transient_is_the_closed_form():
     assert cases.sgld_quadratic(H, nbeta, lr, draws=1) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("burnin", "every"), [(0, 1), (5, 3)])
 def test_sgld_draws_and_their_error_are_those_of_a_simulation(burnin, every):
     lr, nbeta, draws = 0.02, 20.0, 12
@@ -151,6 +152,7 @@ def test_acceptance_in_one_coordinate(x):
     assert found == pytest.approx(0.5 + 2 * dblquad(lower, 0, 9, 0, 9)[0], abs=1e-6)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     ("k", "lr"), [(np.array([4.0]), 0.3), (np.array([0.1, 1.0, 6.0]), 0.4), (np.full(50, 3.0), 0.1)]
 )
@@ -243,6 +245,7 @@ def test_sgnht_shares_one_thermostat_between_coordinates():
     np.testing.assert_allclose(same, cases.sgnht_quadratic(40.0, lr, diffusion, "ding")[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "twin"), [("euler", "ding"), ("baoab", "badodab")])
 def test_sghmc_is_that_of_a_simulation(order, twin):
     k, lr, alpha, coordinates, steps = 100.0, 1e-2, 0.3, 2000, 1500
@@ -451,6 +454,7 @@ def test_rank_zero_network_of_one_unit_is_a_normal_crossing():
         assert cases.rank_zero_network((1, 1, 1), nbeta, localization) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "h", "n"), [(5, 3, 5), (2, 2, 3), (3, 4, 2), (2, 1, 4)])
 def test_rank_zero_network_is_that_of_a_simulation(m, h, n):
     """A from its prior, weighted by the integral over B."""
@@ -464,7 +468,7 @@ def test_rank_zero_network_is_that_of_a_simulation(m, h, n):
     assert np.average(values, weights=weights) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(5, 3, 5), (5, 4, 5), (4, 3, 8), (3, 2, 2), (1, 2, 1)])
 def test_rank_zero_network_approaches_its_theory(widths):
     """The only check here of the theory's two numbers that is not another statement of the theory."""

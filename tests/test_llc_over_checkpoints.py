@@ -109,6 +109,7 @@ def test_all_checkpoints_are_one_program_and_others_need_no_other():
     assert size() == after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [[0.1, 0.2, None], {100: 0.1, 400: None, 200: 0.2}], ids=["in order", "by name"])
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_initial_losses_may_be_given(given, at_once):
@@ -124,6 +125,7 @@ def test_a_run_goes_on_from_its_checkpoint(at_once, tmp_path):
     assert_equal(over(checkpoint=tmp_path / "run", **changes), over(**changes), rtol=0)
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_read_from_its_file(tmp_path, monkeypatch):
     two = dict(list(TRAINING.items())[:2])
     over(two, at_once=1, checkpoint=tmp_path / "run")
@@ -296,6 +298,7 @@ def test_files_of_other_programs_are_read_by_a_function(tmp_path):
         over(paths)
 
 
+@pytest.mark.slow
 def test_of_an_iterable_only_what_is_sampled_is_there():
     events = []
 
@@ -359,6 +362,7 @@ def test_a_checkpoint_whose_chains_all_diverge_is_left_out():
 # What comes back
 
 
+@pytest.mark.slow
 def test_the_table():
     lines = repr(over()).splitlines()
     assert lines[0].split() == ["checkpoint", "loss", "LLC", "mcse", "R-hat"]

@@ -102,6 +102,7 @@ def test_a_warning_names_its_selections(named):
     assert ("mean=[one: -" in repr(llc)) is named
 
 
+@pytest.mark.slow
 def test_calibrate_warns_of_nothing():
     options = LONG | {"num_draws": 3}
     sweep = sampling.calibrate(quadratic, jnp.ones(3), rules.SGLD(), lr=[1e-3], localization=[0.0], **options)
@@ -115,6 +116,7 @@ def fall(rule, start, wanted, nbeta=10.0, loss=quadratic, data=None, batch_size=
     return minimum.descent(given, stacked, 0, nbeta, gradient, wanted, batch_size)
 
 
+@pytest.mark.slow
 def test_the_fall_is_as_wanted_where_the_minimum_on_the_line_is_that_far_below(x64):
     """On a quadratic: the best fall along the gradient is |g|^4 / (2 g'Hg), of the potential with all its terms."""
     h, start, nbeta = np.asarray(H), np.array([0.3, -0.2, 0.1]), 10.0

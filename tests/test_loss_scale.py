@@ -46,6 +46,7 @@ def theirs():
     return torch_run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"accumulate": 4}], ids=["whole", "accumulated"])
 def test_minimize_is_torchs_loop(theirs, options):
     opt, scaler = optim.AdamW({"w": START}, lr=0.02), optim.GradScaler(**NUMBERS)

@@ -280,6 +280,7 @@ KINDS = list({row.name: row for row in [*SIMPLE, sequential(STEP, LINEAR, at=[5]
 """A row of every class."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", KINDS, ids=lambda row: row.name)
 def test_the_state_of_another_class_is_refused_and_changes_nothing(row):
     scheduler = built(row, Ours)

@@ -246,6 +246,7 @@ def test_warm_restarts_by_batches_are_torchs():
     same(run)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=slow_to_draw)
 @given(row=rows(), name=names, rates=rates)
 def test_generated_trees_of_schedulers_give_torchs_numbers(row, name, rates):
@@ -264,6 +265,7 @@ def check_tree(row: Row, name: str, rates: Any, epochs: int, doing: Any = ()) ->
     check(row, name, rates, epochs, doing)
 
 
+@pytest.mark.slow
 def test_every_length_of_a_cosine_is_torchs():
     def run(side):
         for length in range(1, 200):
@@ -405,6 +407,7 @@ def check_plateau(options: Any, metrics: Any, rates: Any, name: str, added: int 
     same(run)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=slow_to_draw)
 @given(
     options=PLATEAU,

@@ -108,6 +108,7 @@ SEQUENCES = [
 ]
 
 
+@pytest.mark.slow
 @without_steps
 @by_row([EXPONENTIAL, CYCLE, sequential(LINEAR, STEP, at=[3])], "before")
 @by_row([*CHAINS, *SEQUENCES])
@@ -252,6 +253,7 @@ def resumed(row: Row, epoch: int, name: str = "SGD") -> tuple[Any, Any]:
 SEQUENTIAL = [row for row in ALL if row.name == "SequentialLR"]
 
 
+@pytest.mark.costly
 @by_row([*RESUMABLE, *SEQUENTIAL])
 @without_steps
 def test_a_scheduler_resumed_with_last_epoch_goes_on_exactly(row):

@@ -38,6 +38,7 @@ from scheduler_sides import (
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("source", "target"), [SIDES, SIDES[::-1]], ids=["out", "in"])
 @by_row(ALL)
 @without_steps

@@ -83,6 +83,7 @@ class TestClipping:
             ours.params, {name: x.detach().numpy() for name, x in theirs.items()}, rtol=1e-12, atol=1e-12
         )
 
+    @pytest.mark.slow
     def test_another_bound_runs_the_same_program(self):
         opt = optim.Adam(start())
         opt.minimize(loss, X, Y, clip_norm=1.0)
@@ -91,6 +92,7 @@ class TestClipping:
             opt.minimize(loss, X, Y, clip_norm=bound)
         assert programs.minimize._cache_size() <= before + 2  # another dtype of the bound is another program
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options", [{"clip_norm": 1.0}, {"accumulate": 2}, {"skip_nonfinite": True}, {"measure": True}], ids=str
     )
@@ -139,6 +141,7 @@ class TestClipping:
             change = optax.tree.norm(jax.tree.map(jnp.subtract, opt.params, before))
             chex.assert_trees_all_close(opt.last.update_norm, change, rtol=1e-10)
 
+    @pytest.mark.slow
     def test_of_a_sampler(self):
         chains = [optim.SGLD(start(), lr=1e-3, nbeta=10.0, key=jax.random.key(0)) for _ in range(2)]
         chains[0].minimize(loss, X, Y, clip_norm=0.5)
@@ -173,6 +176,7 @@ class TestClipping:
 
 
 class TestMicroBatches:
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [1, 3, 12])
     def test_are_the_whole_batch(self, count):
         whole, cut = optim.AdamW(start(), lr=0.03), optim.AdamW(start(), lr=0.03)
@@ -183,6 +187,7 @@ class TestMicroBatches:
         chex.assert_trees_all_close(whole.params, cut.params, rtol=1e-11)
         assert int(cut.state[cut.param_groups[0]["params"][0]]["step"]) == 50
 
+    @pytest.mark.slow
     def test_weights_make_the_mean_exact(self):
         mask = np.arange(12) < 5  # micro-batches of 4, 1 and 0 examples
 
@@ -251,7 +256,7 @@ class TestMicroBatches:
 
 
 class TestSkippedSteps:
-    @pytest.mark.costly
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, optim.NAdam], ids=lambda make: make.__name__)
     def test_leave_everything_as_it_is(self, make):
         opt = make(start(), lr=0.1, groups=[("bias", {"lr": 0.01})])

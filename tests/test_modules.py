@@ -91,6 +91,7 @@ def test_equinox_is_trained_as_optax_trains_its_inexact_arrays():
         )
 
 
+@pytest.mark.slow
 def test_equinox_options_frozen_parts_and_copies():
     opt = optim.SGD(equinox_model(), lr=0.1, groups=[(r".*bias", {"lr": 0.5})], frozen=r"mlp\.layers\.0")
     assert [(row.name, row.rate, row.trained) for row in opt.describe()] == [
@@ -180,6 +181,7 @@ def test_nnx_aux_keywords_and_micro_batches():
     assert np.isfinite(float(value))
 
 
+@pytest.mark.slow
 def test_a_skipped_step_keeps_the_statistics():
     opt = optim.SGD(Net(nnx.Rngs(0)), lr=0.1)
     opt.minimize(nnx_loss, X, Y, skip_nonfinite=True)
@@ -268,7 +270,7 @@ FILTERS = {
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["minimize", "step", "step along all"])
 @pytest.mark.parametrize("wrt", FILTERS)
 def test_some_variables_are_trained_as_nnx_trains_them(wrt, way):
@@ -297,6 +299,7 @@ def test_some_variables_are_trained_as_nnx_trains_them(wrt, way):
             np.testing.assert_array_equal(x, before[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_variables_that_are_kept_are_neither_cut_nor_copied():
     opt = optim.SGD(Adapted(nnx.Rngs(0)), lr=0.1, wrt=nnx.LoRAParam)
     kept = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(module_of(opt.params, nnx.LoRAParam).rest.kept)]
@@ -403,6 +406,7 @@ def test_linen_variables_are_trained_as_optax_trains_their_params(way):
     assert [row.name for row in opt.describe()] == [f"params.{name}" for name in trees.names(params)]
 
 
+@pytest.mark.slow
 def test_linen_collections_go_from_one_micro_batch_to_the_next():
     variables = LinenNet().init(jax.random.key(0), X, train=True)
     opt = optim.SGD(variables, lr=0.1)

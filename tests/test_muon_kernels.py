@@ -21,6 +21,7 @@ LAYOUTS = [
 """The axes that are rows, and the way from torch's layout to one where they are, and back."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("flatten", "moved", "back"), LAYOUTS, ids=[str(flatten) for flatten, *_ in LAYOUTS])
 @pytest.mark.parametrize("way", ["rule", "class"])
 def test_the_steps_are_torchs_of_the_matrix(flatten, moved, back, way):
@@ -58,6 +59,7 @@ def test_a_matrix_that_is_flattened_by_its_first_axis_is_itself():
     np.testing.assert_array_equal(other, across.T)
 
 
+@pytest.mark.slow
 def test_groups_flatten_otherwise_and_state_dicts_cross(tmp_path):
     params = {"conv": jnp.ones((3, 3, 2, 4)), "dense": jnp.ones((4, 2))}
     groups = [("conv", {"flatten": (-1,)})]

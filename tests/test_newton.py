@@ -94,6 +94,7 @@ def reference(g, H, radius):
 
 
 class TestAgainstPyro:
+    @pytest.mark.costly
     @pytest.mark.numbers
     @by_radius
     @by_curvature
@@ -144,6 +145,7 @@ class TestAgainstPyro:
         close(ours(matrix, slope, start, 0.2)[0], mode.detach(), 1e-12)
         close(ours(matrix, slope, start, 0.2)[1], cov.detach(), 1e-12)
 
+    @pytest.mark.costly
     @pytest.mark.numbers
     @pytest.mark.parametrize(
         "radius", [pytest.param(None, marks=slow, id="radius_None"), 0.1, pytest.param(3.0, marks=slow)]
@@ -164,6 +166,7 @@ class TestAgainstPyro:
 
 
 class TestDerivatives:
+    @pytest.mark.slow
     @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="radius_None"), 0.1, 3.0])
     @pytest.mark.parametrize("size", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow)])
     def test_converged_with_respect_to_inputs(self, x64, size, radius):
@@ -201,6 +204,7 @@ class TestDerivatives:
         given = [jnp.asarray(part) for part in problem(size, (3,), curvature, seed=2)]
         check_grads(result, given, order=1, modes=("rev",), atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
     def test_with_respect_to_the_radius(self, x64, size):
         given = [jnp.asarray(part) for part in problem(size, (3,), "indefinite", seed=2)]
@@ -265,6 +269,7 @@ class TestWherePyroFails:
             warnings.filterwarnings("ignore", message="Encountered NaN")
             yield
 
+    @pytest.mark.slow
     def test_derivative_of_isotropic_problem_in_two_dimensions(self):
         scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
         x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -417,6 +422,7 @@ class TestAnyDimension:
         for i, radius in enumerate(radii[:, 0]):
             close(mode[i], in_pyro(matrix[i], slope[i], x[i], radius)[0], 1e-12)
 
+    @pytest.mark.slow
     def test_infinite_radius(self, x64):
         H, g, _ = problem(3, (4,), "positive")
         close(solve(g, H, np.inf)[0], reference(g, H + 1e-8 * np.eye(3), None)[0], 1e-12)
@@ -588,6 +594,7 @@ class TestTransformation:
         jax.effects_barrier()
         assert len(calls) == 1
 
+    @pytest.mark.slow
     def test_none_is_held_fixed(self):
         params, tx = self.params(), newton()
         grads = params | {"b": None}
@@ -597,6 +604,7 @@ class TestTransformation:
         nothing = jax.tree.map(lambda x: None, params)
         assert jax.tree.leaves(tx.update(nothing, tx.init(params), params, value_fn=self.loss)[0]) == []
 
+    @pytest.mark.slow
     def test_dtype_of_the_gradient(self):
         params, tx = {"x": jnp.full((2, 2), 1.5, jnp.bfloat16), "y": jnp.ones(3)}, newton()
         loss = lambda p: jnp.sum(jnp.cosh(p["x"])) + jnp.sum(p["y"] ** 2)  # noqa: E731
@@ -681,6 +689,7 @@ class TestErrors:
         with pytest.raises(error, match="Invalid trust_radii\\['x'\\]"):
             Newton({"x": radius})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", [(2,), (3, 1), (4, 3)], ids=str)
     def test_radius_does_not_broadcast(self, shape):
         with pytest.raises(ValueError, match="batch axes are \\(3,\\)"):

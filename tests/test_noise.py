@@ -82,7 +82,7 @@ def test_key_of_another_implementation_gives_the_numbers_of_jax(impl):
     assert_same(normal(key, (10,), "float32"), jax.random.normal(key, (10,)))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @of_impl
 @pytest.mark.parametrize("shape", quick([(1000,)], [(91, 11)]), ids=str)
 def test_numbers_do_not_depend_on_threefry_partitionable(shape, impl):
@@ -113,6 +113,7 @@ def hashed(key, offsets, lane=0):
     return lowbias32(lowbias32(low * c + a) ^ lowbias32(high ^ b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", KEYS.values(), ids=KEYS)
 def test_hash_is_its_formula(words):
     expected = _gaussian(jnp.asarray(hashed(words, np.arange(1000, dtype=np.uint64))), np.dtype("float32"))
@@ -126,6 +127,7 @@ def test_hash_is_its_formula_in_float64(x64):
     np.testing.assert_allclose(normal(typed(KEYS["any"]), (1000,), "float64", "hash"), expected, rtol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", quick(["philox2x32"], ["threefry4x32", "rbg"]))
 def test_hash_takes_every_word_of_a_key(impl):
     words = np.asarray(jax.random.key_data(jax.random.key(5, impl=impl)))
@@ -135,6 +137,7 @@ def test_hash_takes_every_word_of_a_key(impl):
         assert abs(np.corrcoef(x, other)[0, 1]) < SIGMA / math.sqrt(1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", quick([(2**33 + 4,)], [(3, 2**20, 2**12), (1, 2**32), (2**32 - 4, 2)]), ids=str)
 @of_impl
 def test_offsets_beyond_32_bits(impl, shape):
@@ -203,7 +206,7 @@ MAPS = maps()
 MORE_MAPS = ["jit", "jit of vmap", "map in batches", "shard_map of map", "jit of sharded keys"]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", quick(["vmap", "map", "scan", "shard_map"], MORE_MAPS))
 @pytest.mark.parametrize("shape", quick([(91, 11)], [(1000,)]), ids=str)
 @of_impl
@@ -472,7 +475,7 @@ def test_statistics_of_many_keys(generate, family, check):
     assert check(matrix(generate, family)) < 1
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("generate", "family", "check"),
     [

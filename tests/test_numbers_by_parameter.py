@@ -87,6 +87,7 @@ def test_a_term_that_some_have_gives_those_a_slot():
     assert_same(params, one_by_one([off, on, off]))
 
 
+@pytest.mark.slow
 def test_schedules_in_trees():
     schedule = schedules.step_lr(0.5, 2)
     lr = {"a": schedule, "c": lambda step: 0.1 / (1 + step), "n": 0.1}
@@ -110,6 +111,7 @@ def test_transformations_take_trees():
     assert float(tree_map.slots["exp_avg"]["c"][0, 0]) == 1
 
 
+@pytest.mark.slow
 def test_numbers_sweep_under_vmap():
     rates = jnp.array([0.1, 0.2])
     swept = jax.vmap(lambda x: rules.AdamW(lr={"a": x, "c": 0.5, "n": 0.5}, weight_decay={"a": 0.1, "c": x, "n": 0.0}))
@@ -140,6 +142,7 @@ def test_hypergradients_by_leaf():
     assert float(gradient.lr["n"]) == 0
 
 
+@pytest.mark.slow
 def test_packed_parameters_are_updated_the_same():
     for rule in (
         rules.AdamW(lr=0.1, weight_decay={"a": 0.1, "c": 0.0, "n": 0.0}),
@@ -246,7 +249,7 @@ def vectors_stay(params):
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "mask",

@@ -92,6 +92,7 @@ def test_a_misspelt_option_is_a_type_error_that_names_those_there_are(row):
     assert {*typing.get_type_hints(cls.__init__)} == {"params", *options, *OURS, "return"}
 
 
+@pytest.mark.slow
 @by_row()
 def test_defaults_groups_and_repr_are_the_parents(row):
     own = OWN_OPTIONS.get(row.name, [])
@@ -314,6 +315,7 @@ def test_selectors_choose_by_whole_path():
         chosen(("head.*", {}), ("head.bias", {}))
 
 
+@pytest.mark.slow
 def test_selectors_update_by_their_options_and_keep_the_tree():
     opt = optim.SGD(TREE, lr=0.5, groups=[(r"head\..*", {"lr": 0.25, "momentum": 0.9}), ("encoder.0.bias", {"lr": 0})])
     opt.step(jax.tree.map(np.ones_like, TREE))
@@ -514,6 +516,7 @@ def test_required_options():
     assert program(Ours, {"lr": 0.5}) == program(Theirs, {"lr": 0.5}) == 0.5
 
 
+@pytest.mark.slow
 def test_a_parameter_given_twice():
     def program(side: Any) -> Any:
         p, q = side.param([1.0, 2.0]), side.param([3.0])
@@ -548,6 +551,7 @@ def test_the_gradients_of_a_shared_parameter_add_up():
 # What cannot be a parameter.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
 def test_a_sparse_array_is_no_parameter(name):
     table = BCOO.fromdense(jnp.ones((3, 2)))

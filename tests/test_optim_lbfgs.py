@@ -90,7 +90,7 @@ def test_closures_are_called_as_by_torch(run, x64):
     np.testing.assert_allclose(x, parent.x, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("run", TAKEN)
 def test_minimize_agrees_with_torch(run, x64):
     problem, options = run
@@ -119,6 +119,7 @@ def numbers_of(state_dict):
     return jax.tree.map(lambda x: x.numpy() if isinstance(x, torch.Tensor) else x, state_dict)
 
 
+@pytest.mark.slow
 def test_torchs_state_is_taken_over(x64):
     parent = Parent("ridge", line_search_fn="strong_wolfe", max_iter=3)
     for _ in range(2):
@@ -157,6 +158,7 @@ def test_its_own_state_dict_is_taken_over(x64):
     assert np.array_equal(opt.params, other.params)
 
 
+@pytest.mark.slow
 def test_state_of_another_optimizer_is_refused():
     adam = optim.Adam(jnp.ones(3))
     adam.step(jnp.ones(3))
@@ -210,6 +212,7 @@ def quartic(params):
     return jnp.sum((params["w"] - params["b"] - 1.0) ** 4) + params["b"] ** 2
 
 
+@pytest.mark.slow
 def test_a_new_rate_compiles_nothing():
     opt = optim.LBFGS({"w": jnp.full((2, 2), 0.3), "b": jnp.zeros(())}, lr=1.0)
     opt.minimize(quartic)
@@ -287,6 +290,7 @@ def test_leaving_for_the_pure_face_and_coming_back(x64):
     assert leaves.state_dict()["state"][0]["n_iter"] == stays.state_dict()["state"][0]["n_iter"]
 
 
+@pytest.mark.slow
 def test_a_missing_gradient_counts_as_zero(x64):
     moved, still = optim.Parameter(3.0), optim.Parameter(5.0)
     opt = optim.LBFGS([moved, still])

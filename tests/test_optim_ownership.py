@@ -157,6 +157,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "fresh"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failed_step_changes_nothing(failure, begun):
@@ -187,7 +188,7 @@ def test_a_failed_step_of_a_decaying_rate_gives_the_rate_back():
     assert opt.param_groups[0]["lr"] == 0.05
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_new_numbers_compile_nothing(case):
     opt = optimizer(case, start(case))
@@ -253,7 +254,7 @@ def test_minimize_refuses_what_it_cannot_hash():
         optim.SGD(jnp.ones(2)).minimize(Unhashable())
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
 def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     noise = parity.problem(case.row.shapes)[1]
@@ -279,6 +280,7 @@ def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     chex.assert_trees_all_close(left["state"], right["state"], rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [True, False], ids=["begun", "fresh"])
 def test_groups_and_counts_leave_as_a_partition(begun, x64):
     params = {"a": jnp.ones(2), "b": {"c": jnp.ones((2, 2)), "d": None}, "e": jnp.ones(3)}
@@ -351,6 +353,7 @@ def test_a_copy_goes_its_own_way():
     assert float(opt.params["one"]) == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_stay_sharded():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -188,6 +188,7 @@ def test_sparse_gradients_agree_with_the_parent(case, x64):
     assert distance([np.asarray(x) for x in opt.params], [tensor.numpy() for tensor in tensors]) < 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_minimize_makes_the_steps_of_its_gradient(case, x64):
     start, noise = problem(case.row.shapes)

@@ -87,7 +87,7 @@ def pair(request, x64):
     return (*both(theirs, ours, options, changes), options)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 def test_it_is_devinterps(pair):
     parent, chain, tensors, cells, options = pair
     for theirs, mine in zip(tensors, cells, strict=True):
@@ -205,6 +205,7 @@ def test_groups_have_noise_thermostats_and_counts_of_their_own():
     assert 0.2 < float(chain.param_groups[0]["thermostat"]) < 0.35
 
 
+@pytest.mark.slow
 def test_masks_go_by_name_and_metrics_may_be_switched():
     chain = optim.SGLD(PARAMS, nbeta=2.0, optimize_over={"b": True, "a": False}, noise_norm=True)
     chain.step(PARAMS)
@@ -226,6 +227,7 @@ def test_masks_go_by_name_and_metrics_may_be_switched():
             optim.SGLD(PARAMS, nbeta=2.0, optimize_over=masks).step(PARAMS)
 
 
+@pytest.mark.slow
 def test_centers_go_by_name_or_in_order_and_parts_are_entries_of_the_groups():
     options = {"lr": 0.1, "nbeta": 0.0, "noise_level": 0.0, "localization": 4.0, "metrics": "components"}
     ends = []
@@ -250,6 +252,7 @@ def test_centers_go_by_name_or_in_order_and_parts_are_entries_of_the_groups():
             optim.SGLD(PARAMS, center=center, nbeta=2.0).step(PARAMS)
 
 
+@pytest.mark.slow
 def test_minimize_hooks_and_closures():
     chain = optim.SGLD(PARAMS, lr=1e-3, nbeta=20.0, key=jax.random.key(0))
     seen = []

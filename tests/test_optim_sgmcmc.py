@@ -117,7 +117,7 @@ def slanted(params, slope, curvature):
     return jnp.sum(slope * params + curvature * params**2 / 2)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:preconditioner")
 @pytest.mark.parametrize(("options", "loss", "k", "mean", "heat", "rate"), DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_it_samples_from_the_exact_distribution(options, loss, k, mean, heat, rate):
@@ -349,6 +349,7 @@ def test_priors_are_terms_of_the_potential(options, terms, center):
             np.testing.assert_array_equal(slots[terms["center_slot"]], center[param.name])
 
 
+@pytest.mark.slow
 def test_groups_may_differ_in_all():
     groups = [
         {"params": [optim.Parameter(jnp.ones(2))], "prior": 3.0, "mask": [jnp.array([0.0, 1.0])]},
@@ -404,6 +405,7 @@ def test_it_goes_to_the_pure_face_and_back():
     chex.assert_trees_all_close(chain.params, other.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_localization_may_be_switched_off_and_on():
     chain = optim.SGMCMC(jnp.ones(2), lr=0.5, noise_level=0.0, prior=2.0)
     for strength, end in ((2.0, 0.5), (0.0, 0.0), (2.0, 0.0)):
@@ -422,6 +424,7 @@ def test_state_has_devinterps_layout():
     assert optim.SGMCMC(PARAMS).state_dict()["state"] == {0: {"param_idx": 0}, 1: {"param_idx": 1}}
 
 
+@pytest.mark.slow
 def test_other_numbers_compile_nothing():
     chain = optim.SGMCMC(PARAMS, prior=BOTH, save_metrics=True, **RMSPROP)
     chain.step(GRADS)
@@ -433,6 +436,7 @@ def test_other_numbers_compile_nothing():
     assert programs.advance._cache_size() == before
 
 
+@pytest.mark.slow
 def test_another_seed_of_sketches_compiles_nothing():
     found = []
     for seed in (0, 1, 2**32 - 1):

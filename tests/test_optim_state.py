@@ -71,6 +71,7 @@ def test_there_is_no_state_before_the_first_step_but_adagrads(row):
     check_state_dicts(opts[0].state_dict(), opts[1].state_dict())
 
 
+@pytest.mark.slow
 def test_state_reads_as_a_dict_of_dicts():
     opt = optim.Adam({"a": np.ones(2), "b": np.ones(1)})
     a, b = opt.param_groups[0]["params"]
@@ -278,6 +279,7 @@ def test_a_numpy_slot_is_copied():
 # Saving and loading.
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("case", STATES, ids=str)
 @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy"])
@@ -319,6 +321,7 @@ def test_torchs_state_dict_is_loaded_as_it_is(case):
     check_state_dicts(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.slow
 def test_slots_of_torch_are_copied_in_any_dtype():
     tensor = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
     theirs = torch.optim.SGD([tensor], momentum=0.9)
@@ -334,6 +337,7 @@ def test_slots_of_torch_are_copied_in_any_dtype():
     np.testing.assert_allclose(np.asarray(slots["momentum_buffer"], float)[1, 2], 4.5)
 
 
+@pytest.mark.slow
 def test_slots_keep_the_dtype_that_they_have_here():
     opt = optim.Adam([np.ones(2, np.float32)])
     other = optim.Adam([np.ones(2, np.float64)])
@@ -443,6 +447,7 @@ def test_loading_checks_what_it_is_given_and_changes_nothing():
             loaded.load_state_dict(side.optim.SGD([side.param([1.0])]).state_dict())
 
 
+@pytest.mark.slow
 def test_loading_without_strict_takes_what_there_is():
     grads = [jnp.ones(2)]
     adamax = optim.Adamax([np.ones(2)])
@@ -471,6 +476,7 @@ def test_state_of_parameters_that_were_never_updated_is_absent():
     compare(program)
 
 
+@pytest.mark.slow
 def test_adams_state_goes_into_adamw_and_back():
     def program(source: str, target: str, side: Any) -> Any:
         params = [side.param(x) for x in start((3,), (4,))]
@@ -500,6 +506,7 @@ def test_a_momentum_buffer_of_none_is_loaded_as_a_first_step():
     compare(program)
 
 
+@pytest.mark.slow
 def test_a_state_dict_survives_later_steps():
     opt = optim.Adam({"w": np.ones((200, 200)), "b": np.ones(2)})
     grads = {"w": jnp.ones((200, 200)), "b": jnp.ones(2)}

@@ -113,6 +113,7 @@ def test_changes_of_param_groups_take_effect_at_the_next_step(name, options, cha
     compare(functools.partial(run_with, name, options, change))
 
 
+@pytest.mark.slow
 def test_an_option_that_goes_and_comes_back_finds_its_slot_again():
     def off_and_on(opt: Any, params: Any, side: Any) -> None:
         opt.param_groups[0]["momentum"] = 0
@@ -163,6 +164,7 @@ def test_parameters_put_into_a_group_appear_in_params():
     assert opt.params["w"] == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_replacing_a_parameter_with_its_state_resized():
     # How densification (3D Gaussian splatting) prunes and grows parameters under a running optimizer.
     def program(side: Any) -> Any:
@@ -335,6 +337,7 @@ def test_zero_grad():
     assert not ours[2].todense().any()
 
 
+@pytest.mark.slow
 def test_a_sparse_gradient_of_zeros_touches_no_row():
     def program(side: Any) -> Any:
         param = side.param(start((4, 2))[0])
@@ -347,6 +350,7 @@ def test_a_sparse_gradient_of_zeros_touches_no_row():
     compare(program)
 
 
+@pytest.mark.slow
 def test_two_optimizers_of_one_parameter_see_each_others_updates():
     def program(side: Any) -> Any:
         params = [side.param(x) for x in start((3,), (2,))]
@@ -426,7 +430,7 @@ def test_a_parameter_is_a_copy():
     assert np.all(param.value == 2)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "value", [1.5, 1.5 + 2j, np.float32(1), [1.0, 2.0], np.ones((2, 0)), jnp.ones(2, jnp.bfloat16)]
 )
@@ -445,6 +449,7 @@ def test_a_parameter_of_any_shape_and_dtype_is_stepped_and_pickled(value):
     np.testing.assert_array_equal(param.value, jnp.asarray(value) - 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_others", [np.array, torch.tensor], ids=["numpy", "torch"])
 def test_gradients_of_other_libraries_are_copied(of_others):
     ours, theirs = (optim.Adam({"w": jnp.ones(3)}, lr=0.1) for _ in range(2))

@@ -43,6 +43,7 @@ def test_the_table_follows_groups_and_schedulers():
     assert [row.trained for row in opt.describe()] == [True, False]
 
 
+@pytest.mark.slow
 def test_current_options_are_those_of_the_next_step():
     schedule = schedules.step_lr(0.5, step_size=1, gamma=0.5)
     opt = optim.Adam({"a": 1.0, "b": 1.0}, lr=0.1, groups=[("a", {"lr": schedule, "betas": (lambda step: 0.9, 0.99)})])

@@ -145,12 +145,14 @@ def test_sharded_arrays_stay_as_they_are():
     assert packed.unpack()["w"].sharding == params["w"].sharding
 
 
+@pytest.mark.slow
 def test_a_stack_of_packed_trees_is_unpacked_to_stacks():
     params = params_of()
     stacked = jax.vmap(lambda scale: pack(jax.tree.map(lambda x: scale * x, params)))(jnp.array([1.0, 2.0]))
     assert_same(stacked.unpack(), jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params))
 
 
+@pytest.mark.slow
 def test_packed_state_is_saved_and_restored_by_orbax(tmp_path):
     packed = pack(params_of(), 100)
     _, state = jaxoptim.step(rules.NAdam(), packed, params_of(), jaxoptim.init(rules.NAdam(), packed))

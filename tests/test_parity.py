@@ -21,6 +21,7 @@ CHANCE = 1.05
 """How much two equally good roundings of the same trajectory may differ, in root mean square."""
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
 def test_float64_agrees_with_the_parent(case):
     assert parity.float64_distance(case) < 1e-12
@@ -62,6 +63,7 @@ def test_the_optax_form_agrees_with_the_exact_form(case, x64):
     assert distance(run_optax(tx, start, noise, "float64", parity.SLOPE), exact) < 1e-12
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 3), (1, 7), (32, 64), (100, 80)])
 def test_muon_orthogonalizes_as_torch(shape):
     # torch sums products of more than 4096 multiplications in another order.

@@ -181,7 +181,7 @@ def test_a_state_of_torch_goes_on_with_master_weights():
     chex.assert_trees_all_close(state["master_weights"], jnp.full((3, 2), 1 - 0.19))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"master_weights": True}, {"rounding": "stochastic"}, {"state_dtype": jnp.bfloat16}], ids=str
 )
@@ -228,6 +228,7 @@ def test_stochastic_rounding_is_to_a_neighbour_and_right_in_the_mean(dtype):
     assert np.corrcoef(draws[: steps // 2, sure][:, :300].T)[~np.eye(300, dtype=bool)].std() < 2 / np.sqrt(steps // 2)
 
 
+@pytest.mark.slow
 def test_numbers_that_have_no_neighbours_stay():
     x = jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan, 1.5], jnp.float32)
     for dtype in LOW:
@@ -235,6 +236,7 @@ def test_numbers_that_have_no_neighbours_stay():
     assert jnp.signbit(kept(x, jnp.bfloat16, "stochastic", 3)[1])
 
 
+@pytest.mark.slow
 def test_ten_thousand_small_steps():
     start, rate = jnp.asarray(RNG.uniform(1, 2, size=4000), jnp.bfloat16), 1e-5
     grads = jnp.ones(4000, jnp.bfloat16)
@@ -270,6 +272,7 @@ def test_state_of_few_bits():
     assert abs(drawn.mean() - exact) < 4 * drawn.std() / np.sqrt(drawn.size)
 
 
+@pytest.mark.slow
 def test_a_class_rounds_and_keeps_state_as_its_rule_does():
     params = start([(LARGE,)], jnp.bfloat16)
     how = {"rounding": "stochastic", "state_dtype": jnp.bfloat16}

@@ -68,6 +68,7 @@ def test_a_fault_is_named_and_changes_nothing(fault):
     assert not np.any(np.asarray(b.value) != 1)
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_others_as_they_were():
     optimizer = optim.Adam(lambda name: {"lr": -1.0} if name == "bad" else {"lr": 0.1})
     a, b, bad = ones("a"), ones("b"), ones("bad")
@@ -158,6 +159,7 @@ def test_a_new_parameter_under_a_known_name_begins_afresh():
     assert int(optimizer.get_state()["a"]["state"][0]["step"]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_folds_are_pyros():
     """A rate that decays, and parameters made anew for each fold, which begins afresh."""
@@ -268,6 +270,7 @@ def test_gradients_are_left_as_they_are():
     assert np.array_equal(given, np.ones(3))
 
 
+@pytest.mark.slow
 def test_values_that_are_held_stay_readable():
     optimizer, a, b = optim.SGD({"lr": 1.0}), ones("a"), ones("b", (40_000,))
     held = []
@@ -291,6 +294,7 @@ def test_an_optimizer_leaves_no_garbage(only_new_garbage):
 # update(params, grads).
 
 
+@pytest.mark.slow
 def test_update_is_the_call():
     optimizer, twin = optim.Adam({"lr": 0.1}), optim.Adam({"lr": 0.1})
     cells = [ones("a"), ones("b", (2, 2)), ones("c")]
@@ -363,6 +367,7 @@ def test_update_inside_a_compiled_function_is_refused():
 # optim_objs.
 
 
+@pytest.mark.slow
 def test_options_are_written_through_optim_objs():
     optimizer, a = optim.SGD({"lr": 1.0}), ones("a")
     hand = ones("a")
@@ -386,7 +391,7 @@ def test_options_are_written_through_optim_objs():
         optimizer.optim_objs["b"] = twin
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_a_state_is_written_through_optim_objs(name):
     options = {"lr": 0.1} if name == "Adam" else {"lr": 0.1, "momentum": 0.9}

@@ -197,6 +197,7 @@ def test_a_loss_of_pyro(case):
         assert f"which works on tensors of torch. Give {ours} and a model and a guide of numpyro." in text
 
 
+@pytest.mark.slow
 def test_nobody_imports_the_other_libraries():
     code = (
         "import sys; from jaxoptim.pyro.optim.multi import as_multi_optimizer as check; from jaxoptim import rules; "

@@ -46,6 +46,7 @@ def bits(values):
     return [np.asarray(value).tobytes() for value in values]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["average", "sum"])
 @pytest.mark.parametrize("spread", [False, True], ids=["one-device", "sharded"])
 def test_gradients_of_replicas_are_reduced_and_then_clipped(op, spread, mesh):

@@ -90,7 +90,7 @@ PLATEAUS = [
 ]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PLATEAUS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
 def test_a_plateau_agrees_with_pyro(options, x64):
     ours = {"optimizer": torch_style.Adam, "optim_args": {"lr": LR}, **options}
@@ -128,6 +128,7 @@ def test_momentum_cycles_through_one_program(x64):
     assert twins.distance() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Adam", "ClippedAdam", "NAdam"])
 def test_other_optimizers_under_a_schedule_agree_with_pyro(name, x64):
     options = {"lr": 0.05, **({"lrd": 0.99} if name == "ClippedAdam" else {})}
@@ -155,6 +156,7 @@ def by_two_names(module, name):
     return {"lr": 0.5 if (module, name) == ("net", "0.weight") else 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [by_dotted_name, by_two_names])
 def test_inner_options_by_name(options, x64):
     row = next(row for row in SIMPLE if row.name == "ExponentialLR")
@@ -198,6 +200,7 @@ def functions(row):
     return [lambda optimizer, part=part: part.scheduler(lr_scheduler, optimizer) for part in row.options["schedulers"]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning", "ignore:The epoch parameter:UserWarning")
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.id, marks=[] if row in LIST_FIRSTS else pytest.mark.slow) for row in LISTS]

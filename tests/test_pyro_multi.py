@@ -90,7 +90,7 @@ OPTIONS = {
 
 
 class TestAgainstPyro:
-    @pytest.mark.costly
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", OPTIONS)
     def test_pyro_multi_optimizer(self, case):
         name, *options = OPTIONS[case]
@@ -103,7 +103,7 @@ class TestAgainstPyro:
         parent = pyro.optim.multi.TorchMultiOptimizer(torch.optim.Adam, {"lr": 0.1})
         assert_same(ours, parent, coupled, ["x", "pair"])
 
-    @pytest.mark.costly
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "radii",
         [
@@ -116,6 +116,7 @@ class TestAgainstPyro:
         ours, parent = multi.Newton(radii), pyro.optim.multi.Newton(radii)
         assert_same(ours, parent, separable, ["pair", "triple", "single"])
 
+    @pytest.mark.slow
     def test_mixed(self):
         def parts_of(library, other):
             return [
@@ -200,6 +201,7 @@ OPTIMIZERS = {
 
 
 class TestOneEvaluation:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "kind", ["mixed", "newton", *(pytest.param(kind, marks=slow) for kind in ("pyro", "rule", "torch_style"))]
     )
@@ -216,6 +218,7 @@ class TestOneEvaluation:
             jax.effects_barrier()
             assert len(calls) == count
 
+    @pytest.mark.slow
     def test_one_program(self):
         def loss(values, target):
             return sum(jnp.sum((x - target) ** 2) for x in values.values())

@@ -56,6 +56,7 @@ class TestErrors:
             with pytest.raises(TypeError, match="PyroOptim"):
                 MixedMultiOptimizer([(["x"], given)])
 
+    @pytest.mark.slow
     def test_parts_and_parameters(self):
         of_x, of_both = MixedMultiOptimizer([(["x"], rules.Adam())]), mixed("xy")
         for call in ("step", "get_step"):
@@ -118,6 +119,7 @@ class TestErrors:
 class TestSurprises:
     """What a user does not expect to be hard."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "make",
         [lambda: optim.Adam({"lr": 0.1}), Newton, lambda: as_multi_optimizer(rules.Adam(lr=0.1))],
@@ -144,6 +146,7 @@ class TestSurprises:
             MixedMultiOptimizer([(["x"], rules.Adam(lr=0.1)), (["y"], Wrong())]).step(loss, params, 1.0)
         assert_equal(arrays(params), before)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "radius",
         [pytest.param(None, marks=pytest.mark.slow), np.array([0.1, 0.2])],
@@ -171,6 +174,7 @@ class TestSurprises:
         with pytest.raises(ValueError, match="'y'"):
             optimizer.get_step(loss, {"y": jnp.ones(3)}, 1.0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["rule", "optax"])
     def test_get_step_with_a_new_name(self, kind):
         params = started("x")
@@ -204,6 +208,7 @@ class TestSurprises:
         optimizer._open(params)
         assert (np.asarray(optimizer._owned.saved(params)[1].slots["exp_avg"]["y"]) == before).all()
 
+    @pytest.mark.slow
     def test_a_parameter_that_is_away_stays(self):
         params, optimizer = started(), as_multi_optimizer(optax.adam(0.1))
         optimizer.step(loss, params, 1.0)

@@ -119,7 +119,7 @@ class TestNotFinite:
         bad = _with_derivative(zero, wild)
         return loss(values, target) + jax.lax.stop_gradient(extra) + bad
 
-    @pytest.mark.costly
+    @pytest.mark.slow
     @kinds("torch_lbfgs", "own", "mixed_own", "horovod")
     def test_skipped(self, kind):
         (optimizer, params), (twin, others) = pair(kind)
@@ -133,6 +133,7 @@ class TestNotFinite:
                 twin.step(self.awkward, others, 1.0, 0, skip_nonfinite=True)
                 assert_equal(arrays(params), arrays(others))
 
+    @pytest.mark.slow
     def test_state_and_rate_stay(self):
         params, own = started(), optim.ClippedAdam({"lr": 0.1, "lrd": 0.5})
         optimizer = multi.PyroMultiOptimizer(own)
@@ -157,6 +158,7 @@ class TestNotFinite:
         as_multi_optimizer(rules.SGD(lr=0.1)).step(self.awkward, params, 1.0, 3)
         assert np.isnan(arrays(params)["x"]).any()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["own", "mixed_own"])
     def test_gradient_of_a_users_own(self, kind):
         params = started()
@@ -164,6 +166,7 @@ class TestNotFinite:
         as_multi_optimizer(KINDS[kind](params)).step(self.awkward, params, 1.0, 3, skip_nonfinite=True)
         assert_equal(arrays(params), before)
 
+    @pytest.mark.slow
     def test_loss_with_horovod(self):
         params = started()
         before = arrays(params)
@@ -182,6 +185,7 @@ def _(primals, tangents):
 
 
 class TestParameters:
+    @pytest.mark.slow
     @kinds()
     def test_assigned_replaced_and_kept(self, kind):
         """A value that is assigned is where the next step begins; one that was read stays as it was."""
@@ -215,7 +219,7 @@ class TestParameters:
         assert_equal(arrays(params), arrays(others), 1e-14)
         assert_equal(arrays(old), before)
 
-    @pytest.mark.costly
+    @pytest.mark.slow
     @kinds("mixed_own", "instance", "mixed", "torch_lbfgs")
     def test_new_later(self, kind):
         params = started("x")
@@ -240,6 +244,7 @@ class TestParameters:
         optimizer.step(loss, params, 1.0)
         assert float(params["y"].value) == pytest.approx(float(fresh["y"]), rel=1e-14)
 
+    @pytest.mark.slow
     @kinds("torch_lbfgs")
     def test_failures_change_nothing(self, kind):
         (optimizer, params), (twin, others) = pair(kind)

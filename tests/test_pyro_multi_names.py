@@ -97,7 +97,7 @@ class TestForms:
         others = [name for name in NAMES if name not in listed]
         chex.assert_trees_all_equal(run(two_parts(given, others)), run(two_parts(listed, others)))
 
-    @pytest.mark.costly
+    @pytest.mark.slow
     @pytest.mark.parametrize("call", ["step", "get_step"])
     def test_second_derivatives_by_a_site(self, call):
         given, listed = (
@@ -128,6 +128,7 @@ class TestForms:
         mixed.parts[1][0].append("decoder$params")
         chex.assert_trees_all_equal(by_step(mixed), by_step(two_parts(["loc"], [*ENCODER, *DECODER])))
 
+    @pytest.mark.slow
     def test_new_parameters_below_a_site(self):
         mixed, params = two_parts(["decoder$params"], ["loc"]), made([*FIRST, "loc"])
         mixed.step(loss, params)
@@ -136,6 +137,7 @@ class TestForms:
         mixed.step(loss, params)
         assert all((before[name] != param.value).all() for name, param in params.items())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
     def test_copies(self, copied):
         mixed = two_parts([re.compile("loc"), "encoder$params"], ["decoder$params"])
@@ -166,6 +168,7 @@ REFUSED = {
 
 
 class TestErrors:
+    @pytest.mark.slow
     @pytest.mark.parametrize("call", CALLS)
     @pytest.mark.parametrize("case", REFUSED)
     def test_refused(self, case, call):
@@ -303,6 +306,7 @@ class TestLateInSVI:
         assert [svi.step(stage) for stage in (0, 1, 0, 1)] == [3.0, 4.0, 1.0, 1.5]
         assert arrays(svi.params) == {"loc": -1.0, "late_a": 0.5, "late_b": 0.5}
 
+    @pytest.mark.slow
     def test_names_in_the_part_of_a_part(self):
         inner = MixedMultiOptimizer([(["loc"], rules.SGD(lr=1.0)), (["late_a"], rules.SGD(lr=0.25))])
         outer = MixedMultiOptimizer([(["loc", "late_a"], inner), (["late_b"], rules.SGD(lr=0.25))])

@@ -108,7 +108,7 @@ def test_a_complex_run_agrees_with_pyro(case, x64):
     twins.check_states()
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FIRST, ids=str)
 def test_every_wrapper_makes_pyros_steps(case, x64):
     shape = case.row.shapes[0]
@@ -214,7 +214,7 @@ def test_the_dict_of_options_is_not_changed():
 # Clipping.
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: "-".join(f"{k}={v}" for k, v in clip.items()) or "none")
 def test_clipping_agrees_with_pyro(clip, x64):
     twins = three_parameters(optim.Adam({"lr": 0.1}, clip), pyro.optim.Adam({"lr": 0.1}, dict(clip)), STEPS)
@@ -226,6 +226,7 @@ def by_name(module, name):
     return {"net": {"clip_norm": 0.1}, "loc": {"clip_value": 0.1}}.get(module, {})
 
 
+@pytest.mark.slow
 def test_clipping_by_name_agrees_with_pyro(x64):
     twins = three_parameters(optim.SGD({"lr": 0.1}, by_name), pyro.optim.SGD({"lr": 0.1}, by_name), STEPS)
     assert twins.distance() < 1e-12
@@ -233,6 +234,7 @@ def test_clipping_by_name_agrees_with_pyro(x64):
         assert np.abs(np.asarray(cell.grad)).max() > 0.3  # ours is as the user gave it
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 @pytest.mark.parametrize("clip", CLIPS[:4], ids=str)
 def test_clipping_of_no_numbers_agrees_with_pyro(clip, bad, x64):
@@ -336,6 +338,7 @@ def test_subsamples_of_any_size_agree_with_pyro(indices, x64):
     assert twins.distance() < 1e-12
 
 
+@pytest.mark.slow
 def test_a_rate_decays_where_a_gradient_is_missing(x64):
     twins = Twins(optim.ClippedAdam({"lrd": 0.5}), pyro.optim.ClippedAdam({"lrd": 0.5}))
     start, noise = problem(((3,), (3,)))
@@ -387,6 +390,7 @@ def test_autowrap(name):
     assert list(inspect.signature(wrapper).parameters) == ["optim_args", "clip_args"]
 
 
+@pytest.mark.slow
 def test_many_steps_make_the_values_of_one_optimizer_per_parameter(x64):
     start, noise = problem(((3,),) * 4)
     optimizer = optim.Adam({"lr": 0.1})

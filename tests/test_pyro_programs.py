@@ -32,6 +32,7 @@ def programs():
 # How many programs there are.
 
 
+@pytest.mark.slow
 def test_fifty_parameters_with_fifty_options_are_one_program():
     optimizer = optim.Adam(lambda name: {"lr": 0.01 * int(name), "betas": (0.015 * int(name), 0.9)}, {"clip_norm": 9.0})
     params = [ones(str(i), (3, 5)) for i in range(1, 51)]
@@ -157,6 +158,7 @@ def check_calls(maker, calls):
             np.testing.assert_allclose(cell.value, hands[name][0].value, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(calls=CALLS)
 def test_random_calls_are_those_of_one_optimizer_per_parameter(calls):

@@ -64,6 +64,7 @@ def bits(values):
     return [np.asarray(value).tobytes() for value in values]
 
 
+@pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("way", ["state", "file", "known"])
 @pytest.mark.parametrize("case", DENSE)
@@ -91,6 +92,7 @@ def test_a_run_goes_on_bit_for_bit(case, way, x64, tmp_path):
     assert bits(cell.value for cell in cells.values()) == bits(cell.value for cell in twins.cells.values())
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("way", ["state", "file"])
 @pytest.mark.parametrize("case", DENSE)
 def test_a_state_of_pyro_goes_on_here(case, way, x64, tmp_path):
@@ -268,6 +270,7 @@ def of_a_schedule():
 WRONG = [wrong_class, wrong_shape, missing_slot, of_a_schedule, dict]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 def test_a_state_that_does_not_fit_changes_nothing(wrong):
     optimizer, values = two_known()

@@ -180,6 +180,7 @@ def model(data):
     numpyro.sample("data", dist.Normal(numpyro.param("loc", 0.0), 1.0), obs=data)
 
 
+@pytest.mark.slow
 def test_data_of_a_step_is_not_kept():
     svi, data = SVI(model, lambda data: None, rules.SGD(lr=0.1), Trace_ELBO()), jnp.ones(3)
     svi.step(data)

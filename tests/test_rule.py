@@ -114,7 +114,7 @@ def test_switching_a_term_on_compiles_another_program():
     assert len(compiled) == 2
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in FIRST if "lr" in case.row.rule.specs], ids=str)
 def test_vmap_over_a_rule_equals_a_loop_over_its_settings(case):
     settings = [case.ours(lr=lr) for lr in (0.01, 0.02, 0.05)]
@@ -124,6 +124,7 @@ def test_vmap_over_a_rule_equals_a_loop_over_its_settings(case):
     np.testing.assert_allclose(swept, looped, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vmap_over_an_array_given_for_one_number():
     rates = jnp.array([0.01, 0.1])
     looped = [train(rules.Adam(lr=0.01)), train(rules.Adam(lr=0.1))]
@@ -131,7 +132,7 @@ def test_vmap_over_an_array_given_for_one_number():
     np.testing.assert_allclose(jax.vmap(train)(jax.vmap(rules.Adam)(rates)), looped, rtol=1e-5)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     # Rprop moves by the sign alone and Muon rounds to bfloat16; their rates still act linearly.
@@ -164,7 +165,7 @@ def test_derivative_by_a_decay_rate(name, x64):
     assert float(derivative) == pytest.approx(float((final(0.8 + h) - final(0.8 - h)) / (2 * h)), rel=1e-5)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(is_common, [c for c in TUNED if c.row.rule is not rules.SparseAdam]))
 def test_hypergradients_are_finite_where_a_gradient_was_always_zero(case):
     def final(rule):
@@ -274,6 +275,7 @@ def test_the_factory_lists_what_it_takes():
         rules.Adam().replace(momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in FIRST if "lr" in c.row.rule.specs], ids=str)
 def test_traced_numbers_are_never_checked(case):
     lr = jax.jit(lambda lr: jnp.asarray(case.ours(lr=lr).lr))(-1.0)

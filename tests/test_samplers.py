@@ -219,7 +219,7 @@ def test_float64_agrees_with_devinterp(rule, options, x64):
             assert error(ours[name], expected) < (1e-12 if isinstance(expected, list) else FLOAT32), name
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "options"), cases({rules.SGLD: ["saving with masks"], rules.SGNHT: ["all"]}))
 def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
     ours, exact = run_ours(rule(**options), form=as_updates), run_ours(rule(**options))
@@ -280,6 +280,7 @@ def test_a_missing_gradient_leaves_all_of_its_parameter_alone(sampler):
     assert (new["b"] != params["b"]).all()
 
 
+@pytest.mark.slow
 def test_a_metric_recovers_after_an_overflow():
     big = np.array([1e38, 1e38], np.float32)
     options = {"lr": 0.1, "noise_level": 0.0, "grad_norm": True, "bounding_box_size": 1.0}
@@ -306,6 +307,7 @@ def test_a_box_of_size_zero_is_no_box(sampler, x64):
     assert (with_zero["params"][0] == without["params"][0]).all()
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_every_number_may_be_a_schedule(sampler):
     names = [name for name in ("lr", "nbeta", "localization", "diffusion_factor", "beta") if name in sampler.specs]
@@ -636,6 +638,7 @@ def test_keys_of_any_implementation(impl):
     assert_close(new, noise_of(key, 1, params))
 
 
+@pytest.mark.slow
 def test_noise_by_hash_is_other_noise():
     params, seen = [jnp.zeros(5)], []
     for impl in ("key", "hash"):
@@ -804,7 +807,7 @@ def test_vmap_over_a_rule():
     assert_close(jax.tree.map(lambda x: x[1], swept), walk(rules.SGLD(lr=0.03))[0])
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @of_sampler
 def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     compiled = []
@@ -862,7 +865,7 @@ def test_derivatives_by_the_numbers_are_finite_differences(sampler, x64):
         assert float(getattr(derivative, name)) == pytest.approx((ahead - behind) / (2 * h), rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @of_sampler
 def test_derivatives_are_finite_where_a_gradient_is_zero(sampler):
     params = [jnp.zeros(3)]
@@ -924,6 +927,7 @@ def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
     assert_close(new, expected)
 
 
+@pytest.mark.slow
 @of_sampler_fast_for_one
 def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):
     rule = sampler(key=KEY, **(METRICS if sampler is rules.SGLD else {}))

@@ -138,6 +138,7 @@ def test_float64(x64):
     np.testing.assert_allclose(found.params["w"][0], end["w"], rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_none_stay_none():
     found = sampling.sample(lambda p: loss(p), START | {"frozen": None}, SGLD, **FEW)
     assert found.params["frozen"] is None
@@ -162,7 +163,7 @@ def test_batches_take_each_datum_at_most_once_in_an_epoch(size):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [10, 16, 33])
 def test_every_order_is_as_likely(count):
     """Each datum at each place, and each pair at the first two places, as often as chance has it."""
@@ -422,6 +423,7 @@ def test_the_estimate_is_that_of_its_draws():
     np.testing.assert_allclose(given.trace, llc.nbeta * (llc.loss - 2.0))
 
 
+@pytest.mark.slow
 @few_draws
 def test_one_chain_has_no_deviation():
     llc = sampling.estimate_llc(loss, START, SGLD, nbeta=5.0, key=KEY, num_chains=1, num_draws=5)

@@ -116,7 +116,7 @@ def test_sgld_in_every_coordinate():
     assert np.all(abs(found.mean(0) - exact) < 4 * found.std(0) / math.sqrt(len(found)))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(("burnin", "every"), [(0, 1), (0, 3), (7, 1), (5, 4)])
 def test_sgld_transient_draw_by_draw(burnin, every):
     """Each step changes what is expected by a good part: a draw one step early or late is noticed."""
@@ -582,6 +582,7 @@ def same(found, expected, exact):
         chex.assert_trees_all_close(a, b, rtol=0, atol=0 if exact else 3e-6 * np.max(np.abs(b)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(ALL, ["sgnht_badodab"]))
 def test_order_of_leaves_and_coordinates_does_not_matter(name):
     def other(tree):
@@ -608,6 +609,7 @@ def test_scaling_of_weights_scales_the_rates(name, c):
     same(found, times(path(rule, w, h, momentum, noise, 1.0)), exact=c == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(ALL, ["sgld_boxed", "sgnht_badodab"]))
 def test_masked_run_is_a_smaller_model(name):
     (w, h, momentum, noise), free = drawn(2), np.array([1, 0, 0, 1, 1])

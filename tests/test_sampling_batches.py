@@ -71,6 +71,7 @@ def test_the_mean_over_parts_is_a_loop_in_the_precision_of_the_whole():
     assert mean_over_parts(mean, batch, 1)["mean"] == 6.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_the_loss_at_the_start_is_evaluated_in_parts_too():
     sizes = set()

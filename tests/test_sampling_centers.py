@@ -88,6 +88,7 @@ def test_another_center_compiles_nothing_new_and_continues_only_its_own_run(tmp_
         sampling.sample(loss, START, other, checkpoint=path, **FEW)
 
 
+@pytest.mark.slow
 def test_no_center_and_that_of_the_start_are_the_same():
     plain, ends = rules.SGLD(lr=0.01, localization=5.0), []
     for sampler in (plain, plain.replace(center=START), plain.replace(center=dict.fromkeys(START))):
@@ -128,6 +129,7 @@ class Linear(eqx.Module):
         self.w, self.act = jnp.full(3, value), jnp.tanh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [pytest.param(Net, marks=slow), Linear], ids=["nnx", "equinox"])
 def test_of_a_module_the_center_is_a_module(module):
     sampler = rules.SGLD(lr=0.1, nbeta=0.0, noise_level=0.0, localization=4.0, center=module(3.0))
@@ -187,6 +189,7 @@ VARIANCE = {
 }
 
 
+@pytest.mark.slow
 @of_sampler
 def test_parts_are_traces_of_a_run(name):
     r"""The square of the noise is :math:`\epsilon d` in the mean, and its products with gradient and prior zero."""

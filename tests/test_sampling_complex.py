@@ -99,6 +99,7 @@ def estimates(loss, of_each, start, boxed, call):
     return sampling.llc_over_checkpoints(loss, [start, jax.tree.map(lambda x: 2 * x, start)], boxed, X, **options)
 
 
+@pytest.mark.costly
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize(
     "call",

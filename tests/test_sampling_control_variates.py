@@ -47,7 +47,7 @@ def at_rest(loss, w, by=None, *, draws=N // BATCH, **options):
     return np.asarray(found.loss[0], float), np.asarray(found.observables["g"][0], float)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [regression, logistic])
 @pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=slow)])
 def test_loss_and_gradient_are_unbiased(loss, microbatches):
@@ -170,6 +170,7 @@ def test_an_estimate_of_the_learning_coefficient_is_better_by_it():
 SAMPLERS = {"SGNHT": rules.SGNHT(), "SGHMC": rules.SGHMC(), "PSGLD": rules.PSGLD(), "SGD": rules.SGD(lr=0.1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name == "SGD" else pytest.param(name, marks=slow) for name in SAMPLERS])
 def test_every_sampler_takes_them(name):
     sampler, options = SAMPLERS[name], {"start_noise": 0.1, "num_draws": 5}

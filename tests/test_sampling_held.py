@@ -180,12 +180,14 @@ def test_observables_see_whole_trees():
     assert (momentum["b"] != 0).all()
 
 
+@pytest.mark.slow
 def test_metrics_of_all_parameters_stay_so():
     sampler = rules.SGLD(lr=0.0, weight_norm=True, optimize_over={"a": False, "b": True})
     found = sampling.sample(product, SMALL, sampler, key=KEY, num_chains=1, num_draws=2)
     np.testing.assert_allclose(found.observables["weight_norm"], np.sqrt(1 + 4 + 0.25 + 9), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_restricted_run_continues_to_the_last_bit(tmp_path):
     def go(mask, num_draws=4, **where):
         sampler = rules.SGHMC(lr=1e-3, optimize_over=mask)
@@ -210,6 +212,7 @@ def test_other_parts_of_the_same_arrays_compile_nothing():
     assert go(1) == go(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nnx", pytest.param("equinox", marks=pytest.mark.slow)])
 def test_modules(kind):
     if kind == "equinox":

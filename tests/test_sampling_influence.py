@@ -34,6 +34,7 @@ def by_hand(x, y, kind, chains):
     return value
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", module.KINDS)
 @pytest.mark.parametrize("chains", module.CHAINS)
 @pytest.mark.parametrize("rows", [None, 4], ids=["in one block", "in blocks"])
@@ -56,7 +57,7 @@ def squares(w):
     return w[:2] ** 2
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "y", "shape"),
     [
@@ -172,7 +173,7 @@ class Regression:
         return self.residual**2 / (2 * width) + np.log(2 * math.pi * width) / 2
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("nbeta", [300.0, 300 / math.log(300)], ids=["beta 1", "WBIC"])
 def test_the_numbers_of_a_regression_are_the_exact_ones(nbeta):
     given = Regression(nbeta)

@@ -105,6 +105,7 @@ def test_the_potential_has_all_its_terms():
     assert (np.asarray(found.params["v"]) == 1).all()
 
 
+@pytest.mark.slow
 def test_a_coefficient_has_no_error_of_the_step_size():
     """That of a quadratic is half its dimension, with steps for which SGLD finds a third more."""
     options = {"nbeta": 100.0, "key": KEY, "num_chains": 8, "num_draws": 800, "num_burnin_steps": 100}
@@ -158,6 +159,7 @@ def test_errors():
         given(metropolis=1)
 
 
+@pytest.mark.slow
 def test_a_calibration_has_the_rates_of_its_step_sizes_and_their_bias_is_gone():
     """Of plain steps the coefficient is 5 / 2 / (1 - lr * nbeta / 4): 4.2 and 2.5 at these sizes."""
     found = sampling.calibrate(

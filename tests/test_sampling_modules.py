@@ -189,6 +189,7 @@ def test_estimates_of_a_module_are_those_of_its_arrays(kind):
     assert sweep.observables["predicted"].shape == (1, 2, 2, 3, 2)
 
 
+@pytest.mark.slow
 @few_draws
 def test_a_mask_of_an_equinox_module_is_a_module_of_bools():
     mask = eqx.tree_at(lambda model: model.mlp.layers[1], jax.tree.map(lambda _: False, scaled()), replace_fn=_yes)
@@ -275,6 +276,7 @@ def test_modules_of_one_structure_share_a_program():
     assert len(some) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_a_module_without_other_arrays_runs_as_its_arrays_to_the_last_bit():
     model = eqx.nn.MLP(3, "scalar", 4, 1, key=jax.random.key(2))
@@ -317,6 +319,7 @@ def test_a_module_among_other_parameters_is_refused(run, params, match):
     assert len(str(error.value)) <= 300
 
 
+@pytest.mark.slow
 def test_a_part_of_a_module_leaves_the_rest_to_the_loss():
     of = case("equinox")
     part = eqx.tree_at(lambda tree: tree.mlp.layers[0], of.arrays, None)

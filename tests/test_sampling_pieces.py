@@ -75,6 +75,7 @@ def test_nothing_is_compiled_for_the_last_piece_or_another_number_of_draws():
     assert chains.run_steps._cache_size() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_draw_larger_than_a_piece_leaves_by_itself():
     def large(w):
@@ -90,6 +91,7 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on_from_its_checkpoint(tmp_path, whole, small, monkeypatch):
     monkeypatch.setattr(run, "_SECONDS_BETWEEN_SAVES", -1.0)
     path, cuts, take = tmp_path / "run", [9, 22], pieces.Host.take
@@ -117,6 +119,7 @@ def test_a_checkpoint_goes_on_with_another_room(sizes, tmp_path, whole, monkeypa
     same(found, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_run_in_pieces_stops_itself(monkeypatch):
     pytest.importorskip("numpyro")

@@ -83,6 +83,7 @@ def test_a_table_without_rhat_has_a_star_too():
     assert [line[0] for line in str(given).splitlines()] == [" ", " ", " ", " ", "*", " "]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_quadratic_is_near_its_coefficient():
     """Half the dimension, of steps from far too small to unstable."""
     found = sampling.calibrate(

@@ -184,6 +184,7 @@ def test_acceptance_rates_the_step_size_in_every_dtype():
     np.testing.assert_allclose(rates[1:], rates[0], rtol=0.01)
 
 
+@pytest.mark.slow
 @LOW
 def test_mala_acceptance_computes_in_float32(dtype):
     x, y = (jax.random.normal(key, (1000,)).astype(dtype) for key in jax.random.split(KEY))
@@ -208,6 +209,7 @@ def test_calibrate_agrees():
     np.testing.assert_allclose(low.mean, wide.mean, rtol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_selections_hold_the_others():
     start = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
@@ -322,7 +324,7 @@ def test_a_checkpoint_of_rounded_chains_is_refused(tmp_path):
 ROUNDS = "rounds each step to the parameter's dtype, bfloat16.*Give float32 parameters and cast them in the loss"
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("make", CLASSES, ids=lambda cls: cls.__name__)
 def test_torch_style_samplers_warn_of_rounding_once(make):
     params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16), "c": jnp.ones(2, jnp.bfloat16)}

@@ -32,7 +32,7 @@ def loss(w, x):
     return jnp.mean(of_each(w, x))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["vmap", "map"])
 @pytest.mark.parametrize("size", [None, 7, 3, 1], ids=["all", "one batch", "a smaller last batch", "one by one"])
 def test_losses_are_those_of_the_parameters_of_the_draw(size, method):
@@ -144,6 +144,7 @@ def test_no_probes_are_written_into_the_program():
         assert len(text) < 400_000
 
 
+@pytest.mark.slow
 def test_a_run_with_probes_continues_to_the_last_bit(tmp_path):
     path = tmp_path / "run"
     base = FEW | {"probes": {"x": X, "y": X}, "observables": {"each": sampling.Losses(of_each, "x", 3)}}
@@ -185,6 +186,7 @@ WRONG = {
 }
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(("changes", "error", "match"), WRONG.values(), ids=WRONG)
 def test_wrong_probes_are_refused(changes, error, match):
     with pytest.raises(error, match=match) as caught:

@@ -58,6 +58,7 @@ def test_modules():
     assert sum(np.asarray(leaf).sum() for leaf in jax.tree.leaves(mask)) == 2
 
 
+@pytest.mark.slow
 def test_coefficients_of_parts_are_those_of_their_dimensions():
     """Of L = |w|^2 / 2 each number that moves has a coefficient of nearly 1/2."""
 

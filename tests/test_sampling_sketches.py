@@ -67,6 +67,7 @@ def test_numbers_count_on_from_leaf_to_leaf_whatever_their_dtypes():
     assert of({}).tolist() == [0] * DIM
 
 
+@pytest.mark.slow
 def test_it_is_float64_where_the_tree_is(x64):
     tree = jax.tree.map(lambda x: x.astype(jnp.float64), TREE)
     assert of(tree).dtype == jnp.float64
@@ -92,6 +93,7 @@ def test_seeds_are_data_and_make_other_sketches():
     np.testing.assert_array_equal(jax.vmap(functools.partial(of, TREE))(jnp.array([0, 1], "uint32")), found[:2])
 
 
+@pytest.mark.slow
 def test_vmap_is_map():
     many = jax.tree.map(lambda x: jnp.stack([x, 2 - x, x * x]), TREE)
     one_by_one = jax.lax.map(of, many)

@@ -31,6 +31,7 @@ def check_moments(found, mean, variance):
     assert (abs(found.var(0, ddof=1) - variance) < 4 * variance * math.sqrt(2 / number)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "terms",
     [{"localization": 30.0, "weight_decay": 5.0}, pytest.param({}, marks=slow)],
@@ -75,6 +76,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name == "SGLD" else pytest.param(name, marks=slow) for name in SAMPLERS])
 def test_chains_begin_apart_where_the_mask_lets_them(name):
     sampler, is_masked = SAMPLERS[name]
@@ -89,6 +91,7 @@ def test_chains_begin_apart_where_the_mask_lets_them(name):
     assert abs(np.corrcoef(draws) - np.eye(len(draws))).max() < 4 / math.sqrt(2003)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("box", ["clamp", "reflect"])
 def test_chains_begin_in_the_box(box):
     sampler = rules.SGLD(lr=1e-4, bounding_box_size=0.1, box=box)

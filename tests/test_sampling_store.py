@@ -69,7 +69,7 @@ class Interrupted(Exception):
     """What ends a run in the middle."""
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, made, monkeypatch):
     (runs, whole), path, cuts = made, tmp_path / name, [9, 22]
@@ -91,6 +91,7 @@ def test_a_run_that_was_cut_goes_on_from_its_store(name, tmp_path, made, monkeyp
     same(runs(store=path, **more), runs(**more))
 
 
+@pytest.mark.slow
 def test_a_store_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.zarr"
     sample(store=path, **FEW)

@@ -107,6 +107,7 @@ def loader(**options):
     )
 
 
+@pytest.mark.slow
 def test_iterables_of_all_kinds_are_alike():
     def loss(params, batch):
         return fit(params, dict(zip("xy", batch, strict=True)))
@@ -175,7 +176,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_run_continues_to_the_last_bit(kind, tmp_path):
     run = functools.partial(sampling.sample, fit, START, SGLD)
@@ -211,6 +212,7 @@ def test_the_first_batches_stand_for_all_data():
     assert len(np.unique(made.loss)) == 8  # each chain has its own batches
 
 
+@pytest.mark.slow
 @few_draws
 def test_an_estimate_of_batches_is_that_of_arrays():
     options = FEW | {"microbatches": 2, "nbeta": 5.0}

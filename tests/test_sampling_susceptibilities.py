@@ -130,6 +130,7 @@ def test_other_data_probes_and_keys_compile_nothing_new():
     assert (found.chi["x"] != run("component").chi["x"]).all()
 
 
+@pytest.mark.slow
 def test_errors_are_as_large_as_the_spread_of_repeated_runs():
     found = [run("full", key=key) for key in jax.random.split(jax.random.key(1), 16)]
     values, errors = (np.stack([getattr(of, name)["x"] for of in found]) for name in ("chi", "std_error"))
@@ -264,6 +265,7 @@ def nnx_each(model, batch):
     return squares(model.w[...], batch)
 
 
+@pytest.mark.slow
 def test_modules_whose_counts_a_loss_changes():
     both = sampling.CrossCovariance(sampling.Losses(nnx_each, "x", 2))
     found = few(Net(), lambda model, batch: nnx_each(model, batch).mean(), nnx_each, observables={"both": both})
@@ -285,6 +287,7 @@ def test_chains_of_all_parameters_are_run_beside_parts():
     np.testing.assert_allclose(alone.chi["x"][0], among.chi["x"][1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_continues_to_the_last_bit_and_no_other(tmp_path):
     options = {"checkpoint": tmp_path / "run"}
     few(num_draws=3, **options)
@@ -345,6 +348,7 @@ def test_losses_that_are_not_finite_are_warned_of():
         found.response_of_each.pseudo_inverse()
 
 
+@pytest.mark.slow
 def test_the_response_matrix_has_singular_vectors_and_an_inverse():
     found = few(probes={"x": TOKENS[:, 0], "tokens": TOKENS[:2]}, selections=["params", PART])
     assert found.response.columns == ("x", "tokens")

@@ -47,6 +47,7 @@ def exact_moments(nbeta):
     return mean, variance, energy + (nbeta[:, None] * H * LOCALIZATION / stiff * BEST**2).sum(1) / 2
 
 
+@pytest.mark.slow
 def test_the_free_energy_of_a_gaussian():
     found = quadratics(observables={"w": lambda w: w})
     means, variances, energies = exact_moments(NBETA)
@@ -157,6 +158,7 @@ def of_batches(**options):
     )
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_all_data():
     found = of_batches(num_steps_bw_draws=2)
     expected = jax.vmap(jax.vmap(jax.vmap(lambda w: of_data(w, DATA))))(found.observables["w"])

@@ -43,6 +43,7 @@ def test_it_looks_at_64_draws_and_then_at_a_quarter_more():
     assert until.next_look(64) == 80
 
 
+@pytest.mark.slow
 def test_it_stops_at_the_first_look_below_the_bound():
     whole, bound = estimated(), 0.15
     found = estimated(until_mcse=bound)
@@ -55,6 +56,7 @@ def test_it_stops_at_the_first_look_below_the_bound():
     assert looks[-1] == draws < RUN["num_draws"]
 
 
+@pytest.mark.slow
 def test_the_error_is_what_the_estimates_are_off_by():
     found = [estimated(seed, until_mcse=0.2) for seed in range(32)]
     off = np.array([(of.mean - EXACT) / of.mcse for of in found])
@@ -63,6 +65,7 @@ def test_the_error_is_what_the_estimates_are_off_by():
     assert abs(off.mean()) < 4 / np.sqrt(len(off))
 
 
+@pytest.mark.slow
 def test_a_bound_that_is_not_reached_takes_all_draws():
     np.testing.assert_array_equal(estimated(until_mcse=1e-6, num_draws=150).loss, estimated(num_draws=150).loss)
 
@@ -109,6 +112,7 @@ def test_all_temperatures_are_to_have_it(tmp_path):
     assert 64 < lengths[0] < lengths[1] < 300
 
 
+@pytest.mark.slow
 def test_files_of_safetensors_are_looked_at_too(tmp_path):
     options = {"observables": {"w": lambda w: w[:2]}, "until_mcse": 0.2 / NBETA, "num_steps_bw_draws": 3}
     same(sampled(**options), sampled(store=tmp_path / "run.safetensors", **options))

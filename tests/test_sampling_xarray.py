@@ -149,7 +149,7 @@ def test_without_xarray_it_says_what_to_install(samples, monkeypatch):
 NEAR = rules.SGLD(lr=0.01, localization=1.0, nbeta=10.0)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 @pytest.mark.parametrize("selections", [None, {"first": ["x"], "both": ["x", "y"]}, [["x"], ["x", "y"], ["y"]]])
 def test_an_llc_has_the_dataset_of_its_samples_and_its_trace(selections):
@@ -188,6 +188,7 @@ def test_an_llc_has_the_dataset_of_its_samples_and_its_trace(selections):
         xarray.testing.assert_equal(one, found.isel(selection=1).drop_vars("selection"))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_an_llc_refuses_an_observable_by_a_name_of_its_own():
     llc = sampling.estimate_llc(loss, jnp.zeros(2), NEAR, X, observables={"llc": lambda w: w[0]}, **FEW)

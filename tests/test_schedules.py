@@ -348,6 +348,7 @@ def sequences(draw):
     return sequential(*parts, at=sorted(at))
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @settings(max_examples=10, deadline=None)
 @given(sequences())
@@ -355,6 +356,7 @@ def test_generated_sequences(row):
     generated(row)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.sampled_from(PARTS).flatmap(rows_of), min_size=1, max_size=3))
@@ -387,6 +389,7 @@ def ends_of_cycles():
     return run(jnp.array([0, 1, 2, 10, 30, 1000, MILLION]))
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("row", ONE_CYCLES, ids=str)
 def test_one_cycle_stays_at_its_end(row):
@@ -429,7 +432,7 @@ def test_the_derivative_by_the_base_rate_is_the_finite_difference(rows, x64):
             np.testing.assert_allclose(slope, difference, rtol=1e-10, atol=tolerance, err_msg=row.id)
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "step", "double"),
     [
@@ -456,6 +459,7 @@ def momenta():
         return values_of(MOMENTA, STEPS, lambda row: row.schedule().momentum)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam], ids=["momentum", "beta"])
 @pytest.mark.parametrize("row", MOMENTA, ids=str)
@@ -463,6 +467,7 @@ def test_every_value_of_the_momentum(row, optimizer):
     assert_double(momenta()[row.id], run_parent(row, row.values(STEPS), momentum_of, optimizer))
 
 
+@pytest.mark.slow
 def test_rate_and_momentum_of_one_schedule():
     rate = schedules.one_cycle_lr(0.5, total_steps=20)
     rule = rules.SGD(lr=rate, momentum=rate.momentum)
@@ -496,6 +501,7 @@ def test_a_chain_inside_a_sequence_is_what_it_is_alone(x64):
     assert_double(np.asarray(jax.vmap(schedule)(jnp.arange(80))), expected)
 
 
+@pytest.mark.slow
 def test_a_sequence_inside_a_sequence_is_what_it_is_alone(x64):
     inner = sequential(EXPONENTIAL, STEP, at=[5])
     expected = np.r_[run_parent(inner, 15), run_parent(RESTARTS, 20), run_parent(inner, 45)]
@@ -644,6 +650,7 @@ def test_vmap_over_the_base_rate():
             np.testing.assert_allclose([swept[name][i], stacked[name][i]], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_vmap_over_the_base_of_a_power():
     gammas, steps = np.array([0.0, 0.5, 0.9, 1.0, 1.1]), np.array([0, 40, 60])
 
@@ -734,6 +741,7 @@ def test_a_schedule_survives_flattening_copying_and_pickling(row):
     assert all(jax.tree.leaves(other) == leaves for other in again)
 
 
+@pytest.mark.slow
 def test_a_function_that_is_a_pytree_is_traced():
     schedule = schedules.lambda_lr(LR, Inverse(0.5))
     assert jax.tree.leaves(schedule) == [LR, 0.5]
@@ -846,6 +854,7 @@ def test_the_hypergradient_of_the_base_rate(x64):
     assert at(0.1)[1] == pytest.approx(difference, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_vmap_over_the_base_rate_of_a_rule():
     def final(lr):
         return descended(rules.SGD(lr=schedules.step_lr(lr, 2, gamma=0.5)))
@@ -1062,7 +1071,7 @@ PLATEAU = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.numbers
 @pytest.mark.parametrize(("mode", "threshold_mode"), MODES)
 def test_a_plateau_in_scan_is_torch_to_the_bit(mode, threshold_mode):
@@ -1129,6 +1138,7 @@ def test_vmap_makes_many_plateaus(x64):
             np.testing.assert_array_equal(mine[i], theirs)
 
 
+@pytest.mark.slow
 def test_a_plateau_drives_a_rule_inside_scan():
     plateau = schedules.reduce_lr_on_plateau(factor=0.5, patience=0, threshold=0.0)
 

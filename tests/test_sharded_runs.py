@@ -124,7 +124,7 @@ CLASSES = {
 FAST = ("Adam", "Adafactor", "LBFGS")
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CLASSES])
 def test_classes(name, x64):
     """Losses, gradients by hand, a step that is skipped, and a state that is loaded from the host."""
@@ -186,7 +186,7 @@ OVER_A_MESH = {
 FAST_OVER_A_MESH = ("AdamW", "Adafactor", "NAdam")
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[] if x in FAST_OVER_A_MESH else pytest.mark.slow) for x in OVER_A_MESH]
 )

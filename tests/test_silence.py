@@ -185,6 +185,7 @@ class TestMisspeltOptions:
         del opt.param_groups[0][slip]
         opt.step([np.ones(2)])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [optim.AdamW, optim.SGD, optim.Rprop, optim.Adafactor], ids=lambda x: x.__name__)
     def test_keys_of_the_users_own_stay_as_in_torch(self, kind):
         own = dict.fromkeys([key for key in OWN if key not in kind([1.0]).defaults], 7.0)
@@ -244,7 +245,7 @@ def by_minimize(opt, param):
 
 
 class TestLBFGSWhereTheLossTurnsNaN:
-    @pytest.mark.costly
+    @pytest.mark.slow
     @pytest.mark.parametrize("step", [by_closure, by_minimize])
     @pytest.mark.parametrize("max_iter", [1, 2, 20])
     def test_goes_on_from_the_last_finite_point(self, x64, step, max_iter):
@@ -283,6 +284,7 @@ class TestLBFGSWhereTheLossTurnsNaN:
         np.testing.assert_allclose(param.value, tensor.detach().numpy(), rtol=1e-12)
         assert float(opt.state[param]["prev_loss"]) == pytest.approx(float(barrier(param.value)))
 
+    @pytest.mark.slow
     def test_of_the_pure_face_too(self):
         tx, x = jaxoptim.lbfgs(), jnp.array([0.01, 5.0])
 

@@ -51,7 +51,7 @@ def part(name, result):
     return params[name], {key: slot[name] for key, slot in slots.items()}
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("missed", [{}, {"skipped": (1, "c")}, {"skipped": (1, "c"), "counts": True}], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_an_array_is_updated_as_if_it_were_alone(rule, missed, x64, on_accelerators):

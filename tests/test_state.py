@@ -37,7 +37,7 @@ def two_steps(rule, params, grads):
     return params, state
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_carried_by_scan(case):
     rule, params, grads = problem(case)
@@ -49,6 +49,7 @@ def test_state_is_carried_by_scan(case):
     assert_trees_equal(scanned, two_steps(rule, params, grads))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_is_the_same_on_both_sides_of_cond(case):
     rule, params, grads = problem(case)
@@ -137,6 +138,7 @@ def test_state_is_saved_and_restored_by_orbax(case, tmp_path):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
 def test_state_and_parameters_are_updated_in_place_when_donated(case):
     rule, params, grads = problem(case)

@@ -214,6 +214,7 @@ def test_the_low_level_loop_is_the_step_to_the_bit(which, maker, seed):
         np.testing.assert_array_equal(constrain(params)[name], value)
 
 
+@pytest.mark.slow
 def test_the_low_level_loop_reaches_the_posterior_with_optax_too():
     params, constrain, loss_fn = differentiable_loss(model, guide, Trace_ELBO(num_particles=10), KEY, DATA)
     tx = jaxoptim.adam(lr=jaxoptim.schedules.exponential_lr(0.05, 0.01 ** (1 / 600)))
@@ -272,7 +273,7 @@ def clipped_by_hand(grad, clip_norm=None, clip_value=None):
     return jnp.asarray(grad if clip_value is None else np.clip(grad, -clip_value, clip_value))
 
 
-@pytest.mark.costly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "clips",
     [
@@ -426,6 +427,7 @@ def test_newton_and_adam_by_hand():
     near(constrain(params), b_loc=-LOC, b_scale=SCALE, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_two_optimizers_by_hand_are_the_mixed_one_to_the_bit():
     def make():
@@ -509,6 +511,7 @@ def compiled_by(caplog, function):
     return re.findall(r"Compiling (\S+)", caplog.text)
 
 
+@pytest.mark.slow
 def test_annealing_compiles_once_and_ends_at_the_posterior(caplog):
     svi = SVI(annealed, annealed_guide, decaying(500), Trace_ELBO(num_particles=10), key=KEY)
 
@@ -601,6 +604,7 @@ def test_every_optimizer_reaches_the_posterior(name):
     near(svi.get_params(), loc=LOC, scale=SCALE, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_pyros_steps_beside_the_loop():
     scheduler = pyro.optim.ExponentialLR({"optimizer": optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
     svi = SVI(model, guide, scheduler, Trace_ELBO(num_particles=10), key=KEY)

@@ -179,6 +179,7 @@ class WithoutNumbers(Rule):
         return -0.1 * grad, slots
 
 
+@pytest.mark.slow
 def test_a_rule_without_numbers_passes():
     check_rule(WithoutNumbers(), {"w": jnp.ones(2)})
 

@@ -64,6 +64,7 @@ def test_low_precision_is_computed_in_float32_and_rounded_once(case, dtype):
     assert updates.dtype == dtype
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, DENSE))
 def test_updates_have_the_dtype_of_the_gradients(case):
     rule, params = case.ours(), ones(jnp.bfloat16)
@@ -71,6 +72,7 @@ def test_updates_have_the_dtype_of_the_gradients(case):
     assert updates.dtype == jnp.float32
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize(
     "case", slow_unless(FIRST.__contains__, [case for case in DENSE if "lr" in case.row.rule.specs])
 )
@@ -226,6 +228,7 @@ def test_sparse_updates_add_to_the_parameters_as_optax_adds_them():
     np.testing.assert_allclose(optax.apply_updates(table, updates)["w"], expected["w"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.numbers
 def test_the_work_of_a_sparse_step_is_in_proportion_to_the_rows():
     def flops(rows_of_table):
@@ -241,6 +244,7 @@ def test_the_work_of_a_sparse_step_is_in_proportion_to_the_rows():
     assert large[1] < 2 * small[1] + 10_000
 
 
+@pytest.mark.slow
 def test_sparse_gradients_are_refused_by_name():
     dense, sparse = {"w": jnp.ones((6, 2))}, {"w": rows([1], jnp.ones((1, 2)))}
     with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients, but that of 'w'"):
