@@ -55,10 +55,10 @@ stub: $(VENV)/.test
 clean:
 	rm -rf $(VENV) $(ACCELERATORS)
 
-$(PYTHON):
+%/bin/python:
 	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 		"jaxoptim needs Python 3.11 or newer, and $(PYTHON3) is %d.%d: name another, make PYTHON3=python3.12" % v[:2])'
-	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON3) -m venv $*
 
 $(VENV)/.examples: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[examples]'
@@ -69,8 +69,7 @@ $(VENV)/.test: pyproject.toml | $(PYTHON)
 	touch $@ $(VENV)/.examples
 
 # The plugin for CUDA, which is that of the jax installed, needs ptxas to compile, and none of the libraries to run.
-$(ACCELERATORS)/.installed: pyproject.toml
-	test -x $(ACCELERATORS)/bin/python || python3 -m venv $(ACCELERATORS)
+$(ACCELERATORS)/.installed: pyproject.toml | $(ACCELERATORS)/bin/python
 	$(ACCELERATORS)/bin/python -m pip install --quiet --editable . 'jax[tpu]'
 	jax=$$($(ACCELERATORS)/bin/python -c 'import jax; print(jax.__version__)') && \
 	$(ACCELERATORS)/bin/python -m pip install --quiet --no-deps nvidia-cuda-nvcc-cu12 \

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chips import Cost, NotInstalled, cost, h100, tpu
+from chips import SMALL, Cost, NotInstalled, cost, h100, tpu
 from recording import Recorder
 from trees import Shapes, gpt2, numbers_in, random_tree, resnet50
 
@@ -269,7 +269,7 @@ HEADER = """
 
 def written(chips: dict[str, list[Row]]) -> str:
     """The document."""
-    text = INTRODUCTION.format(version=jax.__version__, small=1024)
+    text = INTRODUCTION.format(version=jax.__version__, small=SMALL)
     for chip, found in chips.items():
         title, _ = CHIPS[chip]
         text += f"\n## {title[0].upper()}{title[1:]}\n"
