@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import Slots, enabled, full_like, is_known
+from jaxoptim.core.clipping import squares
 from jaxoptim.core.modules import trained_of
-from jaxoptim.core.numerics import view_as_real
 from jaxoptim.core.shown import shown
 
 
@@ -64,15 +64,10 @@ def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> An
     """
     total = rule.nbeta * loss
     if enabled(rule.weight_decay):
-        total = total + rule.weight_decay / 2 * _squares(masked(rule, param))
+        total = total + rule.weight_decay / 2 * squares(masked(rule, param))
     if enabled(rule.localization):
-        total = total + rule.localization / 2 * _squares(masked(rule, from_center(rule, slots, param)))
+        total = total + rule.localization / 2 * squares(masked(rule, from_center(rule, slots, param)))
     return total
-
-
-def _squares(x: jax.Array) -> jax.Array:
-    """The sum of the squares of all numbers, complex ones as pairs."""
-    return jnp.sum(view_as_real(x) ** 2)
 
 
 def from_center(rule: _Potential, slots: Slots, param: jax.Array) -> jax.Array:
