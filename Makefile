@@ -31,6 +31,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/one_pass.py
 	$(PYTHON) benchmarks/lbfgs.py
 	$(PYTHON) benchmarks/averaging.py
 	$(PYTHON) benchmarks/checkpoint.py

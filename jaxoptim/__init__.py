@@ -30,6 +30,7 @@ from jaxoptim.core import scale_loss as scale_loss
 from jaxoptim.core import step as step
 from jaxoptim.core import transformation as transformation
 from jaxoptim.core import update as update
+from jaxoptim.native import config as config
 from jaxoptim.rules.adadelta import adadelta as adadelta
 from jaxoptim.rules.adafactor import adafactor as adafactor
 from jaxoptim.rules.adagrad import adagrad as adagrad

@@ -13,6 +13,7 @@ from jaxoptim import optim
 
 ROOT = Path(jaxoptim.__file__).parent
 LAYERS = [
+    ("native",),
     ("core",),
     ("rules",),
     ("schedules",),

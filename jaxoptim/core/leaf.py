@@ -5,7 +5,7 @@ The rules never see what this file handles.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -226,9 +226,12 @@ def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
     return slots_of(param, drawn)
 
 
-Change = tuple[Any, jax.Array, Any, Slots]
-"""The rows of a parameter that change (None: all), their change, their new values, None if they follow from it, and
-the new slots."""
+Wanted = Literal["value", "change", "both"]
+"""What becomes of an update: the new value of the array, its change, or both."""
+
+Change = tuple[Any, Any, Any, Slots]
+"""The rows of a parameter that change (None: all), their change, None if it is not wanted, their new values, None if
+they follow from it, and the new slots."""
 
 
 def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> Change:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core.leaf import Change, LeafUpdate, update_dense, update_leaf, valued
+from jaxoptim.core.leaf import Change, LeafUpdate, Wanted, update_dense, update_leaf, valued
+from jaxoptim.core.one_pass import in_one_pass
 from jaxoptim.core.packing import is_sharded
 from jaxoptim.core.rule import Off, Rule, Slots, enabled
 
@@ -19,7 +20,7 @@ _STACK = 2**25
 """The numbers in a stack, which takes memory beside the arrays: 128 MB in float32, and what the rule makes of them."""
 
 
-def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]) -> list[Change]:
+def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]], wanted: Wanted) -> list[Change]:
     """Update arrays, those of one shape under a rule that looks at shapes as rows of a stack.
 
     Rules that take each number by itself gain nothing: their arrays are packed, or one kernel each.
@@ -27,9 +28,10 @@ def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]
     Args:
         leaves: the arrays.
         shared: for each the state of the whole tree as it sees it.
+        wanted: what becomes of the updates.
 
     Returns:
-        For each what :func:`~jaxoptim.core.leaf.update_leaf` returns.
+        For each what :func:`~jaxoptim.core.leaf.update_leaf` returns, or, of what is wanted, a kernel of one pass.
     """
     kinds: dict[Hashable, list[int]] = {}
     for at, (leaf, of_tree) in enumerate(zip(leaves, shared, strict=True)):
@@ -38,9 +40,15 @@ def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]
     for members in kinds.values():
         for stack in _stacks(members, leaves[members[0]].grad):
             own = [leaves[at] for at in stack]
-            updated = _update_stack(own) if len(own) > 1 else [update_leaf(own[0], shared[stack[0]])]
+            updated = _update_stack(own) if len(own) > 1 else [_update_one(own[0], shared[stack[0]], wanted)]
             made |= dict(zip(stack, updated, strict=True))
     return [made[at] for at in range(len(leaves))]
+
+
+def _update_one(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Change:
+    """The update of one array."""
+    done = None if isinstance(leaf.grad, BCOO) else in_one_pass(leaf, wanted)
+    return update_leaf(leaf, shared) if done is None else done
 
 
 def _kind(at: int, leaf: LeafUpdate) -> Hashable:

@@ -16,6 +16,7 @@ from jax import export
 from jaxoptim.core import sparse, trees
 from jaxoptim.core.leaf import (
     LeafUpdate,
+    Wanted,
     as_computed,
     by_leaf,
     check_gradient,
@@ -149,7 +150,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
         [-0.5, -0.5]
     """
 
-    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+    def finish(grad: Any, param: Any, rows: Any, change: Any, value: Any) -> Any:
         if value is None:
             change = change.astype(grad.dtype)
         else:  # in float32, so that the sum with the parameter is the value to the last bit
@@ -157,7 +158,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
             change = value.astype(change.dtype) - old.astype(change.dtype)
         return change if rows is None else sparse.as_update(rows, change, grad.shape)
 
-    return _updated(rule, grads, state, params, given, finish, lambda grad, param: grad)
+    return _updated(rule, grads, state, params, given, finish, lambda grad, param: grad, "change")
 
 
 def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> tuple[Any, OptState]:
@@ -188,7 +189,7 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
     def finish(grad: Any, *leaf: Any) -> Any:
         return _applied(*leaf)
 
-    return _updated(rule, grads, state, params, given, finish, lambda grad, param: param)
+    return _updated(rule, grads, state, params, given, finish, lambda grad, param: param, "value")
 
 
 def step_and_change(rule: Rule, param: Any, grad: Any, state: OptState) -> tuple[Any, Any, OptState]:
@@ -211,14 +212,14 @@ def steps_and_changes(
 def _with_changes(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, OptState]:
     """A tree of pairs, each array after one update and its change."""
 
-    def finish(grad: Any, param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+    def finish(grad: Any, param: Any, rows: Any, change: Any, value: Any) -> Any:
         new = _applied(param, rows, change, value)
         return new, change if rows is None else new - param
 
-    return _updated(rule, grads, state, params, {}, finish, lambda grad, param: (param, None))
+    return _updated(rule, grads, state, params, {}, finish, lambda grad, param: (param, None), "both")
 
 
-def _applied(param: Any, rows: Any, change: jax.Array, value: Any) -> Any:
+def _applied(param: Any, rows: Any, change: Any, value: Any) -> Any:
     """A parameter after a change of some rows (None: all), or with a new value there."""
     if rows is None:
         return (param + change).astype(param.dtype) if value is None else value
@@ -424,10 +425,11 @@ def _updated(
     state: OptState,
     params: Any,
     given: dict[str, Any],
-    finish: Callable[[Any, Any, Any, jax.Array, Any], Any],
+    finish: Callable[[Any, Any, Any, Any, Any], Any],
     skipped: Callable[[Any, Any], Any],
+    wanted: Wanted,
 ) -> tuple[Any, OptState]:
-    """One update of every array; ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
+    """One update of every array: ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
     _check_rule(rule)
     if unknown := sorted(given.keys() - set(rule.takes)):
         takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
@@ -441,7 +443,7 @@ def _updated(
     if isinstance(params, Packed):
         if not _is_packable(rule):
             given = {name: unpacked(tree) for name, tree in given.items()}
-            result, state = _updated(rule, unpacked(grads), state, params.unpack(), given, finish, skipped)
+            result, state = _updated(rule, unpacked(grads), state, params.unpack(), given, finish, skipped, wanted)
             return params.pack(result), state
         if not isinstance(grads, Packed):
             grads = params.pack(grads, "grads")
@@ -486,7 +488,7 @@ def _updated(
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
     sizes = [0 if x is None else real_size(x) for x in (all_grads if params is None else all_params)]
     starts = list(itertools.accumulate(sizes, initial=0))
-    updated = update_leaves(todo, [rule.shared_at(starts[leaf.number], shared) for leaf in todo])
+    updated = update_leaves(todo, [rule.shared_at(starts[leaf.number], shared) for leaf in todo], wanted)
     for leaf, (rows, change, value, new) in zip(todo, updated, strict=True):
         results[leaf.number] = finish(leaf.grad, leaf.param, rows, change, value)
         for key in new_slots.keys() & new.keys():

@@ -21,6 +21,7 @@ from jaxoptim.engine.apart import apart, waits
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Layout
 from jaxoptim.engine.update import Update
+from jaxoptim.native import CannotCompile, after, is_native
 
 Arrays = Sequence[jax.Array]
 """The leaves of an owner's contents."""
@@ -173,6 +174,7 @@ def minimized(
         found = accumulated(seen, values, args, options.accumulate, options.mean, scale)
     else:
         found = evaluated(seen, values, args, needs_push, scale)
+    data = _after(data, found)
     move = functools.partial(_moved, updates, options, numbers, data, own, found)
     if always is None or options.accumulate is not None or needs_push:
         moved = move(leaves, found.loss, found.grads)
@@ -184,6 +186,24 @@ def minimized(
     if options.may_skip and loss.carries:
         aux = (aux[0], jax.tree.map(functools.partial(jnp.where, moved.taken), aux[1], args[0]))
     return moved.new, moved.published, moved.loss, aux, moved.measured
+
+
+def _after(data: tuple[Any, ...], found: Evaluation) -> tuple[Any, ...]:
+    """What updates read, their numbers once the evaluation has read the parameters, which kernels then replace."""
+    if not any(is_native(getattr(grad, "size", 0)) for grad in found.grads.values()):
+        return data
+    leaves, form = jax.tree.flatten(data)
+    numbers = [at for at, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating) and x.size <= _FEW]
+    try:
+        tied = after([leaves[at] for at in numbers], [*found.grads.values(), found.loss])
+    except CannotCompile:  # about which the updates warn
+        return data
+    for at, x in zip(numbers, tied, strict=True):
+        leaves[at] = x
+    return jax.tree.unflatten(form, leaves)
+
+
+_FEW = 4096
 
 
 class _Moved(NamedTuple):
@@ -229,7 +249,7 @@ def _moved(
         grads = jax.tree.map(lambda grad: clip.bounded(grad, square), grads)
     new, published, moved = list[Any](), list[Any](), list[Any]()
     for update, reads, old, evaluation, along in zip(updates, data, leaves, seen_by, grads, strict=True):
-        after, public, changes = update.after(reads, old, evaluation._replace(grads=along))
+        after, public, changes = update.after(reads, old, evaluation._replace(grads=along), options.measures)
         if options.measures:
             olds = update.contents(old).values
             moved.append(jax.tree.map(jnp.subtract, after.values, olds) if changes is None else changes)

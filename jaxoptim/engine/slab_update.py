@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from jaxoptim.core import OptState, Rule, check_gradient, init, step_and_change, steps_and_changes
+from jaxoptim.core import OptState, Rule, check_gradient, init, step, step_and_change, steps_and_changes
 from jaxoptim.core.clipping import squares
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.core.sparse import rows_of
@@ -99,7 +99,7 @@ class SlabUpdate(Update):
             else given[cell.members[0]]
             for cell in self.layout.cells
         ]
-        return self._stepped(data, leaves, joined).contents, None
+        return self._stepped(data, leaves, joined, measured=False).contents, None
 
     def gathered(self, grads: dict[str, jax.Array]) -> list[Any]:
         """Return the gradient of each slab, zero for parameters that do not take part, and of each single array."""
@@ -115,17 +115,17 @@ class SlabUpdate(Update):
                 found.append(own[0])
         return found
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Update along the gradient of a loss; parameters that do not take part stay, by the mask."""
         settings = _each(self._numbers(data))
         grads = [
             rows_of(grad) if grad is not None and settings[cell.setting].rule.sparse == "required" else grad
             for cell, grad in zip(self.layout.cells, evaluation.grads, strict=True)
         ]
-        return self._stepped(data, leaves, grads)
+        return self._stepped(data, leaves, grads, measured)
 
-    def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> Updated:
-        """Values, slots and counts after one step along the gradient of each cell, and the changes of values."""
+    def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any], measured: bool) -> Updated:
+        """Values, slots and counts after one step along the gradient of each cell; changes if they are measured."""
         layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
         counts, settings, new, changes = contents.counts, _each(self._numbers(data)), [], []
         together = _steps_together(layout, settings, contents, grads) if self.even else {}
@@ -139,15 +139,15 @@ class SlabUpdate(Update):
             if cell.number in together:
                 value, slots, change = together[cell.number]
             elif not cell.is_slab:
-                value, slots, change = _alone_step(cell, setting, value, slots, count, grad)
+                value, slots, change = _alone_step(cell, setting, value, slots, count, grad, measured)
             elif self.even and cell.is_flat:
-                value, slots, change = _flat_step(setting, value, slots, count, grad)
+                value, slots, change = _flat_step(setting, value, slots, count, grad, measured)
             else:
                 on = None if mask is None else mask[members]
                 value, slots, change = _row_step(layout, cell, setting, value, slots, count, grad, on)
             new.append((value, slots))
             changes.append(change)
-        return Updated(Contents(_counted(layout, counts, grads, mask), new), changes=changes)
+        return Updated(Contents(_counted(layout, counts, grads, mask), new), changes=changes if measured else None)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "alone"), donate_argnames="contents")
@@ -204,18 +204,29 @@ def _in_parts(parts: Parts, slots: dict[str, Any]) -> dict[str, Any]:
     return laid_out(slots, [parts.slot(slots[name]) for name in sorted(slots)])
 
 
-def _alone_step(cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:
+def _alone_step(
+    cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any, measured: bool
+) -> tuple[Any, Any, Any]:
     """One step of an array that stands by itself, and its change."""
     if cell.parts is not None:
         grad, value = laid_out([grad, value], [cell.parts.parts] * 2)
-        value, slots, change = _alone_step(cell._replace(parts=None), setting, value, slots, count, grad)
+        of_parts = cell._replace(parts=None)
+        value, slots, change = _alone_step(of_parts, setting, value, slots, count, grad, measured)
         return *laid_out([value], [cell.parts.whole]), _in_parts(cell.parts, slots), change
     changes = []
     for _ in range(cell.times):
         state = OptState(count, slots, {})
-        value, change, (count, slots, *_) = step_and_change(setting.rule, value, setting.clip.clipped(grad), state)
+        value, change, (count, slots, *_) = _moved(setting.rule, value, setting.clip.clipped(grad), state, measured)
         changes.append(change)
-    return value, slots, functools.reduce(jnp.add, changes)
+    return value, slots, functools.reduce(jnp.add, changes) if measured else None
+
+
+def _moved(rule: Rule, value: Any, grad: Any, state: OptState, measured: bool) -> tuple[Any, Any, OptState]:
+    """One array after one update, its change, None if it is not measured, and the new state."""
+    if measured:
+        return step_and_change(rule, value, grad, state)
+    value, state = step(rule, value, grad, state)
+    return value, None, state
 
 
 def _steps_together(
@@ -244,11 +255,11 @@ def _steps_together(
     return stepped
 
 
-def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any) -> tuple[Any, Any, Any]:
+def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any, measured: bool) -> tuple[Any, Any, Any]:
     """One step of parameters that have made the same steps under the same numbers: of one long array."""
     scalar = scalar_slots(setting.rule)
     one = {name: slot[0] if name in scalar else slot for name, slot in slots.items()}
-    value, change, state = step_and_change(setting.rule, value, grad, OptState(count, one, {}))
+    value, change, state = _moved(setting.rule, value, grad, OptState(count, one, {}), measured)
     new = {
         name: jnp.broadcast_to(slot, slots[name].shape) if name in scalar else slot
         for name, slot in state.slots.items()

@@ -43,13 +43,13 @@ class TransformedUpdate(Update):
         contents, published = self.update.along(data[0], leaves, self.layout.once(new))
         return contents, (published, state)
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Update after an evaluation of the loss, whose gradients come by name."""
         names = [struct.name for struct in self.layout.structs]
         new, state = self._transformed(data, leaves, [evaluation.grads.get(name) for name in names])
         grads = {name: grad for name, grad in zip(names, new, strict=True) if grad is not None}
         evaluation = evaluation._replace(grads=self.update.gathered(grads))
-        updated = self.update.after(data[0], leaves, evaluation)
+        updated = self.update.after(data[0], leaves, evaluation, measured)
         return updated._replace(published=(updated.published, state))
 
     def unchanged(self, data: Any, published: Any) -> Any:

@@ -18,7 +18,8 @@ class Updated(NamedTuple):
     Attributes:
         contents: the new contents.
         published: what the owner publishes besides, None for most.
-        changes: what was added to the values, before they were rounded; None: the difference of the values.
+        changes: what was added to the values, before they were rounded; None where that is not measured, or is the
+            difference of the values.
     """
 
     contents: Contents
@@ -67,10 +68,14 @@ class Update(Static):
         """Gradients by name in the form in which :meth:`after` takes them, a tree of as few arrays as can be."""
         return grads
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Update after an evaluation of the loss at the values of the parameters that take part.
 
-        Its gradients have the form that :meth:`gathered` gives them.
+        Args:
+            data: see above.
+            leaves: see above.
+            evaluation: of the loss; its gradients have the form that :meth:`gathered` gives them.
+            measured: whether the changes of the values are asked for.
         """
         raise NotImplementedError
 

@@ -106,7 +106,7 @@ class SharedUpdate(Update):
                     given[member] = check_gradient(rule, structs[member].name, given[member], structs[member].like)
         return self._stepped(data, leaves, given)
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Update along the gradient of a loss."""
         grads = [evaluation.grads.get(struct.name) for struct in self.layout.structs]
         return Updated(*self._stepped(data, leaves, grads))

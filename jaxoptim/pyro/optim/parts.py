@@ -412,7 +412,7 @@ class OwnedUpdate(Update):
 class TransformationUpdate(OwnedUpdate):
     """The update of parameters of which a transformation, or a rule, sees all."""
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Make one update; a rule of one array makes the exact step."""
         optimizer, (values, state) = self.tx if data is None else data.each()[0], self.parted(leaves)
         new, state = updated(optimizer, evaluation, values, state)
@@ -472,7 +472,7 @@ class NewtonUpdate(OwnedUpdate):
 
     second_order = True
 
-    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation) -> Updated:
+    def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:
         """Make one step; see :func:`newton_steps`."""
         values, state = self.parted(leaves)
         new = values | newton_steps(evaluation, data.each()[0])

@@ -1,0 +1,97 @@
+/* How a kernel runs: the caller and threads of XLA's own pool take chunks of the arrays, one after the other.
+
+   The caller takes chunks itself, and waits for those alone that others have begun, so that it needs no free thread. */
+
+typedef struct {
+  atomic_llong next;    /* the first number that nobody has taken */
+  atomic_llong left;    /* how many are not finished */
+  atomic_int holders;   /* threads that still look at this */
+  int64_t size;
+  fenv_t mode;          /* whether XLA flushes denormal numbers, on the thread of the caller */
+  void *in[INPUTS], *out[OUTPUTS];
+} Work;
+
+static void take(Work *work) {
+  for (;;) {
+    int64_t begin = atomic_fetch_add(&work->next, CHUNK);
+    if (begin >= work->size) return;
+    int64_t end = begin + CHUNK < work->size ? begin + CHUNK : work->size;
+    run(work->in, work->out, begin, end);
+    atomic_fetch_sub(&work->left, end - begin);
+  }
+}
+
+static void drop(Work *work) {
+  if (atomic_fetch_sub(&work->holders, 1) == 1) free(work);
+}
+
+static void help(void *data) {
+  Work *work = data;
+  fenv_t own;
+  fegetenv(&own);
+  fesetenv(&work->mode);
+  take(work);
+  fesetenv(&own);
+  drop(work);
+}
+
+static XLA_FFI_Error *failed(XLA_FFI_CallFrame *frame, const char *message) {
+  XLA_FFI_Error_Create_Args args = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                    .message = message, .errc = XLA_FFI_Error_Code_INTERNAL};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+static void forget(XLA_FFI_CallFrame *frame, XLA_FFI_Error *error) {
+  XLA_FFI_Error_Destroy_Args args = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+  frame->api->XLA_FFI_Error_Destroy(&args);
+}
+
+static int64_t threads(XLA_FFI_CallFrame *frame) {
+  int64_t count = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args = {.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx, .num_threads = &count};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&args);
+  if (error) forget(frame, error);
+  return error ? 1 : count;
+}
+
+XLA_FFI_Error *kernel(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (extension && extension->type == XLA_FFI_Extension_Metadata) {
+    XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+    metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+    metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+    return NULL;
+  }
+  if (frame->args.size != INPUTS || frame->rets.size != OUTPUTS) return failed(frame, "jaxoptim: another kernel");
+  XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
+  for (int at = 0; at < IN_PLACE; ++at)
+    if (in[in_place[at][0]]->data != out[in_place[at][1]]->data) return failed(frame, "jaxoptim: not in place");
+  int64_t size = PARTS;
+  for (int64_t axis = 0; axis < out[0]->rank; ++axis) size *= out[0]->dims[axis];
+  Work *work = malloc(sizeof(Work));
+  if (!work) return failed(frame, "jaxoptim: no memory");
+  work->size = size;
+  for (int at = 0; at < INPUTS; ++at) work->in[at] = in[at]->data;
+  for (int at = 0; at < OUTPUTS; ++at) work->out[at] = out[at]->data;
+  int64_t others = threads(frame) - 1, chunks = (size + CHUNK - 1) / CHUNK;
+  if (others > chunks - 1) others = chunks - 1;
+  if (others < 0) others = 0;
+  atomic_init(&work->next, 0);
+  atomic_init(&work->left, size);
+  atomic_init(&work->holders, 1 + (int)others);
+  fegetenv(&work->mode);
+  for (int64_t at = 0; at < others; ++at) {
+    XLA_FFI_ThreadPool_Schedule_Args args = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx, .task = help, .data = work};
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+    if (error) {
+      forget(frame, error);
+      drop(work);
+    }
+  }
+  take(work);
+  while (atomic_load(&work->left) > 0) sched_yield();
+  drop(work);
+  return NULL;
+}

@@ -1,0 +1,82 @@
+"""A function of single numbers over large arrays, on a CPU by one loop that reads and writes each once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxoptim.native.call import call, on_cpus
+from jaxoptim.native.elements import Element, Elements, Uniform
+from jaxoptim.native.text import Array, file_of
+
+Arrays = dict[str, jax.Array]
+Function = Callable[[Any, Arrays], tuple[Arrays, Any]]
+
+
+def one_pass(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, Any]:
+    """Call a function that takes the numbers of its arrays one by one.
+
+    On CPUs it is a loop in C, derived from the jaxpr of the function, which XLA calls; what is the same for all places
+    is left to XLA. On other platforms, under ``vmap``, and for derivatives it is the function itself.
+
+    Args:
+        function: takes ``uniform`` and arrays of one shape, by name, and gives arrays of that shape by name, and a tree
+            of scalars that depend on ``uniform`` alone. It treats the parts of complex numbers alike.
+        uniform: a tree of scalars.
+        arrays: arrays of one shape, all complex or none. Those of a name and dtype that a result has give it their
+            memory, so that a caller donates them, or XLA makes a copy.
+
+    Returns:
+        What ``function`` returns.
+
+    Raises:
+        :class:`~jaxoptim.native.elements.Unsupported` and :class:`~jaxoptim.native.compiler.CannotCompile`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from jaxoptim.native import one_pass
+        >>> scaled, _ = one_pass(lambda rate, its: ({"x": rate * its["x"]}, {}), 2.0, {"x": jnp.arange(3.0)})
+        >>> scaled["x"].tolist()
+        [0.0, 2.0, 4.0]
+    """
+    return on_cpus(functools.partial(_by_loop, function), function)(uniform, arrays)
+
+
+def _by_loop(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, Any]:
+    shape = next(iter(arrays.values())).shape
+    is_complex = any(map(jnp.iscomplexobj, arrays.values()))
+    numbers = {name: jax.ShapeDtypeStruct((), _real(x.dtype)) for name, x in arrays.items()}
+    closed, form = jax.make_jaxpr(function, return_shape=True)(uniform, numbers)
+    treedef = jax.tree.structure(form)
+    places = [Element(f"v{at}", numbers[name].dtype) for at, name in enumerate(sorted(arrays))]
+    elements = Elements()
+    values = elements.run(closed, [*map(Uniform, jax.tree.leaves(uniform)), *places])
+    made, scalars = jax.tree.unflatten(treedef, values)
+    dtypes = {name: x.dtype for name, x in form[0].items()}
+    loops = {name: x for name, x in made.items() if isinstance(x, Element) and x not in places}
+    read = [Array(name, numbers[name].dtype) for name in sorted(arrays)]
+    written = [(Array(name, dtypes[name]), loops[name]) for name in sorted(loops)]
+    text, in_place = file_of(elements, read, written, 2 if is_complex else 1)
+    results = [
+        jax.ShapeDtypeStruct(shape, jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype)
+        for (_, dtype), _ in written
+    ]
+    vectors = [jnp.stack([jnp.asarray(x).astype(dtype) for x in own]) for dtype, own in elements.taken.items()]
+    made_here = call(text, in_place, results, [*vectors, *(arrays[name] for name in sorted(arrays))])
+    new = dict(zip(sorted(loops), made_here, strict=True))
+    for name, x in made.items():
+        if isinstance(x, Uniform):
+            new[name] = jnp.broadcast_to(jnp.asarray(x.value, dtypes[name]), shape)
+        elif name not in new:
+            new[name] = arrays[sorted(arrays)[places.index(x)]]
+    return {name: new[name] for name in made}, jax.tree.map(
+        lambda x: x.value, scalars, is_leaf=lambda x: isinstance(x, Uniform)
+    )
+
+
+def _real(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
