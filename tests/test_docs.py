@@ -1,11 +1,13 @@
 """The documents: every public name is documented in full, and the README's code runs."""
 
+import doctest
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jaxoptim
@@ -130,6 +132,37 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     namespace: dict[str, object] = {}
     for snippet in snippets(page):
         exec(compile(snippet, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "```pycon" in page.read_text()], ids=lambda page: page.name)
+def test_the_sessions_of_a_page_show_what_happens(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(re.findall(r"```pycon\n(.*?)```", page.read_text(), re.DOTALL))
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    filtering, found = jax.config.jax_traceback_filtering, []
+    jax.config.update("jax_traceback_filtering", "off")  # which adds a note to some errors
+    try:
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=found.append)
+    finally:
+        jax.config.update("jax_traceback_filtering", filtering)
+    assert not found, "".join(found)
+
+
+def test_the_table_on_top_of_speed_has_the_figures_of_what_follows():
+    """By a label in the tables of times, and by the title of a program that is counted."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    *timed, counted = re.findall(r"^\| (?!one step)([^|]+?) \| (.*) \|$", text[: text.index("What was timed")], re.M)
+    names = ["jaxoptim", "jaxoptim, packed", "optax", "torch fused", "torch foreach"]
+    labels = {"GPT-2": "gpt2", "ResNet-50,": "resnet50", "1000": "1000x100", "an": "mlp"}
+    for title, cells in timed:
+        times = text.split(f"\n{labels[title.split()[0]]}, adam: floor")[-1].split("\n\n")[0]
+        shown = dict(zip(names, cells.split(" | "), strict=True))
+        assert {name: re.search(rf"^  {name} +(\S+ \S+)", times, re.M)[1] for name in names} == shown
+    rows = (ROOT / "docs" / "accelerators.md").read_text().split("### Many arrays: one H100")[1]
+    programs = ["AdamW, GPT-2 small", "AdamW, GPT-2 small, packed", "optax: AdamW, GPT-2 small"]
+    for name, cell in zip(programs, counted[1].split(" | "), strict=False):
+        kernels, moved = re.search(rf"^\| {name} \| (\d+) \| \d+ \| ([\d.]+) \|", rows, re.M).groups()
+        assert cell == f"{kernels} kernels, {moved} bytes"
 
 
 @pytest.mark.slow
