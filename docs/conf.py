@@ -4,6 +4,7 @@ Sphinx, because it renders the mathematics, the sections and the cross-reference
 """
 
 import os
+from typing import Any
 
 import jaxoptim
 
@@ -20,7 +21,8 @@ nitpick_ignore_regex = [("py:.*", r"(?!jaxoptim\.).*|.*Storage|.*\.Numeric|jaxop
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
+HOOKS = "decays fixed may_lack specs starts_at_once step_type storage_class unlisted"  # between modules of the library
+autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": HOOKS.replace(" ", ",")}
 autodoc_inherit_docstrings = False
 autodoc_typehints = "none"
 add_module_names = False
@@ -38,3 +40,13 @@ html_title = f"jaxoptim {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+
+
+def is_field(app: Any, kind: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of a named tuple, which its ``Attributes:`` has."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def setup(app: Any) -> None:
+    """Connect what Sphinx asks."""
+    app.connect("autodoc-skip-member", is_field)
