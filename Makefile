@@ -3,6 +3,7 @@
 PYTHON3 ?= python3
 VENV ?= .venv
 ACCELERATORS ?= .venv-accelerators
+DOCS ?= .venv-docs
 PYTHON := $(VENV)/bin/python
 WORKERS ?= auto
 TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
@@ -11,7 +12,7 @@ TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo test test-slow lint bench accelerators parity stub clean
+.PHONY: demo test test-slow lint bench accelerators docs parity stub clean
 
 demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
@@ -45,6 +46,11 @@ bench: $(VENV)/.test
 accelerators: $(ACCELERATORS)/.installed
 	$(ACCELERATORS)/bin/python benchmarks/accelerators.py
 
+# The site, into out/site. A link that leads nowhere is an error.
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs out/site
+	@echo "The site is out/site/index.html."
+
 # The table in docs/parity.md, from a run of the measurements that the tests make.
 parity: $(VENV)/.test
 	$(PYTHON) tests/parity.py
@@ -54,7 +60,7 @@ stub: $(VENV)/.test
 	$(PYTHON) tests/stub.py
 
 clean:
-	rm -rf $(VENV) $(ACCELERATORS)
+	rm -rf $(VENV) $(ACCELERATORS) $(DOCS)
 
 %/bin/python:
 	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
@@ -68,6 +74,10 @@ $(VENV)/.examples: pyproject.toml | $(PYTHON)
 $(VENV)/.test: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.examples
+
+$(DOCS)/.installed: pyproject.toml | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 # The plugin for CUDA, which is that of the jax installed, needs ptxas to compile, and none of the libraries to run.
 $(ACCELERATORS)/.installed: pyproject.toml | $(ACCELERATORS)/bin/python

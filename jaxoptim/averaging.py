@@ -11,9 +11,18 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxoptim.core import Decay, as_jax, is_known, owned, trees
+from jaxoptim.core.names import listing
 from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.schedules.arithmetic import where
+
+__all__ = [
+    "AverageState",
+    "Averaging",
+    "ema",
+    "swa",
+]
+__dir__ = listing(__all__)
 
 AverageStep = Callable[[Any, Any, Any], Any]
 """``(average, param, number averaged) -> average``, of one array."""

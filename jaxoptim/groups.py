@@ -14,8 +14,16 @@ import jax
 
 from jaxoptim.core import trees
 from jaxoptim.core.modules import trained_of
+from jaxoptim.core.names import listing
 from jaxoptim.core.shown import shown
 from jaxoptim.optim.groups import Groups, Selector, is_named_pair, selection
+
+__all__ = [
+    "combined",
+    "layer_decay",
+    "no_decay",
+]
+__dir__ = listing(__all__)
 
 List = list[tuple[str, dict[str, Any]]]
 """What the helpers return: regular expressions that match names, and the options of what they select."""

@@ -15,7 +15,13 @@ from jax.experimental.sparse import BCOO
 
 from jaxoptim import optim
 from jaxoptim.core import Decay, OptState, Rule, Sampler, check_param, init, pack, step
+from jaxoptim.core.names import listing
 from jaxoptim.pyro.optim import PyroOptim
+
+__all__ = [
+    "check_rule",
+]
+__dir__ = listing(__all__)
 
 Params = dict[str, jax.Array]
 

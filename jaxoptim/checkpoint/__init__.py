@@ -1,5 +1,11 @@
 """Checkpoints on disk: safetensors for the arrays, JSON for the rest, nothing that could run."""
 
-from jaxoptim.checkpoint.file import FORMAT_VERSION as FORMAT_VERSION
-from jaxoptim.checkpoint.file import load as load
-from jaxoptim.checkpoint.file import save as save
+from jaxoptim.checkpoint.file import FORMAT_VERSION, load, save
+from jaxoptim.core.names import listing
+
+__all__ = [
+    "FORMAT_VERSION",
+    "load",
+    "save",
+]
+__dir__ = listing(__all__)

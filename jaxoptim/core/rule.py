@@ -22,7 +22,7 @@ from jaxoptim.core.shown import shown
 R = TypeVar("R", bound="Hyperparameters")
 
 Slots = dict[str, Any]
-"""The state of one array: slot name to array, or to None where the array has no such slot."""
+"""The state of one array, a dict from the names of slots to arrays, or to None where the array has no such slot."""
 
 
 _COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}

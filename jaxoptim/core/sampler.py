@@ -50,7 +50,8 @@ class Sampler(Rule):
 
     Args:
         key: a typed JAX key, ``jax.random.key(seed)`` (default None: that of seed 0).
-        noise_impl: what makes noise of a key, one of :data:`jaxoptim.core.noise.IMPLS` (default ``"key"``).
+        noise_impl: what makes noise of a key, ``"key"`` (default) or ``"hash"``, as
+            :func:`jaxoptim.core.noise.normal` says.
 
     Raises:
         As :class:`Rule`; ``TypeError`` for a key that is no typed key.

@@ -15,8 +15,14 @@ from jax import lax
 
 from jaxoptim.core import transformation, trees
 from jaxoptim.core.forward import by_forward_mode
+from jaxoptim.core.names import listing
 from jaxoptim.core.numerics import strong
 from jaxoptim.core.rule import Hyperparameters
+
+__all__ = [
+    "to_numpyro",
+]
+__dir__ = listing(__all__)
 
 if TYPE_CHECKING:
     from numpyro.optim import _NumPyroOptim

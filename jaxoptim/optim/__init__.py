@@ -1,35 +1,72 @@
 """torch's optimizers over parameter pytrees: ``from jaxoptim import optim`` in place of ``from torch import optim``."""
 
-from jaxoptim.optim import lr_scheduler as lr_scheduler
-from jaxoptim.optim import swa_utils as swa_utils
-from jaxoptim.optim import utils as utils
-from jaxoptim.optim.classes import ASGD as ASGD
-from jaxoptim.optim.classes import PSGLD as PSGLD
-from jaxoptim.optim.classes import SGD as SGD
-from jaxoptim.optim.classes import SGHMC as SGHMC
-from jaxoptim.optim.classes import SGLD as SGLD
-from jaxoptim.optim.classes import SGNHT as SGNHT
-from jaxoptim.optim.classes import Adadelta as Adadelta
-from jaxoptim.optim.classes import Adafactor as Adafactor
-from jaxoptim.optim.classes import Adagrad as Adagrad
-from jaxoptim.optim.classes import AdagradRMSProp as AdagradRMSProp
-from jaxoptim.optim.classes import Adam as Adam
-from jaxoptim.optim.classes import Adamax as Adamax
-from jaxoptim.optim.classes import AdamW as AdamW
-from jaxoptim.optim.classes import ClippedAdam as ClippedAdam
-from jaxoptim.optim.classes import DCTAdam as DCTAdam
-from jaxoptim.optim.classes import Muon as Muon
-from jaxoptim.optim.classes import NAdam as NAdam
-from jaxoptim.optim.classes import RAdam as RAdam
-from jaxoptim.optim.classes import RMSprop as RMSprop
-from jaxoptim.optim.classes import Rprop as Rprop
-from jaxoptim.optim.classes import SparseAdam as SparseAdam
-from jaxoptim.optim.grad_scaler import GradScaler as GradScaler
-from jaxoptim.optim.hooks import RemovableHandle as RemovableHandle
-from jaxoptim.optim.lbfgs import LBFGS as LBFGS
-from jaxoptim.optim.optimizer import Optimizer as Optimizer
-from jaxoptim.optim.optimizer import register_optimizer_step_post_hook as register_optimizer_step_post_hook
-from jaxoptim.optim.optimizer import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
-from jaxoptim.optim.parameter import Parameter as Parameter
-from jaxoptim.optim.sampler import Sampler as Sampler
-from jaxoptim.optim.sgmcmc import SGMCMC as SGMCMC
+from jaxoptim.core.names import listing
+from jaxoptim.optim import lr_scheduler, prior, swa_utils, utils
+from jaxoptim.optim.classes import (
+    ASGD,
+    PSGLD,
+    SGD,
+    SGHMC,
+    SGLD,
+    SGNHT,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    AdagradRMSProp,
+    Adam,
+    Adamax,
+    AdamW,
+    ClippedAdam,
+    DCTAdam,
+    Muon,
+    NAdam,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
+from jaxoptim.optim.grad_scaler import GradScaler
+from jaxoptim.optim.hooks import RemovableHandle
+from jaxoptim.optim.lbfgs import LBFGS
+from jaxoptim.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from jaxoptim.optim.parameter import Parameter
+from jaxoptim.optim.sampler import Sampler
+from jaxoptim.optim.sgmcmc import SGMCMC
+
+__all__ = [
+    "ASGD",
+    "LBFGS",
+    "PSGLD",
+    "SGD",
+    "SGHMC",
+    "SGLD",
+    "SGMCMC",
+    "SGNHT",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "AdagradRMSProp",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ClippedAdam",
+    "DCTAdam",
+    "GradScaler",
+    "Muon",
+    "NAdam",
+    "Optimizer",
+    "Parameter",
+    "RAdam",
+    "RMSprop",
+    "RemovableHandle",
+    "Rprop",
+    "Sampler",
+    "SparseAdam",
+    "lr_scheduler",
+    "prior",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
+    "swa_utils",
+    "utils",
+]
+__dir__ = listing(__all__)

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxoptim.core import as_jax, trees
+from jaxoptim.core.names import listing
 from jaxoptim.core.shown import shown
 from jaxoptim.optim.parameter import Parameter
+
+__all__ = [
+    "CompositePrior",
+    "GaussianPrior",
+    "UniformPrior",
+]
+__dir__ = listing(__all__)
 
 _SLOT = "prior_center"
 

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import sparse, trees
+from jaxoptim.core.names import listing
 from jaxoptim.core.numerics import computing_dtype, is_complex
 from jaxoptim.core.tracing import refuse_tracing
 from jaxoptim.optim.parameter import Parameter
+
+__all__ = [
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "get_total_norm",
+]
+__dir__ = listing(__all__)
 
 
 def get_total_norm(

@@ -1,4 +1,10 @@
 """Pyro's interfaces: ``from jaxoptim import pyro`` in place of ``import pyro``."""
 
-from jaxoptim.pyro import infer as infer
-from jaxoptim.pyro import optim as optim
+from jaxoptim.core.names import listing
+from jaxoptim.pyro import infer, optim
+
+__all__ = [
+    "infer",
+    "optim",
+]
+__dir__ = listing(__all__)

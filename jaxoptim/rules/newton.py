@@ -397,7 +397,7 @@ def _checked_radius(radius: Any, batch: tuple[int, ...] | None = None, name: str
 
 @rule
 class Newton(Hyperparameters):
-    r"""Newton's method: a step of :func:`~jaxoptim.rules.newton.newton_step` on every parameter.
+    r"""Newton's method: a step of :func:`jaxoptim.newton_step` on every parameter.
 
     .. math::
         \theta_i \leftarrow \theta_i - A_i^{-1} g_i, \qquad

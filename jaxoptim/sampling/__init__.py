@@ -1,42 +1,68 @@
 """Posterior samplers: many chains in one compiled program, and local learning coefficients."""
 
-from jaxoptim.sampling.calibration import Calibration as Calibration
-from jaxoptim.sampling.calibration import calibrate as calibrate
-from jaxoptim.sampling.control_variates import ControlVariates as ControlVariates
-from jaxoptim.sampling.cross_covariance import CrossCovariance as CrossCovariance
-from jaxoptim.sampling.diagnostics import effective_sample_size as effective_sample_size
-from jaxoptim.sampling.diagnostics import mcse as mcse
-from jaxoptim.sampling.diagnostics import rhat as rhat
-from jaxoptim.sampling.doubts import LLCWarning as LLCWarning
-from jaxoptim.sampling.influence import Influence as Influence
-from jaxoptim.sampling.influence import influence as influence
-from jaxoptim.sampling.jackknife import Estimate as Estimate
-from jaxoptim.sampling.llc import LLC as LLC
-from jaxoptim.sampling.llc import default_nbeta as default_nbeta
-from jaxoptim.sampling.llc import estimate_llc as estimate_llc
-from jaxoptim.sampling.llc_over_checkpoints import LLCOverCheckpoints as LLCOverCheckpoints
-from jaxoptim.sampling.llc_over_checkpoints import llc_over_checkpoints as llc_over_checkpoints
-from jaxoptim.sampling.losses import Losses as Losses
-from jaxoptim.sampling.mala import mala_acceptance as mala_acceptance
-from jaxoptim.sampling.observables import Covariance as Covariance
-from jaxoptim.sampling.observables import Draw as Draw
-from jaxoptim.sampling.observables import MalaAcceptance as MalaAcceptance
-from jaxoptim.sampling.observables import Observable as Observable
-from jaxoptim.sampling.plateau import Setting as Setting
-from jaxoptim.sampling.response import Response as Response
-from jaxoptim.sampling.response import SingularVectors as SingularVectors
-from jaxoptim.sampling.restrictions import preview as preview
-from jaxoptim.sampling.restrictions import slices as slices
-from jaxoptim.sampling.sample import Samples as Samples
-from jaxoptim.sampling.sample import sample as sample
-from jaxoptim.sampling.singular import SingularLearning as SingularLearning
-from jaxoptim.sampling.singular import llc_of_two_temperatures as llc_of_two_temperatures
-from jaxoptim.sampling.singular import singular_learning as singular_learning
-from jaxoptim.sampling.sketches import Sketch as Sketch
-from jaxoptim.sampling.sketches import sketch as sketch
-from jaxoptim.sampling.susceptibilities import Susceptibilities as Susceptibilities
-from jaxoptim.sampling.susceptibilities import susceptibilities as susceptibilities
-from jaxoptim.sampling.tempering import FreeEnergy as FreeEnergy
-from jaxoptim.sampling.tempering import Tempering as Tempering
-from jaxoptim.sampling.tempering import parallel_tempering as parallel_tempering
-from jaxoptim.sampling.transformers import restriction as restriction
+from jaxoptim.core.names import listing
+from jaxoptim.sampling.calibration import Calibration, calibrate
+from jaxoptim.sampling.control_variates import ControlVariates
+from jaxoptim.sampling.cross_covariance import CrossCovariance
+from jaxoptim.sampling.diagnostics import effective_sample_size, mcse, rhat
+from jaxoptim.sampling.doubts import LLCWarning
+from jaxoptim.sampling.influence import Influence, influence
+from jaxoptim.sampling.jackknife import Estimate
+from jaxoptim.sampling.llc import LLC, default_nbeta, estimate_llc
+from jaxoptim.sampling.llc_over_checkpoints import LLCOverCheckpoints, llc_over_checkpoints
+from jaxoptim.sampling.losses import Losses
+from jaxoptim.sampling.mala import mala_acceptance
+from jaxoptim.sampling.observables import Covariance, Draw, MalaAcceptance, Observable
+from jaxoptim.sampling.plateau import Setting
+from jaxoptim.sampling.response import Response, SingularVectors
+from jaxoptim.sampling.restrictions import preview, slices
+from jaxoptim.sampling.sample import Samples, sample
+from jaxoptim.sampling.singular import SingularLearning, llc_of_two_temperatures, singular_learning
+from jaxoptim.sampling.sketches import Sketch, sketch
+from jaxoptim.sampling.susceptibilities import Susceptibilities, susceptibilities
+from jaxoptim.sampling.tempering import FreeEnergy, Tempering, parallel_tempering
+from jaxoptim.sampling.transformers import restriction
+
+__all__ = [
+    "LLC",
+    "Calibration",
+    "ControlVariates",
+    "Covariance",
+    "CrossCovariance",
+    "Draw",
+    "Estimate",
+    "FreeEnergy",
+    "Influence",
+    "LLCOverCheckpoints",
+    "LLCWarning",
+    "Losses",
+    "MalaAcceptance",
+    "Observable",
+    "Response",
+    "Samples",
+    "Setting",
+    "SingularLearning",
+    "SingularVectors",
+    "Sketch",
+    "Susceptibilities",
+    "Tempering",
+    "calibrate",
+    "default_nbeta",
+    "effective_sample_size",
+    "estimate_llc",
+    "influence",
+    "llc_of_two_temperatures",
+    "llc_over_checkpoints",
+    "mala_acceptance",
+    "mcse",
+    "parallel_tempering",
+    "preview",
+    "restriction",
+    "rhat",
+    "sample",
+    "singular_learning",
+    "sketch",
+    "slices",
+    "susceptibilities",
+]
+__dir__ = listing(__all__)

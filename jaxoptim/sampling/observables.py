@@ -58,6 +58,22 @@ class Observable:
 
     A plain function of the parameters is an observable too. A subclass must be hashable, such as a frozen dataclass:
     equal ones share a compiled program.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim import rules, sampling
+        >>> class Farthest(sampling.Observable):
+        ...     def init(self, params):
+        ...         return jnp.zeros(())
+        ...
+        ...     def update(self, memory, draw):
+        ...         memory = jnp.maximum(memory, jnp.linalg.norm(draw.params))
+        ...         return memory, memory
+        >>> samples = sampling.sample(
+        ...     lambda w: jnp.sum(w**2) / 2, jnp.zeros(3), rules.SGLD(lr=0.01, nbeta=10.0), key=jax.random.key(0),
+        ...     num_chains=2, num_draws=5, observables={"farthest": Farthest()})
+        >>> samples.observables["farthest"].shape
+        (2, 5)
     """
 
     def init(self, params: Any) -> Any:

@@ -4,23 +4,44 @@ Value ``n`` is torch's rate after ``n`` calls of ``scheduler.step()``. A schedul
 ``lr``, and for any other number.
 """
 
-from jaxoptim.schedules.annealing import cosine_annealing_lr as cosine_annealing_lr
-from jaxoptim.schedules.annealing import cosine_annealing_warm_restarts as cosine_annealing_warm_restarts
-from jaxoptim.schedules.annealing import swa_lr as swa_lr
-from jaxoptim.schedules.combined import chained as chained
-from jaxoptim.schedules.combined import sequential_lr as sequential_lr
-from jaxoptim.schedules.cycles import cyclic_lr as cyclic_lr
-from jaxoptim.schedules.cycles import one_cycle_lr as one_cycle_lr
-from jaxoptim.schedules.decays import constant_lr as constant_lr
-from jaxoptim.schedules.decays import exponential_lr as exponential_lr
-from jaxoptim.schedules.decays import lambda_lr as lambda_lr
-from jaxoptim.schedules.decays import linear_lr as linear_lr
-from jaxoptim.schedules.decays import multi_step_lr as multi_step_lr
-from jaxoptim.schedules.decays import multiplicative_lr as multiplicative_lr
-from jaxoptim.schedules.decays import polynomial_lr as polynomial_lr
-from jaxoptim.schedules.decays import step_lr as step_lr
-from jaxoptim.schedules.plateau import Plateau as Plateau
-from jaxoptim.schedules.plateau import PlateauState as PlateauState
-from jaxoptim.schedules.plateau import reduce_lr_on_plateau as reduce_lr_on_plateau
-from jaxoptim.schedules.plotting import plot as plot
-from jaxoptim.schedules.schedule import Schedule as Schedule
+from jaxoptim.core.names import listing
+from jaxoptim.schedules.annealing import cosine_annealing_lr, cosine_annealing_warm_restarts, swa_lr
+from jaxoptim.schedules.combined import chained, sequential_lr
+from jaxoptim.schedules.cycles import cyclic_lr, one_cycle_lr
+from jaxoptim.schedules.decays import (
+    constant_lr,
+    exponential_lr,
+    lambda_lr,
+    linear_lr,
+    multi_step_lr,
+    multiplicative_lr,
+    polynomial_lr,
+    step_lr,
+)
+from jaxoptim.schedules.plateau import Plateau, PlateauState, reduce_lr_on_plateau
+from jaxoptim.schedules.plotting import plot
+from jaxoptim.schedules.schedule import Schedule
+
+__all__ = [
+    "Plateau",
+    "PlateauState",
+    "Schedule",
+    "chained",
+    "constant_lr",
+    "cosine_annealing_lr",
+    "cosine_annealing_warm_restarts",
+    "cyclic_lr",
+    "exponential_lr",
+    "lambda_lr",
+    "linear_lr",
+    "multi_step_lr",
+    "multiplicative_lr",
+    "one_cycle_lr",
+    "plot",
+    "polynomial_lr",
+    "reduce_lr_on_plateau",
+    "sequential_lr",
+    "step_lr",
+    "swa_lr",
+]
+__dir__ = listing(__all__)

@@ -3,9 +3,17 @@
 ``load_state_dict`` of our classes takes torch's state dicts as they are. This module has the rest.
 """
 
-from jaxoptim.interop.torch.carry import carry_back as carry_back
-from jaxoptim.interop.torch.carry import carry_over as carry_over
-from jaxoptim.interop.torch.functional import from_torch as from_torch
-from jaxoptim.interop.torch.functional import to_torch_state_dict as to_torch_state_dict
-from jaxoptim.interop.torch.tensors import load_state_dict as load_state_dict
-from jaxoptim.interop.torch.tensors import to_torch as to_torch
+from jaxoptim.core.names import listing
+from jaxoptim.interop.torch.carry import carry_back, carry_over
+from jaxoptim.interop.torch.functional import from_torch, to_torch_state_dict
+from jaxoptim.interop.torch.tensors import load_state_dict, to_torch
+
+__all__ = [
+    "carry_back",
+    "carry_over",
+    "from_torch",
+    "load_state_dict",
+    "to_torch",
+    "to_torch_state_dict",
+]
+__dir__ = listing(__all__)

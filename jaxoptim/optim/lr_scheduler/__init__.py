@@ -4,19 +4,39 @@ They write ``group["lr"]`` in Python floats, with torch's arithmetic to the last
 same schedules as pure functions of the step.
 """
 
-from jaxoptim.optim.lr_scheduler.base import LRScheduler as LRScheduler
-from jaxoptim.optim.lr_scheduler.combined import ChainedScheduler as ChainedScheduler
-from jaxoptim.optim.lr_scheduler.combined import SequentialLR as SequentialLR
-from jaxoptim.optim.lr_scheduler.cosine import CosineAnnealingLR as CosineAnnealingLR
-from jaxoptim.optim.lr_scheduler.cosine import CosineAnnealingWarmRestarts as CosineAnnealingWarmRestarts
-from jaxoptim.optim.lr_scheduler.cycles import CyclicLR as CyclicLR
-from jaxoptim.optim.lr_scheduler.cycles import OneCycleLR as OneCycleLR
-from jaxoptim.optim.lr_scheduler.factors import ConstantLR as ConstantLR
-from jaxoptim.optim.lr_scheduler.factors import ExponentialLR as ExponentialLR
-from jaxoptim.optim.lr_scheduler.factors import LambdaLR as LambdaLR
-from jaxoptim.optim.lr_scheduler.factors import LinearLR as LinearLR
-from jaxoptim.optim.lr_scheduler.factors import MultiplicativeLR as MultiplicativeLR
-from jaxoptim.optim.lr_scheduler.factors import MultiStepLR as MultiStepLR
-from jaxoptim.optim.lr_scheduler.factors import PolynomialLR as PolynomialLR
-from jaxoptim.optim.lr_scheduler.factors import StepLR as StepLR
-from jaxoptim.optim.lr_scheduler.plateau import ReduceLROnPlateau as ReduceLROnPlateau
+from jaxoptim.core.names import listing
+from jaxoptim.optim.lr_scheduler.base import LRScheduler
+from jaxoptim.optim.lr_scheduler.combined import ChainedScheduler, SequentialLR
+from jaxoptim.optim.lr_scheduler.cosine import CosineAnnealingLR, CosineAnnealingWarmRestarts
+from jaxoptim.optim.lr_scheduler.cycles import CyclicLR, OneCycleLR
+from jaxoptim.optim.lr_scheduler.factors import (
+    ConstantLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    MultiStepLR,
+    PolynomialLR,
+    StepLR,
+)
+from jaxoptim.optim.lr_scheduler.plateau import ReduceLROnPlateau
+
+__all__ = [
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+]
+__dir__ = listing(__all__)

@@ -1,42 +1,86 @@
 """Pyro's optimizers: ``from jaxoptim.pyro import optim`` in place of ``from pyro import optim``."""
 
-from jaxoptim.pyro.optim import multi as multi
+from jaxoptim.core.names import listing
+from jaxoptim.pyro.optim import multi
 from jaxoptim.pyro.optim import transformations as transformations
-from jaxoptim.pyro.optim.horovod import HorovodOptimizer as HorovodOptimizer
-from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler as PyroLRScheduler
-from jaxoptim.pyro.optim.optim import PyroOptim as PyroOptim
-from jaxoptim.pyro.optim.optim import is_scheduler as is_scheduler
-from jaxoptim.pyro.optim.wrappers import ASGD as ASGD
-from jaxoptim.pyro.optim.wrappers import SGD as SGD
-from jaxoptim.pyro.optim.wrappers import Adadelta as Adadelta
-from jaxoptim.pyro.optim.wrappers import Adafactor as Adafactor
-from jaxoptim.pyro.optim.wrappers import Adagrad as Adagrad
-from jaxoptim.pyro.optim.wrappers import AdagradRMSProp as AdagradRMSProp
-from jaxoptim.pyro.optim.wrappers import Adam as Adam
-from jaxoptim.pyro.optim.wrappers import Adamax as Adamax
-from jaxoptim.pyro.optim.wrappers import AdamW as AdamW
-from jaxoptim.pyro.optim.wrappers import ChainedScheduler as ChainedScheduler
-from jaxoptim.pyro.optim.wrappers import ClippedAdam as ClippedAdam
-from jaxoptim.pyro.optim.wrappers import ConstantLR as ConstantLR
-from jaxoptim.pyro.optim.wrappers import CosineAnnealingLR as CosineAnnealingLR
-from jaxoptim.pyro.optim.wrappers import CosineAnnealingWarmRestarts as CosineAnnealingWarmRestarts
-from jaxoptim.pyro.optim.wrappers import CyclicLR as CyclicLR
-from jaxoptim.pyro.optim.wrappers import DCTAdam as DCTAdam
-from jaxoptim.pyro.optim.wrappers import ExponentialLR as ExponentialLR
-from jaxoptim.pyro.optim.wrappers import LambdaLR as LambdaLR
-from jaxoptim.pyro.optim.wrappers import LinearLR as LinearLR
-from jaxoptim.pyro.optim.wrappers import LRScheduler as LRScheduler
-from jaxoptim.pyro.optim.wrappers import MultiplicativeLR as MultiplicativeLR
-from jaxoptim.pyro.optim.wrappers import MultiStepLR as MultiStepLR
-from jaxoptim.pyro.optim.wrappers import Muon as Muon
-from jaxoptim.pyro.optim.wrappers import NAdam as NAdam
-from jaxoptim.pyro.optim.wrappers import OneCycleLR as OneCycleLR
-from jaxoptim.pyro.optim.wrappers import PolynomialLR as PolynomialLR
-from jaxoptim.pyro.optim.wrappers import RAdam as RAdam
-from jaxoptim.pyro.optim.wrappers import ReduceLROnPlateau as ReduceLROnPlateau
-from jaxoptim.pyro.optim.wrappers import RMSprop as RMSprop
-from jaxoptim.pyro.optim.wrappers import Rprop as Rprop
-from jaxoptim.pyro.optim.wrappers import SequentialLR as SequentialLR
-from jaxoptim.pyro.optim.wrappers import SparseAdam as SparseAdam
-from jaxoptim.pyro.optim.wrappers import StepLR as StepLR
+from jaxoptim.pyro.optim.horovod import HorovodOptimizer
+from jaxoptim.pyro.optim.lr_scheduler import PyroLRScheduler
+from jaxoptim.pyro.optim.optim import PyroOptim, is_scheduler
+from jaxoptim.pyro.optim.wrappers import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    AdagradRMSProp,
+    Adam,
+    Adamax,
+    AdamW,
+    ChainedScheduler,
+    ClippedAdam,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    DCTAdam,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiplicativeLR,
+    MultiStepLR,
+    Muon,
+    NAdam,
+    OneCycleLR,
+    PolynomialLR,
+    RAdam,
+    ReduceLROnPlateau,
+    RMSprop,
+    Rprop,
+    SequentialLR,
+    SparseAdam,
+    StepLR,
+)
 from jaxoptim.pyro.optim.wrappers import _LRScheduler as _LRScheduler
+
+__all__ = [
+    "ASGD",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "AdagradRMSProp",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ChainedScheduler",
+    "ClippedAdam",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "CyclicLR",
+    "DCTAdam",
+    "ExponentialLR",
+    "HorovodOptimizer",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "Muon",
+    "NAdam",
+    "OneCycleLR",
+    "PolynomialLR",
+    "PyroLRScheduler",
+    "PyroOptim",
+    "RAdam",
+    "RMSprop",
+    "ReduceLROnPlateau",
+    "Rprop",
+    "SequentialLR",
+    "SparseAdam",
+    "StepLR",
+    "is_scheduler",
+    "multi",
+]
+__dir__ = listing(__all__)

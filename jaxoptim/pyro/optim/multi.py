@@ -13,6 +13,7 @@ import optax
 from jaxoptim import rules
 from jaxoptim.core import Hyperparameters, init, step, transformation
 from jaxoptim.core.loss import Evaluation, Loss
+from jaxoptim.core.names import listing
 from jaxoptim.core.sparse import rows_of
 from jaxoptim.optim.optimizer import Optimizer
 from jaxoptim.pyro.optim import parts as steps
@@ -24,6 +25,16 @@ from jaxoptim.pyro.optim.optim import Constructor, OptimArgs, PyroOptim
 from jaxoptim.pyro.optim.parts import Owned, Part
 from jaxoptim.pyro.optim.state_trees import by_place, from_places
 from jaxoptim.pyro.optim.torch_style import TorchStyle
+
+__all__ = [
+    "MixedMultiOptimizer",
+    "MultiOptimizer",
+    "Newton",
+    "PyroMultiOptimizer",
+    "TorchMultiOptimizer",
+    "as_multi_optimizer",
+]
+__dir__ = listing(__all__)
 
 Name = str | re.Pattern[str]
 """How a part of a :class:`MixedMultiOptimizer` names parameters."""

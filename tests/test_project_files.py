@@ -1,0 +1,44 @@
+"""The files about the project say the same as the project."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import jaxoptim
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+
+
+def test_the_citation_is_of_this_version_and_licence():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["title"], cited["version"], cited["license"]) == (
+        "jaxoptim",
+        jaxoptim.__version__,
+        PROJECT["license"],
+    )
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["message"]
+    assert cited["authors"]
+
+
+def test_the_workflow_runs_ci_on_every_python_that_is_named():
+    named = [x.rsplit(" ", 1)[1] for x in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", x)]
+    job = WORKFLOW["jobs"]["ci"]
+    assert job["strategy"]["matrix"]["python"] == named
+    assert PROJECT["requires-python"] == f">={named[0]}"
+    assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook["id"])
+def test_a_hook_is_a_line_of_make_lint(hook):
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert f"-m {hook['name']}" in lint
+    assert f"-m {hook['name']}" in hook["entry"]
