@@ -41,6 +41,8 @@ def test_elementwise_rules_and_samplers_move_what_they_must_and_nothing_between_
     assert [row["title"] for row in found if row["cost"]["collectives"]] == []
     above = {row["title"]: row["cost"]["moved"] / row["floor"] for row in found}
     assert {title: ratio for title, ratio in above.items() if ratio > ABOVE.get((chip, title), 1) + 1e-3} == {}
+    small = {row["title"]: row["cost"]["small"] for row in found}
+    assert {title: number for title, number in small.items() if number > 40} == {}
 
 
 def test_matrices_of_one_shape_are_one_batch():
