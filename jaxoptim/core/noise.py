@@ -332,7 +332,8 @@ def hashed(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.
     for more in words[1:]:
         key = _scheduled(*_threefry(key, more[0], more[1]))
     # Keys that differ little, or are counted up, are worlds apart after this. JAX splits a key at counters near zero.
-    (a, c), (b, _) = _threefry(key, np.uint32(2**32 - 1), np.array([2 * lane, 2 * lane + 1], np.uint32))
+    a, b = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane))
+    c, _ = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane + 1))
     # Two keys would give the same numbers at shifted offsets, were the step between the counters the same for both.
     return mixed(mixed(low * (c | 1) + a) ^ mixed(high ^ b))
 
