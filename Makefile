@@ -42,9 +42,10 @@ bench: $(VENV)/.test
 	$(PYTHON) benchmarks/variational.py
 	$(PYTHON) benchmarks/sampling.py
 
-# What steps cost on chips that need not be here, docs/accelerators.md, by the compilers for them.
+# What steps cost on chips that need not be here, docs/accelerators.md and docs/scaling.md, by the compilers for them.
 accelerators: $(ACCELERATORS)/.installed
 	$(ACCELERATORS)/bin/python benchmarks/accelerators.py
+	$(ACCELERATORS)/bin/python benchmarks/scaling.py
 
 # The site, into out/site. A link that leads nowhere is an error.
 docs: $(DOCS)/.installed

@@ -166,7 +166,7 @@ def counted(text: str) -> Cost:
         if not (found := INSTRUCTION.match(line)):
             continue
         name, kind, operation, operands = found.groups()
-        sizes[name] = _bytes(kind)
+        sizes[name] = bytes_of(kind)
         if operation in PREFETCH:
             prefetched += _size(*ARRAY.findall(kind)[PREFETCH[operation]][:3])
         elif operation not in FREE and not operation.endswith("-done") and "ConcatBitcast" not in line:
@@ -178,11 +178,11 @@ def counted(text: str) -> Cost:
         small=sum(moved < SMALL for moved in kernels),
         moved=sum(kernels) + prefetched,
         collectives={name: names.count(name) for name in dict.fromkeys(names)},
-        sent=sum(_bytes(kind) for kind, _ in moves),
+        sent=sum(bytes_of(kind) for kind, _ in moves),
     )
 
 
-def _bytes(kind: str) -> int:
+def bytes_of(kind: str) -> int:
     """The bytes in main memory of all arrays in a type; the layout of those in other memory says ``S``."""
     return sum(_size(*array) for *array, layout in ARRAY.findall(kind) if "S(" not in layout)
 

@@ -19,8 +19,13 @@ pytestmark = [
 
 def rows(chip, only):
     """The programs of a table, with their costs; a buffer that is donated in vain is an error there."""
+    return printed_by("accelerators.py", "--chip", chip, "--only", only)
+
+
+def printed_by(script, *options):
+    """What a benchmark prints as lines of JSON."""
     done = subprocess.run(
-        [PYTHON, ROOT / "benchmarks" / "accelerators.py", "--chip", chip, "--only", only],
+        [PYTHON, ROOT / "benchmarks" / script, *options],
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))},
@@ -41,6 +46,8 @@ def test_elementwise_rules_and_samplers_move_what_they_must_and_nothing_between_
     assert [row["title"] for row in found if row["cost"]["collectives"]] == []
     above = {row["title"]: row["cost"]["moved"] / row["floor"] for row in found}
     assert {title: ratio for title, ratio in above.items() if ratio > ABOVE.get((chip, title), 1) + 1e-3} == {}
+    small = {row["title"]: row["cost"]["small"] for row in found}
+    assert {title: number for title, number in small.items() if number > 40} == {}
 
 
 def test_matrices_of_one_shape_are_one_batch():
@@ -48,3 +55,15 @@ def test_matrices_of_one_shape_are_one_batch():
     assert kernels["Muon, 4 matrices"] <= 40
     assert kernels["Adafactor, 4 matrices"] <= 15
     assert kernels["Muon, 48 matrices of GPT-2 small"] <= 125
+
+
+def test_steps_over_eight_chips_send_and_hold_what_the_formula_says():
+    found = {row["layout"]: row for row in printed_by("scaling.py", "--chips", "8", "--only", "Adam ")}
+    numbers, part = 4 * 16384**2, 7 / 8
+    assert found["replicated"]["sent"] == 8 * numbers * part
+    assert found["replicated"]["moves"] == {"all-reduce": 4}
+    assert found["FSDP"]["sent"] <= 12 * numbers * part
+    assert found["ZeRO"]["moves"].keys() <= {"all-reduce", "reduce-scatter", "all-gather"}
+    matrix = 4 * numbers / 4  # what is held beside weights and moments: some gradients, or gathered weights
+    for layout, held in {"replicated": 12, "ZeRO": 4 + 8 / 8, "FSDP": 12 / 8}.items():
+        assert held * numbers <= found[layout]["memory"] <= held * numbers + 1.5 * matrix

@@ -10,6 +10,7 @@ from jaxoptim.core.loss_scale import LossScale as LossScale
 from jaxoptim.core.loss_scale import scale_loss as scale_loss
 from jaxoptim.core.names import listing
 from jaxoptim.core.numerics import as_jax as as_jax
+from jaxoptim.core.numerics import from_numbers as from_numbers
 from jaxoptim.core.numerics import full_like as full_like
 from jaxoptim.core.numerics import owned as owned
 from jaxoptim.core.numerics import sqrt

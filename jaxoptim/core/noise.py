@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ _FEW, _MANY = 512, 2**32
 """Between these sizes an array of random bits is made on a CPU."""
 _PARTS = 8
 _Words = tuple[Any, Any]  # the high and the low 32 bits of a number of 64, as uint32
+_Key = tuple[Any, Any, Any]  # a key of threefry2x32, and the word that its rounds add
 
 
 def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> jax.Array:
@@ -76,6 +77,33 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
     return _normal(key, tuple(map(operator.index, shape)), canonical, impl)
 
 
+def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[jax.Array]:
+    """The numbers of :func:`normal` for several arrays, on a TPU in fewer kernels.
+
+    Args:
+        keys: One typed key for each array.
+        likes: Arrays, or what stands for their shapes and dtypes.
+        impl: One of ``IMPLS``.
+
+    Returns:
+        For each an array of its shape and dtype.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxoptim.core.noise import normal, normals
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> first, second = normals(keys, [jnp.zeros(3), jnp.zeros((2, 2))])
+        >>> bool((second == normal(keys[1], (2, 2), "float32")).all())
+        True
+    """
+    forms = [(tuple(like.shape), np.dtype(like.dtype), impl) for like in likes]
+    if impl != "key" or jax.random.key_impl(keys) != "threefry2x32":
+        return [_normal(key, *form) for key, form in zip(keys, forms, strict=True)]
+    data = jax.random.key_data(keys)
+    words = lax.optimization_barrier(_scheduled(data[:, 0], data[:, 1]))  # by one operation, not one for each array
+    return [_of_words(tuple(word[at] for word in words), *form) for at, form in enumerate(forms)]
+
+
 def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl: str = "key") -> jax.Array:
     """The numbers from ``start`` to ``stop`` of a vector of :func:`normal`, without the others.
 
@@ -106,15 +134,16 @@ def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl:
         low = lax.iota(jnp.uint32, stop - start) + np.uint32(start)
         return jnp.zeros_like(low), low
 
-    return _numbers(jax.random.key_data(key), within, jnp.zeros((), dtype).dtype, impl)
+    return _numbers(_words_of(key, impl), within, jnp.zeros((), dtype).dtype, impl)
 
 
-def fold_in(key: jax.Array, data: Any) -> jax.Array:
-    """The key of ``jax.random.fold_in``, in a program that compiles faster on a CPU.
+def fold_in(key: jax.Array, *data: Any) -> jax.Array:
+    """The key of ``jax.random.fold_in``, in a program that compiles faster, and on a TPU in a few kernels.
 
     Args:
         key: One typed key.
-        data: A number, or an array of them for an array of keys; below 2**32.
+        data: Numbers below 2**32 that are folded in one after the other. Arrays of them, which are broadcast together,
+            are for an array of keys.
 
     Returns:
         A key, or as many as there are numbers.
@@ -123,14 +152,20 @@ def fold_in(key: jax.Array, data: Any) -> jax.Array:
         >>> import jax
         >>> from jaxoptim.core.noise import fold_in
         >>> key = jax.random.key(0)
-        >>> bool(fold_in(key, 3) == jax.random.fold_in(key, 3))
+        >>> bool(fold_in(key, 3, 5) == jax.random.fold_in(jax.random.fold_in(key, 3), 5))
         True
     """
-    data = jnp.asarray(data).astype(jnp.uint32)
+    counters = jnp.broadcast_arrays(*(jnp.asarray(x).astype(jnp.uint32) for x in data))
     if jax.random.key_impl(key) != "threefry2x32":
-        return jnp.vectorize(jax.random.fold_in)(key, data)
-    words = jax.random.key_data(key)
-    folded = jnp.stack(_threefry((words[0], words[1]), jnp.zeros_like(data), data), -1)
+        return functools.reduce(jnp.vectorize(jax.random.fold_in), counters, key)
+    high, low = jax.random.key_data(key)
+    shape, size = counters[0].shape, counters[0].size
+    for counter in counters:
+        # TPUs fuse nothing that is done to single numbers, so that each of a hundred operations would be a kernel. The
+        # compiler may not see that all numbers are one.
+        line = lax.optimization_barrier(jnp.broadcast_to(counter.reshape(-1), 2 if size == 1 else size))
+        high, low = _threefry(_scheduled(high, low), jnp.zeros_like(line), line)
+    folded = jnp.stack((high, low), -1)[:size].reshape(*shape, 2)
     # Fused with what uses the key, the rounds would be compiled, and run, once more for each use.
     return jax.random.wrap_key_data(lax.optimization_barrier(folded))
 
@@ -153,8 +188,7 @@ def words(key: jax.Array, count: int) -> jax.Array:
     """
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (count,))
-    data = jax.random.key_data(key)
-    high, low = _threefry((data[0], data[1]), *offsets((count,)))
+    high, low = _threefry(_words_of(key, "key"), *offsets((count,)))
     return high ^ low
 
 
@@ -181,10 +215,16 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _numbers(words: jax.Array, offsets: Callable[[], _Words], dtype: np.dtype, impl: str) -> jax.Array:
+def _words_of(key: jax.Array, impl: str) -> Any:
+    """What an implementation reads of a key of threefry2x32."""
+    words = jax.random.key_data(key)
+    return _scheduled(words[0], words[1]) if impl == "key" else words
+
+
+def _numbers(words: Any, offsets: Callable[[], _Words], dtype: np.dtype, impl: str) -> jax.Array:
     """The numbers at some offsets, which are in two words."""
 
-    def bits(words: jax.Array) -> jax.Array:
+    def bits(words: Any) -> jax.Array:
         return _bits(words, *offsets(), dtype, impl)
 
     if not _FEW <= math.prod(jax.eval_shape(bits, words).shape) < _MANY:
@@ -192,10 +232,10 @@ def _numbers(words: jax.Array, offsets: Callable[[], _Words], dtype: np.dtype, i
     return _gaussian(lax.platform_dependent(words, cpu=_once(bits), default=bits), dtype)
 
 
-def _bits(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
+def _bits(words: Any, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
     """Random bits at some offsets, as many as a number of the dtype has."""
     if impl == "key":
-        high, low = _threefry((words[0], words[1]), high, low)
+        high, low = _threefry(words, high, low)
         # JAX makes 32 bits of the 64 that it has in this way.
         return high ^ low if dtype == jnp.float32 else _join(high, low)
     # Arrays of both dtypes may be drawn with one key, but lanes differ.
@@ -204,14 +244,14 @@ def _bits(words: jax.Array, high: jax.Array, low: jax.Array, dtype: np.dtype, im
     return high if dtype == jnp.float32 else _join(high, low)
 
 
-def _once(bits: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+def _once(bits: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
     """The same function of words, of whose result an array is made.
 
     XLA on CPUs fuses what makes bits with each use of them, and so makes them up to three times: for the two terms of a
     number, and for the norm of the noise. It does not fuse across a condition that it cannot foresee.
     """
 
-    def call(words: jax.Array) -> jax.Array:
+    def call(words: Any) -> jax.Array:
         is_true = ((words[-1] & 1) + 2) // 2 == 1  # of any word
         form = jax.eval_shape(bits, words)
         return lax.cond(is_true, bits, lambda words: jnp.broadcast_to(words[-1].astype(form.dtype), form.shape), words)
@@ -223,11 +263,15 @@ def _once(bits: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.A
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     if impl == "key" and jax.random.key_impl(key) != "threefry2x32":
         return jax.random.normal(key, shape, dtype)
+    return _of_words(_words_of(key, impl), shape, dtype, impl)
 
-    def at_once(words: jax.Array) -> jax.Array:
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _of_words(words: Any, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
+    def at_once(words: Any) -> jax.Array:
         return _numbers(words, lambda: offsets(shape), dtype, impl)
 
-    def in_parts(words: jax.Array) -> jax.Array:
+    def in_parts(words: Any) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
         starts = lax.iota(jnp.uint32, _PARTS) * np.uint32(part.size)
         parts = lax.map(
@@ -237,7 +281,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) 
 
     # XLA's loops on a CPU use vector instructions along the last axis only, and without them a number takes seven times
     # as long. A reshape would not help, as XLA moves it before the computation; a loop over parts it leaves as it is.
-    words, size = jax.random.key_data(key), math.prod(shape)
+    size = math.prod(shape)
     if len(shape) > 1 and shape[-1] < 64 and _FEW <= size < _MANY - _PARTS:
         return lax.platform_dependent(words, cpu=in_parts, default=at_once)
     return at_once(words)
@@ -262,9 +306,13 @@ def offset_in(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return offset
 
 
-def _threefry(key: _Words, high: Any, low: Any) -> _Words:
+def _scheduled(first: Any, second: Any) -> _Key:
+    """The words of a key in threefry2x32."""
+    return first, second, first ^ second ^ np.uint32(0x1BD11BDA)
+
+
+def _threefry(keys: _Key, high: Any, low: Any) -> _Words:
     """Threefry2x32 with 20 rounds, of a counter of two words."""
-    keys = (*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
     high, low = high + keys[0], low + keys[1]
     for group in range(5):
         for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
@@ -280,9 +328,9 @@ def hashed(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.
     Lanes are independent: 0 is of noise in float32, 1 and 2 of noise in float64, 3 of sketches.
     """
     words = jnp.pad(words, (0, -words.size % 2)).reshape(-1, 2)
-    key = (words[0, 0], words[0, 1])
+    key = _scheduled(words[0, 0], words[0, 1])
     for more in words[1:]:
-        key = _threefry(key, more[0], more[1])
+        key = _scheduled(*_threefry(key, more[0], more[1]))
     # Keys that differ little, or are counted up, are worlds apart after this. JAX splits a key at counters near zero.
     a, b = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane))
     c, _ = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane + 1))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+T = TypeVar("T")
 
 
 @jax.custom_jvp
@@ -29,6 +31,29 @@ def _sqrt_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax
     root = sqrt(primals[0])
     slope = jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0)
     return root, slope * tangents[0]
+
+
+def from_numbers(function: Callable[..., T], *numbers: Any) -> T:
+    """What a function makes of single numbers by operations on numbers, on a TPU by a few kernels.
+
+    TPUs fuse nothing that is done to single numbers: there each operation would be a kernel, and the function gets
+    every array of one number twice.
+    """
+    leaves, treedef = jax.tree.flatten(numbers)
+    known = {at: x for at, x in enumerate(leaves) if not isinstance(x, jax.Array)}  # which keep their digits
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+
+    def once(*arrays: jax.Array) -> T:
+        rest = iter(arrays)
+        merged = [known[at] if at in known else next(rest) for at in range(len(leaves))]
+        return function(*jax.tree.unflatten(treedef, merged))
+
+    def twice(*arrays: jax.Array) -> T:
+        pairs = [jnp.broadcast_to(x, (2, *x.shape)) for x in arrays]
+        # The compiler may not see that the two are one.
+        return jax.tree.map(lambda x: x[0], once(*jax.lax.optimization_barrier(pairs)))
+
+    return jax.lax.platform_dependent(*arrays, tpu=twice, default=once)
 
 
 def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:

@@ -100,23 +100,25 @@ class Sampler(Rule):
     def draw_noise(
         self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
     ) -> dict[int, jax.Array]:
-        key = noise.fold_in(shared["key"], step)
-        drawn: dict[int, jax.Array] = {}
         small: dict[Any, list[int]] = {}
+        large: list[int] = []
         for number, like in likes.items():
             if like.size <= _LARGE:
                 small.setdefault(like.dtype, []).append(number)
-            elif only is None or number in only:  # made in the loop that uses it
-                drawn[number] = noise.normal(noise.fold_in(key, number), like.shape, like.dtype, self.noise_impl)
+            elif only is None or number in only:
+                large.append(number)
+        keys = noise.fold_in(shared["key"], step, np.array([*large, _TOGETHER], np.uint32))
+        # Made in the loops that use it.
+        apart = noise.normals(keys[:-1], [likes[number] for number in large], self.noise_impl)
+        drawn = dict(zip(large, apart, strict=True))
         for dtype, numbers in small.items():
-            together = noise.fold_in(key, _TOGETHER)
             ends = list(itertools.accumulate(likes[number].size for number in numbers))
             start = 0
             wanted = itertools.groupby(zip(numbers, ends, strict=True), lambda x: only is None or x[0] in only)
             for is_wanted, run in wanted:
                 members, stops = zip(*run, strict=True)
                 if is_wanted:
-                    vector = noise.part_of_normal(together, ends[-1], start, stops[-1], dtype, self.noise_impl)
+                    vector = noise.part_of_normal(keys[-1], ends[-1], start, stops[-1], dtype, self.noise_impl)
                     parts = zip(members, split(vector, [likes[number].size for number in members]), strict=True)
                     drawn |= {number: part.reshape(likes[number].shape) for number, part in parts}
                 start = stops[-1]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import Coefficient, DecayRate, NonNegative, Rule, Slots, factory, rule, sqrt
+from jaxoptim.core import Coefficient, Decay, DecayRate, NonNegative, Rule, Slots, factory, from_numbers, rule, sqrt
 from jaxoptim.rules._terms import descent_and_shrinkage, zeros
 
 
@@ -67,18 +67,23 @@ class NAdam(Rule):
         beta1, beta2 = self.betas
         grad, shrinkage = descent_and_shrinkage(self, grad, param)
 
-        half = 0.5 * beta1.rate * 0.96 ** (step * self.momentum_decay)
-        half_next = 0.5 * beta1.rate * 0.96 ** ((step + 1) * self.momentum_decay)
-        mu, mu_next = beta1.rate - half, beta1.rate - half_next
-        mu_product = slots["mu_product"] * mu.astype(jnp.float32)
-        product = mu_product.astype(step.dtype)
-
         m = beta1.ema(slots["exp_avg"], grad)
         v = beta2.ema(slots["exp_avg_sq"], grad * grad)
+        numbers = self.lr, beta1, self.momentum_decay, slots["mu_product"], step
+        mu_product, ahead, here = from_numbers(_numbers, *numbers)
         denominator = sqrt(v / beta2.bias_correction(step)) + self.eps
-        ahead = self.lr * mu_next / (1 - product * mu_next) * m / denominator
-        here = self.lr * (beta1.complement + half) / (1 - product) * grad / denominator
-        return -here - ahead - shrinkage, {"mu_product": mu_product, "exp_avg": m, "exp_avg_sq": v}
+        change = -(here * grad / denominator) - ahead * m / denominator
+        return change - shrinkage, {"mu_product": mu_product, "exp_avg": m, "exp_avg_sq": v}
+
+
+def _numbers(lr: Any, beta: Decay, decay: Any, mu_product: jax.Array, step: jax.Array) -> tuple[jax.Array, ...]:
+    """The product with its next factor, and the rates of the moment and of the gradient."""
+    half = 0.5 * beta.rate * 0.96 ** (step * decay)
+    half_next = 0.5 * beta.rate * 0.96 ** ((step + 1) * decay)
+    mu, mu_next = beta.rate - half, beta.rate - half_next
+    mu_product = mu_product * mu.astype(jnp.float32)
+    product = mu_product.astype(step.dtype)
+    return mu_product, lr * mu_next / (1 - product * mu_next), lr * (beta.complement + half) / (1 - product)
 
 
 nadam = factory(NAdam, "nadam")

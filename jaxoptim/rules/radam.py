@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxoptim.core import Coefficient, Decay, DecayRate, NonNegative, Rule, Slots, factory, rule, sqrt
+from jaxoptim.core import Coefficient, Decay, DecayRate, NonNegative, Rule, Slots, factory, from_numbers, rule, sqrt
 from jaxoptim.rules._terms import descent_and_shrinkage, zeros
 
 
@@ -74,14 +74,20 @@ class RAdam(Rule):
         m = beta1.ema(slots["exp_avg"], grad)
         v = beta2.ema(slots["exp_avg_sq"], grad * grad)
 
-        rho_inf = 2 / beta2.complement - 1
-        rho = length_of_average(beta2, step)
-        rectified = rho > 5
-        rho = jnp.where(rectified, rho, 6.0)  # keeps the unused branch, and its derivative, finite
-        rectification = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        adaptive = rectification * sqrt(beta2.bias_correction(step)) / (sqrt(v) + self.eps)
-        scale = jnp.where(rectified, adaptive, 1.0)
-        return -self.lr / beta1.bias_correction(step) * m * scale - shrinkage, {"exp_avg": m, "exp_avg_sq": v}
+        rate, rectified, scale = from_numbers(_numbers, self.lr, self.betas, step)
+        adaptive = jnp.where(rectified, scale / (sqrt(v) + self.eps), 1.0)
+        return rate * m * adaptive - shrinkage, {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _numbers(lr: Any, betas: tuple[Decay, Decay], step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The rate, whether the second moment counts, and the factor that it then has."""
+    beta1, beta2 = betas
+    rho_inf = 2 / beta2.complement - 1
+    rho = length_of_average(beta2, step)
+    rectified = rho > 5
+    rho = jnp.where(rectified, rho, 6.0)  # keeps the unused branch, and its derivative, finite
+    rectification = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+    return -lr / beta1.bias_correction(step), rectified, rectification * sqrt(beta2.bias_correction(step))
 
 
 def length_of_average(beta: Decay, step: jax.Array) -> jax.Array:
