@@ -207,8 +207,8 @@ def stop_within_a_save(process, folder):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twenty_times_ends_as_an_undisturbed_one(started, tmp_path):
-    script, kills, steps, rng = Path(__file__).parent / "killed_run.py", 20, 1000, random.Random(0)
+def test_a_run_that_is_killed_six_times_ends_as_an_undisturbed_one(started, tmp_path):
+    script, kills, steps, rng = Path(__file__).parent / "killed_run.py", 6, 300, random.Random(0)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     (tmp_path / "killed").mkdir()
     undisturbed = started(script, tmp_path / NAME, steps, **cache)
