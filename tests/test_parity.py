@@ -11,7 +11,7 @@ import jaxoptim
 import parity
 from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, FIRST, FORMS, ROWS, SPARSE, STATES, Case, slow_unless
+from table import CASES, FIRST, FORMS, ROWS, SPARSE, Case, Row, of_numbers_if_muon, slow_unless
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
@@ -20,7 +20,7 @@ CHANCE = 1.05
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
+@pytest.mark.parametrize("case", of_numbers_if_muon(DENSE))
 def test_float64_agrees_with_the_parent(case):
     assert parity.float64_distance(case) < 1e-12
 
@@ -102,9 +102,16 @@ def test_centered_rmsprop_stays_finite_where_torch_gives_nan():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "columns", [("float64", "optax"), pytest.param(("float32", "bfloat16"), marks=pytest.mark.numbers)], ids=" ".join
+    ("row", "columns"),
+    [
+        *(
+            pytest.param(case.values[0].row, ("float64", "optax"), marks=case.marks)
+            for case in of_numbers_if_muon(FIRST)
+        ),
+        *(pytest.param(row, ("float32", "bfloat16"), marks=pytest.mark.numbers) for row in ROWS),
+    ],
+    ids=lambda x: x.name if isinstance(x, Row) else " ".join(x),
 )
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_the_table_of_parity_says_what_is_measured(row, columns):
     stated = parity.read_table()[row.name]
     assert stated[:2] == parity.about(row)

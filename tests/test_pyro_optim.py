@@ -15,12 +15,10 @@ from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
 from parity import distance, problem, rms_error, touched_rows
 from pyro_twins import Twins
-from table import CASES, FIRST, STATES
+from table import CASES, FIRST, STATES, of_numbers_if_muon
 
-pytestmark = pytest.mark.numbers
-
-STEPS = 100
-ARRIVAL = 30
+STEPS = 40
+ARRIVAL = 12
 NAMES = ("net$$$0.weight", "loc", "AutoNormal.scales.z", "net$$$0.bias", "late")
 """The last two come later."""
 DOTTED = {name.replace("$$$", ".") for name in NAMES}
@@ -91,7 +89,7 @@ def run(case, dtype="float64", steps=STEPS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", of_numbers_if_muon(CASES))
 def test_a_run_agrees_with_pyro(case, x64):
     with torch.sparse.check_sparse_tensor_invariants():
         twins = run(case)
@@ -108,7 +106,7 @@ def test_a_complex_run_agrees_with_pyro(case, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", of_numbers_if_muon(FIRST))
 def test_every_wrapper_makes_pyros_steps(case, x64):
     shape = case.row.shapes[0]
     start, noise = problem((shape, shape))
@@ -124,6 +122,7 @@ def test_every_wrapper_makes_pyros_steps(case, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.numbers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [case for case in FIRST if not case.row.sparse], ids=str)
 def test_low_precision_is_no_worse_than_pyro(case, dtype):
