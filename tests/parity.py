@@ -27,6 +27,8 @@ STEPS = 300
 SLOPE = 0.1
 """Share of the parameter in its gradient, so that an error would feed back into the trajectory."""
 ROWS_TOUCHED = 4
+COLUMNS = ("float64", "float32", "bfloat16", "optax")
+"""What is measured for the table, in its order."""
 TABLE = Path(__file__).parent.parent / "docs" / "parity.md"
 
 Arrays = list[np.ndarray]
@@ -176,29 +178,30 @@ def optax_distance(row: Row) -> float:
         return distance(ours, run_optax(row.namesake(), start, noise, "float64", SLOPE))
 
 
-def measurements(row: Row) -> dict[str, float | None]:
-    """One line of the table: the worst case of each column."""
-    cases = [case for case in CASES if case.row is row]
-    sparse = [case for case in SPARSE if case.row is row]
-    with jax.enable_x64(True):
-        sparse_distances = [distance(*run_sparse(case, "float64")) for case in sparse]
-    dense = [] if row.sparse else cases
-    low = {dtype: [low_precision_errors(case, dtype) for case in dense] for dtype in ("float32", "bfloat16")}
-    return {
-        "float64": max([float64_distance(case) for case in dense] + sparse_distances),
-        "float32": max((ours / theirs for ours, theirs in low["float32"]), default=None),
-        "bfloat16": max((ours / theirs for ours, theirs in low["bfloat16"]), default=None),
-        "optax": None if row.namesake is None else optax_distance(row),
-    }
+def measured(row: Row, column: str) -> float | None:
+    """A cell of the table: the worst case of an optimizer."""
+    if column == "optax":
+        return None if row.namesake is None else optax_distance(row)
+    dense = [case for case in CASES if case.row is row and not row.sparse]
+    if column == "float64":
+        with jax.enable_x64(True):
+            sparse = [distance(*run_sparse(case, "float64")) for case in SPARSE if case.row is row]
+        return max([*map(float64_distance, dense), *sparse])
+    errors = [low_precision_errors(case, column) for case in dense]
+    return max((ours / theirs for ours, theirs in errors), default=None)
 
 
-def formatted(row: Row, measured: dict[str, float | None]) -> str:
-    """The line of the table for one optimizer."""
+def formatted(column: str, x: float | None) -> str:
+    """The text of a cell."""
+    if x is None:
+        return "no such optimizer" if column == "optax" else "-"
+    return f"{x:.0e}" if column in ("float64", "optax") else f"{x:.2f}"
+
+
+def about(row: Row) -> list[str]:
+    """The cells of an optimizer that nothing is measured for: its parent, and how many option sets it has."""
     parent = f"{row.parent.__module__.split('.')[0]}.optim.{row.parent.__name__}"
-    cells = [f"`{row.name}`", f"`{parent}`", str(sum(case.row is row for case in CASES)), f"{measured['float64']:.0e}"]
-    cells += ["-" if (x := measured[k]) is None else f"{x:.2f}" for k in ("float32", "bfloat16")]
-    cells.append("no such optimizer" if (x := measured["optax"]) is None else f"{x:.0e}")
-    return "| " + " | ".join(cells) + " |"
+    return [f"`{parent}`", str(sum(case.row is row for case in CASES))]
 
 
 def read_table() -> dict[str, list[str]]:
@@ -230,7 +233,8 @@ def main() -> None:
     """Write the table."""
     lines = []
     for row in ROWS:
-        lines.append(formatted(row, measurements(row)))
+        cells = [f"`{row.name}`", *about(row), *(formatted(column, measured(row, column)) for column in COLUMNS)]
+        lines.append("| " + " | ".join(cells) + " |")
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
     TABLE.parent.mkdir(exist_ok=True)

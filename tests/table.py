@@ -329,6 +329,12 @@ def slow_unless(is_fast: Callable[[Case], bool], cases: list[Case]) -> list[Any]
     return [pytest.param(case, id=str(case), marks=[] if is_fast(case) else pytest.mark.slow) for case in cases]
 
 
+def of_numbers_if_muon(cases: list[Case]) -> list[Any]:
+    """Cases as parameters of a test. Muon rounds to bfloat16 on its way: its last bits are those of the code."""
+    marks = {rules.Muon: pytest.mark.numbers}
+    return [pytest.param(case, id=str(case), marks=marks.get(case.row.rule, [])) for case in cases]
+
+
 SPARSE = [
     *(case for case in CASES if case.row.sparse),
     *(Case(row, options) for row in ROWS for options in row.sparse_options),

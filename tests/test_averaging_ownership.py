@@ -40,8 +40,8 @@ GIVEN = {
 @pytest.mark.parametrize(
     ("given_params", "cls", "name"),
     [("pytree", optim.SGD, "default"), ("groups", optim.SGD, "default"), ("parameters", optim.Adam, "ema-multi-0.9")]
-    + [pytest.param(x, optim.SGD, "default", marks=pytest.mark.slow) for x in ("parameters", "named", "array")]
-    + [pytest.param(x, optim.Adam, "ema-multi-0.9", marks=pytest.mark.slow) for x in ("pytree", "groups", "named")],
+    + [(x, optim.SGD, "default") for x in ("parameters", "named", "array")]
+    + [(x, optim.Adam, "ema-multi-0.9") for x in ("pytree", "groups", "named")],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_the_parameters_of_an_optimizer_are_averaged(given_params, cls, name):

@@ -205,9 +205,7 @@ OF_EACH_FORM = ("Adam", "NAdam", "ClippedAdam", "Adafactor")
 
 @pytest.mark.slow
 @pytest.mark.numbers
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in OF_EACH_FORM else pytest.mark.slow) for name in KINDS]
-)
+@pytest.mark.parametrize("name", KINDS)
 def test_late_and_missing_gradients_and_every_edit(name):
     kind = KINDS[name]
     # The others go through the same calls, and all of them take part in the random scripts.

@@ -395,8 +395,8 @@ def test_an_annealing_factor_compiles_once():
         ({"names": ("a",)}, {"names": ("b",)}),
         ({"flag": True}, {"flag": False}),
         ({"flag": True}, {"flag": 1}),
-        pytest.param({"use": jnp.exp}, {"use": jnp.cosh}, marks=pytest.mark.slow),
-        pytest.param({"use": None}, {"use": jnp.exp}, marks=pytest.mark.slow),
+        ({"use": jnp.exp}, {"use": jnp.cosh}),
+        ({"use": None}, {"use": jnp.exp}),
     ],
 )
 def test_static_arguments_have_their_own_programs(first, second):

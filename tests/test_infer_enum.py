@@ -73,8 +73,8 @@ def automatic(mixture):
     ("make", "particles"),
     [
         pytest.param(lambda mixture: guide, 1, id="written"),
-        pytest.param(lambda mixture: guide, 3, id="particles", marks=pytest.mark.slow),
-        pytest.param(automatic, 1, id="automatic", marks=pytest.mark.slow),
+        pytest.param(lambda mixture: guide, 3, id="particles"),
+        pytest.param(automatic, 1, id="automatic"),
     ],
 )
 def test_losses_and_parameters_are_numpyros(make, particles, enumerated):

@@ -59,9 +59,7 @@ def of(optimizer, guide, key, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in ("decaying", "mixed") else pytest.mark.slow) for x in OPTIMIZERS]
-)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_fit_is_that_of_its_key(name):
     guide = point if name == "Newton" else somewhere
     together = of(OPTIMIZERS[name], guide, KEY)

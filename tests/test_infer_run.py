@@ -88,7 +88,6 @@ SECOND_ORDER = {
 }
 SINGLE_STEPS = {"own": 38, "changing state": 1, "torch LBFGS": 38}
 """Those that many steps are not one program for: how many of 38 are made one after another."""
-FAST = {"decaying", "mixed", "optax", "own", "Newton"}
 
 
 def pairs(optimizer, model=model, guide=guide, **options):
@@ -119,9 +118,7 @@ def singles(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in OPTIMIZERS | SECOND_ORDER]
-)
+@pytest.mark.parametrize("name", OPTIMIZERS | SECOND_ORDER)
 def test_a_run_is_a_loop_of_steps(name, singles):
     own = delta if name in SECOND_ORDER else guide
     looped, run = pairs((OPTIMIZERS | SECOND_ORDER)[name], guide=own)
@@ -235,7 +232,7 @@ def some_of_nan(count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["decaying", pytest.param("mixed", marks=pytest.mark.slow), "optax"])
+@pytest.mark.parametrize("name", ["decaying", "mixed", "optax"])
 def test_a_stable_run_skips_what_is_not_finite(name, singles):
     looped, run = pairs(OPTIMIZERS[name])
     looped._skip_nonfinite = True
@@ -264,7 +261,7 @@ class Loader:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rule", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["rule", "own"])
 def test_batches_come_from_an_iterable_epoch_after_epoch(name):
     looped, run = pairs(OPTIMIZERS[name])
     loader = Loader([5, 5, 2])
@@ -300,7 +297,7 @@ def test_batches_that_end_too_early():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rule", pytest.param("own", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["rule", "own"])
 def test_batches_are_drawn_without_seeing_a_datum_twice(name):
     looped, run = pairs(OPTIMIZERS[name])
     key = jax.random.fold_in(KEY, 2)

@@ -251,7 +251,7 @@ def test_batch_normalisation(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["AutoNormal", pytest.param("AutoMultivariateNormal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["AutoNormal", "AutoMultivariateNormal"])
 def test_automatic_guides(kind, tmp_path):
     svi, other = (fit(rules.Adam(lr=0.05), guide=getattr(autoguide, kind)(model)) for _ in range(2))
     check_resumed(svi, other, tmp_path / "run", calls("", ""), calls("a", ""))

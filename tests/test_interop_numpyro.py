@@ -105,7 +105,7 @@ def test_agrees_with_numpyros_own_adapter():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", each(LINE_SEARCH, ["rule"]))
-@pytest.mark.parametrize("stable", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stable", [False, True])
 def test_the_loss_itself_reaches_line_searches(name, stable):
     svi = SVI(model, autoguide.AutoDelta(model), to_numpyro(LINE_SEARCH[name]()), Trace_ELBO())
     result = svi.run(KEY, 10, DATA, progress_bar=False, stable_update=stable)
@@ -240,7 +240,7 @@ def iterated(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stable", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize(
     "tx",
     [jaxoptim.sgd(lr=0.2), jaxoptim.lbfgs(line_search_fn="strong_wolfe"), optax.lbfgs()],

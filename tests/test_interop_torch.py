@@ -1,6 +1,6 @@
 """Runs that go from torch to here and back: checkpoints, whole runs, and what is refused on the way.
 
-A run of a hundred steps that changes sides after fifty must end where torch's run of a hundred ends. The gradients
+A run of twenty steps that changes sides after ten must end where torch's run of twenty ends. The gradients
 depend on the parameters, so that an error would feed back.
 """
 
@@ -28,7 +28,7 @@ from scheduler_sides import Ours, Theirs, built, options_of
 from table import CASES, FIRST, STATES
 
 to_torch, carry_over, carry_back = interop.torch.to_torch, interop.torch.carry_over, interop.torch.carry_back
-HALF, FEEDBACK, ATOL = 50, 0.1, 1e-11
+HALF, FEEDBACK, ATOL = 10, 0.1, 1e-11
 BY_NAME = {str(case): case for case in CASES}
 PURE = ["SGD", "Adam", "NAdam", "ASGD", "Adafactor", "ClippedAdam", "DCTAdam"]
 
@@ -155,12 +155,12 @@ def in_torch(name):
 step = jax.jit(jaxoptim.step)
 
 
-# A hundred steps on two sides.
+# Twenty steps on two sides.
 
 
 @pytest.mark.costly
 @each(STATES)
-def test_fifty_steps_in_torch_and_fifty_here_are_a_hundred_in_torch(case, x64):
+def test_ten_steps_in_torch_and_ten_here_are_twenty_in_torch(case, x64):
     trial, half, saved, whole, at_end = in_torch(str(case))
     ours, kept = getattr(optim, case.row.name)(half), pickle.dumps(jax.tree.map(numbers, saved))
     ours.load_state_dict(saved)
@@ -172,7 +172,7 @@ def test_fifty_steps_in_torch_and_fifty_here_are_a_hundred_in_torch(case, x64):
 
 @pytest.mark.costly
 @each(STATES, BACK)
-def test_fifty_steps_here_and_fifty_in_torch_are_a_hundred_in_torch(case, x64):
+def test_ten_steps_here_and_ten_in_torch_are_twenty_in_torch(case, x64):
     trial, half, saved, whole, _ = in_torch(str(case))
     ours = getattr(optim, case.row.name)(trial.start, **case.options)
     trial.train(ours, range(HALF))

@@ -100,14 +100,8 @@ CARRIED = [
 ]
 
 
-FAST = [CARRIED[0], CARRIED[2]]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [pytest.param(*x, marks=[] if x in FAST else pytest.mark.slow, id="-".join([x[0], *x[1]])) for x in CARRIED],
-)
+@pytest.mark.parametrize(("name", "options"), [pytest.param(*x, id="-".join([x[0], *x[1]])) for x in CARRIED])
 def test_a_run_of_a_module_is_carried_over_and_back(name, options, x64):
     layout = "OIHW" if name == "Adafactor" else "HWIO"
     given = {"names": NAMES, "transforms": {r"dense\.kernel": np.transpose}}

@@ -176,7 +176,7 @@ def compare_states(rule, state, parent):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(name, marks=[] if name in ("defaults", "short_history") else pytest.mark.slow) for name in OPTIONS],
+    OPTIONS,
 )
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("search", SEARCHES)

@@ -167,8 +167,8 @@ class TestAgainstPyro:
 
 class TestDerivatives:
     @pytest.mark.slow
-    @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="radius_None"), 0.1, 3.0])
-    @pytest.mark.parametrize("size", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow)])
+    @pytest.mark.parametrize("radius", [pytest.param(None, id="radius_None"), 0.1, 3.0])
+    @pytest.mark.parametrize("size", [1, 2, 3])
     def test_converged_with_respect_to_inputs(self, x64, size, radius):
         matrix, slope, x = problem(size, (3, 2), "positive")
         x, _ = ours(matrix, slope, x, radius, steps=40)
@@ -188,11 +188,9 @@ class TestDerivatives:
         assert np.max(np.abs(grads[2])) < 1e-6
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="radius_None"), 0.3])
-    @pytest.mark.parametrize("curvature", [pytest.param("positive", marks=slow), "indefinite"])
-    @pytest.mark.parametrize(
-        "size", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)]
-    )
+    @pytest.mark.parametrize("radius", [pytest.param(None, id="radius_None"), 0.3])
+    @pytest.mark.parametrize("curvature", ["positive", "indefinite"])
+    @pytest.mark.parametrize("size", [1, 2, 3, 4])
     def test_finite_differences(self, x64, size, curvature, radius):
         if size == 1 and curvature != "positive" and radius is None:
             pytest.skip("a step of 1e8")
@@ -205,7 +203,7 @@ class TestDerivatives:
         check_grads(result, given, order=1, modes=("rev",), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("size", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
+    @pytest.mark.parametrize("size", [2, 3, 4])
     def test_with_respect_to_the_radius(self, x64, size):
         given = [jnp.asarray(part) for part in problem(size, (3,), "indefinite", seed=2)]
         result = jax.jit(lambda radius: step(*given, radius)[0])
@@ -219,23 +217,23 @@ class TestDerivatives:
         check_grads(result, (slope, x), order=2, modes=("rev",), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("radius", [pytest.param(None, marks=slow, id="plain"), 0.5])
+    @pytest.mark.parametrize("radius", [pytest.param(None, id="plain"), 0.5])
     @pytest.mark.parametrize(
         "eigenvalues",
         [
-            pytest.param((1, 1), marks=slow),
-            pytest.param((-1, -1), marks=slow),
+            (1, 1),
+            (-1, -1),
             (1, 1, 1),
             (-1, -1, -1),
             (-1, -1, 2),
             (-1, 2, 2),
             (1, 1, 2),
-            pytest.param((-1, 1), marks=slow),
+            (-1, 1),
             (2, 2, 2, 2),
         ],
         ids=lambda eigenvalues: "_".join(map(str, eigenvalues)),
     )
-    @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=slow)])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_finite_at_multiple_eigenvalues_and_zero_gradients(self, dtype, eigenvalues, radius):
         size = len(eigenvalues)
         with jax.enable_x64(dtype == "float64"):
@@ -362,7 +360,7 @@ class TestAnyDimension:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, 3, 4])
-    @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=slow)])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_smallest_eigenvalue(self, dtype, size):
         eigenvalues = np.random.default_rng(0).normal(size=(6, 200, size))
         eigenvalues[1, :] = np.linspace(-1, 2, size)
@@ -457,9 +455,7 @@ class TestTransforms:
             assert len(calls) == 1
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "size", [pytest.param(1, marks=slow), 2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)]
-    )
+    @pytest.mark.parametrize("size", [1, 2, 3, 4])
     def test_vmap(self, x64, size):
         given = (*problem(size, (6,), "indefinite"), np.linspace(0.1, 0.6, 6))
         jax.tree.map(lambda x, y: close(x, y, 1e-12), jax.jit(jax.vmap(step))(*given), step(*given))
@@ -524,7 +520,7 @@ class TestWithinTheRadius:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "tolerance"),
-        [pytest.param("float32", 1e-5, id="f32"), pytest.param("float64", 1e-12, id="f64", marks=slow)],
+        [pytest.param("float32", 1e-5, id="f32"), pytest.param("float64", 1e-12, id="f64")],
     )
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(given=any_problem())
@@ -543,7 +539,7 @@ class TestWithinTheRadius:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("size", [2, 3, 4])
-    @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=slow)])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_rank_deficient(self, dtype, size):
         rng = np.random.default_rng(0)
         v = rng.normal(size=(3000, size))

@@ -15,7 +15,7 @@ import jaxoptim
 from comparisons import assert_same
 from jaxoptim import optim, rules, schedules
 from jaxoptim.core import Numeric, is_known
-from table import FORMS, ROWS
+from table import ROWS
 
 PARAMS = {"a": {"w": jnp.arange(6.0).reshape(3, 2) - 2, "b": jnp.ones((2, 2))}, "c": jnp.full((2, 3), 0.5), "n": None}
 
@@ -50,13 +50,7 @@ def three_values(cls, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "cls",
-    [
-        pytest.param(cls, id=cls.__name__, marks=[] if cls in {case.row.rule for case in FORMS} else pytest.mark.slow)
-        for cls in RULES
-    ],
-)
+@pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
 def test_every_number_of_every_rule_may_be_a_tree(cls):
     names = [name for name, spec in cls.specs.items() if isinstance(spec, Numeric)]
     values = {name: three_values(cls, name) for name in names if name not in cls.of_tree}

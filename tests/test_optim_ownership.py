@@ -28,10 +28,6 @@ def bowl(params):
     return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
 
 
-def slow(use):
-    return pytest.param(use, marks=pytest.mark.slow)
-
-
 def snapshot(opt):
     """Everything a failed step must not change, as NumPy arrays."""
     return jax.tree.map(np.asarray, (opt.params, opt.state_dict()["state"], opt.state_dict()["param_groups"]))
@@ -111,10 +107,10 @@ def test_buffers_that_nobody_else_holds_are_donated():
     [
         lambda opt: opt.step(tree()),
         lambda opt: opt.minimize(bowl),
-        slow(lambda opt: opt.step(jax.grad(bowl)(opt.params))),
-        slow(lambda opt: (opt.state_dict(), opt.step(tree()))),
-        slow(lambda opt: (opt.step({**tree(), "one": None}), opt.step(tree()))),
-        slow(lambda opt: setattr(opt.param_groups[0]["params"][0], "value", jnp.ones(LARGE)) or opt.step(tree())),
+        lambda opt: opt.step(jax.grad(bowl)(opt.params)),
+        lambda opt: (opt.state_dict(), opt.step(tree())),
+        lambda opt: (opt.step({**tree(), "one": None}), opt.step(tree())),
+        lambda opt: setattr(opt.param_groups[0]["params"][0], "value", jnp.ones(LARGE)) or opt.step(tree()),
     ],
     ids=["step", "minimize", "params", "state_dict", "missing", "assigned"],
 )
@@ -189,7 +185,7 @@ def test_a_failed_step_of_a_decaying_rate_gives_the_rate_back():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
+@pytest.mark.parametrize("case", DENSE, ids=str)
 def test_new_numbers_compile_nothing(case):
     opt = optimizer(case, start(case))
     grads = [x[0] for x in parity.problem(case.row.shapes)[1]]
@@ -255,7 +251,7 @@ def test_minimize_refuses_what_it_cannot_hash():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, DENSE))
+@pytest.mark.parametrize("case", DENSE, ids=str)
 def test_leaving_for_the_pure_face_and_coming_back(case, x64):
     noise = parity.problem(case.row.shapes)[1]
     stays, leaves = optimizer(case, start(case)), optimizer(case, start(case))

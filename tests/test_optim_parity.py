@@ -11,18 +11,12 @@ import parity
 from jaxoptim import optim, rules
 from optim_sides import OWN_OPTIONS
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
-from table import CASES, FIRST, FORMS, SPARSE, STATES, Case, slow_unless
+from table import CASES, FIRST, SPARSE, STATES, Case, of_numbers_if_muon
 
-pytestmark = pytest.mark.numbers
-
-STEPS = 200
-ADDED, FROZEN, CHANGED = 50, range(80, 120), 100
-DENSE = slow_unless(FORMS.__contains__, [case for case in CASES if not case.row.sparse])
-"""Every option set; in the fast tests, one for each form of state: test_parity.py has every rule."""
-COMPLEX = slow_unless(
-    lambda case: case.row.name in ("SGD", "NAdam"),
-    [case for case in STATES if case.row.complex and not case.row.sparse],
-)
+STEPS = 60
+ADDED, FROZEN, CHANGED = 15, range(24, 36), 30
+DENSE = of_numbers_if_muon([case for case in CASES if not case.row.sparse])
+COMPLEX = [case for case in STATES if case.row.complex and not case.row.sparse]
 NEW_OPTIONS = {"betas": (0.7, 0.9), "alpha": 0.8, "rho": 0.7, "eps": 1e-4, "d": 1.5, "lambd": 0.01, "clip_norm": 0.3}
 """What a group is changed to in mid-run, where it has the option."""
 
@@ -142,7 +136,7 @@ def test_a_run_agrees_with_the_parent(case, x64):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", COMPLEX)
+@pytest.mark.parametrize("case", COMPLEX, ids=str)
 def test_a_complex_run_agrees_with_the_parent(case, x64):
     twins = run(case, "complex128")
     assert twins.distance() < 1e-12
@@ -150,6 +144,7 @@ def test_a_complex_run_agrees_with_the_parent(case, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.numbers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", [case for case in FIRST if not case.row.sparse], ids=str)
 def test_low_precision_is_no_worse_than_the_parent(case, dtype):
@@ -165,7 +160,7 @@ def test_low_precision_is_no_worse_than_the_parent(case, dtype):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", slow_unless(FIRST.__contains__, SPARSE))
+@pytest.mark.parametrize("case", SPARSE, ids=str)
 def test_sparse_gradients_agree_with_the_parent(case, x64):
     shapes = case.row.shapes if case.row.sparse else ((12, 4), (9,), (7, 2, 3))
     start, rows = problem(shapes)[0], parity.touched_rows(shapes)
@@ -189,7 +184,7 @@ def test_sparse_gradients_agree_with_the_parent(case, x64):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
+@pytest.mark.parametrize("case", of_numbers_if_muon(STATES))
 def test_minimize_makes_the_steps_of_its_gradient(case, x64):
     start, noise = problem(case.row.shapes)
     first = getattr(optim, case.row.name)([jnp.asarray(x) for x in start], **case.options)

@@ -11,9 +11,7 @@ import jaxoptim
 import parity
 from jaxoptim import rules
 from parity import distance, problem, run_optax, run_ours, run_sparse
-from table import CASES, FIRST, FORMS, ROWS, SPARSE, STATES, Case, slow_unless
-
-pytestmark = pytest.mark.numbers
+from table import CASES, FIRST, FORMS, ROWS, SPARSE, Case, Row, of_numbers_if_muon, slow_unless
 
 DENSE = [case for case in CASES if not case.row.sparse]
 TWINS = [pytest.param(row, options, tx, id=f"{Case(row, options)}") for row in ROWS for options, tx in row.twins]
@@ -22,7 +20,7 @@ CHANCE = 1.05
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("case", slow_unless(STATES.__contains__, DENSE))
+@pytest.mark.parametrize("case", of_numbers_if_muon(DENSE))
 def test_float64_agrees_with_the_parent(case):
     assert parity.float64_distance(case) < 1e-12
 
@@ -32,6 +30,7 @@ def test_complex_parameters_agree_with_the_parent(case):
     assert parity.float64_distance(case, is_complex=True) < 1e-12
 
 
+@pytest.mark.numbers
 @pytest.mark.costly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", slow_unless(lambda case: case in FIRST and case.row.rule is not rules.Muon, DENSE))
@@ -63,6 +62,7 @@ def test_the_optax_form_agrees_with_the_exact_form(case, x64):
     assert distance(run_optax(tx, start, noise, "float64", parity.SLOPE), exact) < 1e-12
 
 
+@pytest.mark.numbers
 @pytest.mark.costly
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 3), (1, 7), (32, 64), (100, 80)])
 def test_muon_orthogonalizes_as_torch(shape):
@@ -101,12 +101,23 @@ def test_centered_rmsprop_stays_finite_where_torch_gives_nan():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_the_table_of_parity_says_what_is_measured(row):
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        *(
+            pytest.param(case.values[0].row, ("float64", "optax"), marks=case.marks)
+            for case in of_numbers_if_muon(FIRST)
+        ),
+        *(pytest.param(row, ("float32", "bfloat16"), marks=pytest.mark.numbers) for row in ROWS),
+    ],
+    ids=lambda x: x.name if isinstance(x, Row) else " ".join(x),
+)
+def test_the_table_of_parity_says_what_is_measured(row, columns):
     stated = parity.read_table()[row.name]
-    measured = parity.formatted(row, parity.measurements(row)).strip("| \n").split(" | ")[1:]
-    assert stated[:2] == measured[:2]
-    for said, found in zip(stated[2:], measured[2:], strict=True):
+    assert stated[:2] == parity.about(row)
+    for column in columns:
+        said = stated[2 + parity.COLUMNS.index(column)]
+        found = parity.formatted(column, parity.measured(row, column))
         try:
             said, found = float(said), float(found)
         except ValueError:

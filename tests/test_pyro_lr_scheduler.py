@@ -24,7 +24,6 @@ OF_TORCH = [row for row in SIMPLE if row.name != "SWALR"]
 FIRSTS = [next(row for row in OF_TORCH if row.name == name) for name in dict.fromkeys(row.name for row in OF_TORCH)]
 ROWS = [pytest.param(row, id=row.id, marks=[] if row in FIRSTS else pytest.mark.slow) for row in OF_TORCH]
 LISTS = [row for row in [*COMPOSITE, *CLASS_ONLY] if "SWALR" not in row.id]
-LIST_FIRSTS = [next(row for row in LISTS if row.name == name) for name in ("SequentialLR", "ChainedScheduler")]
 LOSSES = [1.0, 0.9, 0.9, 0.95, 0.9, 0.9, 0.9, 0.8, 0.85, 0.9, 0.95, 0.9, 0.9, 0.9, 0.9, 0.2]
 
 
@@ -202,9 +201,7 @@ def functions(row):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning", "ignore:The epoch parameter:UserWarning")
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.id, marks=[] if row in LIST_FIRSTS else pytest.mark.slow) for row in LISTS]
-)
+@pytest.mark.parametrize("row", LISTS, ids=lambda row: row.id)
 def test_lists_of_schedulers_agree_with_torch_by_hand(row, x64):
     momentum = {"momentum": 0.9} if "Cycl" in row.id or "OneCycle" in row.id else {}
     rest = {name: value for name, value in row.options.items() if name != "schedulers"}
@@ -234,7 +231,7 @@ def test_lists_of_schedulers_agree_with_torch_by_hand(row, x64):
 
 
 def test_a_list_of_schedulers_can_be_saved_in_mid_run():
-    row = LIST_FIRSTS[1]
+    row = next(row for row in LISTS if row.name == "ChainedScheduler")
     rest = {"optimizer": torch_style.SGD, "optim_args": {"lr": LR}, "schedulers": functions(row)}
     make = lambda: optim.ChainedScheduler(dict(rest))  # noqa: E731
     whole, first = make(), make()

@@ -109,7 +109,7 @@ class TestAgainstPyro:
         [
             pytest.param({}, id="plain"),
             pytest.param({"pair": 0.1, "triple": 0.2, "single": 0.05}, id="radii"),
-            pytest.param({"pair": 0.1}, marks=slow, id="one_radius"),
+            pytest.param({"pair": 0.1}, id="one_radius"),
         ],
     )
     def test_newton(self, radii):
@@ -202,9 +202,7 @@ OPTIMIZERS = {
 
 class TestOneEvaluation:
     @pytest.mark.slow
-    @pytest.mark.parametrize(
-        "kind", ["mixed", "newton", *(pytest.param(kind, marks=slow) for kind in ("pyro", "rule", "torch_style"))]
-    )
+    @pytest.mark.parametrize("kind", ["mixed", "newton", "pyro", "rule", "torch_style"])
     def test_executed_once_a_step(self, kind):
         calls, optimizer = [], OPTIMIZERS[kind]()
         params = {"x": Parameter([1.0, 2.0], "x"), "y": Parameter([0.5, 0.25, 2.0], "y")}
@@ -330,7 +328,7 @@ class TestOneState:
     """A PyroOptim is the same whoever calls it."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("cls", ["ClippedAdam", pytest.param("Adam", marks=slow)])
+    @pytest.mark.parametrize("cls", ["ClippedAdam", "Adam"])
     def test_one_count(self, cls):
         options = {"lr": 0.1, "lrd": 0.5} if cls == "ClippedAdam" else {"lr": 0.1}
         optimizer, twin = (getattr(optim, cls)(options) for _ in range(2))

@@ -149,7 +149,7 @@ class TestSurprises:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "radius",
-        [pytest.param(None, marks=pytest.mark.slow), np.array([0.1, 0.2])],
+        [None, np.array([0.1, 0.2])],
         ids=["none", "array"],
     )
     def test_radii_of_newton(self, radius):

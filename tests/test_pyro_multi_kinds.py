@@ -56,7 +56,7 @@ class TestGetStep:
 
     @slow
     @kinds(*TORCH_STYLE, *SEARCHES)
-    @pytest.mark.parametrize("steps_before", [0, pytest.param(2, marks=slow)])
+    @pytest.mark.parametrize("steps_before", [0, 2])
     def test_derivatives(self, kind, steps_before):
         params = started()
         optimizer = as_multi_optimizer(KINDS[kind](params))

@@ -15,16 +15,13 @@ from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim
 from parity import distance, problem, rms_error, touched_rows
 from pyro_twins import Twins
-from table import CASES, FIRST, STATES, slow_unless
+from table import CASES, FIRST, STATES, of_numbers_if_muon
 
-pytestmark = pytest.mark.numbers
-
-STEPS = 100
-ARRIVAL = 30
+STEPS = 40
+ARRIVAL = 12
 NAMES = ("net$$$0.weight", "loc", "AutoNormal.scales.z", "net$$$0.bias", "late")
 """The last two come later."""
 DOTTED = {name.replace("$$$", ".") for name in NAMES}
-FAST = ("SGD-lr=0.05-momentum=0.9", "Adam-lr=0.02-amsgrad=True", "ClippedAdam-lr=0.02-weight_decay=0.1-lrd=0.99")
 CLIPS = [
     {},
     {"clip_norm": 0.5},
@@ -92,7 +89,7 @@ def run(case, dtype="float64", steps=STEPS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_unless(lambda case: str(case) in FAST, CASES))
+@pytest.mark.parametrize("case", of_numbers_if_muon(CASES))
 def test_a_run_agrees_with_pyro(case, x64):
     with torch.sparse.check_sparse_tensor_invariants():
         twins = run(case)
@@ -109,7 +106,7 @@ def test_a_complex_run_agrees_with_pyro(case, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FIRST, ids=str)
+@pytest.mark.parametrize("case", of_numbers_if_muon(FIRST))
 def test_every_wrapper_makes_pyros_steps(case, x64):
     shape = case.row.shapes[0]
     start, noise = problem((shape, shape))
@@ -125,10 +122,9 @@ def test_every_wrapper_makes_pyros_steps(case, x64):
 
 
 @pytest.mark.slow
+@pytest.mark.numbers
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "case", slow_unless(lambda case: case.row.name == "Adam", [case for case in FIRST if not case.row.sparse])
-)
+@pytest.mark.parametrize("case", [case for case in FIRST if not case.row.sparse], ids=str)
 def test_low_precision_is_no_worse_than_pyro(case, dtype):
     start, noise = problem(case.row.wide_shapes)
     reference = parity.wide_reference(case)

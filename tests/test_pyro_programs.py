@@ -177,7 +177,7 @@ def test_many_random_calls_are_those_of_one_optimizer_per_parameter(maker, calls
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_large_and_small_ones_make_the_same_steps(dtype):
     optimizer = optim.Adam({"lr": 0.1}, {"clip_value": 0.5})
     shapes = {"small": (4,), "large": (20_000,), "matrix": (130, 130), "low": (4,)}

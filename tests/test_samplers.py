@@ -36,10 +36,6 @@ PARENTS = {rules.SGLD: parent_sgld.SGLD, rules.SGNHT: parent_sgnht.SGNHT}
 SAMPLERS = {"SGLD": rules.SGLD, "PSGLD": rules.PSGLD, "SGHMC": rules.SGHMC, "SGNHT": rules.SGNHT}
 
 of_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-of_sampler_fast_for_one = pytest.mark.parametrize(
-    "sampler",
-    [pytest.param(x, id=n, marks=[] if n == "SGNHT" else pytest.mark.slow) for n, x in SAMPLERS.items()],
-)
 
 
 def problem(shapes):
@@ -195,20 +191,17 @@ SGNHT = {
     "nbeta": {"nbeta": 30.0},
     "all": {"lr": 0.02, "diffusion_factor": 0.05, "bounding_box_size": 0.1, "nbeta": 3.0},
 }
-FAST = {rules.SGLD: ["metrics in a box", "saving with masks", "all with one mask"], rules.SGNHT: ["all"]}
 
 
-def cases(fast):
-    """Each sampler with each option set, those that are not ``fast`` left to the slow tests."""
-    return [
-        pytest.param(rule, options, id=f"{rule.__name__}: {name}", marks=[] if name in fast[rule] else pytest.mark.slow)
-        for rule, table in ((rules.SGLD, SGLD), (rules.SGNHT, SGNHT))
-        for name, options in table.items()
-    ]
+OPTION_SETS = [
+    pytest.param(rule, options, id=f"{rule.__name__}: {name}")
+    for rule, table in ((rules.SGLD, SGLD), (rules.SGNHT, SGNHT))
+    for name, options in table.items()
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "options"), cases(FAST))
+@pytest.mark.parametrize(("rule", "options"), OPTION_SETS)
 def test_float64_agrees_with_devinterp(rule, options, x64):
     ours, theirs = run_ours(rule(**options)), run_parent(PARENTS[rule], options)
     assert theirs.keys() == ours.keys() - {"initial_param"}
@@ -220,7 +213,7 @@ def test_float64_agrees_with_devinterp(rule, options, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rule", "options"), cases({rules.SGLD: ["saving with masks"], rules.SGNHT: ["all"]}))
+@pytest.mark.parametrize(("rule", "options"), OPTION_SETS)
 def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
     ours, exact = run_ours(rule(**options), form=as_updates), run_ours(rule(**options))
     assert ours.keys() == exact.keys()
@@ -229,15 +222,16 @@ def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rule", "options"), cases({rules.SGLD: ["all but saving"], rules.SGNHT: []}))
-def test_low_precision_is_no_worse_than_devinterp(rule, options, dtype):
+@pytest.mark.numbers
+@pytest.mark.parametrize(("rule", "options"), OPTION_SETS)
+def test_low_precision_is_no_worse_than_devinterp(rule, options):
     if "optimize_over" in options:
         options = options | {"optimize_over": [np.arange(1920).reshape(48, 40) % 3 > 0, None]}
     reference = run_parent(PARENTS[rule], options, WIDE, bent=False)["params"]
-    ours = run_ours(rule(**options), WIDE, dtype, bent=False)["params"]
-    theirs = run_parent(PARENTS[rule], options, WIDE, dtype, bent=False)["params"]
-    assert rms_error(ours, reference) <= CHANCE * rms_error(theirs, reference)
+    for dtype in ("float32", "bfloat16"):
+        ours = run_ours(rule(**options), WIDE, dtype, bent=False)["params"]
+        theirs = run_parent(PARENTS[rule], options, WIDE, dtype, bent=False)["params"]
+        assert rms_error(ours, reference) <= CHANCE * rms_error(theirs, reference), dtype
 
 
 # What differs from devinterp, on purpose.
@@ -300,7 +294,7 @@ def test_an_update_without_any_gradient_changes_nothing():
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_a_box_of_size_zero_is_no_box(sampler, x64):
     shapes = ((3,),)
     with_zero, without = run_ours(sampler(bounding_box_size=0), shapes), run_ours(sampler(), shapes)
@@ -308,7 +302,7 @@ def test_a_box_of_size_zero_is_no_box(sampler, x64):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_every_number_may_be_a_schedule(sampler):
     names = [name for name in ("lr", "nbeta", "localization", "diffusion_factor", "beta") if name in sampler.specs]
     schedules = {name: lambda step, i=i: 0.02 * (1 + i) / (1 + step) for i, name in enumerate(names)}
@@ -524,7 +518,8 @@ def run_twins(rule, twin, options):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "twin", "options"),
-    [pytest.param(*case, id=name, marks=[] if ", all" in name else pytest.mark.slow) for name, case in TWINS.items()],
+    TWINS.values(),
+    ids=TWINS,
 )
 def test_float64_agrees_with_the_paper(rule, twin, options, x64):
     ours, expected = run_twins(rule, twin, options)
@@ -584,7 +579,7 @@ def assert_close(a, b):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_noise_is_that_of_the_key_the_step_and_the_array(sampler):
     rule = sampler(key=KEY)
     params, state = PARAMS, jaxoptim.init(rule, PARAMS)
@@ -648,7 +643,7 @@ def test_noise_by_hash_is_other_noise():
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_low_precision_parameters_have_noise_of_full_precision(sampler):
     params = [jnp.ones(8, jnp.bfloat16)]
     rule = sampler(key=KEY)
@@ -787,7 +782,7 @@ def test_the_parts_of_a_step_sum_to_it(rule, kept, x64):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_vmap_over_keys_and_over_rates_equals_a_loop(sampler):
     keys, rates = jax.random.split(KEY, 2), jnp.array([0.01, 0.03])
 
@@ -832,7 +827,7 @@ def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_packed_parameters_have_the_same_numbers(sampler):
     rule = sampler(key=KEY, localization=1.0)
     packed, state = jaxoptim.pack(PARAMS), jaxoptim.init(rule, jaxoptim.pack(PARAMS))
@@ -847,7 +842,7 @@ def test_packed_parameters_have_the_same_numbers(sampler):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_derivatives_by_the_numbers_are_finite_differences(sampler, x64):
     params, noise = (jax.tree.map(lambda x: x.astype(float), x) for x in (PARAMS, noise_of(KEY, 1)))
 
@@ -878,7 +873,7 @@ def test_derivatives_are_finite_where_a_gradient_is_zero(sampler):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_it_composes_with_optax(sampler):
     factory = getattr(jaxoptim, sampler.__name__.lower())
     rule, tx = sampler(lr=0.05, key=KEY), factory(lr=0.05, key=KEY)
@@ -907,10 +902,10 @@ def test_it_composes_with_optax(sampler):
     "axis_type",
     [
         pytest.param(AxisType.Auto, id="automatic"),
-        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, id="explicit"),
     ],
 )
-@of_sampler_fast_for_one
+@of_sampler
 def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
     rule = sampler(key=KEY, bounding_box_size=0.5, optimize_over=jnp.array([1.0, 0.0, 1.0, 1.0]))
     params = {"w": jnp.linspace(-1.0, 2.0, 32).reshape(8, 4)}
@@ -928,7 +923,7 @@ def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
 
 
 @pytest.mark.slow
-@of_sampler_fast_for_one
+@of_sampler
 def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):
     rule = sampler(key=KEY, **(METRICS if sampler is rules.SGLD else {}))
     params, state = walk(rule, steps=2)
@@ -940,7 +935,10 @@ def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):
     assert_same(step(rule, loaded["params"], grads, loaded["state"]), step(rule, params, grads, state))
 
 
-@of_sampler_fast_for_one
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(x, id=n, marks=[] if n == "SGNHT" else pytest.mark.slow) for n, x in SAMPLERS.items()],
+)
 def test_donated_states_leave_the_key_of_the_rule_alone(sampler):
     key = jax.random.key(11)
     rule, params = sampler(key=key), jax.tree.map(jnp.copy, PARAMS)

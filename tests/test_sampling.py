@@ -79,10 +79,10 @@ def by_hand(loss_fn, params, sampler, data, batch_size, steps, key):
     ("sampler", "data", "batch_size"),
     [
         (SGLD.replace(grad_norm=True), None, None),
-        pytest.param(SGLD, DATA, None, marks=pytest.mark.slow),
+        (SGLD, DATA, None),
         pytest.param(rules.SGNHT(lr=0.01, nbeta=5.0), DATA, 4),
-        pytest.param(rules.SGHMC(lr=0.01), DATA, 3, marks=pytest.mark.slow),
-        pytest.param(rules.PSGLD(lr=0.01), DATA, 10, marks=pytest.mark.slow),
+        (rules.SGHMC(lr=0.01), DATA, 3),
+        (rules.PSGLD(lr=0.01), DATA, 10),
     ],
     ids=["SGLD", "SGLD with data", "SGNHT with batches", "SGHMC with batches", "PSGLD with one batch"],
 )
@@ -356,9 +356,7 @@ MORE_OTHER_RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [OTHER_RUNS, pytest.param(MORE_OTHER_RUNS, marks=pytest.mark.slow)], ids=["", "more"]
-)
+@pytest.mark.parametrize("changes", [OTHER_RUNS, MORE_OTHER_RUNS], ids=["", "more"])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes):
     path = tmp_path / "run"
     base = {"loss_fn": fit, "params": START, "sampler": SGLD, "data": DATA, "batch_size": 4, "checkpoint": path} | FEW

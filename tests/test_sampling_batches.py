@@ -37,9 +37,9 @@ SAMPLERS = {
     ("name", "batch_size", "count"),
     [
         ("SGLD", 6, 3),
-        pytest.param("SGLD", None, 4, marks=slow),
-        pytest.param("SGLD", 6, 6, marks=slow),
-        pytest.param("SGNHT", None, 4, marks=slow),
+        ("SGLD", None, 4),
+        ("SGLD", 6, 6),
+        ("SGNHT", None, 4),
         ("PSGLD with curvature", None, 4),
     ],
     ids=["SGLD", "SGLD with all data", "SGLD one by one", "SGNHT with all data", "PSGLD with all data"],

@@ -130,7 +130,7 @@ class Linear(eqx.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [pytest.param(Net, marks=slow), Linear], ids=["nnx", "equinox"])
+@pytest.mark.parametrize("module", [Net, Linear], ids=["nnx", "equinox"])
 def test_of_a_module_the_center_is_a_module(module):
     sampler = rules.SGLD(lr=0.1, nbeta=0.0, noise_level=0.0, localization=4.0, center=module(3.0))
     end = sampling.sample(lambda model: jnp.sum(model.w[...]), module(1.0), sampler, **FEW | {"num_draws": 1}).params

@@ -76,7 +76,7 @@ SAMPLERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["curvature", "acceptance", *(pytest.param(x, marks=slow) for x in ("box", "held"))])
+@pytest.mark.parametrize("name", ["curvature", "acceptance", "box", "held"])
 def test_chains(name):
     rule, options = SAMPLERS[name]
     found = sampling.sample(loss, START, rule, X, **RUN, **options)

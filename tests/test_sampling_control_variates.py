@@ -49,7 +49,7 @@ def at_rest(loss, w, by=None, *, draws=N // BATCH, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", [regression, logistic])
-@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=slow)])
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_loss_and_gradient_are_unbiased(loss, microbatches):
     """The batches of an epoch are all data, so that their mean is exact."""
     losses, grads = at_rest(loss, SHIFT, ControlVariates(jnp.full(SIZE, 0.4)), microbatches=microbatches)
@@ -102,7 +102,7 @@ def positions(sampler=None, data=DATA, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=slow)])
+@pytest.mark.parametrize("method", ["vmap", "map"])
 def test_a_center_that_is_renewed_at_each_step_gives_the_gradient_of_all_data(method):
     found = positions(control_variates=ControlVariates(renewed_every=1), chain_method=method)
     np.testing.assert_allclose(found, positions(batch_size=None, chain_method=method), rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_between_renewals_the_center_stays():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "by",
-    [ControlVariates(), pytest.param(ControlVariates(renewed_every=10), marks=slow)],
+    [ControlVariates(), ControlVariates(renewed_every=10)],
     ids=["center that stays", "renewed center"],
 )
 def test_the_posterior_of_a_conjugate_model(by):
@@ -171,7 +171,7 @@ SAMPLERS = {"SGNHT": rules.SGNHT(), "SGHMC": rules.SGHMC(), "PSGLD": rules.PSGLD
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name == "SGD" else pytest.param(name, marks=slow) for name in SAMPLERS])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_takes_them(name):
     sampler, options = SAMPLERS[name], {"start_noise": 0.1, "num_draws": 5}
     found = positions(sampler, control_variates=ControlVariates(renewed_every=1), **options)
@@ -187,7 +187,7 @@ def of_tree(params, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [None, pytest.param(1, marks=slow)])
+@pytest.mark.parametrize("every", [None, 1])
 def test_trees_with_held_and_complex_arrays(every):
     mask = {"a": None, "held": 0.0, "z": None, "none": None}
     by = ControlVariates(jax.tree.map(lambda x: x + 0.1, TREE) if every is None else None, every)
@@ -203,9 +203,7 @@ def test_trees_with_held_and_complex_arrays(every):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "by", [pytest.param(ControlVariates(jnp.zeros(SIZE)), marks=slow), ControlVariates(renewed_every=7)]
-)
+@pytest.mark.parametrize("by", [ControlVariates(jnp.zeros(SIZE)), ControlVariates(renewed_every=7)])
 def test_a_run_goes_on_where_it_was(tmp_path, by):
     path, options = tmp_path / "run", {"control_variates": by}
     positions(num_draws=10, checkpoint=path, **options)

@@ -86,8 +86,8 @@ def test_a_part_of_the_noise_is_that_part(impl, dtype):
     ("name", "method"),
     [
         ("SGNHT", "map"),
-        *(pytest.param(x, "map", marks=pytest.mark.slow) for x in SAMPLERS if x != "SGNHT"),
-        pytest.param("SGLD", "vmap", marks=pytest.mark.slow),
+        *((x, "map") for x in SAMPLERS if x != "SGNHT"),
+        ("SGLD", "vmap"),
     ],
 )
 def test_chains_are_those_that_hold_everything(name, method):
@@ -134,11 +134,11 @@ CHAINS = 17  # which are not spread over devices
 @pytest.mark.parametrize(
     ("sampler", "copies"),
     [
-        pytest.param(rules.SGLD(), 2, marks=pytest.mark.slow, id="parameters and start"),
+        pytest.param(rules.SGLD(), 2, id="parameters and start"),
         pytest.param(rules.SGHMC(), 3, id="momentum"),
     ],
 )
-@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_chains_take_the_memory_of_what_they_move(sampler, copies, microbatches):
     one, all_of = (run_of(sampler, held, microbatches=microbatches) for held in (True, False))
     little = LAYER  # losses, data, keys
@@ -213,7 +213,7 @@ def test_other_parts_of_the_same_arrays_compile_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nnx", pytest.param("equinox", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["nnx", "equinox"])
 def test_modules(kind):
     if kind == "equinox":
         model = eqx.nn.MLP(3, 1, 4, 1, key=KEY)
@@ -255,7 +255,7 @@ def some_of(number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, 3])
 def test_masks_are_one_copy_for_all_chains_of_a_setting(count):
     """As wide as the numbers that they multiply; a byte for each number of each chain would be four times that."""
     masks = [some_of(number) for number in range(count)]

@@ -126,7 +126,7 @@ def test_a_proposal_where_the_loss_is_not_finite_is_rejected():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=slow)])
+@pytest.mark.parametrize("method", ["vmap", "map"])
 def test_a_run_goes_on_where_it_was(tmp_path, method):
     options = {"num_chains": 3, "num_burnin_steps": 0, "chain_method": method}
     path = tmp_path / "run"

@@ -138,7 +138,7 @@ FEW = {"key": KEY, "num_chains": 3, "num_draws": 4, "num_burnin_steps": 1, "num_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["vmap", "map"])
 def test_chains_have_one_sketch_of_displacement_and_gradient(method):
     seen = sampling.sample(
         loss, START, SGLD, observables=WATCHED, start_noise=0.1, chain_method=method, **FEW

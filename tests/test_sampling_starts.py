@@ -34,7 +34,7 @@ def check_moments(found, mean, variance):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "terms",
-    [{"localization": 30.0, "weight_decay": 5.0}, pytest.param({}, marks=slow)],
+    [{"localization": 30.0, "weight_decay": 5.0}, {}],
     ids=["localized about the center", "free"],
 )
 def test_the_transient_draw_by_draw(terms):
@@ -77,7 +77,7 @@ SAMPLERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name if name == "SGLD" else pytest.param(name, marks=slow) for name in SAMPLERS])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_chains_begin_apart_where_the_mask_lets_them(name):
     sampler, is_masked = SAMPLERS[name]
     found = positions(TREE, sampler, loss=tree_loss, start_noise=0.5, num_chains=2003)

@@ -65,7 +65,7 @@ def agree(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("same", [False, True], ids=["own", "same"])
-@pytest.mark.parametrize("method", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["vmap", "map"])
 def test_batches_in_the_order_of_arrays_give_the_run_of_arrays(method, same):
     options = FEW | {"chain_method": method, "same_batches": same, "observables": {"w": lambda params: params["w"]}}
     found = sampling.sample(fit, START, SGLD, iter(drawn(same)), **options)
@@ -89,7 +89,7 @@ def whole(key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("same", [pytest.param(False, marks=pytest.mark.slow), True], ids=["own", "same"])
+@pytest.mark.parametrize("same", [False, True], ids=["own", "same"])
 def test_a_function_of_keys_gives_the_run_of_arrays(same):
     """Where a batch is an epoch of arrays, the key of a step is that of the epoch."""
     options = FEW | {"same_batches": same}

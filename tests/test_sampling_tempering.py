@@ -167,7 +167,7 @@ def test_the_loss_is_that_of_all_data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [pytest.param("vmap", marks=slow), "map"])
+@pytest.mark.parametrize("method", ["vmap", "map"])
 def test_a_run_goes_on_where_it_was(tmp_path, method):
     path, options = tmp_path / "run", {"chain_method": method}
     of_batches(num_draws=6, checkpoint=path, **options)

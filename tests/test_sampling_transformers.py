@@ -309,9 +309,7 @@ def test_what_there_is_not(params, names, options, error, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["nnx", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("linen", "equinox"))]
-)
+@pytest.mark.parametrize("kind", ["nnx", "linen", "equinox"])
 def test_chains_move_what_is_named(kind):
     of = case(kind)
     mask = sampling.restriction(of.arrays, "layer0 head1", **of.options)

@@ -196,7 +196,7 @@ def test_every_value_in_float32(row):
 
 @pytest.mark.slow
 @pytest.mark.numbers
-@pytest.mark.parametrize("rows", [[*EXAMPLES], pytest.param(SIMPLE, marks=pytest.mark.slow)], ids=["examples", "rows"])
+@pytest.mark.parametrize("rows", [[*EXAMPLES], SIMPLE], ids=["examples", "rows"])
 def test_every_value_in_float32_of_schedules_that_the_compiler_knows(rows):
     for name, values in values_of(rows, STEPS).items():
         assert_single(values, parents(name, STEPS), name)
@@ -421,7 +421,7 @@ def derivatives(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [EXAMPLES, pytest.param(ROWS, marks=pytest.mark.slow)], ids=["examples", "rows"])
+@pytest.mark.parametrize("rows", [EXAMPLES, ROWS], ids=["examples", "rows"])
 def test_the_derivative_by_the_base_rate_is_the_finite_difference(rows, x64):
     behind, ahead = derivatives(rows)
     for row in rows:

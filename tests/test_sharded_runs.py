@@ -121,11 +121,10 @@ CLASSES = {
     "LBFGS with search": (optim.LBFGS, {"history_size": 4, "line_search_fn": "strong_wolfe"}),
     "SGNHT": (optim.SGNHT, {"lr": 1e-3, "nbeta": 10.0, "key": KEY}),
 }
-FAST = ("Adam", "Adafactor", "LBFGS")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CLASSES])
+@pytest.mark.parametrize("name", CLASSES)
 def test_classes(name, x64):
     """Losses, gradients by hand, a step that is skipped, and a state that is loaded from the host."""
     cls, options = CLASSES[name]
@@ -183,13 +182,10 @@ OVER_A_MESH = {
         "DCTAdam": {"lr": 0.1},
     }.items()
 }
-FAST_OVER_A_MESH = ("AdamW", "Adafactor", "NAdam")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in FAST_OVER_A_MESH else pytest.mark.slow) for x in OVER_A_MESH]
-)
+@pytest.mark.parametrize("name", OVER_A_MESH)
 def test_classes_over_a_mesh(name, x64):
     """State is in parts over the data axis, from the first step on and once it is loaded; parameters are whole."""
     cls, options = OVER_A_MESH[name]

@@ -38,7 +38,7 @@ def two_steps(rule, params, grads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
+@pytest.mark.parametrize("case", STATES, ids=str)
 def test_state_is_carried_by_scan(case):
     rule, params, grads = problem(case)
 
@@ -139,7 +139,7 @@ def test_state_is_saved_and_restored_by_orbax(case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", slow_unless(FORMS.__contains__, STATES))
+@pytest.mark.parametrize("case", STATES, ids=str)
 def test_state_and_parameters_are_updated_in_place_when_donated(case):
     rule, params, grads = problem(case)
     params = jax.tree.map(lambda x: x + 0, params)

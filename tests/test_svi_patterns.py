@@ -185,20 +185,12 @@ MAKERS = {
     "SGD": lambda: pyro.optim.SGD({"lr": 0.005, "momentum": 0.9}),
     "RMSprop": lambda: pyro.optim.RMSprop({"lr": 0.01, "momentum": 0.9}),
 }
-FAST = [("written", "Adam"), ("written", "clipped"), ("written", "SGD"), ("normal", "ClippedAdam")]
 
 
 @pytest.mark.slow
 @pytest.mark.numbers
-@pytest.mark.parametrize(
-    ("which", "maker"),
-    [
-        pytest.param(g, m, marks=[] if (g, m) in FAST else pytest.mark.slow, id=f"{g}-{m}")
-        for g in GUIDES
-        for m in MAKERS
-    ],
-)
-@pytest.mark.parametrize("seed", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("which", "maker"), [pytest.param(g, m, id=f"{g}-{m}") for g in GUIDES for m in MAKERS])
+@pytest.mark.parametrize("seed", [5, 1])
 def test_the_low_level_loop_is_the_step_to_the_bit(which, maker, seed):
     model, make_guide = GUIDES[which]
     guide, make, key = make_guide(), MAKERS[maker], jax.random.key(seed)
@@ -279,11 +271,7 @@ def clipped_by_hand(grad, clip_norm=None, clip_value=None):
     [
         pytest.param({"loc": {"clip_norm": 2.0}, "scale": {"clip_norm": 2.0}}, id="norm"),
         pytest.param({"loc": {"clip_value": 1.0}, "scale": {}}, id="by name"),
-        pytest.param(
-            {"loc": {"clip_norm": 3.0, "clip_value": 1.0}, "scale": {"clip_norm": 0.5}},
-            id="both",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param({"loc": {"clip_norm": 3.0, "clip_value": 1.0}, "scale": {"clip_norm": 0.5}}, id="both"),
     ],
 )
 def test_clipping_in_the_optimizer_is_clipping_by_hand(clips):
@@ -352,7 +340,7 @@ def test_beta_weakens_the_data(elbo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beta", [pytest.param(1.0, marks=pytest.mark.slow), 4.0])
+@pytest.mark.parametrize("beta", [1.0, 4.0])
 def test_a_beta_vae_of_linear_networks(beta):
     noise, variance = 0.5, 3.0
     x = jnp.sqrt(variance) * jnp.array([-1.0, 1.0, -1.5, 1.5, 0.5, -0.5]) / jnp.sqrt(7 / 6)

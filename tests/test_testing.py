@@ -14,14 +14,10 @@ from table import FIRST
 
 SAMPLERS = [rules.SGLD(), rules.SGHMC(), rules.SGNHT(), rules.PSGLD()]
 RULES = [*(case.ours() for case in FIRST), *SAMPLERS]
-FEW = (rules.SGD, rules.Adagrad)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "own",
-    [pytest.param(x, id=type(x).__name__, marks=[] if isinstance(x, FEW) else pytest.mark.slow) for x in RULES],
-)
+@pytest.mark.parametrize("own", RULES, ids=lambda own: type(own).__name__)
 def test_the_rules_of_the_library_pass(own):
     check_rule(own)
 
