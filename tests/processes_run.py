@@ -1,4 +1,4 @@
-"""One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS INDEX FOLDER``.
+"""One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS PROCESSES INDEX FOLDER``.
 
 It saves a sharded state with orbax, restores it and compares the bits; asks our ``save``, which must refuse; and trains
 with state in parts over both.
@@ -41,9 +41,9 @@ def train_in_parts(mesh, w):
     np.testing.assert_allclose(np.asarray(opt.params.addressable_data(0)), here, rtol=1e-5, atol=1e-6)
 
 
-def main(address, index, folder):
+def main(address, processes, index, folder):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, 2, index)
+    jax.distributed.initialize(address, processes, index)
     assert (len(jax.devices()), len(jax.local_devices())) == (4, 2)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     values = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -73,4 +73,4 @@ def main(address, index, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

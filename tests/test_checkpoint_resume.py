@@ -4,9 +4,6 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -173,23 +170,6 @@ def test_a_rate_of_any_type_goes_on_bit_for_bit(lr, tmp_path):
     assert float(resumed.opt.param_groups[0]["lr"]) == float(run.opt.param_groups[0]["lr"])
 
 
-@pytest.fixture
-def started():
-    """Start Python on a script; what is left of it at the end of the test is killed."""
-    processes = []
-
-    def start(*command, **environment):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        if process.returncode is None:
-            process.kill()
-            process.communicate()
-
-
 def partial_files(folder):
     return [path for path in folder.iterdir() if path.name.endswith(".partial")]
 
@@ -269,13 +249,8 @@ def test_a_sharded_state_comes_back_from_orbax_and_from_us(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_save_with_orbax_and_ours_points_there(started, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = Path(__file__).parent / "processes_run.py"
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [started(script, address, index, tmp_path, **two_devices) for index in range(2)]
+def test_two_processes_save_with_orbax_and_ours_points_there(together, tmp_path):
+    processes = together(Path(__file__).parent / "processes_run.py", 2, tmp_path, devices=2)
     for output, errors in [process.communicate(timeout=120) for process in processes]:
         assert "restored" in output, errors
         assert re.search(r"refused: The array 'opt\..*several processes.*orbax", output), errors

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
+from jaxoptim.core.numerics import put
+from jaxoptim.core.placement import is_over_processes
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.streams import of_chain
@@ -28,8 +30,21 @@ _MEDIUM = 65536
 """The same limit where one device has several cores, which work together on all chains only."""
 
 
-def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str, Mesh | None]:
-    """The method of running chains, and the devices to spread them over (None: they stay where their inputs are)."""
+def layout(
+    method: str, num_chains: int, params: Any, given: Given, mesh: Mesh | None = None
+) -> tuple[str, Mesh | None]:
+    """The method of running chains, and the devices to spread them over (None: they stay where their inputs are).
+
+    Args:
+        method: as :func:`jaxoptim.sampling.sample` takes it.
+        num_chains: how many chains there are, of all settings and points.
+        params: where they begin.
+        given: what all are given.
+        mesh: the devices that the user wants; None to choose among those of this process.
+
+    Raises:
+        ``ValueError`` for a mesh whose devices do not divide the chains.
+    """
     arrays = [x for x in jax.tree.leaves((params, given)) if isinstance(x, jax.Array)]
     devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
     platform = next(iter(devices)).platform if devices else jax.default_backend()
@@ -38,6 +53,13 @@ def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str
         size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
         alone = len(jax.local_devices(backend=platform)) == 1 < cores
         method = "map" if platform == "cpu" and size > (_MEDIUM if alone else _SMALL) else "vmap"
+    if mesh is not None:
+        if num_chains % mesh.size:
+            raise ValueError(
+                f"The mesh has {mesh.size} devices, which do not divide {num_chains} chains. Give another num_chains, "
+                "or a mesh of some of its devices."
+            )
+        return method, Mesh(mesh.devices.reshape(-1), ("chains",)) if mesh.size > 1 else None
     candidates = jax.local_devices(backend=platform)
     if platform == "cpu":  # more devices than cores only get in each other's way
         candidates = candidates[:cores]
@@ -211,4 +233,12 @@ def _given_at(given: Given, start: Any) -> Given:
 
 def on_all(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays on every device of a mesh, sent there once."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def largest(mesh: Mesh | None, number: float) -> float:
+    """The largest of the numbers of all processes of a mesh, by which they decide alike."""
+    if mesh is None or not is_over_processes(mesh):
+        return number
+    own = np.full(len(mesh.local_devices), number, np.float32)
+    return float(jnp.max(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("chains")), own)))
