@@ -1,4 +1,4 @@
-"""One of some processes that run chains over one mesh: ``chains_run.py ADDRESS PROCESSES INDEX FOLDER``.
+"""One of some processes that run chains and fits over one mesh: ``chains_run.py ADDRESS PROCESSES INDEX FOLDER``.
 
 With one process it saves what the others are to find; each of those compares.
 """
@@ -9,8 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import Trace_ELBO
 
 from jaxoptim import rules, sampling
+from jaxoptim.pyro.infer import SVI
 
 RNG = np.random.default_rng(0)
 START = {"a": RNG.normal(size=(3, 4)).astype("f"), "b": RNG.normal(size=4).astype("f")}
@@ -22,8 +26,17 @@ def loss(params, batch):
     return jnp.mean((jnp.tanh(batch["x"] @ params["a"]) @ params["b"] - batch["y"]) ** 2) / 2
 
 
+def model():
+    x = numpyro.sample("x", dist.Normal(0.0, 10.0))
+    numpyro.factor("two valleys", -((x**2 - 4.0) ** 2) + x)
+
+
+def guide():
+    numpyro.sample("x", dist.Delta(numpyro.param("start", lambda key: 3 * jax.random.normal(key))))
+
+
 def found(mesh):
-    """What chains on eight devices come to, by each of the functions that take a mesh over processes."""
+    """What chains and fits on eight devices come to."""
     common = {"key": jax.random.key(0), "num_chains": 16, "num_draws": 70, "mesh": mesh}
     sampler = rules.SGLD(lr=1e-3, nbeta=30.0, localization=5.0)
     samples = sampling.sample(
@@ -31,11 +44,16 @@ def found(mesh):
     )
     llc = sampling.estimate_llc(loss, START, sampler, DATA, until_mcse=100.0, **common)
     swapped = sampling.parallel_tempering(loss, START, sampler, DATA, nbeta=[1.0, 2.0], **common)
+    svi = SVI(model, guide, rules.Adam(lr=0.05), Trace_ELBO())
+    fits = svi.run_many(16, 500, progress_bar=False, mesh=mesh)
+    svi.run(10, progress_bar=False)
     return {
         "loss": samples.loss,
         "covariance": samples.observables["covariance"],
         "llc": llc.per_chain,
         "swapped": swapped.loss,
+        "fits": fits.losses,
+        "best": svi.get_params()["start"],
     }, samples
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.numerics import put
@@ -18,6 +20,11 @@ def check_mesh(mesh: Any) -> Mesh | None:
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh takes a Mesh, such as jax.make_mesh((8,), ('data',)), but got {shown(mesh)}.")
     return mesh
+
+
+def along(mesh: Mesh, axis: str) -> Mesh:
+    """All devices of a mesh along one axis, of the automatic kind."""
+    return Mesh(mesh.devices.reshape(-1), (axis,))
 
 
 def readable(tree: T) -> T:
@@ -42,6 +49,15 @@ def is_in_parts(x: Any) -> bool:
 def is_over_processes(mesh: Mesh | None) -> bool:
     """Whether a mesh has devices of several processes."""
     return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def largest(mesh: Mesh | None, number: float) -> float:
+    """The largest of the numbers of all processes of a mesh, which thus decide alike."""
+    if mesh is None or not is_over_processes(mesh):
+        return number
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    own = np.full(len(mesh.local_devices), number, np.float32)
+    return float(jnp.max(jax.make_array_from_process_local_data(each, own)))
 
 
 def mesh_of(tree: Any) -> Mesh | None:

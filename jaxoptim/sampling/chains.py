@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
 from jaxoptim.core.numerics import put
-from jaxoptim.core.placement import is_over_processes
+from jaxoptim.core.placement import along
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.streams import of_chain
@@ -59,7 +59,7 @@ def layout(
                 f"The mesh has {mesh.size} devices, which do not divide {num_chains} chains. Give another num_chains, "
                 "or a mesh of some of its devices."
             )
-        return method, Mesh(mesh.devices.reshape(-1), ("chains",)) if mesh.size > 1 else None
+        return method, along(mesh, "chains") if mesh.size > 1 else None
     candidates = jax.local_devices(backend=platform)
     if platform == "cpu":  # more devices than cores only get in each other's way
         candidates = candidates[:cores]
@@ -210,9 +210,9 @@ def _over_chains(
 
     if mesh is None:
         return some(in_rows, mapped, common)
-    along = PartitionSpec("chains")
-    specs = along, along, PartitionSpec()
-    spread = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=along, check_vma=False)
+    of_chains = PartitionSpec("chains")
+    specs = of_chains, of_chains, PartitionSpec()
+    spread = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=of_chains, check_vma=False)
     return spread(in_rows, mapped, common)
 
 
@@ -234,11 +234,3 @@ def _given_at(given: Given, start: Any) -> Given:
 def on_all(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays on every device of a mesh, sent there once."""
     return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def largest(mesh: Mesh | None, number: float) -> float:
-    """The largest of the numbers of all processes of a mesh, by which they decide alike."""
-    if mesh is None or not is_over_processes(mesh):
-        return number
-    own = np.full(len(mesh.local_devices), number, np.float32)
-    return float(jnp.max(jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("chains")), own)))

@@ -15,7 +15,7 @@ from jaxoptim.core import Hyperparameters, Rule, Sampler
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.modules import trained_of
 from jaxoptim.core.numerics import strong
-from jaxoptim.core.placement import is_over_processes, readable
+from jaxoptim.core.placement import is_over_processes, largest, readable
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
@@ -252,7 +252,7 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
                     )
                     jax.block_until_ready(state.traces)
                     start = stop
-                seconds = chains.largest(mesh, time.monotonic() - before)
+                seconds = largest(mesh, time.monotonic() - before)
                 since_save += seconds
                 if seconds < _SECONDS_OF_A_PIECE:
                     piece *= 2
