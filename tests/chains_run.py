@@ -35,10 +35,20 @@ def guide():
     numpyro.sample("x", dist.Delta(numpyro.param("start", lambda key: 3 * jax.random.normal(key))))
 
 
-def found(mesh):
+def found(mesh, file):
     """What chains and fits on eight devices come to."""
     common = {"key": jax.random.key(0), "num_chains": 16, "num_draws": 70, "mesh": mesh}
     sampler = rules.SGLD(lr=1e-3, nbeta=30.0, localization=5.0)
+    whole, saved = (
+        {"num_chains": 16, "num_draws": 60, "batch_size": 8, "key": jax.random.key(1), "mesh": mesh, "checkpoint": x}
+        for x in (None, file)
+    )
+    if jax.process_count() > 1:  # goes on from what one process has saved, and from what it has
+        sampling.sample(loss, START, sampler, DATA, **saved | {"num_draws": 40})
+    else:
+        sampling.sample(loss, START, sampler, DATA, **saved | {"num_draws": 20})
+        saved = whole
+    resumed = sampling.sample(loss, START, sampler, DATA, **saved)
     samples = sampling.sample(
         loss, START, sampler, DATA, batch_size=8, observables={"covariance": sampling.Covariance()}, **common
     )
@@ -50,6 +60,7 @@ def found(mesh):
     return {
         "loss": samples.loss,
         "covariance": samples.observables["covariance"],
+        "resumed": resumed.loss,
         "llc": llc.per_chain,
         "swapped": swapped.loss,
         "fits": fits.losses,
@@ -60,7 +71,7 @@ def found(mesh):
 def main(address, processes, index, folder):
     if processes > 1:
         jax.distributed.initialize(address, processes, index)
-    results, samples = found(jax.make_mesh((8,), ("chains",)))
+    results, samples = found(jax.make_mesh((8,), ("chains",)), folder / "chains.safetensors")
     assert samples.params["a"].sharding.spec[0] == "chains"
     path = folder / "alone.npz"
     if processes == 1:
