@@ -467,10 +467,30 @@ transformer.main()
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    ends = []
+    for processes, epochs, name in ((2, 2, "run"), (1, 4, "run"), (2, 4, "undisturbed")):
+        options = ["--processes", processes, "--epochs", epochs, "--checkpoint", tmp_path / f"{name}.safetensors"]
+        done = python(ROOT / "examples" / "multi_host.py", *options, XLA_FLAGS="")
+        assert done.returncode == 0, done.stderr
+        ends.append(re.findall(r"^(epoch.*|test accuracy.*)$", done.stdout, re.M))
+    assert [line.split(":")[0] for line in ends[1]] == [
+        "epoch 3",
+        "epoch 4",
+        "test accuracy on 1 devices of 1 processes",
+    ]
+    assert ends[2][:2] == ends[0][:2]
+    assert ends[2][2:4] == ends[1][:2]
+    accuracy = re.fullmatch(r"test accuracy on 2 devices of 2 processes: (.*)%", ends[2][-1])[1]
+    assert float(accuracy) > 94
+
+
 def test_a_wrong_option_of_the_others_is_one_line(tmp_path):
     commands = [
         ["beta_vae_digits", "--epochs", "none"],
         ["llc_digits", "--epochs", "none"],
+        ["multi_host", "--index", "1"],
         ["one_cycle", "--epochs", "two"],
         ["plateau_ema", "--out", __file__],
         ["plot_schedules", "--steps", "3"],
@@ -486,10 +506,11 @@ for command in {commands}:
         print(error.code)
 """
     done = python("-c", code, PYTHONPATH=str(ROOT / "examples"))
-    assert done.stdout.split() == ["2"] * 6, done.stderr
-    no_epochs, none_either, epochs, out, steps, no_number = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 7, done.stderr
+    no_epochs, none_either, alone, epochs, out, steps, no_number = done.stderr.splitlines()
     assert no_epochs.startswith("beta_vae_digits: argument --epochs: 'none' is not a number of epochs")
     assert none_either.startswith("llc_digits: argument --epochs: 'none' is not a number of epochs")
+    assert alone == "multi_host: --coordinator and --index go together"
     assert epochs.startswith("one_cycle: argument --epochs: 'two' is not a number of epochs")
     assert out.startswith("plateau_ema: ")
     assert __file__ in out

@@ -50,5 +50,6 @@ def main(folder, steps):
 if __name__ == "__main__":
     address, processes, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if processes > 1:
-        jax.distributed.initialize(address, processes, index)
+        limits = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
+        jax.distributed.initialize(address, processes, index, **limits)
     main(Path(sys.argv[4]), int(sys.argv[5]))
