@@ -61,7 +61,14 @@ def read(folder: Path, arrays: Collection[Apart], places: Mapping[str, Any]) -> 
         folder: where they are.
         arrays: all that are there.
         places: the shardings by name.
+
+    Raises:
+        ``FileNotFoundError`` where there is no such folder.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The checkpoint has arrays in the folder {folder}, which is not there. Move it with the file."
+        )
 
     def like(x: Apart) -> Any:
         if x.name in places:

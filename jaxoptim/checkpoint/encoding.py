@@ -192,7 +192,10 @@ def parsed_apart(x: Any) -> tuple[str, list[Apart]]:
     if os.path.basename(folder) != folder or folder in ("", ".", ".."):
         raise Malformed(f"{folder!r} is no name of a folder")
     listed = [(name, tuple(_a(int, n) for n in _a(list, shape)), dtype) for name, shape, dtype in _pairs(x["arrays"])]
-    return folder, [Apart(_a(str, name), shape, jnp.dtype(_dtype_name(dtype))) for name, shape, dtype in listed]
+    found = [Apart(_a(str, name), shape, jnp.dtype(_dtype_name(dtype))) for name, shape, dtype in listed]
+    if other := [x.name for x in found if not is_numeric(x.dtype)]:
+        raise Malformed(f"{other[0]!r} is no array of numbers")
+    return folder, found
 
 
 def parsed(x: Any, arrays: dict[str, Any]) -> Any:
