@@ -3,6 +3,9 @@
 import gc
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +66,37 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def started():
+    """Start Python on a script; what is left of it at the end of the test is killed."""
+    processes = []
+
+    def start(*command, **environment):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def together(started):
+    """Start Python on a script as each of some processes, with the arguments ADDRESS PROCESSES INDEX and others."""
+
+    def start(script, count, *arguments, devices):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+        return [started(script, address, count, index, *arguments, XLA_FLAGS=flags) for index in range(count)]
+
+    return start
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS INDEX FOLDER``.
+"""One of two processes with one mesh, for test_checkpoint.py: ``processes_run.py ADDRESS PROCESSES INDEX FOLDER``.
 
-It saves a sharded state with orbax, restores it and compares the bits; asks our ``save``, which must refuse; and trains
-with state in parts over both.
+It saves a sharded state with orbax, restores it and compares the bits; does so with ours; and trains with state in
+parts over both.
 """
 
 import sys
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,9 +42,55 @@ def train_in_parts(mesh, w):
     np.testing.assert_allclose(np.asarray(opt.params.addressable_data(0)), here, rtol=1e-5, atol=1e-6)
 
 
-def main(address, index, folder):
+def save_with_ours(folder, mesh, state):
+    """One call on all processes; it comes back in other parts, and whole, and an error of one is one of all."""
+    key_data = jax.device_put(np.arange(16, dtype=np.uint32).reshape(8, 2), NamedSharding(mesh, P("x")))
+    tree = {"opt": state, "keys": jax.random.wrap_key_data(key_data), "count": 3}
+    path = folder / "ours.safetensors"
+    for _ in range(2):
+        checkpoint.save(path, tree, keep=2)
+    assert len(list(folder.glob("ours.safetensors.*.parts"))) == 2
+    for spec in (P("x"), P()):  # those that were whole too, where the axis divides them
+        place = NamedSharding(mesh, spec)
+        like = {name: placed_otherwise(tree[name], place) for name in ("opt", "keys")} | {"count": 0}
+        loaded = checkpoint.load(path, like)
+        for x, y, its in zip(*map(jax.tree.leaves, (loaded, tree, like)), strict=True):
+            assert isinstance(x, int) or (x.dtype == y.dtype and x.sharding.is_equivalent_to(its.sharding, x.ndim))
+        assert_equal(loaded, tree)
+    half = jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
+    slots = {**like["opt"].slots, "exp_avg": {**like["opt"].slots["exp_avg"], "w": half}}
+    loaded = checkpoint.load(path, like | {"opt": like["opt"]._replace(slots=slots)})
+    assert loaded["opt"].slots["exp_avg"]["w"].dtype == jnp.bfloat16
+    whole = checkpoint.load(path)
+    assert all(x.is_fully_addressable for x in jax.tree.leaves(whole["opt"]))
+    assert_equal(whole, tree)
+    taken = folder / "taken"
+    taken.mkdir(exist_ok=True)
+    (taken / "file").touch()
+    message = "Is a directory|rename" if jax.process_index() == 0 else "taken could not be written by process 0"
+    with pytest.raises(OSError, match=message):
+        checkpoint.save(taken, tree)
+
+
+def placed_otherwise(tree, place):
+    """What stands for a tree whose arrays are under a sharding, but for counts."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) if x.shape else x, tree)
+
+
+def assert_equal(a, b):
+    """All of their bits, whole."""
+
+    def bits(x):
+        x = jax.random.key_data(x) if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key) else jnp.asarray(x)
+        return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)).tobytes()
+
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert bits(x) == bits(y)
+
+
+def main(address, processes, index, folder):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, 2, index)
+    jax.distributed.initialize(address, processes, index)
     assert (len(jax.devices()), len(jax.local_devices())) == (4, 2)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     values = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -66,11 +113,9 @@ def main(address, index, folder):
             assert np.asarray(x.data).tobytes() == np.asarray(y.data).tobytes()
     train_in_parts(mesh, params["w"])
     print("restored", flush=True)  # noqa: T201
-    try:
-        checkpoint.save(folder / "ours.safetensors", {"opt": state})
-    except ValueError as error:
-        print("refused:", error, flush=True)  # noqa: T201
+    save_with_ours(folder, mesh, state)
+    print("saved", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

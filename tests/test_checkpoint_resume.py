@@ -2,14 +2,11 @@
 
 import os
 import random
-import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,23 +170,6 @@ def test_a_rate_of_any_type_goes_on_bit_for_bit(lr, tmp_path):
     assert float(resumed.opt.param_groups[0]["lr"]) == float(run.opt.param_groups[0]["lr"])
 
 
-@pytest.fixture
-def started():
-    """Start Python on a script; what is left of it at the end of the test is killed."""
-    processes = []
-
-    def start(*command, **environment):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | environment, **pipes))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        if process.returncode is None:
-            process.kill()
-            process.communicate()
-
-
 def partial_files(folder):
     return [path for path in folder.iterdir() if path.name.endswith(".partial")]
 
@@ -269,14 +249,24 @@ def test_a_sharded_state_comes_back_from_orbax_and_from_us(case, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_save_with_orbax_and_ours_points_there(started, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    script = Path(__file__).parent / "processes_run.py"
-    two_devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [started(script, address, index, tmp_path, **two_devices) for index in range(2)]
+def test_two_processes_save_what_is_in_parts_over_both(together, tmp_path):
+    processes = together(Path(__file__).parent / "processes_run.py", 2, tmp_path, devices=2)
     for output, errors in [process.communicate(timeout=120) for process in processes]:
         assert "restored" in output, errors
-        assert re.search(r"refused: The array 'opt\..*several processes.*orbax", output), errors
-    assert not (tmp_path / "ours.safetensors").exists()
+        assert "saved" in output, errors
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_more_and_in_fewer_processes(together, tmp_path):
+    ends = []
+    for name, stages in {"alone": [(1, 4)], "moved": [(2, 2), (1, 3), (2, 4)]}.items():
+        folder, done = tmp_path / name, 0
+        folder.mkdir()
+        for count, steps in stages:
+            processes = together(Path(__file__).parent / "trained_run.py", count, folder, steps, devices=8 // count)
+            for output, errors in [process.communicate(timeout=120) for process in processes]:
+                assert f"from {done}\n" in output, errors
+                assert output.count("saved") == steps - done, errors
+            done = steps
+        ends.append(dict(np.load(folder / "end.npz")))
+    chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)

@@ -230,6 +230,12 @@ TEXTS = {
     "deep-complex": '{"format": 1, "tree": ' + '{"complex": [' * 400 + "]}" * 400 + "}",
     "deep-nodes": '{"format": 1, "tree": ' + '{"node": [["a", ' * 20_000 + "1" + ']], "type": "T"}' * 20_000 + "}",
     "huge-integer": f'{{"format": 1, "tree": {"9" * 100_000}}}',
+    "parts-of-no-sense": '{"format": 2, "tree": 1, "parts": []}',
+    "parts-without-arrays": '{"format": 2, "tree": 1, "parts": {"folder": "x"}}',
+    "parts-elsewhere": '{"format": 2, "tree": 1, "parts": {"folder": "../x", "arrays": []}}',
+    "parts-above": '{"format": 2, "tree": 1, "parts": {"folder": "..", "arrays": []}}',
+    "parts-of-objects": '{"format": 2, "tree": 1, "parts": {"folder": "x", "arrays": [["a", [1], "object"]]}}',
+    "parts-of-no-shape": '{"format": 2, "tree": 1, "parts": {"folder": "x", "arrays": [["a", ["b"], "int8"]]}}',
     "huge-version": f'{{"format": {"9" * 4000}, "tree": 1}}',
 }
 
@@ -239,6 +245,14 @@ def test_metadata_of_no_sense_is_an_error(text, tmp_path):
     with pytest.raises(ValueError, match=re.escape(NAME)) as caught:
         checkpoint.load(crafted(tmp_path / NAME, None, text=text))
     assert len(str(caught.value)) < 10_000
+
+
+def test_a_file_without_its_folder_says_so(tmp_path):
+    text = '{"format": 2, "tree": {"array": "a"}, "parts": {"folder": "x.parts", "arrays": [["a", [99], "int8"]]}}'
+    with pytest.raises(
+        FileNotFoundError, match=r"in the folder .*x\.parts, which is not there\. Move it with the file"
+    ):
+        checkpoint.load(crafted(tmp_path / NAME, None, text=text))
 
 
 def raw_file(header, data=b"", size=None):

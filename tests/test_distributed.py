@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections import Counter
 
 import chex
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jaxoptim
 from jaxoptim import pyro, rules
 from jaxoptim.distributed import state_shardings, zero
+from programs import collectives
 from table import FORMS, STATES, slow_unless
 
 AXIS_TYPES = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
@@ -67,12 +67,6 @@ def train(tx, params, batch, steps, state=None):
     for _ in range(steps):
         params, state = step(params, state, batch)
     return params, state, text
-
-
-def collectives(text):
-    """How many there are of each kind."""
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
 
 
 def assert_shardings(tree, shardings):

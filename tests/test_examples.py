@@ -370,10 +370,30 @@ transformer.main()
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    ends = []
+    for processes, epochs, name in ((2, 2, "run"), (1, 4, "run"), (2, 4, "undisturbed")):
+        options = ["--processes", processes, "--epochs", epochs, "--checkpoint", tmp_path / f"{name}.safetensors"]
+        done = python(ROOT / "examples" / "multi_host.py", *options, XLA_FLAGS="")
+        assert done.returncode == 0, done.stderr
+        ends.append(re.findall(r"^(epoch.*|test accuracy.*)$", done.stdout, re.M))
+    assert [line.split(":")[0] for line in ends[1]] == [
+        "epoch 3",
+        "epoch 4",
+        "test accuracy on 1 devices of 1 processes",
+    ]
+    assert ends[2][:2] == ends[0][:2]
+    assert ends[2][2:4] == ends[1][:2]
+    accuracy = re.fullmatch(r"test accuracy on 2 devices of 2 processes: (.*)%", ends[2][-1])[1]
+    assert float(accuracy) > 94
+
+
 def test_a_wrong_option_is_one_line(tmp_path):
     wrong = {
         ("beta_vae_digits", "--epochs", "none"): "argument --epochs: 'none' is not a number of epochs",
         ("llc_digits", "--epochs", "none"): "argument --epochs: 'none' is not a number of epochs",
+        ("multi_host", "--index", "1"): "--coordinator and --index go together$",
         ("one_cycle", "--epochs", "two"): "argument --epochs: 'two' is not a number of epochs",
         ("plateau_ema", "--out", __file__): f".*{re.escape(__file__)}",
         ("plot_schedules", "--steps", "3"): "unrecognized arguments: --steps 3$",
@@ -382,7 +402,10 @@ def test_a_wrong_option_is_one_line(tmp_path):
         ("train_digits", "--epochs", "0"): ".*'0'.* >= 1",
         ("transformer", "--epochs", "none"): "argument --epochs: 'none' is not a number of epochs",
     }
-    commands = [[*command, *([] if "--out" in command else ["--out", str(tmp_path / "out")])] for command in wrong]
+    commands = [
+        [*command, *([] if "--out" in command or "multi_host" in command else ["--out", str(tmp_path / "out")])]
+        for command in wrong
+    ]
     code = f"""
 import importlib, sys
 for command in {commands}:

@@ -21,6 +21,7 @@ from jaxoptim.optim import Parameter
 from jaxoptim.pyro import optim as named
 from jaxoptim.pyro.infer import SVI
 from jaxoptim.pyro.optim.multi import MixedMultiOptimizer, Newton
+from programs import collectives
 
 KEY = jax.random.key(11)
 KEYS = jax.random.split(KEY, 5)
@@ -222,3 +223,33 @@ def test_values_to_begin_with_are_those_of_all_fits():
     svi = of(OPTIMIZERS["rule"], point, KEY, init_params={"start": 1.5})
     found = svi.run_many(3, 1, DATA, progress_bar=False)
     assert len(np.unique(found.losses)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decaying", pytest.param("Newton", marks=pytest.mark.slow)])
+def test_fits_are_spread_over_a_mesh(name, monkeypatch):
+    """With the numbers of one device, no word between the fits, and the best goes on on one."""
+    texts, program = [], loops.minimize_fits
+
+    def minimize_fits(*args, mesh):
+        if mesh is not None and not texts:
+            texts.append(program.lower(*args, mesh=mesh).compile().as_text())
+        return program(*args, mesh=mesh)
+
+    monkeypatch.setattr(loops, "minimize_fits", minimize_fits)
+    guide, mesh = point if name == "Newton" else somewhere, jax.make_mesh((8,), ("fits",))
+    here, there = (of(OPTIMIZERS[name], guide, KEY) for _ in range(2))
+    expected = here.run_many(16, 40, DATA, progress_bar=False)
+    found = there.run_many(16, 40, DATA, progress_bar=False, mesh=mesh)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-5, atol=1e-5)
+    assert [shard.data.shape for shard in found.params["start"].addressable_shards] == [(2,)] * 8
+    assert found.best == expected.best
+    assert not collectives(*texts)
+    np.testing.assert_allclose(there.run(5, DATA, progress_bar=False), here.run(5, DATA, progress_bar=False), rtol=1e-4)
+    assert len(there.get_params()["start"].sharding.device_set) == 1
+
+
+def test_fits_do_not_divide_over_a_mesh():
+    with pytest.raises(ValueError, match="The mesh has 8 devices, which do not divide 5 fits"):
+        of(OPTIMIZERS["rule"], point, KEY).run_many(5, 3, DATA, mesh=jax.make_mesh((8,), ("fits",)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,11 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxoptim.checkpoint.apart import Apart
 from jaxoptim.core import OptState, owned
 from jaxoptim.core.numerics import is_numeric, placed_like
+from jaxoptim.core.placement import is_in_parts
 from jaxoptim.optim.state_dicts import StateDict
 
-NamedArrays = dict[str, np.ndarray]
+
+class NamedArrays(dict[str, Any]):
+    """Arrays to be saved by name: NumPy's, and JAX's where this process has a part only.
+
+    Attributes:
+        is_shared: whether one of them is on the devices of several processes.
+    """
+
+    is_shared = False
+
+
 Path = tuple[str, ...]
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -40,13 +53,14 @@ class Stored(NamedTuple):
     """An array from a file.
 
     Attributes:
-        host: its numbers; the data of a key.
+        host: its numbers, the data of a key; JAX's array where it is spread over several processes, and an
+            :class:`Apart` until it is read.
         numpy: whether it was an array of NumPy.
         scalar: whether it was a scalar of NumPy.
         key: the kind of PRNG key that it is the data of, or None.
     """
 
-    host: np.ndarray
+    host: Any
     numpy: bool
     scalar: bool
     key: str | None
@@ -87,7 +101,7 @@ def encoded(x: Any, path: Path, arrays: NamedArrays, nodes: bool = True) -> Any:
         nodes: whether other nodes than dicts, lists and tuples are allowed, which only ``like`` can restore.
 
     Raises:
-        ``TypeError`` for what is no data, ``ValueError`` for an array that is not all here; with the path.
+        ``TypeError`` for what is no data, with the path.
     """
     if isinstance(x, int) and x.bit_length() > _HEXADECIMAL:
         return {"int": hex(x)}
@@ -133,15 +147,15 @@ def _encoded_array(x: Any, path: Path, arrays: NamedArrays) -> dict[str, Any]:
         raise TypeError(f"A checkpoint is saved outside of compiled functions, but {dotted(path)} is traced.")
     entry: dict[str, Any] = {}
     if isinstance(x, jax.Array):
-        if not x.is_fully_addressable:
-            raise ValueError(
-                f"The array {dotted(path)} is spread over several processes. Save it with orbax, which writes from all."
-            )
+        arrays.is_shared |= not x.is_fully_addressable
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             entry["key"] = str(jax.random.key_impl(x))
             x = jax.random.key_data(x)
     elif isinstance(x, np.generic):
         entry["scalar"] = True
+    if is_in_parts(x):
+        arrays[name := _free_name(path, arrays)] = x
+        return {"array": name, **entry}
     host = np.asarray(x, order="C")
     if not is_numeric(host.dtype):
         raise TypeError(f"A checkpoint holds arrays of numbers, but {dotted(path)} has dtype {host.dtype}.")
@@ -151,19 +165,40 @@ def _encoded_array(x: Any, path: Path, arrays: NamedArrays) -> dict[str, Any]:
     if host.dtype.name not in _NATIVE:
         entry["dtype"] = host.dtype.name
         host = np.frombuffer(host.tobytes(), np.uint8).reshape(*host.shape, host.dtype.itemsize)
+    arrays[name := _free_name(path, arrays)] = host
+    return {"array" if isinstance(x, jax.Array) else "numpy": name, **entry}
+
+
+def _free_name(path: Path, arrays: NamedArrays) -> str:
+    """A name for the array at a path."""
     base = name = ".".join(path).encode("utf-8", "backslashreplace").decode() or "array"
     for number in range(len(arrays) + 1):
         if name not in arrays and name != "__metadata__":
             break
         name = f"{base} ({number + 2})"
-    arrays[name] = host
-    return {"array" if isinstance(x, jax.Array) else "numpy": name, **entry}
+    return name
 
 
 # From JSON.
 
 
-def parsed(x: Any, arrays: NamedArrays) -> Any:
+def parsed_apart(x: Any) -> tuple[str, list[Apart]]:
+    """The name of the folder of the arrays that are not in a file, and these.
+
+    Raises:
+        As :func:`parsed`.
+    """
+    folder = _a(str, x["folder"])
+    if os.path.basename(folder) != folder or folder in ("", ".", ".."):
+        raise Malformed(f"{folder!r} is no name of a folder")
+    listed = [(name, tuple(_a(int, n) for n in _a(list, shape)), dtype) for name, shape, dtype in _pairs(x["arrays"])]
+    found = [Apart(_a(str, name), shape, jnp.dtype(_dtype_name(dtype))) for name, shape, dtype in listed]
+    if other := [x.name for x in found if not is_numeric(x.dtype)]:
+        raise Malformed(f"{other[0]!r} is no array of numbers")
+    return folder, found
+
+
+def parsed(x: Any, arrays: dict[str, Any]) -> Any:
     """The tree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
 
     Raises:
@@ -277,7 +312,8 @@ def _decoded_array(x: Stored, path: Path) -> Any:
             f"{dotted(path)} has dtype {x.host.dtype}, of which JAX would make {held}. Switch jax_enable_x64 on "
             "(JAX_ENABLE_X64=1), or give load(path, like=...) a tree with the dtypes that you want."
         )
-    return owned(x.host) if x.key is None else jax.random.wrap_key_data(owned(x.host), impl=x.key)
+    own = x.host if isinstance(x.host, jax.Array) else owned(x.host)
+    return own if x.key is None else jax.random.wrap_key_data(own, impl=x.key)
 
 
 def decoded_like(x: Any, like: Any) -> Any:
@@ -292,8 +328,7 @@ def decoded_like(x: Any, like: Any) -> Any:
         if path in found:
             raise ValueError(f"It has two things at {dotted(path)}, which like cannot tell apart.")
         found[path] = leaf
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: isinstance(x, StateDict))
-    wanted = [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves]
+    wanted, treedef = _wanted(like)
     paths = {path for path, _ in wanted}
     for state in states:  # an array that has missed no update, and so has no count of its own, has the tree's
         own = [path for path in paths if path[: len(state) + 1] == (*state, "counts")]
@@ -303,6 +338,25 @@ def decoded_like(x: Any, like: Any) -> Any:
     if extra := [path for path in found if path not in paths]:
         raise ValueError(f"It has something that like lacks at {dotted(extra[0])} ({len(extra)} such).")
     return jax.tree.unflatten(treedef, [_leaf_like(found[path], path, leaf) for path, leaf in wanted])
+
+
+def places(x: Any, like: Any) -> dict[str, Any]:
+    """By name the shardings that arrays which are still to be read have in another tree of the same structure."""
+    wanted, found = dict(_wanted(like)[0]), dict[str, Any]()
+    for path, stored in _leaves(x, (), []):
+        apart, its = getattr(stored, "host", None), wanted.get(path)
+        sharding = getattr(its, "sharding", None)
+        if its is None or sharding is None or not isinstance(apart, Apart):
+            continue
+        if stored.key is not None or (its.shape, its.dtype) == (apart.shape, apart.dtype):
+            found[apart.name] = sharding  # another dtype, or shape, is converted or refused on the host
+    return found
+
+
+def _wanted(like: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves of a tree, of which a state dict is one, with paths; and its structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: isinstance(x, StateDict))
+    return [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves], treedef
 
 
 def _leaves(x: Any, path: Path, states: list[Path]) -> Iterator[tuple[Path, Any]]:
@@ -338,6 +392,8 @@ def _leaf_like(x: Any, path: Path, like: Any) -> Any:
         found = getattr(value, "dtype", type(value).__name__)
         if found != like.dtype:
             raise ValueError(f"{dotted(path)} is {found} in the checkpoint, {like.dtype} in like.")
+    elif isinstance(x, Stored) and isinstance(x.host, jax.Array):
+        return x.host
     else:
         value = _converted(x, path, like.dtype)
     if value.shape != tuple(like.shape):

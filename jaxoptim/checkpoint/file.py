@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxoptim.checkpoint.encoding import NamedArrays, decoded, decoded_like, encoded, parsed
+from jaxoptim.checkpoint import apart
+from jaxoptim.checkpoint.encoding import NamedArrays, decoded, decoded_like, encoded, parsed, parsed_apart, places
 from jaxoptim.core.shown import shown
 
 FORMAT_VERSION = 2
@@ -31,6 +33,11 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
     The file is written beside ``path``, brought to the disk, and renamed; whoever reads ``path`` finds the old
     checkpoint or the new one, also after a crash at any moment.
 
+    Where an array is on the devices of several processes, all of them make this call, with one ``path`` on a disk that
+    they share. Process 0 writes the file; arrays of which no process has all are written by orbax, by each process its
+    own part, into a folder beside it, ``<path>.<...>.parts``, which goes with the file. The checkpoint is read by any
+    number of processes.
+
     Args:
         path: the file. Its folder must exist.
         state_dict: what ``state_dict()`` of optimizers, schedulers and averaged models gave, arrays, typed PRNG
@@ -40,9 +47,9 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
             ``<path>.1`` (the newest), ``<path>.2``, ... A smaller number than before removes none of them.
 
     Raises:
-        ``TypeError`` for what is no data, such as a function, with its path; ``ValueError`` for an array of which
-        this process has only a part (use orbax), for hundreds of dicts in each other, and for ``keep`` below 1;
-        ``OSError`` of the disk. What was at ``path`` is still there then.
+        ``TypeError`` for what is no data, such as a function, with its path; ``ValueError`` for hundreds of dicts in
+        each other, and for ``keep`` below 1; ``OSError`` of the disk, on all processes. What was at ``path`` is still
+        there then.
 
     Examples:
         >>> import tempfile, jax, jax.numpy as jnp
@@ -59,31 +66,75 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
     """
     from jaxoptim import __version__
 
-    safetensors = _safetensors()
+    _safetensors()
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep is the number of checkpoints to keep, an int >= 1, but got {shown(keep)}.")
-    arrays: NamedArrays = {}
+    arrays = NamedArrays()
     try:
         tree = encoded(state_dict, (), arrays)
     except RecursionError as error:
         raise ValueError("The tree to save is nested too deeply, or holds itself.") from error
-    content = json.dumps({"format": FORMAT_VERSION, "jaxoptim": __version__, "tree": tree}, allow_nan=False)
-    with _replacing(Path(os.path.realpath(path)), keep) as partial:
+    content: dict[str, Any] = {"format": FORMAT_VERSION, "jaxoptim": __version__, "tree": tree}
+    real = Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise FileNotFoundError(f"The folder {real.parent}, where the checkpoint should go, does not exist.")
+    if not arrays.is_shared:
+        _write(real, content, arrays, keep)
+        return
+    parts = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
+    if parts:
+        folder = apart.common_name(real.name)
+        listed = [[name, x.shape, x.dtype.name] for name, x in parts.items()]
+        content["parts"] = {"folder": folder, "arrays": listed}
+        apart.write(real.parent / folder, parts)
+    failure: Exception | None = None
+    if jax.process_index() == 0:
         try:
-            safetensors.numpy.save_file(
-                arrays, partial, metadata={"jaxoptim": content, "sha256": _checksum(content, arrays)}
-            )
+            _write(real, content, {name: x for name, x in arrays.items() if name not in parts}, keep)
+        except Exception as error:
+            failure = error
+    apart.agree(real, failure)
+
+
+def _write(path: Path, content: dict[str, Any], arrays: dict[str, np.ndarray], keep: int) -> None:
+    """Write the file of a checkpoint, and remove the folders of those that it has replaced."""
+    safetensors, text = _safetensors(), json.dumps(content, allow_nan=False)
+    with _replacing(path, keep) as partial:
+        try:
+            safetensors.numpy.save_file(arrays, partial, metadata={"jaxoptim": text, "sha256": _checksum(text, arrays)})
         except safetensors.SafetensorError as error:
-            raise OSError(f"The checkpoint {os.fspath(path)} could not be written: {error}") from error
+            raise OSError(f"The checkpoint {path} could not be written: {error}") from error
+    if folders := apart.folders(path):
+        used, number, file = set[str | None](), 0, path
+        while file.exists():
+            used.add(_folder_of(file))
+            number += 1
+            file = _earlier(path, number)
+        for folder in folders:
+            if folder.name not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder_of(file: Path) -> str | None:
+    """The folder that a checkpoint has arrays in, if it is one and has any."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            return json.loads(tensors.metadata()["jaxoptim"])["parts"]["folder"]
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
     """Read what :func:`save` wrote. Nothing in a file is executed, whoever made it.
 
+    A checkpoint of arrays that were spread over several processes is read by all processes that there are now.
+
     Args:
         path: the file.
         like: a pytree, concrete or from ``jax.eval_shape``, of the structure that was saved (default None). Each
-            array comes in the dtype and with the sharding of the one in ``like``. Where it has the state dict of
+            array comes in the dtype and with the sharding of the one in ``like``, of which each process then reads its
+            own part; without, each reads all. Where it has the state dict of
             an optimizer, whatever that holds, the one that was saved comes as it was; where an ``OptState`` has a
             count of an array that has none of its own in the file, that of the tree.
 
@@ -107,7 +158,12 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
         (0, 0)
     """
     path = Path(path)
-    tree = _read(path)
+    content, arrays = _read(path)
+    tree = _parsed(path, content, arrays)
+    if "parts" in content:
+        folder, parts = parsed_apart(content["parts"])
+        wanted = {} if like is None else places(tree, like)
+        tree = _parsed(path, content, arrays | apart.read(Path(os.path.realpath(path)).parent / folder, parts, wanted))
     try:
         return decoded(tree) if like is None else decoded_like(tree, like)
     except ValueError as error:
@@ -125,7 +181,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _checksum(content: str, arrays: NamedArrays) -> str:
+def _checksum(content: str, arrays: dict[str, np.ndarray]) -> str:
     """A digest of everything that is read."""
     digest = hashlib.sha256(content.encode())
     for name in sorted(arrays):
@@ -135,8 +191,8 @@ def _checksum(content: str, arrays: NamedArrays) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Any:
-    """The tree in a file, checked."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata of a file and its arrays by name, checked."""
     safetensors = _safetensors()
     with path.open("rb") as file:
         start = file.read(1)
@@ -156,8 +212,14 @@ def _read(path: Path) -> Any:
         raise _damaged(path, f"it is no file of safetensors ({error})") from error
     if _checksum(metadata["jaxoptim"], arrays) != metadata["sha256"]:
         raise _damaged(path, "its checksum is wrong")
+    return content, arrays
+
+
+def _parsed(path: Path, content: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    """The tree in a file; of arrays that are not in it those that were read, and else what stands for them."""
     try:
-        return parsed(content["tree"], arrays)
+        known = {x.name: x for x in parsed_apart(content["parts"])[1]} if "parts" in content else {}
+        return parsed(content["tree"], known | arrays)
     except Exception as error:  # whatever a file can be made to say
         problem = f"The checkpoint {path} was not written by jaxoptim ({error!r:.200})."
         raise ValueError(problem + _advice(path)) from error
@@ -196,8 +258,6 @@ def _earlier(path: Path, number: int) -> Path:
 @contextlib.contextmanager
 def _replacing(path: Path, keep: int) -> Iterator[Path]:
     """A file to write, which takes the place of ``path`` when it is complete; at each moment ``path`` is whole."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent}, where the checkpoint should go, does not exist.")
     mine = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(mine)}*.partial"):
         if not _is_running(left.name.removeprefix(mine).split(".")[0]):

@@ -5,11 +5,59 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.numerics import put
+from jaxoptim.core.shown import shown
 
 T = TypeVar("T")
+
+
+def check_mesh(mesh: Any) -> Mesh | None:
+    """The mesh that was given, or None; raises a ``TypeError`` for anything else."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh takes a Mesh, such as jax.make_mesh((8,), ('data',)), but got {shown(mesh)}.")
+    return mesh
+
+
+def along(mesh: Mesh, axis: str) -> Mesh:
+    """All devices of a mesh along one axis, of the automatic kind."""
+    return Mesh(mesh.devices.reshape(-1), (axis,))
+
+
+def readable(tree: T) -> T:
+    """A tree whose arrays this process can read: those of which it has a part only are then whole on every device.
+
+    All processes that have a part of one call this.
+    """
+
+    def whole(x: Any) -> Any:
+        if not is_in_parts(x) or not isinstance(x.sharding, NamedSharding):
+            return x
+        return put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+
+    return jax.tree.map(whole, tree)
+
+
+def is_in_parts(x: Any) -> bool:
+    """Whether this process has a part of an array only."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
+
+
+def is_over_processes(mesh: Mesh | None) -> bool:
+    """Whether a mesh has devices of several processes."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def largest(mesh: Mesh | None, number: float) -> float:
+    """The largest of the numbers of all processes of a mesh, which thus decide alike."""
+    if mesh is None or not is_over_processes(mesh):
+        return number
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    own = np.full(len(mesh.local_devices), number, np.float32)
+    return float(jnp.max(jax.make_array_from_process_local_data(each, own)))
 
 
 def mesh_of(tree: Any) -> Mesh | None:

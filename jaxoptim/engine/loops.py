@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxoptim.core.loss import Loss
 from jaxoptim.engine.programs import Arrays, StepNumbers, StepOptions, minimized
@@ -145,7 +146,7 @@ minimize_many = jax.jit(_many, **_static)
 """Many steps as a compiled call."""
 
 
-@functools.partial(jax.jit, **_static)
+@functools.partial(jax.jit, **_static | {"static_argnames": (*_static["static_argnames"], "mesh")})
 def minimize_fits(
     updates: tuple[Update, ...],
     loss: Loss,
@@ -159,16 +160,28 @@ def minimize_fits(
     given: Any,
     num_steps: Any,
     always: jax.Array,
+    mesh: Mesh | None = None,
 ) -> tuple[list[Any], Any, jax.Array, jax.Array]:
     """Make steps of several fits of the same parameters: ``leaves`` and ``carried`` have a first axis of fits.
 
-    The arguments are those of :func:`minimize_many`; what is returned has a first axis of fits too.
+    The arguments are those of :func:`minimize_many`, and the mesh whose devices the fits are spread over, if there is
+    one; what is returned has a first axis of fits too.
     """
 
-    def fit(leaves: tuple[Arrays, ...], carried: Any) -> Any:
-        return _many(updates, loss, options, turn, data, series, leaves, held, carried, given, num_steps, always)
+    def fits(leaves: tuple[Arrays, ...], carried: Any, common: tuple[Any, ...]) -> Any:
+        data, series, held, given, num_steps, always = common
 
-    return jax.vmap(fit)(leaves, carried)
+        def fit(leaves: tuple[Arrays, ...], carried: Any) -> Any:
+            return _many(updates, loss, options, turn, data, series, leaves, held, carried, given, num_steps, always)
+
+        return jax.vmap(fit)(leaves, carried)
+
+    common = data, series, held, given, num_steps, always
+    if mesh is None:
+        return fits(leaves, carried, common)
+    along = PartitionSpec(mesh.axis_names)
+    specs = along, along, PartitionSpec()
+    return jax.shard_map(fits, mesh=mesh, in_specs=specs, out_specs=along, check_vma=False)(leaves, carried, common)
 
 
 def _is_none(x: Any) -> bool:

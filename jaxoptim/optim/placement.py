@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.numerics import put
+from jaxoptim.core.placement import check_mesh
 from jaxoptim.core.shown import shown
 from jaxoptim.distributed import layouts
 from jaxoptim.engine.slots import abstract_slots
@@ -18,11 +19,9 @@ from jaxoptim.optim.storage import Storage
 
 def checked(mesh: Any, zero: Any) -> Mesh | None:
     """The mesh of an optimizer; raises for what is none."""
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(f"mesh takes a Mesh, such as jax.make_mesh((8,), ('data',)), but got {shown(mesh)}.")
     if zero is not None and mesh is None:
         raise TypeError(f"zero={shown(zero)} names an axis of a mesh, but no mesh was given. Give mesh= too.")
-    return mesh
+    return check_mesh(mesh)
 
 
 def data_axes(mesh: Any, zero: Any) -> layouts.Axes:

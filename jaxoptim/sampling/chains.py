@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import Rule
 from jaxoptim.core.noise import fold_in
+from jaxoptim.core.numerics import put
+from jaxoptim.core.placement import along
 from jaxoptim.sampling import chain
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
 from jaxoptim.sampling.streams import of_chain
@@ -28,8 +30,21 @@ _MEDIUM = 65536
 """The same limit where one device has several cores, which work together on all chains only."""
 
 
-def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str, Mesh | None]:
-    """The method of running chains, and the devices to spread them over (None: they stay where their inputs are)."""
+def layout(
+    method: str, num_chains: int, params: Any, given: Given, mesh: Mesh | None = None
+) -> tuple[str, Mesh | None]:
+    """The method of running chains, and the devices to spread them over (None: they stay where their inputs are).
+
+    Args:
+        method: as :func:`jaxoptim.sampling.sample` takes it.
+        num_chains: how many chains there are, of all settings and points.
+        params: where they begin.
+        given: what all are given.
+        mesh: the devices that the user wants; None to choose among those of this process.
+
+    Raises:
+        ``ValueError`` for a mesh whose devices do not divide the chains.
+    """
     arrays = [x for x in jax.tree.leaves((params, given)) if isinstance(x, jax.Array)]
     devices = set().union(*(x.devices() for x in arrays)) if arrays else set()
     platform = next(iter(devices)).platform if devices else jax.default_backend()
@@ -38,6 +53,13 @@ def layout(method: str, num_chains: int, params: Any, given: Given) -> tuple[str
         size = sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(params))
         alone = len(jax.local_devices(backend=platform)) == 1 < cores
         method = "map" if platform == "cpu" and size > (_MEDIUM if alone else _SMALL) else "vmap"
+    if mesh is not None:
+        if num_chains % mesh.size:
+            raise ValueError(
+                f"The mesh has {mesh.size} devices, which do not divide {num_chains} chains. Give another num_chains, "
+                "or a mesh of some of its devices."
+            )
+        return method, along(mesh, "chains") if mesh.size > 1 else None
     candidates = jax.local_devices(backend=platform)
     if platform == "cpu":  # more devices than cores only get in each other's way
         candidates = candidates[:cores]
@@ -188,9 +210,9 @@ def _over_chains(
 
     if mesh is None:
         return some(in_rows, mapped, common)
-    along = PartitionSpec("chains")
-    specs = along, along, PartitionSpec()
-    spread = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=along, check_vma=False)
+    of_chains = PartitionSpec("chains")
+    specs = of_chains, of_chains, PartitionSpec()
+    spread = jax.shard_map(some, mesh=mesh, in_specs=specs, out_specs=of_chains, check_vma=False)
     return spread(in_rows, mapped, common)
 
 
@@ -211,4 +233,4 @@ def _given_at(given: Given, start: Any) -> Given:
 
 def on_all(mesh: Mesh | None, tree: Any) -> Any:
     """Arrays on every device of a mesh, sent there once."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))

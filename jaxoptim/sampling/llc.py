@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.core import Rule
 from jaxoptim.core.batches import size_of
@@ -226,6 +227,7 @@ def estimate_llc(
     microbatches: int = 1,
     same_batches: bool = False,
     chain_method: str = "auto",
+    mesh: Mesh | None = None,
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -270,6 +272,7 @@ def estimate_llc(
         microbatches: as for :func:`sample` (default 1).
         same_batches: as for :func:`sample` (default False).
         chain_method: as for :func:`sample` (default ``"auto"``).
+        mesh: as for :func:`sample` (default None).
         observables: as for :func:`sample` (default None).
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
@@ -331,6 +334,7 @@ def estimate_llc(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        mesh=mesh,
         until_mcse=until_mcse,
         control_variates=control_variates,
         metropolis=metropolis,

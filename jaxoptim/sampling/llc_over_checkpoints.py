@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.core.arriving import is_arriving
 from jaxoptim.core.shown import aligned, shown
@@ -205,6 +206,7 @@ def llc_over_checkpoints(
     microbatches: int = 1,
     same_batches: bool = False,
     chain_method: str = "auto",
+    mesh: Mesh | None = None,
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -250,6 +252,7 @@ def llc_over_checkpoints(
         microbatches: as for :func:`sample` (default 1).
         same_batches: as for :func:`sample` (default False).
         chain_method: as for :func:`sample` (default ``"auto"``).
+        mesh: as for :func:`sample` (default None).
         observables: as for :func:`sample` (default None).
         progress: as for :func:`sample`, a bar for each group that is taken at once (default False).
         checkpoint: as for :func:`sample`: a file of the chains, or, unless all checkpoints are taken at once, one for
@@ -300,6 +303,7 @@ def llc_over_checkpoints(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        mesh=mesh,
     )
     check_sampler(sampler)
     given = points(checkpoints, names, stacked, read)

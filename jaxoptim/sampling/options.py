@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.noise import check_key, fold_in
+from jaxoptim.core.placement import check_mesh
 from jaxoptim.interop.numpyro import required
 from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.metropolis import ACCEPTANCE
@@ -49,6 +51,7 @@ class RunOptions:
     control_variates: ControlVariates | None = None
     metropolis: bool = False
     num_steps_bw_swaps: int | None = None
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -74,6 +77,7 @@ class RunOptions:
             required()
         if not isinstance(self.same_batches, bool):
             raise ValueError(f"Invalid same_batches: {self.same_batches!r}. It is True or False.")
+        check_mesh(self.mesh)
         _check_probes(self.probes)
         if self.chain_method not in METHODS:
             allowed = ", ".join(map(repr, METHODS))

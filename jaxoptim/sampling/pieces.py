@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.placement import readable
 from jaxoptim.sampling.options import RunOptions
 
 BYTES_ON_DEVICE = 2**26
@@ -39,7 +40,7 @@ class Pieces(abc.ABC):
         """Take the draws that are whole at a step and still on the device."""
         count = self._options.draws_at(step) - self.taken
         if count:
-            block = jax.tree.map(lambda x: np.asarray(x)[:, :count], traces)
+            block = jax.tree.map(lambda x: np.asarray(x)[:, :count], readable(traces))
             with Uninterrupted():  # until it is known what is here
                 self._append(block)
                 self.taken += count

@@ -15,6 +15,7 @@ from jaxoptim.core import Hyperparameters, Rule, Sampler
 from jaxoptim.core.interrupts import Uninterrupted
 from jaxoptim.core.modules import trained_of
 from jaxoptim.core.numerics import strong
+from jaxoptim.core.placement import is_over_processes, largest, readable
 from jaxoptim.core.rule import assembled
 from jaxoptim.sampling import chains, saved
 from jaxoptim.sampling.chain import Chain, ChainSpec, Thinning
@@ -130,8 +131,10 @@ def prepare(
     room = room_for(options.num_draws)
     others = options.microbatches, options.metropolis, options.num_chains
     spec = ChainSpec(target, transformation, options.batch_size, options.watched(), room, *others)
-    method, mesh = chains.layout(options.chain_method, count, one.arrays, one.given)
+    method, mesh = chains.layout(options.chain_method, count, one.arrays, one.given, options.mesh)
     given = given._replace(batch_key=options.batch_key, swaps=options.swaps)
+    if options.store is not None and is_over_processes(mesh):
+        raise ValueError("A store is written by one process, but the mesh has devices of several. Leave store= out.")
     numbers = np.arange(count) % options.num_chains
     settings = np.arange(count) // options.num_chains % num_settings
     starts = None if problem.num_starts is None else np.arange(count) // (options.num_chains * num_settings)
@@ -221,7 +224,7 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
         if options.until_mcse is None or not is_look(draws):
             return False
         if pieces is None:
-            loss = np.asarray(state.traces["loss"])[:, :draws]
+            loss = np.asarray(readable(state.traces["loss"]))[:, :draws]
         else:
             pieces.take(start, state.traces)
             loss = pieces.loss()
@@ -229,7 +232,7 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
 
     if options.store is not None and not start:
         save()  # before there are draws, which are not known without it
-    piece, last_save = max(1, options.num_steps // 100), time.monotonic()
+    piece, since_save = max(1, options.num_steps // 100), 0.0
     with bar(options.num_steps, start, options.progress) as show:
         try:
             while start < options.num_steps and not is_enough():
@@ -249,16 +252,19 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
                     )
                     jax.block_until_ready(state.traces)
                     start = stop
-                if time.monotonic() - before < _SECONDS_OF_A_PIECE:
+                seconds = largest(mesh, time.monotonic() - before)
+                since_save += seconds
+                if seconds < _SECONDS_OF_A_PIECE:
                     piece *= 2
                 if pieces is not None and start == pieces.limit():
                     pieces.take(start, state.traces)
                 show(start)
-                if options.saved_at is not None and time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
+                if options.saved_at is not None and since_save > _SECONDS_BETWEEN_SAVES:
                     save()
-                    last_save = time.monotonic()
+                    since_save = 0.0
         except KeyboardInterrupt:
-            save()
+            if not is_over_processes(mesh):  # which are interrupted at different steps
+                save()
             raise
     save()
     return state, options.draws_at(start)
@@ -268,13 +274,14 @@ def _observed(prepared: Run, state: Chain, num_draws: int) -> dict[str, Any]:
     """The results of chains that are at their end; what is no more on the device is NumPy's."""
     spec, pieces = prepared.spec, prepared.pieces
     if pieces is None:
-        return chains.results(spec, num_draws, state)
+        return readable(chains.results(spec, num_draws, state))
     traces = pieces.traces(state.traces)
     made = tuple((name, of) for name, of in spec.observables if is_made(of))
     names = dict(made).keys()
     found = {name: x for name, x in traces.items() if name not in names}
     memories, own = ({name: of[name] for name in names} for of in (state.memories, traces))
-    found |= chains.results(spec._replace(observables=made), num_draws, state._replace(memories=memories, traces=own))
+    results = chains.results(spec._replace(observables=made), num_draws, state._replace(memories=memories, traces=own))
+    found |= readable(results)
     pieces.finish(found)
     return found
 

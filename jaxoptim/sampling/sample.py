@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.sampling.control_variates import ControlVariates
 from jaxoptim.sampling.labelled import dataset
@@ -90,6 +91,7 @@ def sample(
     microbatches: int = 1,
     same_batches: bool = False,
     chain_method: str = "auto",
+    mesh: Mesh | None = None,
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -156,6 +158,12 @@ def sample(
             the chains are spread over as many as divide their number. A CPU is one device, whose cores share the work
             of a step; ``jax.config.update("jax_num_cpu_devices", cores)`` before anything else lets each core run
             chains of its own, which is faster.
+        mesh: the devices to spread the chains over, each of which runs as many and never waits for another:
+            ``jax.make_mesh((8,), ("chains",))`` takes 8, and all of its axes count. They divide the number of chains,
+            and what is given to all chains is whole on each. They may be of several processes, which all make this call
+            with the same arguments: what comes back is then whole on all of them but for ``Samples.params``, whose
+            chains stay where they are; Ctrl-C saves nothing there, and there is no ``store`` (default None: devices of
+            this process, as ``chain_method`` says).
         observables: by name what to observe at the draws besides the loss: functions of the parameters, as the loss
             gets them, or :class:`Observable` (default None). Of a module that a function returns, the sampled arrays
             are kept.
@@ -206,10 +214,10 @@ def sample(
 
     Raises:
         ``ValueError`` for a number out of range, for data or a probe of different lengths, for batches of different
-        shapes, or that end before the last step, for an unknown ``chain_method``, and for a checkpoint or a store of
-        another run; ``TypeError`` for a key that is not typed, for a loss that is not a real scalar, for what is no
-        sampler, for a ``batch_size`` of batches, and for a module among other parameters. A chain that diverges raises
-        nothing: see ``Samples.diverged``.
+        shapes, or that end before the last step, for an unknown ``chain_method``, for a mesh that does not divide the
+        chains, and for a checkpoint or a store of another run; ``TypeError`` for a key that is not typed, for a loss
+        that is not a real scalar, for what is no sampler, for a ``batch_size`` of batches, and for a module among other
+        parameters. A chain that diverges raises nothing: see ``Samples.diverged``.
 
     References:
         Welling, Teh, Bayesian learning via stochastic gradient Langevin dynamics, ICML 2011. Roberts, Tweedie,
@@ -243,6 +251,7 @@ def sample(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        mesh=mesh,
         store=store,
         until_mcse=until_mcse,
         control_variates=control_variates,

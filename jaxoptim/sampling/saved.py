@@ -13,6 +13,7 @@ import numpy as np
 from jaxoptim import checkpoint
 from jaxoptim.core import trees
 from jaxoptim.core.noise import is_key
+from jaxoptim.core.numerics import put
 from jaxoptim.sampling.chain import Chain, ChainSpec
 from jaxoptim.sampling.excess import ExcessLosses
 from jaxoptim.sampling.losses import Losses
@@ -130,7 +131,7 @@ def _host() -> Any:
 
 def _fitted(x: jax.Array, like: jax.Array) -> jax.Array:
     """An array of a run in its place, a trace longer by the draws to come."""
-    x = jax.device_put(x, like.sharding)
+    x = put(x, like.sharding)
     return x if x.shape == like.shape else like.at[:, : x.shape[1]].set(x)
 
 

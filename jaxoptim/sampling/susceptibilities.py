@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.core.batches import size_of
 from jaxoptim.core.loss import LossFunctions
@@ -105,6 +106,7 @@ def susceptibilities(
     microbatches: int = 1,
     same_batches: bool = False,
     chain_method: str = "auto",
+    mesh: Mesh | None = None,
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -152,6 +154,7 @@ def susceptibilities(
         microbatches: as for :func:`sample` (default 1).
         same_batches: as for :func:`sample` (default False).
         chain_method: as for :func:`sample` (default ``"auto"``).
+        mesh: as for :func:`sample` (default None).
         observables: as for :func:`sample` (default None); the results are in ``llc.observables``.
         progress: as for :func:`sample` (default False).
         checkpoint: as for :func:`sample` (default None).
@@ -204,6 +207,7 @@ def susceptibilities(
         microbatches=microbatches,
         same_batches=same_batches,
         start_noise=start_noise,
+        mesh=mesh,
         control_variates=control_variates,
         metropolis=metropolis,
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim.core import enabled
 from jaxoptim.rules import SGLD
@@ -138,6 +139,7 @@ def parallel_tempering(
     batch_size: int | None = None,
     microbatches: int = 1,
     chain_method: str = "auto",
+    mesh: Mesh | None = None,
     observables: Mapping[str, Observable | Callable[[Any], Any]] | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -177,6 +179,7 @@ def parallel_tempering(
         batch_size: as for :func:`sample` (default None: all data in every step).
         microbatches: as for :func:`sample` (default 1).
         chain_method: as for :func:`sample` (default ``"auto"``).
+        mesh: as for :func:`sample` (default None).
         observables: as for :func:`sample`, of each temperature (default None). A swap between two steps is part of the
             second one.
         progress: as for :func:`sample` (default False).
@@ -224,6 +227,7 @@ def parallel_tempering(
         probes=probes,
         microbatches=microbatches,
         start_noise=start_noise,
+        mesh=mesh,
         store=store,
         until_mcse=until_mcse,
         control_variates=control_variates,

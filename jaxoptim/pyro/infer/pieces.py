@@ -8,14 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxoptim.core.placement import largest
 from jaxoptim.engine.loops import CAPACITY
 
 _SECONDS = 0.1
 """The least time of one call, so that calls cost nothing; between them there is time for the bar and for Ctrl-C."""
 
 
-def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.ndarray], most: int = 1) -> int:
+def in_pieces(
+    num_steps: int, progress_bar: bool, advance: Callable[[int], np.ndarray], most: int = 1, mesh: Mesh | None = None
+) -> int:
     """Make so many steps; how many one call of another run may begin with.
 
     Args:
@@ -23,6 +27,7 @@ def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.nd
         progress_bar: whether to show one, if tqdm is installed.
         advance: makes some steps, at most as many as it is told, and returns their losses.
         most: how many the first call makes, at most (default 1).
+        mesh: the devices that make them, whose processes are to make the same calls; None for those of this one.
     """
     made = 0
     with _bar(num_steps, progress_bar) as bar:
@@ -30,7 +35,7 @@ def in_pieces(num_steps: int, progress_bar: bool, advance: Callable[[int], np.nd
             begin = time.monotonic()
             losses = advance(min(most, num_steps - made))
             made += len(losses)
-            if time.monotonic() - begin < _SECONDS:
+            if largest(mesh, time.monotonic() - begin) < _SECONDS:
                 most = min(8 * most, CAPACITY)
             if bar is not None:
                 bar.set_postfix_str(f"loss {np.mean(losses):.4f}", refresh=False)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core.loss import Loss
+from jaxoptim.core.numerics import put
+from jaxoptim.core.placement import readable
 from jaxoptim.engine.loops import Changes, Course
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
@@ -56,6 +60,7 @@ class Fits:
         multi: the optimizer.
         values: the initial values of all fits by name, with a first axis of fits.
         carried: what the first steps are left, with a first axis of fits.
+        mesh: the devices that the fits are spread over; None for one.
 
     Attributes:
         params: the parameters, which have the values of one of the fits.
@@ -66,7 +71,7 @@ class Fits:
         ``TypeError`` for an optimizer that needs Python in each step.
     """
 
-    def __init__(self, multi: MultiOptimizer, values: Mapping[str, jax.Array], carried: Any) -> None:
+    def __init__(self, multi: MultiOptimizer, values: Mapping[str, jax.Array], carried: Any, mesh: Mesh | None) -> None:
         rows, self._parts = list[Any](), list[Part]()
         for at in range(len(next(iter(values.values())))):
             # Each under the same names: another fit, which the optimizer begins afresh.
@@ -85,8 +90,10 @@ class Fits:
                     part.skipped(1)
             rows.append([list(part.owner.leaves) for part in parts])
             self._parts = parts
-        self._multi, self.carried = multi, carried
-        self._leaves = jax.tree.map(lambda *of_fits: jnp.stack(of_fits), *rows)
+        leaves = jax.tree.map(lambda *of_fits: jnp.stack(of_fits), *rows)
+        if mesh is not None:
+            leaves, carried = put((leaves, carried), NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        self._multi, self._mesh, self._leaves, self.carried = multi, mesh, leaves, carried
         self.losses = np.zeros((len(rows), 0), np.float32)
 
     def advance(self, loss: Loss, turn: Any, given: Any, count: int, skips: bool) -> int:
@@ -94,14 +101,16 @@ class Fits:
         parts = self._multi._parts(self.params, count) or []
         course = Course(turn, self.carried, given, count)
         try:
-            made, self._leaves, losses, self.carried = make_steps_of_fits(parts, self._leaves, loss, course, skips)
+            made, self._leaves, losses, self.carried = make_steps_of_fits(
+                parts, self._leaves, loss, course, skips, self._mesh
+            )
         except Changes:
             raise TypeError(
                 "Many fits at once take an optimizer and a mutable state that keep their form from step to step, and "
                 "these do not. Run a new SVI for each key."
             ) from None
         self._parts = parts
-        new = np.asarray(losses)[:, :made]
+        new = np.asarray(readable(losses))[:, :made]
         self.losses = np.concatenate([self.losses, new], 1) if self.losses.size else new
         return made
 
@@ -129,5 +138,10 @@ class Fits:
     def keep(self, fit: int) -> None:
         """Leave parameters and optimizer as one of the fits has them."""
         for part, leaves in zip(self._parts, self._leaves, strict=True):
-            part.owner.take([x[fit] for x in leaves])
-        self.carried = jax.tree.map(lambda x: x[fit], self.carried)
+            part.owner.take([self._of(fit, x) for x in leaves])
+        self.carried = jax.tree.map(functools.partial(self._of, fit), self.carried)
+
+    def _of(self, fit: int, x: jax.Array) -> jax.Array:
+        """What an array has of one of the fits, on one device of this process."""
+        own = x[fit]
+        return own if self._mesh is None else readable(own).addressable_data(0)

@@ -11,9 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxoptim import checkpoint
 from jaxoptim.core.interrupts import Uninterrupted
+from jaxoptim.core.placement import along, check_mesh, is_over_processes
 from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.infer.arguments import Arguments
 from jaxoptim.pyro.infer.batches import Data, Draws, data_of
@@ -243,6 +245,7 @@ class SVI(Fit):
         progress_bar: bool = True,
         stable_update: bool = False,
         batch_size: int | None = None,
+        mesh: Mesh | None = None,
         **kwargs: Any,
     ) -> Restarts:
         """Make many steps of several fits from initial values of their own, in one compiled program, and keep the best.
@@ -258,15 +261,19 @@ class SVI(Fit):
             progress_bar: as of :meth:`run`, with the lowest loss.
             stable_update: as of :meth:`run`.
             batch_size: as of :meth:`run`.
+            mesh: the devices to spread the fits over, each of which makes as many, such as
+                ``jax.make_mesh((8,), ("fits",))``; all of its axes count. They may be of several processes, which all
+                make this call with the same arguments; then ``params`` stay where their fits are (default None: one
+                device).
             kwargs: as of :meth:`run`.
 
         Returns:
             The number of the best fit, ``best``, and of all fits ``losses`` and constrained ``params``.
 
         Raises:
-            ``ValueError`` after the first call, where parameters are shared, and where no fit has a finite loss at the
-            end; ``TypeError`` for an optimizer that needs Python in each step; as :meth:`run`. Nothing is kept then,
-            but after Ctrl-C: the best so far.
+            ``ValueError`` after the first call, where parameters are shared, for a mesh whose devices do not divide the
+            fits, and where no fit has a finite loss at the end; ``TypeError`` for an optimizer that needs Python in
+            each step; as :meth:`run`. Nothing is kept then, but after Ctrl-C: the best so far.
 
         Examples:
             >>> import jax, jax.numpy as jnp, numpyro
@@ -288,6 +295,11 @@ class SVI(Fit):
         num_restarts, num_steps = operator.index(num_restarts), operator.index(num_steps)
         if min(num_restarts, num_steps) < 1:
             raise ValueError(f"There must be a restart and a step at least, but got {num_restarts} and {num_steps}.")
+        if (mesh := check_mesh(mesh)) is not None and num_restarts % mesh.size:
+            raise ValueError(
+                f"The mesh has {mesh.size} devices, which do not divide {num_restarts} fits. Give another number of "
+                "fits, or a mesh of some of its devices."
+            )
         if self._begun or self._shares:
             raise ValueError(
                 "run_many begins with fits of its own, but the parameters "
@@ -305,7 +317,10 @@ class SVI(Fit):
         guide, plan = copy.deepcopy(self._guide), self._plan(data.arguments())
         keys = jax.random.split(self.key, num_restarts)
         begun = beginnings(self._model, guide, self._elbo, keys, data.arguments(), self._initial)
-        fits, skips = Fits(self._multi, *begun), self._skip_nonfinite or bool(stable_update)
+        fits, skips = (
+            Fits(self._multi, *begun, None if mesh is None else along(mesh, "fits")),
+            self._skip_nonfinite or bool(stable_update),
+        )
 
         def advance(most: int) -> np.ndarray:
             count, before = data.ahead(most), fits.losses.shape[1]
@@ -316,9 +331,9 @@ class SVI(Fit):
             return np.min(fits.losses[:, before:], 0)
 
         try:
-            in_pieces(num_steps, progress_bar, advance)
+            in_pieces(num_steps, progress_bar, advance, mesh=mesh)
         except KeyboardInterrupt:
-            if fits.losses.size:
+            if fits.losses.size and not is_over_processes(mesh):  # which are interrupted at different steps
                 self._keep_best(fits, plan, data)
             raise
         best, params = fits.best(), fits.constrained(plan.sites)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from jaxoptim.core import Hyperparameters, OptState, Rule, transformation, trees
 from jaxoptim.core import step as step_of_rule
@@ -124,7 +126,12 @@ def make_steps(
 
 
 def make_steps_of_fits(
-    parts: Sequence[Part], leaves: Sequence[Any], loss: Loss, course: loops.Course, skip_nonfinite: bool
+    parts: Sequence[Part],
+    leaves: Sequence[Any],
+    loss: Loss,
+    course: loops.Course,
+    skip_nonfinite: bool,
+    mesh: Mesh | None,
 ) -> tuple[int, list[Any], jax.Array, Any]:
     """Make many steps of several fits, in one compiled call, none of which keeps its arrays.
 
@@ -134,6 +141,7 @@ def make_steps_of_fits(
         loss: see :func:`make_steps`; so are ``course`` and ``skip_nonfinite``.
         course: what the last step has left has a first axis of fits.
         skip_nonfinite: not for options that decay.
+        mesh: the devices that the fits are spread over; None for one.
 
     Returns:
         How many steps were made; the new arrays; the losses; and what the last step leaves for the next.
@@ -150,7 +158,7 @@ def make_steps_of_fits(
                 "them skips it. Give a rule with a schedule, such as rules.ClippedAdam(lr=..., lrd=...), or leave "
                 "skip_nonfinite out."
             )
-        new, left, losses, _ = call(loops.minimize_fits, tuple(leaves), {})
+        new, left, losses, _ = call(functools.partial(loops.minimize_fits, mesh=mesh), tuple(leaves), {})
     except BaseException:
         undo(parts)
         raise
