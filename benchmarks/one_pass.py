@@ -66,6 +66,7 @@ def timed(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(0.05)  # torch's threads wait for more work on their cores, some milliseconds long
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))

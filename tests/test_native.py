@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxoptim
+from conftest import PROGRAMS
 from jaxoptim import native, optim
 from jaxoptim.core import Rule, Scalar, rule
 from jaxoptim.native import compiler
@@ -22,8 +23,9 @@ RULES = [case for case in CASES if case.ours().elementwise and not case.row.spar
 
 
 @pytest.fixture(autouse=True)
-def choice():
-    """Leave the setting as it was."""
+def choice(monkeypatch):
+    """Keep kernels beside the programs of the tests, and leave the setting as it was."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(PROGRAMS.parent))
     before = jaxoptim.config.native
     yield
     jaxoptim.config.native = before
