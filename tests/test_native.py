@@ -195,6 +195,44 @@ class Gamma(Rule):
         return -self.lr * jax.lax.lgamma(grad), slots
 
 
+@rule
+class Looping(Rule):
+    """A rule whose rate is the result of a loop."""
+
+    def init(self, param):
+        return {}
+
+    def update(self, grad, slots, param, step):
+        rate, _ = jax.lax.scan(lambda rate, _: (rate / 2, None), jnp.float32(1), None, length=3)
+        return -jax.lax.fori_loop(0, 2, lambda _, x: x / 2, rate) * grad, slots
+
+
+def test_a_loop_over_what_is_the_same_for_all_numbers_stays_with_xla():
+    params = values(0, jnp.float32)
+    plain, kernel = both(jaxoptim.step, Looping(), params, params, jaxoptim.init(Looping(), params))
+    chex.assert_trees_all_equal(plain, kernel)
+    chex.assert_trees_all_close(kernel[0], params * (1 - 1 / 32))
+
+
+@rule
+class Sorted(Rule):
+    """A rule that says in error that it takes numbers one by one."""
+
+    def init(self, param):
+        return {}
+
+    def update(self, grad, slots, param, step):
+        return -jnp.sort(grad), slots
+
+
+def test_a_rule_that_cannot_be_traced_for_one_number_goes_through_xla():
+    jaxoptim.config.native = "on"
+    params = jnp.array([2.0, 1.0])
+    with pytest.warns(RuntimeWarning, match="Sorted on large arrays goes through XLA.*an operation on whole arrays"):
+        new, _ = jaxoptim.step(Sorted(), params, params, jaxoptim.init(Sorted(), params))
+    assert new.tolist() == [1.0, -1.0]
+
+
 def test_a_primitive_without_text_sends_the_rule_to_xla_with_one_warning():
     jaxoptim.config.native = "on"
     rule, params = Gamma(), jnp.full(4, 3.0)

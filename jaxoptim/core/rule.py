@@ -404,7 +404,10 @@ class Rule(Hyperparameters, abc.ABC):
 
     @property
     def elementwise(self) -> bool:
-        """Whether every number is updated by itself, so that arrays may be packed into one buffer."""
+        """Whether every number is updated by itself, whatever the shape of its array.
+
+        Arrays may then be packed into one buffer, and a kernel takes their numbers one by one.
+        """
         return True
 
     @property

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-LOW = ("bfloat16", "float16")
-"""Numbers of these are computed with as float, and rounded after each operation, as XLA does on CPUs."""
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
+"""The primitives that are nothing but the operations in them."""
 
 _LOCAL = {
     "float32": "float",
@@ -25,7 +25,7 @@ _LOCAL = {
     "uint64": "uint64_t",
     "bool": "int",
 }
-"""The type of a number of each dtype within the loop."""
+"""The type of a number of each dtype within the loop; those of few bits are rounded after each operation, as in XLA."""
 
 _KEPT = {**_LOCAL, "bfloat16": "uint16_t", "float16": "_Float16", "bool": "uint8_t"}
 """And in memory."""
@@ -91,7 +91,8 @@ class Elements:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            if inner := eqn.params.get("jaxpr") or eqn.params.get("call_jaxpr"):
+            if eqn.primitive.name in _CALLS:
+                inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 made = self.run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), operands)
             elif len(alike := [operand.value for operand in operands if isinstance(operand, Uniform)]) == len(operands):
                 new = eqn.primitive.bind(*alike, **eqn.params)
@@ -103,7 +104,7 @@ class Elements:
 
     def _written(self, eqn: Any, operands: Sequence[Value]) -> Element:
         name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
-        if name not in _TEXTS or any(atom.aval.shape for atom in eqn.invars):
+        if name not in _TEXTS or any(atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)):
             raise Unsupported(f"the primitive {name!r}")
         kind, x = _named(_LOCAL, dtype), f"x{len(self.lines)}"
         dtypes = [atom.aval.dtype for atom in eqn.invars]

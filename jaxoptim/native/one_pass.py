@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxoptim.native.call import call, on_cpus
-from jaxoptim.native.elements import Element, Elements, Uniform
+from jaxoptim.native.elements import Element, Elements, Uniform, Unsupported
 from jaxoptim.native.text import Array, file_of
 
 Arrays = dict[str, jax.Array]
@@ -50,7 +50,10 @@ def _by_loop(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, 
     shape = next(iter(arrays.values())).shape
     is_complex = any(map(jnp.iscomplexobj, arrays.values()))
     numbers = {name: jax.ShapeDtypeStruct((), _real(x.dtype)) for name, x in arrays.items()}
-    closed, form = jax.make_jaxpr(function, return_shape=True)(uniform, numbers)
+    try:
+        closed, form = jax.make_jaxpr(function, return_shape=True)(uniform, numbers)
+    except (TypeError, ValueError, IndexError) as error:
+        raise Unsupported(f"an operation on whole arrays ({str(error).splitlines()[0]})") from error
     treedef = jax.tree.structure(form)
     places = [Element(f"v{at}", numbers[name].dtype) for at, name in enumerate(sorted(arrays))]
     elements = Elements()
