@@ -464,7 +464,7 @@ def test_network_of_rank_zero(widths, nbeta, sampler, steps, chains):
 def test_deep_linear_network_from_its_most_degenerate_point(widths, rank, lr):
     """Near what it tends to as nbeta grows, from below."""
     llc = network_llc(
-        widths, rank, BAOAB.replace(lr=lr, alpha=0.002, localization=1.0), 1e4, num_chains=61, num_draws=100,
+        widths, rank, BAOAB.replace(lr=lr, alpha=0.002, localization=1.0), 1e4, num_chains=61, num_draws=150,
         num_burnin_steps=5000, num_steps_bw_draws=50,
     )  # fmt: skip
     expected, multiplicity = cases.deep_linear(widths, rank)

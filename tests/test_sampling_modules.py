@@ -74,8 +74,9 @@ class LinenNet(linen.Module):
 
 
 def variables():
+    """In float64 all, because the compiler rounds a constant otherwise than a number that it is given."""
     made = LinenNet().init(jax.random.key(0), X)
-    return made | {"batch_stats": jax.tree.map(lambda x: x + 0.5, made["batch_stats"])}
+    return made | {"batch_stats": jax.tree.map(lambda x: x.astype(float) + 0.5, made["batch_stats"])}
 
 
 def equinox_loss(model, batch):
