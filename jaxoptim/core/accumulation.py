@@ -1,4 +1,4 @@
-"""A loss and its gradient over micro-batches, one after the other."""
+"""Gradient accumulation: a loss and its gradient over micro-batches, one after the other."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def accumulated(
         return jax.tree.unflatten(treedef, own)
 
     def evaluate(first: tuple[Any, ...], number: Any, cut: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Loss, weight and gradient of a part, the first argument of the next one, and what is returned for each."""
+        """Evaluate one micro-batch: loss, weight and gradient, the carry for the next one, and its auxiliary output."""
         found, weight = weighted(loss_fn, values, (*first, *kept, *args_of(number, cut)), scale)
         aux, *after = found.aux if loss_fn.carries else (found.aux,)
         sums = (found.loss, weight, found.grads)
@@ -84,7 +84,7 @@ def accumulated(
 def weighted(
     loss_fn: Loss, values: Any, args: Sequence[Any], scale: jax.Array | None = None
 ) -> tuple[Evaluation, jax.Array]:
-    """Evaluate a loss that may return ``(sum, weight)``; the sum, and the weight, 1 where there is none."""
+    """Evaluate a loss that may return ``(sum, weight)``; return the evaluation of the sum, and the weight, else 1."""
 
     def with_weight(values: Any, *args: Any) -> tuple[Any, Any]:
         loss, aux = loss_fn.both(values, args)
@@ -98,7 +98,7 @@ def weighted(
 
 
 def _is_cut(leaf: Any, path: str, count: int) -> bool:
-    """Whether a leaf of the arguments has a leading axis, which is cut."""
+    """Whether a leaf of the arguments has a leading axis, which is cut into micro-batches."""
     if not jnp.ndim(leaf) or is_key(leaf):
         return False
     if leaf.shape[0] % count:

@@ -1,4 +1,4 @@
-"""Decay rates that keep the digits of their complement."""
+"""Decay rates that keep the precision of their complement, one minus the rate."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ class Decay:
         return -jnp.expm1(step * self._log())
 
     def _log(self) -> jax.Array:
-        """The logarithm of the rate, from whichever of the two fields has its digits."""
+        """The logarithm of the rate, from whichever of the two fields gives it more precisely."""
         return jnp.where(self.rate > 0.5, jnp.log1p(-self.complement), jnp.log(self.rate))
