@@ -128,7 +128,7 @@ class SGNHT(PosteriorSampler):
 
     @property
     def two_pass(self) -> bool:
-        """The thermostat of the splitting moves on between kick and friction."""
+        """Whether a first pass is needed: the thermostat of the splitting moves between kick and friction."""
         return self.order == "badodab"
 
     def first_pass(
@@ -165,7 +165,7 @@ class SGNHT(PosteriorSampler):
         return slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
 
     def _energy(self, momentum: jax.Array, half: bool) -> Slots:
-        """One array's part of what drives the thermostat: the excess of energy over what it should be, and a count."""
+        """Compute one array's summands for the thermostat: the excess of energy over its target, and a count."""
         count = free(self, momentum)
         excess = jnp.sum(momentum**2) - count * self.lr
         return {"excess": excess / 2 if half else excess, "count": jnp.asarray(count, momentum.dtype)}
