@@ -96,7 +96,7 @@ def has_box(rule: _Boxed) -> bool:
 
 
 def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]:
-    r"""A position brought back into the box :math:`|w - w_0| \le b`, and the sign that its momentum takes.
+    r"""Bring a position back into the box :math:`|w - w_0| \le b`; return it, and the sign that its momentum takes.
 
     ``"clamp"`` puts it onto the face. ``"reflect"`` folds the path back, which leaves no atoms there.
     """
@@ -160,7 +160,7 @@ def first_momentum(rule: Any, param: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def relaxation(friction: jax.Array, noise: jax.Array, heat: Any) -> tuple[jax.Array, jax.Array]:
-    r"""What a momentum keeps, and what it gets, in a unit of time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`.
+    r"""Return the decay factor and the noise of a momentum after unit time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`.
 
     .. math:: v \leftarrow e^{-\xi} v + \sqrt{h\,(1 - e^{-2\xi})/\xi}\;\zeta,
 

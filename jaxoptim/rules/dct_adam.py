@@ -38,7 +38,7 @@ class DCTAdam(Rule):
         subsample_aware: count steps and average gradients for each number by itself, and leave numbers
             outside the subsample alone (default False).
         dct_dim: the time axis (default None: no transform).
-        subsample: which numbers the gradient is about: a dict of negative axis to indices along it, or a
+        subsample: the numbers that the gradient covers: a dict of negative axis to indices along it, or a
             boolean mask that broadcasts to the parameter; None is all (default). It acts only with
             ``subsample_aware``. ``update`` of the transformation takes it as a keyword, for one step.
 

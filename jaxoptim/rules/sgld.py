@@ -65,7 +65,7 @@ class SGLD(PosteriorSampler):
             :math:`w_0` (default None: all of them). A module, for :func:`jaxoptim.sampling.sample`, stands for its
             arrays. Without localization it has no effect. Another center compiles nothing anew.
         key: a typed JAX key (default None: ``jax.random.key(0)``). Two samplers with one key draw the same noise.
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Components:
         Of the step :math:`w_{t+1} - w_t = -a - \ell - d + n`, up to the box, ``metrics="components"`` keeps

@@ -63,9 +63,9 @@ class SGMCMC(PosteriorSampler):
         sketch_dim: measure the parts of each step as sketches of so many numbers, an int >= 1 (default None: none); see
             :func:`jaxoptim.sampling.sketch`.
         sketch_seed: an int in :math:`[0, 2^{32})` that the sketches hash with (default None: 0).
-        sketch_start: how many numbers stand before those of the tree in the vector that is sketched (default 0).
+        sketch_start: the offset of the tree's numbers in the vector that is sketched (default 0).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Slots:
         The center, if there is localization; ``square_avg`` of ``"rmsprop"``; ``initial_param``, if there is a box or
