@@ -125,7 +125,7 @@ def _trained(step: Any, rule: Rule, params: Params, times: int = 3) -> tuple[Any
 
 
 def _gradients_of_steps(rule: Rule, params: Params, times: int = 3) -> list[dict[str, Any]]:
-    """Make the gradients of some steps from the first parameters: a step returns another order, which draws others."""
+    """Make the gradients of some steps from the first parameters: a step reorders them, and so the draws."""
     return [_gradients(rule, params, t) for t in range(times)]
 
 

@@ -40,10 +40,10 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
 
     Args:
         path: the file. Its folder must exist.
-        state_dict: what ``state_dict()`` of optimizers, schedulers and averaged models gave, arrays, typed PRNG
+        state_dict: the result of ``state_dict()`` of optimizers, schedulers and averaged models, arrays, typed PRNG
             keys, numbers, strings, None, ``OptState``, and dicts, lists and tuples of these, however nested; or any
             other pytree, which :func:`load` needs ``like`` for.
-        keep: how many checkpoints to keep, an int >= 1 (default 1). Those before the last are
+        keep: the number of checkpoints to keep, an int >= 1 (default 1). Those before the last are
             ``<path>.1`` (the newest), ``<path>.2``, ... A smaller number than before removes none of them.
 
     Raises:
@@ -139,7 +139,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
             count of an array that has none of its own in the file, that of the tree.
 
     Returns:
-        What was saved. JAX's arrays come as such, those of NumPy too.
+        The saved pytree. Arrays of JAX and of NumPy come as such.
 
     Raises:
         ``FileNotFoundError``; ``ValueError`` for a file that is damaged, of another program, or of a newer

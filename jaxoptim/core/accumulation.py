@@ -24,8 +24,8 @@ def accumulated(
     Args:
         loss_fn: the loss. It may return ``(sum, weight)`` for the loss :math:`w_i L_i` and its weight :math:`w_i`.
         values: a tree of arrays.
-        args: what else the loss takes. A first argument that comes back goes to the next part, and those that are no
-            part of the batch go to all. Of the others, the leading axis of each array is cut into ``count`` parts;
+        args: further arguments of the loss. A first argument that comes back goes to the next part, and those that are
+            no part of the batch go to all. Of the others, the leading axis of each array is cut into ``count`` parts;
             numbers go to all parts as they are, and a key to each with the number of the part folded in.
         count: the number of parts.
         mean: whether the loss is the mean over the parts (that over all weights), or their sum.
@@ -35,7 +35,7 @@ def accumulated(
         The evaluation, whose ``aux`` has one entry for each part along a new leading axis.
 
     Raises:
-        ValueError: for an array whose leading axis is not a multiple of ``count``, by its place; where nothing differs
+        ValueError: for an array whose leading axis is not a multiple of ``count``, with its place; if nothing differs
             from part to part.
     """
     whole, batch = tuple(args[: loss_fn.num_whole]), tuple(args[loss_fn.num_whole :])

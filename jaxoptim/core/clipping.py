@@ -69,6 +69,6 @@ class Clip(Hyperparameters):
 
 
 def squares(grad: jax.Array, axis: int | None = None) -> jax.Array:
-    """The sum of the squared absolute values, in float32 at least."""
+    """Sum the squared absolute values, in float32 at least."""
     grad = grad.astype(computing_dtype(grad.dtype))
     return jnp.sum((grad * grad.conj()).real, axis)

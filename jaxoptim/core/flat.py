@@ -115,7 +115,7 @@ def _placed(like: Any, part: jax.Array) -> jax.Array:
 
 
 def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
-    """A gradient as a dense array that fits its parameter."""
+    """Return a gradient as a dense array, after checking that it fits its parameter."""
     if leaf is None:
         return jnp.zeros(param.shape, param.dtype)
     leaf = sparse.to_dense(leaf) if isinstance(leaf, BCOO) else trees.check_array(f"leaf of {what}", name, leaf)

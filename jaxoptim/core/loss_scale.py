@@ -86,7 +86,7 @@ class LossScale:
                 raise ValueError(f"Invalid {name}: {shown(getattr(self, name))}. LossScale takes {name} {range_}.")
 
     def init(self) -> ScaleState:
-        """The state before the first step."""
+        """Initialize the state."""
         return ScaleState(jnp.asarray(self.init_scale, jnp.float32), jnp.zeros((), jnp.int32))
 
     def scaled(self, loss: Any, state: ScaleState) -> jax.Array:

@@ -50,7 +50,7 @@ class ModuleDef(abc.ABC):
 
     @abc.abstractmethod
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
         """Return the changeable arrays after a call, from the module, the auxiliary output, or else as before."""
@@ -82,7 +82,7 @@ class EquinoxDef(ModuleDef):
         self._others = jax.tree.map(lambda x: None if _is_array(x) else x, module)
 
     def key(self) -> Any:
-        """The key that equal definitions share; not hashable if something in the module is not."""
+        """Return the key that equal definitions share; not hashable if something in the module is not."""
         leaves, treedef = jax.tree.flatten(self._others)
         # Of the numbers 1, 1.0 and True, and of 0.0 and -0.0, each has programs of its own.
         return treedef, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in leaves)
@@ -94,7 +94,7 @@ class EquinoxDef(ModuleDef):
         return trained, Rest(kept=_if_any(others))
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
         parts = [part for part in (trained, rest.kept, self._others) if part is not None]
         return jax.tree.map(_first, *parts, is_leaf=lambda x: x is None)
 
@@ -115,7 +115,7 @@ class NnxDef(ModuleDef):
         self._takes_some = wrt != nnx.filterlib.to_predicate(nnx.Param)
 
     def key(self) -> Any:
-        """The key that equal definitions share; not hashable if something in the module is not."""
+        """Return the key that equal definitions share; not hashable if something in the module is not."""
         return self._structure, self.wrt
 
     def split(self, module: Any) -> tuple[Any, Rest]:
@@ -127,13 +127,13 @@ class NnxDef(ModuleDef):
         return trained, Rest(_if_any(changing), _if_any(kept))
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
         from flax import nnx
 
         return nnx.merge(self._structure, trained, *(part for part in rest if part is not None), copy=True)
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
-        """The variables that a call may have changed."""
+        """Return the variables that a call may have changed."""
         after = self.split(module)[1].changing
         given, known = (set(trees.names(variables)) for variables in (after, before))
         if given != known:
@@ -144,7 +144,7 @@ class NnxDef(ModuleDef):
         return after
 
     def gradients(self, grads: Any) -> Any:
-        """Gradients of what is trained, where ``nnx.grad`` has taken those of every ``nnx.Param``."""
+        """Return the gradients of the trained variables, of those that ``nnx.grad`` took of every ``nnx.Param``."""
         from flax import nnx
 
         return nnx.filter_state(grads, self.wrt) if self._takes_some and isinstance(grads, nnx.State) else grads
@@ -162,7 +162,7 @@ class LinenDef(ModuleDef):
         self._names = tuple(variables)
 
     def key(self) -> Any:
-        """The key that equal definitions share."""
+        """Return the key that equal definitions share."""
         return self._kind, self._names
 
     def split(self, module: Any) -> tuple[Any, Rest]:
@@ -171,12 +171,12 @@ class LinenDef(ModuleDef):
         return {"params": module["params"]}, Rest(others)
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The variables with these arrays."""
+        """Rebuild the variables with these arrays."""
         every = {**trained, **rest.changing}
         return self._kind({name: every[name] for name in self._names})
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
-        """The collections that a call may have changed."""
+        """Return the collections that a call may have changed."""
         others = {name: module[name] for name in before}
         if not isinstance(aux, Mapping) or not aux or not aux.keys() <= others.keys():
             return others
@@ -185,7 +185,7 @@ class LinenDef(ModuleDef):
         return others | dict(aux)
 
     def gradients(self, grads: Any) -> Any:
-        """Gradients of the collection that is trained."""
+        """Return the gradients of the collection that is trained."""
         is_whole = isinstance(grads, Mapping) and grads.keys() == set(self._names)
         return {"params": grads["params"]} if is_whole else grads
 
@@ -278,7 +278,7 @@ class ModuleLoss:
 
     Attributes:
         module: the module without its arrays.
-        function: as given.
+        function: the function as given.
         has_aux: whether it returns an auxiliary output too.
     """
 

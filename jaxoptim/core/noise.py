@@ -216,7 +216,7 @@ def is_key(x: Any) -> bool:
 
 
 def _words_of(key: jax.Array, impl: str) -> Any:
-    """The words that an implementation reads of a threefry2x32 key."""
+    """Return the words that an implementation reads of a threefry2x32 key."""
     words = jax.random.key_data(key)
     return _scheduled(words[0], words[1]) if impl == "key" else words
 

@@ -115,7 +115,7 @@ def computing_dtype(dtype: Any) -> np.dtype:
 
 
 def real_dtype(dtype: Any) -> np.dtype:
-    """The dtype of the real and imaginary parts of ``dtype``."""
+    """Return the dtype of the real and imaginary parts of ``dtype``."""
     return jnp.finfo(dtype).dtype
 
 
@@ -140,7 +140,7 @@ def view_as_real(x: jax.Array) -> jax.Array:
 
 
 def view_as_complex(x: jax.Array) -> jax.Array:
-    """The inverse of :func:`view_as_real` on complex arrays."""
+    """View real pairs as a complex array: the inverse of :func:`view_as_real` on complex arrays."""
     return jax.lax.complex(x[..., 0], x[..., 1])
 
 

@@ -47,7 +47,7 @@ class _Layout:
         self.treedef, self.places, self.buffers = treedef, places, buffers
         self._hash = hash((treedef, places, buffers))
         self.positions: list[int] = []
-        """Of each array: its offset in its buffer, or its index among the large ones."""
+        """The offset of each array in its buffer, or its index among the large ones."""
         sizes = [0] * len(buffers)
         large = 0
         for place in places:
@@ -193,7 +193,7 @@ class Packed:
         return self._buffers[index].shape[-1:] != (self._layout.sizes[index],)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The leaves, named by dtype or by path, and the layout."""
+        """Return the leaves, named by dtype or by path, and the layout."""
         key = jax.tree_util.DictKey
         large = [place.name for place in self._layout.places if place.buffer is None]
         children = [(key(name), x) for name, x in zip(self._layout.buffers, self._buffers, strict=True)]
@@ -201,12 +201,12 @@ class Packed:
         return children, self._layout
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """The leaves and the layout."""
+        """Return the leaves and the layout."""
         return (*self._buffers, *self._large), self._layout
 
     @classmethod
     def tree_unflatten(cls, layout: _Layout, children: Any) -> Packed:
-        """The view of other leaves in the same layout."""
+        """Rebuild the view with other leaves in the same layout."""
         children, count = tuple(children), len(layout.buffers)
         return cls(children[:count], children[count:], layout)
 

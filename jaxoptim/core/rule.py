@@ -33,10 +33,10 @@ class Numeric:
     """Annotation metadata: the check of the number in a field, and the form in which it is stored.
 
     Attributes:
-        bounds: what the number must satisfy, such as ``((">=", 0), ("<", 1))``.
-        decay: keep it as a :class:`Decay`.
-        zero_is_off: a literal zero removes its term from the compiled program.
-        optional: None is allowed.
+        bounds: the conditions on the number, such as ``((">=", 0), ("<", 1))``.
+        decay: whether it is stored as a :class:`Decay`.
+        zero_is_off: whether a literal zero removes its term from the compiled program.
+        optional: whether None is allowed.
     """
 
     bounds: tuple[tuple[str, float], ...] = ()
@@ -204,7 +204,7 @@ class Hyperparameters:
         return jax.tree.map(cast, self)
 
     def replace(self, **fields: Any) -> Self:
-        """A new rule with some hyperparameters changed, checked like any other."""
+        """Return a new rule with some hyperparameters changed, checked like any other."""
         allowed = [f.name for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
         if unknown := sorted(set(fields) - set(allowed)):
             raise TypeError(
@@ -305,9 +305,9 @@ class Rule(Hyperparameters, abc.ABC):
         Args:
             master_weights: keep :math:`\theta^{32}` of float16 and bfloat16 parameters in the slot
                 ``master_weights`` (default False). A value that you assign to the parameter counts.
-            rounding: of parameters without it, and of state of few bits: ``"nearest"`` (default) or ``"stochastic"``,
-                whose random numbers are a hash of the number, its place, and the count of steps.
-            state_dtype: of slots that have the shape of the parameter, bfloat16 or float16 (default None: that of the
+            rounding: the rounding of parameters without it, and of low-precision state: ``"nearest"`` (default) or
+                ``"stochastic"``, whose random numbers are a hash of the number, its place, and the count of steps.
+            state_dtype: the dtype of slots of the parameter's shape, bfloat16 or float16 (default None: that of the
                 parameter, float32 at least).
 
         Raises:
@@ -331,7 +331,7 @@ class Rule(Hyperparameters, abc.ABC):
         return assembled(type(self), vars(self) | {"precision": checked(master_weights, rounding, state_dtype)})
 
     def replace(self, **fields: Any) -> Self:
-        """A new rule with some hyperparameters changed, checked like any other, and the same precision."""
+        """Return a new rule with some hyperparameters changed, checked like any other, and the same precision."""
         return super().replace(**fields).with_precision(**self.precision._asdict())
 
     def takes_tree(self, name: str) -> bool:

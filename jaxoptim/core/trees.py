@@ -76,7 +76,7 @@ def spread(
         tree: the whole.
         what: the name of ``prefix`` in messages.
         like_what: the name of ``tree`` there.
-        is_part: what else is a leaf of the prefix (default: None).
+        is_part: a predicate for further leaves of the prefix (default None).
 
     Raises:
         ``ValueError`` that names the first leaf at which the two part.

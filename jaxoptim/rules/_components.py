@@ -33,7 +33,7 @@ class Scaled(NamedTuple):
 
     @property
     def value(self) -> jax.Array:
-        """The product."""
+        """The evaluated product."""
         return self.number * self.array
 
     def dot(self, other: Scaled) -> jax.Array:

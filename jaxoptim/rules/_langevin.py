@@ -42,13 +42,13 @@ class _Boxed(Protocol):
 
 
 def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
-    r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
+    r"""Compute the gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
     terms = forces(rule, grad, slots, param).values()
     return functools.reduce(operator.add, (number * x for number, x in terms))
 
 
 def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, tuple[Any, jax.Array]]:
-    """The terms of :func:`force` that are on, by name, each a number times an array."""
+    """Return the terms of :func:`force` that are on, by name, each a number and an array to be multiplied."""
     terms = {"grad": (rule.nbeta, grad)}
     if enabled(rule.weight_decay):
         terms["weight_decay"] = rule.weight_decay, param

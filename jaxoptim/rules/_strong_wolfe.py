@@ -47,7 +47,7 @@ class Line(NamedTuple):
             sample found, once ``ended``.
         high: when zooming, the other end.
         low_first: whether ``low`` was the older of the two when they were ranked. Decides ties.
-        zooming: which of the two phases it is.
+        zooming: whether the search zooms, instead of bracketing.
         stalled: whether the last trial of the zoom lay close to an end of the bracket.
         trials: evaluations made.
         ended: whether the search is over.

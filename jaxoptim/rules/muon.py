@@ -17,7 +17,7 @@ from jaxoptim.rules._terms import shrinkage, zeros
 
 @rule
 class Muon(Rule):
-    r"""Muon: the momentum of a matrix, replaced by the nearest matrix of singular values near one.
+    r"""Muon: momentum orthogonalized to the nearest matrix with singular values near one.
 
     .. math::
         B_t &= \mu B_{t-1} + (1-\mu)\,G_t, \qquad

@@ -43,7 +43,7 @@ def _cyclic_height(
 def _cyclic_momentum(
     step: Any, base_lr: Any, max_lr: Any, cycle_momentum: bool, base_momentum: Any, max_momentum: Any, **shape: Any
 ) -> Any:
-    """The momentum of :func:`cyclic_lr`."""
+    """Compute the momentum of :func:`cyclic_lr`."""
     return max_momentum - (max_momentum - base_momentum) * _cyclic_height(step, **shape)
 
 
@@ -159,7 +159,7 @@ def _one_cycle_momentum(
     final_div_factor: Any,
     **length: Any,
 ) -> Any:
-    """The momentum of :func:`one_cycle_lr`."""
+    """Compute the momentum of :func:`one_cycle_lr`."""
     phases = cycle_of_momenta(_phase_ends(**length), base_momentum, max_momentum)
     return through(step, phases, anneal_strategy)
 

@@ -25,7 +25,7 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
         rule: the optimizer, such as ``rules.Adam(lr=1e-3)``. Its numbers count, not those of the state dict.
         params: the current parameters, a pytree of arrays. They are matched with those of the state dict by name
             if that has ``param_names``, else in the order of ``jax.tree.leaves`` (sorted keys).
-        state_dict: of torch's optimizer (or ours), with one parameter group.
+        state_dict: the state dict of torch's optimizer (or ours), with one parameter group.
 
     Returns:
         A state as ``transformation(rule).init(params)`` makes it, with counts of their own for parameters that were
@@ -64,7 +64,7 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
     Args:
         rule: the optimizer. Its numbers become the options of the group; a schedule, its value at ``state.step``.
         params: the current parameters.
-        state: of ``jaxoptim.init(rule, params)`` and its successors.
+        state: a state from ``jaxoptim.init(rule, params)`` and the steps after it.
 
     Returns:
         A state dict of tensors, one group, in the order of ``jax.tree.leaves``, each with its own count of steps.
