@@ -1,4 +1,4 @@
-"""Averages of the parameters over the steps, as pure functions."""
+"""Averages of the parameters over training steps, as pure functions."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ class Averaging(NamedTuple):
 
 
 def swa_step(average: Any, param: Any, num_averaged: Any) -> Any:
-    """The mean of one parameter more, where ``num_averaged`` are in it."""
+    """Update a mean of ``num_averaged`` values of a parameter with one more."""
     return average + (param - average) / (num_averaged + 1)
 
 
 def ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
-    """The exponential moving average of one parameter more, in the form that loses less."""
+    """Update an exponential moving average with one more value, in the form that rounds less."""
     long = decay.ema(average, param)
     return where(decay.rate > 0.5, long, decay.rate * average + decay.complement * param)
 
 
 def debiased_ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any) -> Any:
-    """The exponential moving average of one parameter more, with the weights of all so far divided by their sum."""
+    """Update a debiased exponential moving average with one more value: its weights are divided by their sum."""
     n, is_long = num_averaged + 1.0, decay.rate > 0.5
     # In each branch the numbers of the other are replaced, whose derivatives are not finite.
     tends = is_long & (decay.complement > 0)
@@ -75,7 +75,7 @@ def debiased_ema_step(decay: Decay, average: Any, param: Any, num_averaged: Any)
 
 
 def checked_decay(decay: Any) -> Decay:
-    """The decay rate of an average; raises if it is not in [0, 1]."""
+    """Return the decay rate of an average; raise if it is not in [0, 1]."""
     rate = decay.rate if isinstance(decay, Decay) else decay
     if is_known(rate) and not np.all((np.asarray(rate) >= 0) & (np.asarray(rate) <= 1)):
         raise ValueError(f"Invalid decay value {rate} provided. Please provide a value in [0,1] range.")
@@ -83,30 +83,30 @@ def checked_decay(decay: Any) -> Decay:
 
 
 def dtype_of(x: Any) -> Any:
-    """The dtype of an array or number; that of random keys is not one of numbers."""
+    """Return the dtype of an array or number; that of random keys is not numeric."""
     return x.dtype if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.result_type(x)
 
 
 def floating(x: Any) -> bool:
-    """Whether an array is averaged; integers and random keys are copied."""
+    """Whether an array is averaged; integers and random keys are copied instead."""
     return bool(jnp.issubdtype(dtype_of(x), jnp.inexact))
 
 
 def copied(x: Any) -> jax.Array:
-    """An array of our own."""
+    """Return a copy of an array."""
     if not isinstance(x, jax.Array):
         return owned(x)
     return jax.random.clone(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else jnp.copy(x)
 
 
 def first_average(param: Any) -> jax.Array:
-    """A copy of a parameter to begin an average with, in at least float32."""
+    """Copy a parameter to begin an average with, in at least float32."""
     own = copied(param)
     return own.astype(computing_dtype(own.dtype)) if floating(own) else own
 
 
 def first_copied(param: jax.Array, average: Any, num_averaged: jax.Array) -> jax.Array:
-    """The average, in the dtype of ``param``, or ``param`` itself if nothing was averaged before."""
+    """Return the average in the dtype of ``param``, or ``param`` itself if nothing was averaged before."""
     return jnp.where(num_averaged == 0, param, average.astype(param.dtype))
 
 
@@ -131,7 +131,7 @@ def _averaging(step: AverageStep) -> Averaging:
 
 
 def swa() -> Averaging:
-    r"""The mean of the parameters: stochastic weight averaging.
+    r"""Average the parameters with equal weights: stochastic weight averaging.
 
     .. math::
         \bar\theta_{n+1} = \bar\theta_n + \frac{\theta - \bar\theta_n}{n + 1}
@@ -163,7 +163,7 @@ def swa() -> Averaging:
 
 
 def ema(decay: Any = 0.999, debias: bool = False) -> Averaging:
-    r"""The exponential moving average of the parameters.
+    r"""Average the parameters with exponentially decaying weights: an exponential moving average.
 
     .. math::
         \bar\theta_{n+1} = \bar\theta_n + w (\theta - \bar\theta_n), \qquad

@@ -26,14 +26,14 @@ __all__ = [
 __dir__ = listing(__all__)
 
 List = list[tuple[str, dict[str, Any]]]
-"""What the helpers return: regular expressions that match names, and the options of what they select."""
+"""The groups that the helpers return: pairs of a regular expression for names and the options of what it selects."""
 
 
 def no_decay(params: Any, *names: Selector, max_ndim: int = 1, option: str = "weight_decay") -> List:
-    """No weight decay for scalars, vectors, and what is named: the biases and scales of most networks.
+    """Turn off weight decay for scalars, vectors and named parameters: the biases and scales of most networks.
 
     Args:
-        params: what the optimizer will be given: a pytree of arrays or parameters, or pairs of name and parameter.
+        params: the parameters of the optimizer: a pytree of arrays or parameters, or pairs of name and parameter.
         names: selectors of further parameters without decay, such as ``".*pos_embed"``.
         max_ndim: the most axes of an array without decay (default 1). Layers that are stacked for a scan have one axis
             more: give 2 where all are.
@@ -73,7 +73,7 @@ def layer_decay(
     embedding: Selector = r".*(embed|stem|token).*",
     min_scale: float = 0.0,
 ) -> List:
-    r"""Learning rates that fall from the head of a network to its embedding, for fine-tuning.
+    r"""Decay learning rates layer by layer from the head of a network to its embedding, for fine-tuning.
 
     Layer :math:`i` of :math:`L`, from the embedding (0) through the blocks to the head (:math:`L - 1`), has the rate
 
@@ -86,7 +86,7 @@ def layer_decay(
     scheduler has changed them. ``eta_min`` of the cosines is one for all groups: leave it at 0.
 
     Args:
-        params: what the optimizer will be given: a pytree of arrays or parameters, or pairs of name and parameter.
+        params: the parameters of the optimizer: a pytree of arrays or parameters, or pairs of name and parameter.
         layers: a regular expression that is found in the names of blocks, whose first group is the number of the
             block, such as ``r"blocks\.(\d+)\."``.
         decay: :math:`d`, in (0, 1], such as 0.75.
@@ -138,7 +138,7 @@ def combined(params: Any, *lists: Groups) -> List:
     r"""Join several lists into one, in which a parameter has the options that each list gives it.
 
     Args:
-        params: what the optimizer will be given.
+        params: the parameters of the optimizer.
         lists: lists of ``(selector, options)``; in each the first that selects a parameter counts.
 
     Returns:
@@ -173,7 +173,7 @@ def combined(params: Any, *lists: Groups) -> List:
 
 
 def _named(params: Any) -> tuple[Any, list[str], list[Any]]:
-    """The parameters as selectors see them: a tree, the names, and the arrays."""
+    """Return the parameters as selectors see them: a pytree, the names, and the arrays."""
     if isinstance(params, list | tuple) and params and all(map(is_named_pair, params)):
         return [value for _, value in params], [name for name, _ in params], [value for _, value in params]
     trained = trained_of(params)
@@ -181,7 +181,7 @@ def _named(params: Any) -> tuple[Any, list[str], list[Any]]:
 
 
 def _number_of(found: re.Match[str], layers: Any) -> int:
-    """The number of a block."""
+    """Return the number of a block."""
     if not found.groups() or found[1] is None or not found[1].isdigit():
         raise ValueError(f"layer_decay: {layers!r} has no group of digits, such as in r'blocks\\.(\\d+)\\.'.")
     return int(found[1])

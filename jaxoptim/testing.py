@@ -1,4 +1,4 @@
-"""A test kit for developers of rules. It needs chex, which is not installed with the library."""
+"""A test kit for developers of rules; it needs chex, which is not installed with the library."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "empty": (0, 3),
 }
 _BY_SHAPE = ("wide", "tensor")
-"""Arrays that tell nothing new where the rule does not look at shapes."""
+"""The example arrays that are redundant for a rule that does not depend on shapes."""
 _RTOL = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "complex64": 1e-3}
-"""The tolerance between a jitted program and one array after the other. (Scalars in float32 cost digits.)"""
+"""The relative tolerance between a jitted program and eager updates. (Scalars in float32 cost digits.)"""
 
 
 def check_rule(rule: Rule, params: Any = None) -> None:
-    """Run a rule through everything that the library does with it.
+    """Check that a rule works with everything that the library does with rules.
 
     The checks, in their order: the rule is a pytree (``structure``); :meth:`Rule.init` and :meth:`Rule.update` keep
     shapes, dtypes and structure, and mutate nothing (``arrays``); ``jit`` changes nothing, and another number compiles
@@ -92,7 +92,7 @@ def check_rule(rule: Rule, params: Any = None) -> None:
 
 
 def _example(rule: Rule) -> Params:
-    """Arrays that the rule takes."""
+    """Make example arrays that the rule takes."""
     rng, params = np.random.default_rng(0), dict[str, jax.Array]()
     for name, shape in _SHAPES.items():
         if (rule.sparse == "required" and not (shape and shape[0])) or (rule.elementwise and name in _BY_SHAPE):
@@ -107,7 +107,7 @@ def _example(rule: Rule) -> Params:
 
 
 def _gradients(rule: Rule, params: Params, seed: int = 0) -> dict[str, Any]:
-    """Gradients that are nowhere zero, as rows for a rule that takes nothing else."""
+    """Make gradients that are nowhere zero, as rows for a rule that takes nothing else."""
     rng, grads = np.random.default_rng(seed + 1), dict[str, Any]()
     for name, x in params.items():
         grad: Any = jnp.asarray(rng.uniform(0.5, 1.5, x.shape) * rng.choice([-1, 1], x.shape), x.dtype)
@@ -125,12 +125,12 @@ def _trained(step: Any, rule: Rule, params: Params, times: int = 3) -> tuple[Any
 
 
 def _gradients_of_steps(rule: Rule, params: Params, times: int = 3) -> list[dict[str, Any]]:
-    """Made of the first parameters: those that a step returns have another order, and would draw other numbers."""
+    """Make the gradients of some steps from the first parameters: a step reorders them, and so the draws."""
     return [_gradients(rule, params, t) for t in range(times)]
 
 
 def _scanned(rule: Rule, params: Params) -> Any:
-    """The trained parameters, from a program of one step: programs of several take many times as long to compile."""
+    """Train by a scan over one step: unrolled programs of several steps take many times as long to compile."""
 
     def one_step(carry: tuple[Any, OptState], grads: Any) -> Any:
         return step(rule, carry[0], grads, carry[1]), None
@@ -140,7 +140,7 @@ def _scanned(rule: Rule, params: Params) -> Any:
 
 
 def _assert_close(ours: Any, theirs: Any) -> None:
-    """Two trees have the same shapes, dtypes and, but for rounding, numbers."""
+    """Assert that two pytrees have the same shapes, dtypes and, but for rounding, numbers."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     for dtype, rtol in _RTOL.items():
         of_dtype = functools.partial(_only, dtype)
@@ -192,7 +192,7 @@ def _check_arrays(rule: Rule, params: Params) -> None:
 
 
 def _check_slots(name: str, param: jax.Array, slots: dict[str, Any]) -> None:
-    """The slots before the first update can be donated, and have the dtype in which the rule computes."""
+    """Check that the initial slots can be donated, and have the dtype in which the rule computes."""
     arrays = _arrays_of(slots)
     for slot, x in arrays.items():
         if x is param or any(x is other for key, other in arrays.items() if key != slot):
@@ -252,7 +252,7 @@ def _check_vmap(rule: Rule, params: Params) -> None:
 
 
 def _neighbours(rule: Rule) -> list[Rule]:
-    """The rule, and one with other numbers where it takes them."""
+    """Return the rule, and one with other numbers where it takes them."""
     other = rule
     for name in rule.specs:
         value = getattr(rule, name)
@@ -340,7 +340,7 @@ def _check_faces(rule: Rule, params: Params) -> None:
 
 
 def _option(value: Any) -> Any:
-    """A hyperparameter as it is given to a class."""
+    """Return a hyperparameter in the form in which a class takes it."""
     if isinstance(value, tuple):
         return tuple(map(_option, value))
     return value.rate if isinstance(value, Decay) else float(value) if isinstance(value, float) else value
@@ -357,4 +357,4 @@ _CHECKS: dict[Callable[[Rule, Params], None], str] = {
     _check_missing: "an array without a gradient stays, and goes on as it would alone.",
     _check_faces: "the torch-style and the Pyro-style optimizer of the rule make its steps.",
 }
-"""The checks, and what each expects."""
+"""The checks, with a description of what each expects."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors for the arrays, JSON for the rest, nothing that could run."""
+"""Checkpoints on disk: safetensors for the arrays, JSON for the rest, no executable content."""
 
 from jaxoptim.checkpoint.file import FORMAT_VERSION, load, save
 from jaxoptim.core.names import listing

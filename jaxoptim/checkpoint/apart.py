@@ -1,4 +1,4 @@
-"""Arrays that are spread over several processes: a folder beside the file, which orbax writes and reads."""
+"""Storage of arrays spread over several processes: a folder beside the file, which orbax writes and reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 @dataclasses.dataclass(frozen=True)
 class Apart:
-    """An array that is not in the file.
+    """A reference to an array that is not in the file.
 
     Attributes:
         name: its name among all arrays of the checkpoint.
@@ -29,13 +29,13 @@ class Apart:
 
 
 def common_name(name: str) -> str:
-    """A name for a folder that none has had before, the same in all processes, which all call this."""
+    """Make a unique name for a folder, the same in all processes, which must all call this."""
     token = multihost_utils.broadcast_one_to_all(np.frombuffer(np.random.default_rng().bytes(8), np.uint8))
     return f"{name}.{bytes(np.asarray(token)).hex()}.parts"
 
 
 def agree(path: Path, error: BaseException | None) -> None:
-    """Wait until all processes are here; raise the error that one of them has met, if any.
+    """Wait until all processes have called this; raise the error that one of them has met, if any.
 
     Raises:
         The error of this process; ``OSError`` for that of another.
@@ -48,22 +48,22 @@ def agree(path: Path, error: BaseException | None) -> None:
 
 
 def write(folder: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Write arrays, each process what it has of them."""
+    """Write arrays, each process its own part."""
     with _orbax().StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, list(arrays.values()))
         checkpointer.wait_until_finished()
 
 
 def read(folder: Path, arrays: Collection[Apart], places: Mapping[str, Any]) -> dict[str, Any]:
-    """Read arrays by name, under the shardings that some of them are to have; the others as NumPy's, whole.
+    """Read arrays by name, with the shardings given for some of them; the others as whole NumPy arrays.
 
     Args:
-        folder: where they are.
-        arrays: all that are there.
+        folder: the folder of the arrays.
+        arrays: references to all arrays in the folder.
         places: the shardings by name.
 
     Raises:
-        ``FileNotFoundError`` where there is no such folder.
+        ``FileNotFoundError`` if there is no such folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -81,13 +81,13 @@ def read(folder: Path, arrays: Collection[Apart], places: Mapping[str, Any]) -> 
 
 
 def folders(path: Path) -> list[Path]:
-    """The folders of checkpoints at a place, also of those that are no more, or were never whole."""
+    """Return the array folders of all checkpoints at a path, also of those that were replaced or never completed."""
     name = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.parts.*")
     return [folder for folder in path.parent.iterdir() if name.fullmatch(folder.name)]
 
 
 def _orbax() -> Any:
-    """The library that reads and writes arrays from several processes, an optional dependency."""
+    """Import orbax, an optional dependency that reads and writes arrays from several processes."""
     try:
         import orbax.checkpoint
     except ImportError as error:

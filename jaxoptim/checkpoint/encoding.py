@@ -1,4 +1,4 @@
-"""Trees of data as JSON with the arrays beside it, and back. ``docs/checkpoints.md`` describes the JSON."""
+"""Encoding of pytrees as JSON with the arrays beside it, and back; ``docs/checkpoints.md`` describes the JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxoptim.optim.state_dicts import StateDict
 
 
 class NamedArrays(dict[str, Any]):
-    """Arrays to be saved by name: NumPy's, and JAX's where this process has a part only.
+    """A dict of arrays to be saved: NumPy's, and JAX's for those of which this process has only a part.
 
     Attributes:
         is_shared: whether one of them is on the devices of several processes.
@@ -33,7 +33,7 @@ Path = tuple[str, ...]
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NATIVE = frozenset((*_INTEGERS, "bool", "float16", "bfloat16", "float32", "float64", "complex64"))
-"""The dtypes that safetensors gives back as they are; arrays of others are kept as their bytes."""
+"""The dtypes that safetensors restores as they are; arrays of others are stored as their bytes."""
 
 _MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {
     "dict": dict,
@@ -42,7 +42,7 @@ _MAPPINGS: dict[str, Callable[[list[Any]], Any]] = {
 }
 _INFINITE = {repr(x): x for x in (math.nan, math.inf, -math.inf)}
 _HEXADECIMAL = 1000
-"""The bits from which an integer is written as hexadecimal digits, which Python reads at any length."""
+"""The number of bits from which an integer is written in hexadecimal, which Python reads at any length."""
 
 
 class Malformed(Exception):
@@ -53,11 +53,11 @@ class Stored(NamedTuple):
     """An array from a file.
 
     Attributes:
-        host: its numbers, the data of a key; JAX's array where it is spread over several processes, and an
+        host: its values, or the data of a key; a JAX array if it is spread over several processes, and an
             :class:`Apart` until it is read.
         numpy: whether it was an array of NumPy.
         scalar: whether it was a scalar of NumPy.
-        key: the kind of PRNG key that it is the data of, or None.
+        key: the kind of PRNG key whose data it is, or None.
     """
 
     host: Any
@@ -67,24 +67,24 @@ class Stored(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A node of a pytree that is neither dict, list nor tuple: the name of its type, and its children."""
+    """A pytree node other than a dict, list or tuple: the name of its type, and its children."""
 
     type: str
     children: dict[str, Any]
 
 
 def dotted(path: Path) -> str:
-    """A path for messages."""
+    """Format a path for messages."""
     return repr(".".join(path)) if path else "the whole"
 
 
 def _named(key: Any) -> str:
-    """A key of a path as JAX prints it."""
+    """Format a key of a path as JAX does."""
     return jax.tree_util.keystr((key,), simple=True)
 
 
 def _entry(key: Any) -> str:
-    """A key of a dict as JAX prints it."""
+    """Format a key of a dict as JAX does."""
     return _named(jax.tree_util.DictKey(key))
 
 
@@ -92,12 +92,12 @@ def _entry(key: Any) -> str:
 
 
 def encoded(x: Any, path: Path, arrays: NamedArrays, nodes: bool = True) -> Any:
-    """A tree as JSON; its arrays are put into ``arrays``.
+    """Encode a pytree as JSON; its arrays are put into ``arrays``.
 
     Args:
         x: the tree.
-        path: where it stands in the whole.
-        arrays: to be filled.
+        path: its path in the whole.
+        arrays: the dict to be filled with the arrays.
         nodes: whether other nodes than dicts, lists and tuples are allowed, which only ``like`` can restore.
 
     Raises:
@@ -170,7 +170,7 @@ def _encoded_array(x: Any, path: Path, arrays: NamedArrays) -> dict[str, Any]:
 
 
 def _free_name(path: Path, arrays: NamedArrays) -> str:
-    """A name for the array at a path."""
+    """Make an unused name for the array at a path."""
     base = name = ".".join(path).encode("utf-8", "backslashreplace").decode() or "array"
     for number in range(len(arrays) + 1):
         if name not in arrays and name != "__metadata__":
@@ -183,7 +183,7 @@ def _free_name(path: Path, arrays: NamedArrays) -> str:
 
 
 def parsed_apart(x: Any) -> tuple[str, list[Apart]]:
-    """The name of the folder of the arrays that are not in a file, and these.
+    """Parse the name of the folder of the arrays that are not in a file, and references to these.
 
     Raises:
         As :func:`parsed`.
@@ -199,7 +199,7 @@ def parsed_apart(x: Any) -> tuple[str, list[Apart]]:
 
 
 def parsed(x: Any, arrays: dict[str, Any]) -> Any:
-    """The tree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
+    """Parse JSON into the pytree that :func:`encoded` was given, with :class:`Stored` arrays and :class:`Node` objects.
 
     Raises:
         :class:`Malformed`, and any other for JSON that is not of this kind.
@@ -248,7 +248,7 @@ def _pairs(x: Any) -> list[Any]:
 
 
 def _key(x: Any) -> Any:
-    """The key of a dict."""
+    """Parse the key of a dict."""
     if isinstance(x, tuple) and not isinstance(x, Stored | Node):
         return tuple(map(_key, x))
     if x is None or isinstance(x, bool | int | float | complex | str):
@@ -272,7 +272,7 @@ def _stored(kind: str, host: np.ndarray, x: dict[str, Any]) -> Stored:
 
 
 def _dtype_name(name: str) -> str:
-    """A name that NumPy does not take for an expression."""
+    """Check the name of a dtype: NumPy would read some names as expressions."""
     if not _a(str, name).replace("_", "").isalnum():
         raise Malformed(f"{name!r} is no dtype")
     return name
@@ -282,7 +282,7 @@ def _dtype_name(name: str) -> str:
 
 
 def decoded(x: Any, path: Path = ()) -> Any:
-    """The tree that was saved.
+    """Decode the pytree that was saved.
 
     Raises:
         ``ValueError`` for a node that only ``like`` can make, and for a dtype that JAX does not hold now.
@@ -317,7 +317,7 @@ def _decoded_array(x: Stored, path: Path) -> Any:
 
 
 def decoded_like(x: Any, like: Any) -> Any:
-    """The tree in the structure, dtypes and shardings of another.
+    """Decode a pytree into the structure, dtypes and shardings of another.
 
     Raises:
         As :func:`decoded`; ``ValueError`` for what does not fit, with its path.
@@ -341,7 +341,7 @@ def decoded_like(x: Any, like: Any) -> Any:
 
 
 def places(x: Any, like: Any) -> dict[str, Any]:
-    """By name the shardings that arrays which are still to be read have in another tree of the same structure."""
+    """Map the names of arrays still to be read to their shardings in another pytree of the same structure."""
     wanted, found = dict(_wanted(like)[0]), dict[str, Any]()
     for path, stored in _leaves(x, (), []):
         apart, its = getattr(stored, "host", None), wanted.get(path)
@@ -354,13 +354,13 @@ def places(x: Any, like: Any) -> dict[str, Any]:
 
 
 def _wanted(like: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a tree, of which a state dict is one, with paths; and its structure."""
+    """Flatten a pytree into leaves with paths, and its structure; a state dict counts as a leaf."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=lambda x: isinstance(x, StateDict))
     return [(tuple(map(_named, keys)), leaf) for keys, leaf in leaves], treedef
 
 
 def _leaves(x: Any, path: Path, states: list[Path]) -> Iterator[tuple[Path, Any]]:
-    """Yield the leaves of a tree as JAX sees them, and state dicts, with paths; those of states go into a list."""
+    """Yield the leaves of a pytree and state dicts, with paths; put the paths of each ``OptState`` into ``states``."""
     if isinstance(x, Node):
         if x.type == OptState.__name__:
             states.append(path)
@@ -378,7 +378,7 @@ def _leaves(x: Any, path: Path, states: list[Path]) -> Iterator[tuple[Path, Any]
 
 
 def _leaf_like(x: Any, path: Path, like: Any) -> Any:
-    """One leaf, as the one in ``like`` is."""
+    """Decode one leaf with the type, dtype and sharding of the one in ``like``."""
     if not hasattr(like, "shape") or not hasattr(like, "dtype"):
         value = decoded(x, path)
         if type(value) is not type(like):
@@ -402,7 +402,7 @@ def _leaf_like(x: Any, path: Path, like: Any) -> Any:
 
 
 def _converted(x: Any, path: Path, dtype: Any) -> np.ndarray:
-    """An array or number in a dtype that can hold it, if not all of its digits."""
+    """Convert an array or number to a dtype that can hold its value, if not all of its digits."""
     host = x.host if isinstance(x, Stored) else np.asarray(x)
     if not is_numeric(host.dtype) or _rank(host.dtype) > _rank(dtype):
         kind = f"dtype {host.dtype}" if is_numeric(host.dtype) else type(x).__name__
@@ -416,6 +416,6 @@ def _converted(x: Any, path: Path, dtype: Any) -> np.ndarray:
 
 
 def _rank(dtype: Any) -> int:
-    """The kind of a dtype, each of which can hold the numbers of those before it."""
+    """Rank the kind of a dtype: each kind can hold the numbers of those before it."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     return next(rank for rank, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind))

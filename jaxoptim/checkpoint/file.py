@@ -1,4 +1,4 @@
-"""The files: what is in them, how damage is seen, how they are written whole or not at all."""
+"""Checkpoint files: their content, detection of damage, and atomic writes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from jaxoptim.checkpoint.encoding import NamedArrays, decoded, decoded_like, enc
 from jaxoptim.core.shown import shown
 
 FORMAT_VERSION = 2
-"""The version of the files that :func:`save` writes; :func:`load` reads this one and all before it."""
+"""The format version of files that :func:`save` writes; :func:`load` reads this one and all before it."""
 
 
 def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically: whole or not at all.
 
     The file is written beside ``path``, brought to the disk, and renamed; whoever reads ``path`` finds the old
     checkpoint or the new one, also after a crash at any moment.
@@ -40,10 +40,10 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
 
     Args:
         path: the file. Its folder must exist.
-        state_dict: what ``state_dict()`` of optimizers, schedulers and averaged models gave, arrays, typed PRNG
+        state_dict: the result of ``state_dict()`` of optimizers, schedulers and averaged models, arrays, typed PRNG
             keys, numbers, strings, None, ``OptState``, and dicts, lists and tuples of these, however nested; or any
             other pytree, which :func:`load` needs ``like`` for.
-        keep: how many checkpoints to keep, an int >= 1 (default 1). Those before the last are
+        keep: the number of checkpoints to keep, an int >= 1 (default 1). Those before the last are
             ``<path>.1`` (the newest), ``<path>.2``, ... A smaller number than before removes none of them.
 
     Raises:
@@ -97,7 +97,7 @@ def save(path: str | os.PathLike[str], state_dict: Any, *, keep: int = 1) -> Non
 
 
 def _write(path: Path, content: dict[str, Any], arrays: dict[str, np.ndarray], keep: int) -> None:
-    """Write the file of a checkpoint, and remove the folders of those that it has replaced."""
+    """Write the file of a checkpoint, and remove the array folders of those that it has replaced."""
     safetensors, text = _safetensors(), json.dumps(content, allow_nan=False)
     with _replacing(path, keep) as partial:
         try:
@@ -116,7 +116,7 @@ def _write(path: Path, content: dict[str, Any], arrays: dict[str, np.ndarray], k
 
 
 def _folder_of(file: Path) -> str | None:
-    """The folder that a checkpoint has arrays in, if it is one and has any."""
+    """Return the name of the folder of a checkpoint's arrays; None for another file, and without a folder."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
@@ -126,7 +126,7 @@ def _folder_of(file: Path) -> str | None:
 
 
 def load(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """Read what :func:`save` wrote. Nothing in a file is executed, whoever made it.
+    """Read a checkpoint that :func:`save` wrote; nothing in a file is executed, whoever made it.
 
     A checkpoint of arrays that were spread over several processes is read by all processes that there are now.
 
@@ -139,7 +139,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
             count of an array that has none of its own in the file, that of the tree.
 
     Returns:
-        What was saved. JAX's arrays come as such, those of NumPy too.
+        The saved pytree. Arrays of JAX and of NumPy come as such.
 
     Raises:
         ``FileNotFoundError``; ``ValueError`` for a file that is damaged, of another program, or of a newer
@@ -171,7 +171,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
 
 
 def _safetensors() -> Any:
-    """The library that reads and writes the arrays, an optional dependency."""
+    """Import safetensors, an optional dependency that reads and writes the arrays."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -182,7 +182,7 @@ def _safetensors() -> Any:
 
 
 def _checksum(content: str, arrays: dict[str, np.ndarray]) -> str:
-    """A digest of everything that is read."""
+    """Compute a digest of everything that is read."""
     digest = hashlib.sha256(content.encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -192,7 +192,7 @@ def _checksum(content: str, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The metadata of a file and its arrays by name, checked."""
+    """Read the metadata of a file and its arrays by name, and check them."""
     safetensors = _safetensors()
     with path.open("rb") as file:
         start = file.read(1)
@@ -216,7 +216,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _parsed(path: Path, content: dict[str, Any], arrays: dict[str, Any]) -> Any:
-    """The tree in a file; of arrays that are not in it those that were read, and else what stands for them."""
+    """Parse the pytree in a file; an array that is not in it is the one that was read, or else its reference."""
     try:
         known = {x.name: x for x in parsed_apart(content["parts"])[1]} if "parts" in content else {}
         return parsed(content["tree"], known | arrays)
@@ -226,7 +226,7 @@ def _parsed(path: Path, content: dict[str, Any], arrays: dict[str, Any]) -> Any:
 
 
 def _content(path: Path, text: str) -> dict[str, Any]:
-    """The metadata of a file whose version can be read."""
+    """Parse the metadata of a file, and check that its version can be read."""
     try:
         content = json.loads(text)
         version = content["format"]
@@ -245,19 +245,19 @@ def _damaged(path: Path, problem: str) -> ValueError:
 
 
 def _advice(path: Path) -> str:
-    """A last sentence for the message about a file that cannot be read."""
+    """Return advice to end the message about a file that cannot be read."""
     earlier = _earlier(Path(os.path.realpath(path)), 1)
     return f" An earlier checkpoint is {earlier}." if earlier.exists() else ""
 
 
 def _earlier(path: Path, number: int) -> Path:
-    """The file of an earlier checkpoint."""
+    """Return the file of an earlier checkpoint."""
     return path.with_name(f"{path.name}.{number}")
 
 
 @contextlib.contextmanager
 def _replacing(path: Path, keep: int) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` when it is complete; at each moment ``path`` is whole."""
+    """Yield a file to write, which replaces ``path`` when it is complete; ``path`` is whole at every moment."""
     mine = f".{path.name}.{socket.gethostname()}."
     for left in path.parent.glob(f"{glob.escape(mine)}*.partial"):
         if not _is_running(left.name.removeprefix(mine).split(".")[0]):
@@ -285,11 +285,11 @@ def _replacing(path: Path, keep: int) -> Iterator[Path]:
 
 
 _RENAMING = threading.Lock()
-"""Lets the threads of a process that save at one place move files one after the other."""
+"""A lock for the threads of a process that save at one path, so that they move files one after the other."""
 
 
 def _shift(path: Path, keep: int, second: Path) -> None:
-    """Make room for one more checkpoint; ``path`` stays where it is, and gets a second name."""
+    """Make room for one more checkpoint: ``path`` stays in place, and gets a second name as the newest earlier one."""
     newest = _earlier(path, 1)
     if keep == 1 or not path.exists():
         return
@@ -306,13 +306,13 @@ def _shift(path: Path, keep: int, second: Path) -> None:
 
 
 def _are_one(a: Path, b: Path) -> bool:
-    """Whether a file is another by a second name, or a copy that ``shutil.copy2`` has made."""
+    """Whether two paths are one file, or one is a copy that ``shutil.copy2`` made of the other."""
     first, second = a.stat(), b.stat()
     return a.samefile(b) or (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
 def _is_running(pid: str) -> bool:
-    """Whether a process of this machine still runs; where that cannot be asked, it does."""
+    """Whether a process of this machine still runs; True if that cannot be determined."""
     if os.name != "posix" or not pid.isdecimal():
         return True
     try:

@@ -1,4 +1,4 @@
-"""A loss and its gradient over micro-batches, one after the other."""
+"""Gradient accumulation: a loss and its gradient over micro-batches, one after the other."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def accumulated(
     Args:
         loss_fn: the loss. It may return ``(sum, weight)`` for the loss :math:`w_i L_i` and its weight :math:`w_i`.
         values: a tree of arrays.
-        args: what else the loss takes. A first argument that comes back goes to the next part, and those that are no
-            part of the batch go to all. Of the others, the leading axis of each array is cut into ``count`` parts;
+        args: further arguments of the loss. A first argument that comes back goes to the next part, and those that are
+            no part of the batch go to all. Of the others, the leading axis of each array is cut into ``count`` parts;
             numbers go to all parts as they are, and a key to each with the number of the part folded in.
         count: the number of parts.
         mean: whether the loss is the mean over the parts (that over all weights), or their sum.
@@ -35,7 +35,7 @@ def accumulated(
         The evaluation, whose ``aux`` has one entry for each part along a new leading axis.
 
     Raises:
-        ValueError: for an array whose leading axis is not a multiple of ``count``, by its place; where nothing differs
+        ValueError: for an array whose leading axis is not a multiple of ``count``, with its place; if nothing differs
             from part to part.
     """
     whole, batch = tuple(args[: loss_fn.num_whole]), tuple(args[loss_fn.num_whole :])
@@ -60,7 +60,7 @@ def accumulated(
         return jax.tree.unflatten(treedef, own)
 
     def evaluate(first: tuple[Any, ...], number: Any, cut: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """Loss, weight and gradient of a part, the first argument of the next one, and what is returned for each."""
+        """Evaluate one micro-batch: loss, weight and gradient, the carry for the next one, and its auxiliary output."""
         found, weight = weighted(loss_fn, values, (*first, *kept, *args_of(number, cut)), scale)
         aux, *after = found.aux if loss_fn.carries else (found.aux,)
         sums = (found.loss, weight, found.grads)
@@ -84,7 +84,7 @@ def accumulated(
 def weighted(
     loss_fn: Loss, values: Any, args: Sequence[Any], scale: jax.Array | None = None
 ) -> tuple[Evaluation, jax.Array]:
-    """Evaluate a loss that may return ``(sum, weight)``; the sum, and the weight, 1 where there is none."""
+    """Evaluate a loss that may return ``(sum, weight)``; return the evaluation of the sum, and the weight, else 1."""
 
     def with_weight(values: Any, *args: Any) -> tuple[Any, Any]:
         loss, aux = loss_fn.both(values, args)
@@ -98,7 +98,7 @@ def weighted(
 
 
 def _is_cut(leaf: Any, path: str, count: int) -> bool:
-    """Whether a leaf of the arguments has a leading axis, which is cut."""
+    """Whether a leaf of the arguments has a leading axis, which is cut into micro-batches."""
     if not jnp.ndim(leaf) or is_key(leaf):
         return False
     if leaf.shape[0] % count:

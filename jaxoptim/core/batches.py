@@ -19,7 +19,7 @@ def size_of(data: Any, what: str = "data") -> int:
 
     Args:
         data: a pytree of arrays, whose first axes run over the data.
-        what: what messages call them.
+        what: the name of the data in messages.
 
     Returns:
         The length of the first axes.
@@ -57,7 +57,7 @@ def check_batch_size(batch_size: Any, data: Any) -> None:
 
 
 def in_batches(data: Any, batch_size: int | None) -> tuple[Any, Any, tuple[int, int]]:
-    """The whole batches of the data on a first axis, what is left over, and the sizes of both."""
+    """Split the data into whole batches along a new first axis and a remainder; also return the sizes of both."""
     n = size_of(data)
     size = batch_size or n
     whole = n // size * size
@@ -66,10 +66,10 @@ def in_batches(data: Any, batch_size: int | None) -> tuple[Any, Any, tuple[int, 
 
 
 def batch_at(step: Any, key: jax.Array, data: Any, batch_size: int | None) -> Any:
-    """The batch of a step.
+    """Return the minibatch of a step.
 
     The data are shuffled anew in every epoch, and each epoch takes as many whole batches as there are: no datum
-    is seen twice in one, and what is left over is another part each time.
+    is seen twice in one epoch, and the remainder that is left out is another one each time.
     """
     if batch_size is None:
         return data
@@ -81,14 +81,14 @@ def batch_at(step: Any, key: jax.Array, data: Any, batch_size: int | None) -> An
 
 
 def shuffled(places: jax.Array, count: int, key: jax.Array) -> jax.Array:
-    """Move these places out of ``count`` to where they are in a random order that follows from a key.
+    """Map places below ``count`` to their places in a random permutation that the key determines.
 
     It is a permutation of the next power of two, in rounds that can each be undone (an odd factor, a summand, a shift),
     walked along until it is back among the places there are. So no order has to be sorted, or kept.
 
     Args:
         places: uint32, below ``count``.
-        count: how many places there are.
+        count: the number of places.
         key: one typed key.
 
     Returns:

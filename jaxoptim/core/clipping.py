@@ -42,11 +42,11 @@ class Clip(Hyperparameters):
 
     @property
     def is_off(self) -> bool:
-        """Whether gradients pass as they are."""
+        """Whether there is no bound, so that gradients pass unchanged."""
         return self.clip_norm is None and self.clip_value is None
 
     def clipped(self, grad: Any) -> Any:
-        """The gradient within the bounds, in its dtype; the rows of a sparse one are summed first."""
+        """Clip a gradient, in its dtype; the rows of a sparse one are summed first."""
         if self.is_off:
             return grad
         if isinstance(grad, BCOO):
@@ -55,7 +55,7 @@ class Clip(Hyperparameters):
         return self.bounded(grad, squares(grad))
 
     def bounded(self, grad: jax.Array, square: jax.Array) -> jax.Array:
-        """A gradient, or a part of one, within the bounds; ``square`` is the squared norm of the whole."""
+        """Clip a gradient, or a part of one; ``square`` is the squared norm of the whole gradient."""
         given = grad.dtype
         grad = grad.astype(computing_dtype(given))
         clip = self.cast(real_dtype(grad.dtype))
@@ -69,6 +69,6 @@ class Clip(Hyperparameters):
 
 
 def squares(grad: jax.Array, axis: int | None = None) -> jax.Array:
-    """The sum of the squared absolute values, in float32 at least."""
+    """Sum the squared absolute values, in float32 at least."""
     grad = grad.astype(computing_dtype(grad.dtype))
     return jnp.sum((grad * grad.conj()).real, axis)

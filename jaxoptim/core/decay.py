@@ -1,4 +1,4 @@
-"""Decay rates that keep the digits of their complement."""
+"""Decay rates that keep the precision of their complement, one minus the rate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Decay:
 
     @classmethod
     def of(cls, rate: Any) -> Decay:
-        """The decay of a given rate; a ``Decay`` is returned as it is."""
+        """Make the decay of a given rate; a ``Decay`` is returned as it is."""
         if isinstance(rate, Decay):
             return rate
         if isinstance(rate, np.ndarray):
@@ -57,17 +57,17 @@ class Decay:
         return cls(rate, 1.0 - rate)
 
     def ema(self, average: jax.Array, value: jax.Array) -> jax.Array:
-        """The exponential moving average after one more ``value``, of the shape of ``average``."""
+        """Return the exponential moving average after one more ``value``, of the shape of ``average``."""
         return average + self.complement * (value - average)
 
     def power(self, step: Any) -> jax.Array:
-        r"""The rate to the power of ``step``, :math:`\beta^t`."""
+        r"""Return the rate to the power of ``step``, :math:`\beta^t`."""
         return jnp.exp(step * self._log())
 
     def bias_correction(self, step: Any) -> jax.Array:
-        r"""The sum of the weights of an average that started at zero, :math:`1 - \beta^t`."""
+        r"""Return the sum of the weights of an average that started at zero, :math:`1 - \beta^t`."""
         return -jnp.expm1(step * self._log())
 
     def _log(self) -> jax.Array:
-        """The logarithm of the rate, from whichever of the two fields has its digits."""
+        """Return the logarithm of the rate, from whichever of the two fields gives it more precisely."""
         return jnp.where(self.rate > 0.5, jnp.log1p(-self.complement), jnp.log(self.rate))

@@ -23,7 +23,7 @@ from jaxoptim.core.packing import Packed, join, split
 
 
 def flatten(tree: Any) -> jax.Array:
-    """All numbers of a tree in one real vector, leaf after leaf.
+    """Flatten a pytree into one real vector, leaf after leaf.
 
     Complex numbers stand as pairs, real part first. None leaves take no place.
 
@@ -46,7 +46,7 @@ def flatten(tree: Any) -> jax.Array:
 
 
 def flatten_like(tree: Any, like: Any, what: str = "grads") -> jax.Array:
-    """A tree of gradients as a vector, in the places and the dtype that :func:`flatten` gives the parameters.
+    """Flatten a pytree of gradients with the layout and dtype that :func:`flatten` gives the parameters.
 
     Args:
         tree: a tree like ``like``. None counts as zeros; a sparse array (``BCOO``) is made dense.
@@ -78,7 +78,7 @@ def flatten_like(tree: Any, like: Any, what: str = "grads") -> jax.Array:
 
 
 def unflatten(vector: jax.Array, like: Any) -> Any:
-    """The inverse of :func:`flatten`.
+    """Rebuild a pytree from a vector: the inverse of :func:`flatten`.
 
     Its transpose is a concatenation, so gradients through it are cheap.
 
@@ -107,7 +107,7 @@ def unflatten(vector: jax.Array, like: Any) -> Any:
 
 
 def _placed(like: Any, part: jax.Array) -> jax.Array:
-    """One array of the tree from its part of the vector."""
+    """Build one array of the pytree from its part of the vector."""
     if is_complex(like):
         pairs = part.astype(real_dtype(like.dtype)).reshape((*like.shape, 2))
         return sharded_like(view_as_complex(pairs), like)
@@ -115,7 +115,7 @@ def _placed(like: Any, part: jax.Array) -> jax.Array:
 
 
 def _fitting(leaf: Any, name: str, param: Any, what: str) -> Any:
-    """A gradient as a dense array that fits its parameter."""
+    """Return a gradient as a dense array, after checking that it fits its parameter."""
     if leaf is None:
         return jnp.zeros(param.shape, param.dtype)
     leaf = sparse.to_dense(leaf) if isinstance(leaf, BCOO) else trees.check_array(f"leaf of {what}", name, leaf)
@@ -134,7 +134,7 @@ def _joined(arrays: list[Any]) -> jax.Array:
 
 
 def _flat_dtype(arrays: list[Any]) -> Any:
-    """The real dtype that holds every number of ``arrays``."""
+    """Return the real dtype that all of ``arrays`` promote to."""
     if not arrays:
         return real_dtype(computing_dtype(jnp.float32))
     return real_dtype(computing_dtype(jnp.result_type(*(x.dtype for x in arrays))))

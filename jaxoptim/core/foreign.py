@@ -1,4 +1,4 @@
-"""What belongs to other libraries, told without importing them."""
+"""Recognize objects of other libraries without importing these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ARRAYS_ALONE = (
     "Give the arrays alone, eqx.partition(model, eqx.is_inexact_array)[0] or nnx.split(model, nnx.Param, ...)[1], and "
     "join them with the rest in the loss."
 )
-"""What to do with a module among other parameters, for messages."""
+"""Advice for a module among other parameters, for error messages."""
 
 
 def is_tensor(x: Any) -> bool:
@@ -31,19 +31,19 @@ def check_not_trained_by_torch(what: str, x: Any) -> None:
 
 
 def unwrapped(given: Any) -> Any:
-    """What arguments were bound to by ``functools.partial``, and the object of a method."""
+    """Return the function inside of a ``functools.partial``, and the object of a bound method."""
     while isinstance(given, functools.partial):
         given = given.func
     return given.__self__ if inspect.ismethod(given) else given
 
 
 def kind_of(given: Any) -> Any:
-    """A class or a function itself, and the class of anything else."""
+    """Return a class or a function as it is, and the class of anything else."""
     return given if isinstance(given, type) or inspect.isfunction(given) else type(given)
 
 
 def origin(given: Any, *packages: str) -> Any:
-    """The class or function of these packages that something is or is derived from; None if there is none."""
+    """Return the class or function of these packages that an object is or derives from; None if there is none."""
     kind, prefixes = kind_of(unwrapped(given)), tuple(f"{name}." for name in packages)
     kinds = kind.__mro__ if isinstance(kind, type) else (kind,)
     return next((of for of in kinds if f"{of.__module__}.".startswith(prefixes)), None)

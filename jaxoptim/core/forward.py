@@ -1,4 +1,4 @@
-"""Losses that can be differentiated forward only, such as those with a loop that ends by a condition."""
+"""Losses that only forward mode can differentiate, such as those with a ``while_loop``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import jax
 
 
 def by_forward_mode(fn: Callable[[Any], tuple[Any, Any]]) -> Callable[[Any], tuple[Any, Any]]:
-    """A loss whose gradient is found by forward differentiation, also where ``jax.grad`` asks for it.
+    """Give a loss a custom gradient computed in forward mode, which ``jax.grad`` then uses too.
 
-    It costs one evaluation for each number of the parameters, all of them at once under ``vmap``.
+    The gradient costs one evaluation for each number of the parameters, all at once under ``vmap``.
 
     Args:
         fn: returns ``(loss, aux)`` of a tree of real arrays.

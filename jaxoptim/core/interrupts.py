@@ -1,4 +1,4 @@
-"""Ctrl-C while a compiled step runs."""
+"""Deferral of Ctrl-C while a compiled step runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Uninterrupted:
-    """Let Ctrl-C wait until what a compiled step has returned is kept, because what it was given is gone by then.
+    """Defer SIGINT until the outputs of a donating call are stored, because its inputs are already deleted.
 
     A second Ctrl-C does not wait: the step may hang.
     """
@@ -17,7 +17,7 @@ class Uninterrupted:
     __slots__ = ("_count", "_handler")
 
     _is_active = False
-    """Whether a block around this one waits already; set as long as the outermost block runs."""
+    """Whether an enclosing block already defers SIGINT; set while the outermost block runs."""
 
     def __enter__(self) -> None:
         # Both live as long as the block.

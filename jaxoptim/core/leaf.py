@@ -1,4 +1,4 @@
-"""The update of one array of a tree: its dtype, its complex numbers, its sparse gradient, its part of the rule.
+"""The update of one leaf of a pytree: computing dtype, complex numbers, sparse gradients, its part of the rule.
 
 The rules never see what this file handles.
 """
@@ -17,7 +17,7 @@ from jaxoptim.core.rule import Off, Rule, Slots, Traced, assembled, is_part, is_
 
 
 def check_param(rule: Rule, name: str, param: Any) -> Any:
-    """A parameter as an array; raises if the rule cannot update it.
+    """Return a parameter as an array; raise if the rule cannot update it.
 
     Args:
         rule: the optimizer.
@@ -49,7 +49,7 @@ def check_param(rule: Rule, name: str, param: Any) -> Any:
 
 
 def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
-    """A gradient, dense ones as an array; raises if it does not fit its parameter or its rule.
+    """Return a gradient, a dense one as an array; raise if it does not fit its parameter or its rule.
 
     Args:
         rule: the optimizer.
@@ -95,7 +95,7 @@ def check_gradient(rule: Rule, name: str, grad: Any, param: Any) -> Any:
 
 
 def fitting(what: str, name: str, x: Any, grad: Any) -> Any:
-    """A leaf of a tree that a rule takes by name, checked."""
+    """Check a leaf of a pytree that a rule takes by name, and return it."""
     if x is None:
         raise ValueError(f"{what} has nothing for {name!r}, which has a gradient. Give it an array of its shape.")
     x = trees.check_array(f"leaf of {what}", name, x)
@@ -104,7 +104,7 @@ def fitting(what: str, name: str, x: Any, grad: Any) -> Any:
 
 
 def by_leaf(rule: Rule, like: Any, like_what: str) -> list[Any]:
-    """The rule of each leaf, with its own part of the fields that hold a tree."""
+    """Return one rule for each leaf, with the leaf's part of the fields that hold a pytree."""
     leaves = jax.tree.leaves(like, is_leaf=trees.is_leaf)
     own: list[dict[str, Any]] = [{} for _ in leaves]
     by_parameter = rule.by_parameter
@@ -129,7 +129,7 @@ def by_leaf(rule: Rule, like: Any, like_what: str) -> list[Any]:
 
 
 def of_any_leaf(rule: Rule) -> Any:
-    """A rule for a tree without arrays: of each tree of numbers one, of a term that is on if there is one."""
+    """Return the rule for a pytree without arrays: one number of each pytree of numbers, of an enabled term if any."""
 
     def one(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -141,7 +141,7 @@ def of_any_leaf(rule: Rule) -> Any:
 
 
 def numbers_of(spec: Any, value: Any, field: str, like: Any, like_what: str) -> list[Any]:
-    """A hyperparameter of each leaf of a tree, from what may be a tree of numbers."""
+    """Return a hyperparameter's value for each leaf; it may be one number or a pytree of numbers."""
     if isinstance(spec, tuple):
         columns = [
             numbers_of(s, v, f"{field}[{at}]", like, like_what)
@@ -160,7 +160,7 @@ def numbers_of(spec: Any, value: Any, field: str, like: Any, like_what: str) -> 
 
 
 def _broadcasting(field: str, name: str, part: Any, like: Any) -> Any:
-    """An array that may stand beside another one."""
+    """Return an array after checking that it broadcasts to the shape of another."""
     shape = jnp.shape(part)
     fits = len(shape) <= len(like.shape) and all(
         a in (1, b) for a, b in zip(shape[::-1], tuple(like.shape)[::-1], strict=False)
@@ -174,7 +174,7 @@ def _broadcasting(field: str, name: str, part: Any, like: Any) -> Any:
 
 
 def _value(field: str, name: str, part: Any, like: Any) -> Any:
-    """An array that another one could be."""
+    """Return an array after checking that it could be a value of another: its shape and dtype fit."""
     part = trees.check_array(f"{field} of", name, part)
     trees.check_shape(field, name, part, like)
     if is_complex(part) and not is_complex(like):
@@ -183,7 +183,7 @@ def _value(field: str, name: str, part: Any, like: Any) -> Any:
 
 
 def as_computed(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype in which a rule sees an array."""
+    """Return the shape and dtype in which a rule sees an array."""
     dtype = computing_dtype(x.dtype)
     return jax.ShapeDtypeStruct((*x.shape, 2) if is_complex(x) else x.shape, real_dtype(dtype))
 
@@ -211,7 +211,7 @@ class LeafUpdate(NamedTuple):
 
 
 def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
-    """The slots of one parameter; complex ones hold the real slots of both parts."""
+    """Initialize the slots of one parameter; for a complex one they hold the real slots of both parts."""
     dtype = computing_dtype(param.dtype)
     if is_complex(param):
         rule = _with_pairs(rule)
@@ -227,17 +227,18 @@ def init_leaf(rule: Rule, param: Any, drawn: dict[str, Any]) -> Slots:
 
 
 Wanted = Literal["value", "change", "both"]
-"""What becomes of an update: the new value of the array, its change, or both."""
+"""The result wanted of an update: the new value of the array, its change, or both."""
 
 Change = tuple[Any, Any, Any, Slots]
-"""The rows of a parameter that change (None: all), their change, None if it is not wanted, their new values, None if
-they follow from it, and the new slots."""
+"""The rows that change (None: all), their change (None: not wanted), their new values, and the new slots.
+
+The new values are None if they follow from the change."""
 
 
 def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> Change:
-    """Return the rows that change (None: all), the change of one parameter in them, and its new slots.
+    """Update one parameter: the rows that change (None: all), their change, their new values, and the new slots.
 
-    Before the slots stands the new value of the rows, None where it is the old one and the change, rounded.
+    The new values are None where they are the old ones plus the change, rounded.
     """
     if not isinstance(leaf.grad, BCOO):
         return None, *valued(leaf, *update_dense(*leaf[1:], shared))
@@ -258,7 +259,7 @@ def update_leaf(leaf: LeafUpdate, shared: dict[str, Any]) -> Change:
 
 
 def valued(leaf: LeafUpdate, change: jax.Array, slots: Slots) -> tuple[jax.Array, Any, Slots]:
-    """The change, the new value of a parameter that keeps more than the nearest one, and the slots."""
+    """Return the change, the new value if the precision keeps more than the nearest one, and the slots."""
     param, how = leaf.param, leaf.rule.precision
     if param is None or not precision.is_low(param.dtype) or not how.keeps_values:
         return change, None, slots
@@ -278,7 +279,7 @@ def update_dense(
     given: dict[str, Any],
     shared: dict[str, Any],
 ) -> tuple[jax.Array, Slots]:
-    """Run the rule in the computing dtype, on the real view of complex arrays; the change and the new slots.
+    """Run the rule in the computing dtype, on the real view of complex arrays; return the change and the new slots.
 
     Jitted so that all arrays of one shape are traced and lowered once, which is most of the work of tracing
     a large tree; the compiler inlines it.
@@ -303,7 +304,7 @@ def first_pass(leaf: LeafUpdate, shared: dict[str, Any]) -> dict[str, jax.Array]
 
 
 def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[str, Any]) -> tuple[Any, ...]:
-    """The rule and arrays in the computing dtype, complex arrays as pairs."""
+    """Cast the rule and arrays to the computing dtype, complex arrays as pairs."""
     dtype = computing_dtype(grad.dtype if param is None else param.dtype)
 
     def real(x: Any) -> jax.Array:
@@ -323,12 +324,12 @@ def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[
 
 
 def _computed(slot: jax.Array) -> jax.Array:
-    """A slot in the dtype that rules compute in."""
+    """Cast a slot to the dtype that rules compute in."""
     return slot.astype(jnp.float32) if precision.is_low(slot.dtype) else slot
 
 
 def _as_stored(param: jax.Array, real: jax.Array, slots: Slots) -> Slots:
-    """Slots that were computed on the real view of a complex array, as complex arrays."""
+    """Turn slots computed on the real view of a complex array back into complex arrays."""
     if real.ndim == param.ndim:
         return slots
     return {
@@ -346,7 +347,7 @@ def summed(scalars: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
 
 
 def _with_pairs(rule: Rule) -> Rule:
-    """The rule of a complex array, whose own arrays have an axis more for real and imaginary parts."""
+    """Return the rule of a complex array: its own arrays get a last axis for real and imaginary parts."""
 
     def paired(spec: Traced, x: jax.Array) -> jax.Array:
         return view_as_real(x.astype(jnp.promote_types(x.dtype, jnp.complex64))) if spec.is_value else x[..., None]

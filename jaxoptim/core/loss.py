@@ -1,4 +1,4 @@
-"""A loss, evaluated once with the derivatives that a step asks for."""
+"""Evaluation of a loss, once, with the derivatives that a step asks for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Values = Mapping[str, jax.Array]
 
 
 class Loss(NamedTuple):
-    """A loss function as what names a compiled program; hashable.
+    """A hashable loss function: the static key of a compiled program.
 
     Attributes:
-        function: as given.
+        function: the function as given.
         has_aux: whether it returns an auxiliary output too.
-        keywords: the names of its last arguments, those that it takes by keyword.
+        keywords: the names of its last arguments, which it takes by keyword.
         static: arguments by keyword that are fixed in the program.
         carries: whether its first argument comes back, for the next evaluation: its auxiliary output is
             ``(aux, first argument)``.
@@ -34,22 +34,22 @@ class Loss(NamedTuple):
     num_whole: int = 0
 
     def __call__(self, values: Values, *args: Any) -> Any:
-        """What the function returns."""
+        """Call the function."""
         positional = args[: len(args) - len(self.keywords)]
         named = dict(zip(self.keywords, args[len(positional) :], strict=True))
         return self.function(values, *positional, **named, **dict(self.static))
 
     def both(self, values: Values, args: Sequence[Any]) -> tuple[Any, Any]:
-        """The loss and the auxiliary output, None if there is none."""
+        """Return the loss and the auxiliary output, None if there is none."""
         result = self(values, *args)
         return loss_and_aux(result) if self.has_aux else (result, None)
 
     def of(self, view: Callable[[Any], Any]) -> Loss:
-        """The loss as a function of other values, of which the ones that it takes are a view."""
+        """Return the loss as a function of other values, given the function that maps them to those it takes."""
         return self._replace(function=lambda values, *args: self(view(values), *args), keywords=(), static=())
 
     def value(self, values: Values, args: Sequence[Any]) -> Any:
-        """The loss alone."""
+        """Return the loss alone."""
         return self.both(values, args)[0]
 
 
@@ -57,10 +57,10 @@ class Evaluation(NamedTuple):
     """A loss and its derivatives at the old values of all parameters.
 
     Attributes:
-        loss_of: the loss at any values.
+        loss_of: the loss as a function of the values.
         values: the old values, by name if parts of them are asked for.
         loss: the loss there.
-        aux: what the loss function returns besides.
+        aux: the auxiliary output of the loss function.
         grads: its gradients by name, in torch's and optax's convention for complex parameters.
         push: the derivative of all gradients along a tangent of all values, if second derivatives were asked for.
     """
@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
     push: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None
 
     def push_of(self, name: str) -> Callable[[jax.Array], jax.Array]:
-        """The derivative of one parameter's gradient along its own tangents."""
+        """Return the map from tangents of one parameter to the derivative of its gradient, a block of the Hessian."""
         push = self.push
         if push is None:
             raise ValueError("The evaluation was made without second derivatives.")
@@ -94,7 +94,7 @@ class Evaluation(NamedTuple):
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:
-    """What a function returned that returns an auxiliary output too."""
+    """Unpack the ``(loss, aux)`` that a function with an auxiliary output returned."""
     if not (isinstance(result, tuple | list) and len(result) == 2):
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
         got = "the loss alone" if isinstance(result, jax.Array | float) else got
@@ -105,7 +105,7 @@ def loss_and_aux(result: Any) -> tuple[Any, Any]:
 
 
 class NotAScalar(ValueError, TypeError):
-    """A loss is an array of numbers: a wrong value to some of our parents, a wrong type to JAX."""
+    """A loss that is not a scalar: a ``ValueError`` to some parent libraries, a ``TypeError`` to JAX."""
 
 
 def evaluated(
@@ -116,7 +116,7 @@ def evaluated(
     Args:
         loss_fn: the loss.
         values: a tree of arrays; a dict by name, if a part of it is to be asked for.
-        args: what else the loss takes.
+        args: further arguments of the loss.
         second: whether second derivatives are asked for (default False).
         scale: a factor of the gradient, which the loss has when it is differentiated (default None: 1).
 
@@ -160,7 +160,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 class LossFunctions:
-    """The last loss functions of one optimizer, each of which has its compiled program.
+    """The loss functions last given to one optimizer, each with a compiled program of its own.
 
     Args:
         method: the name of the method that they are given to.
@@ -173,7 +173,7 @@ class LossFunctions:
         self._known: list[Any] = []
 
     def check(self, loss_fn: Callable[..., Any]) -> None:
-        """Raise for a function that cannot name a program, warn about one that is made anew at each call."""
+        """Raise for a function that cannot be a key of a program; warn of one that is made anew at each call."""
         try:
             hash(loss_fn)
         except TypeError:

@@ -1,4 +1,4 @@
-"""A factor on the loss, so that gradients in float16 are not lost below its smallest number."""
+"""Loss scaling, so that small gradients in float16 do not underflow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ScaledState(NamedTuple):
 
     Attributes:
         loss_scale: the factor on the loss.
-        inner_state: of the transformation.
+        inner_state: the state of the transformation inside.
     """
 
     loss_scale: ScaleState
@@ -41,7 +41,7 @@ class ScaledState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LossScale:
-    r"""A factor :math:`s` on the loss that follows what float16 can hold, as torch's ``GradScaler``.
+    r"""A loss scale :math:`s` that adapts to the range of float16, as torch's ``GradScaler``.
 
     .. math::
         g = \nabla(s L) / s, \qquad
@@ -86,19 +86,19 @@ class LossScale:
                 raise ValueError(f"Invalid {name}: {shown(getattr(self, name))}. LossScale takes {name} {range_}.")
 
     def init(self) -> ScaleState:
-        """The state before the first step."""
+        """Initialize the state."""
         return ScaleState(jnp.asarray(self.init_scale, jnp.float32), jnp.zeros((), jnp.int32))
 
     def scaled(self, loss: Any, state: ScaleState) -> jax.Array:
-        """The loss times the factor, in the loss's dtype."""
+        """Multiply the loss by the factor, in the loss's dtype."""
         return loss * state.scale.astype(jnp.result_type(loss))
 
     def unscaled(self, grads: Any, state: ScaleState) -> Any:
-        """Gradients of the scaled loss divided by the factor, in at least float32."""
+        """Divide gradients of the scaled loss by the factor, in at least float32."""
         return jax.tree.map(lambda grad: grad.astype(computing_dtype(grad.dtype)) / state.scale, grads)
 
     def updated(self, state: ScaleState, is_finite: Any) -> ScaleState:
-        """The state after a step whose gradients were all finite, or not."""
+        """Return the state after a step, given whether all its gradients were finite."""
         tracker = state.growth_tracker + 1
         is_over, grown = tracker == self.growth_interval, state.scale * self.growth_factor
         scale = jnp.where(is_over & jnp.isfinite(grown), grown, state.scale)
@@ -111,13 +111,13 @@ class LossScale:
 def scale_loss(
     tx: optax.GradientTransformation, loss_scale: LossScale | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of gradients of a scaled loss, whose factor stands in its state.
+    """Wrap a transformation so that it takes gradients of a scaled loss; the scale is kept in its state.
 
     Where a gradient is not finite the update is zero, and the state of the transformation inside stays.
 
     Args:
         tx: the transformation inside.
-        loss_scale: how the factor follows (default None: ``LossScale()``).
+        loss_scale: the rule that adapts the factor (default None: ``LossScale()``).
 
     Returns:
         A transformation with state :class:`ScaledState`.

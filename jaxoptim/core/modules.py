@@ -39,30 +39,30 @@ class Rest(NamedTuple):
 
 
 class ModuleDef(abc.ABC):
-    """A module without its arrays, as a treedef is a tree without its leaves.
+    """The static part of a module, without its arrays, as a treedef is a pytree without its leaves.
 
-    It names compiled programs. Modules of one structure have one and the same, so that they share programs.
+    It is the key of compiled programs. Modules of equal structure share one object, and so share programs.
     """
 
     @abc.abstractmethod
     def split(self, module: Any) -> tuple[Any, Rest]:
-        """The arrays of a module: the tree of those that are trained, and the rest."""
+        """Split the arrays of a module into the pytree of the trained ones and the rest."""
 
     @abc.abstractmethod
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
-        """What a call may change, after one, from the module, the loss's auxiliary output, and as it was before."""
+        """Return the changeable arrays after a call, from the module, the auxiliary output, or else as before."""
         return before
 
     def gradients(self, grads: Any) -> Any:
-        """Gradients as a tree like the one that is trained."""
+        """Return gradients as a pytree like the trained one."""
         return grads
 
 
 class Parts(NamedTuple):
-    """A module taken apart.
+    """A module split into its static definition, its trained arrays, and the rest.
 
     Attributes:
         definition: the module without its arrays.
@@ -82,29 +82,29 @@ class EquinoxDef(ModuleDef):
         self._others = jax.tree.map(lambda x: None if _is_array(x) else x, module)
 
     def key(self) -> Any:
-        """What equal definitions have in common; not hashable if something in the module is not."""
+        """Return the key that equal definitions share; not hashable if something in the module is not."""
         leaves, treedef = jax.tree.flatten(self._others)
         # Of the numbers 1, 1.0 and True, and of 0.0 and -0.0, each has programs of its own.
         return treedef, tuple((type(x), repr(x) if isinstance(x, float | complex) else x) for x in leaves)
 
     def split(self, module: Any) -> tuple[Any, Rest]:
-        """The inexact arrays, and the others."""
+        """Split the module into its inexact arrays and the others."""
         trained = jax.tree.map(lambda x: x if _is_inexact(x) else None, module)
         others = jax.tree.map(lambda x: jnp.asarray(x) if _is_array(x) and not _is_inexact(x) else None, module)
         return trained, Rest(kept=_if_any(others))
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
         parts = [part for part in (trained, rest.kept, self._others) if part is not None]
         return jax.tree.map(_first, *parts, is_leaf=lambda x: x is None)
 
 
 class NnxDef(ModuleDef):
-    """An nnx module, some of whose variables are trained; a call may change the others, but for ``nnx.Param``.
+    """An nnx module: selected variables are trained; a call may change the others, except ``nnx.Param``.
 
     Args:
         module: the module.
-        wrt: the predicate of nnx that says which.
+        wrt: nnx's predicate that selects the trained variables.
     """
 
     def __init__(self, module: Any, wrt: Any) -> None:
@@ -115,11 +115,11 @@ class NnxDef(ModuleDef):
         self._takes_some = wrt != nnx.filterlib.to_predicate(nnx.Param)
 
     def key(self) -> Any:
-        """What equal definitions have in common; not hashable if something in the module is not."""
+        """Return the key that equal definitions share; not hashable if something in the module is not."""
         return self._structure, self.wrt
 
     def split(self, module: Any) -> tuple[Any, Rest]:
-        """The variables that are trained, and the others."""
+        """Split the variables into the trained ones and the others."""
         from flax import nnx
 
         parts: Any = nnx.split(module, self.wrt, nnx.Not(nnx.Param), ...)
@@ -127,13 +127,13 @@ class NnxDef(ModuleDef):
         return trained, Rest(_if_any(changing), _if_any(kept))
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The module with these arrays."""
+        """Rebuild the module with these arrays."""
         from flax import nnx
 
         return nnx.merge(self._structure, trained, *(part for part in rest if part is not None), copy=True)
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
-        """The variables that a call may have changed."""
+        """Return the variables that a call may have changed."""
         after = self.split(module)[1].changing
         given, known = (set(trees.names(variables)) for variables in (after, before))
         if given != known:
@@ -144,7 +144,7 @@ class NnxDef(ModuleDef):
         return after
 
     def gradients(self, grads: Any) -> Any:
-        """Gradients of what is trained, where ``nnx.grad`` has taken those of every ``nnx.Param``."""
+        """Return the gradients of the trained variables, of those that ``nnx.grad`` took of every ``nnx.Param``."""
         from flax import nnx
 
         return nnx.filter_state(grads, self.wrt) if self._takes_some and isinstance(grads, nnx.State) else grads
@@ -162,21 +162,21 @@ class LinenDef(ModuleDef):
         self._names = tuple(variables)
 
     def key(self) -> Any:
-        """What equal definitions have in common."""
+        """Return the key that equal definitions share."""
         return self._kind, self._names
 
     def split(self, module: Any) -> tuple[Any, Rest]:
-        """The collection that is trained, and the others."""
+        """Split the variables into the trained collection and the others."""
         others = {name: jax.tree.map(jnp.asarray, x) for name, x in module.items() if name != "params"}
         return {"params": module["params"]}, Rest(others)
 
     def joined(self, trained: Any, rest: Rest) -> Any:
-        """The variables with these arrays."""
+        """Rebuild the variables with these arrays."""
         every = {**trained, **rest.changing}
         return self._kind({name: every[name] for name in self._names})
 
     def changed(self, module: Any, aux: Any, before: Any) -> Any:
-        """The collections that a call may have changed."""
+        """Return the collections that a call may have changed."""
         others = {name: module[name] for name in before}
         if not isinstance(aux, Mapping) or not aux or not aux.keys() <= others.keys():
             return others
@@ -185,13 +185,13 @@ class LinenDef(ModuleDef):
         return others | dict(aux)
 
     def gradients(self, grads: Any) -> Any:
-        """Gradients of the collection that is trained."""
+        """Return the gradients of the collection that is trained."""
         is_whole = isinstance(grads, Mapping) and grads.keys() == set(self._names)
         return {"params": grads["params"]} if is_whole else grads
 
 
 def module_of(params: Any, wrt: Any = None) -> Parts | None:
-    """The parts of a module of equinox or nnx; None for anything else.
+    """Split a module of equinox or nnx into its parts; return None for anything else.
 
     Args:
         params: anything.
@@ -212,7 +212,7 @@ def module_of(params: Any, wrt: Any = None) -> Parts | None:
 
 
 def parts_of(params: Any, wrt: Any = None) -> Parts | None:
-    """The parts of a module, or of linen's variables with batch statistics; None for anything else.
+    """Split a module, or linen's variables with batch statistics, into its parts; return None for anything else.
 
     It takes and raises what :func:`module_of` does.
     """
@@ -222,24 +222,24 @@ def parts_of(params: Any, wrt: Any = None) -> Parts | None:
 
 
 def trained_of(params: Any) -> Any:
-    """The tree of the arrays that are trained; anything but a module is one."""
+    """Return the pytree of the trained arrays; anything but a module is returned as it is."""
     parts = parts_of(params)
     return params if parts is None else parts.trained
 
 
 def anew(params: Any) -> Any:
-    """The same parameters, of a module a new one: what it counts may be changed in the trace where it was made only."""
+    """Return the parameters, a module rebuilt: its counts may be changed only in the trace that made it."""
     parts = parts_of(params)
     return params if parts is None else parts.definition.joined(parts.trained, parts.rest)
 
 
 def is_nnx(params: Any) -> bool:
-    """Whether something is a module of nnx."""
+    """Whether an object is a module of nnx."""
     return _is_of("flax.nnx", params)
 
 
 def check_not_inside(params: Any) -> None:
-    """Raise for a module of nnx inside of a tree of arrays: as a tree it would have its statistics trained."""
+    """Raise for an nnx module inside a pytree of arrays: as a pytree its statistics would be trained too."""
     if any(map(is_nnx, jax.tree.leaves(params, is_leaf=is_nnx))):
         raise TypeError(f"params is one module or a tree of arrays, but has a module of nnx in it. {ARRAYS_ALONE}")
 
@@ -250,7 +250,7 @@ def _is_of(library: str, params: Any) -> bool:
 
 
 _DEFINITIONS: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
-"""The definitions that there are, by what equal ones have in common."""
+"""All live definitions, by the key that equal ones share."""
 
 
 def _parts(definition: EquinoxDef | NnxDef | LinenDef, module: Any) -> Parts:
@@ -274,11 +274,11 @@ def _nnx_parts(module: Any, wrt: Any) -> Parts:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleLoss:
-    """A loss of a module as one of its arrays.
+    """A loss of a module, as a function of the module's arrays.
 
     Attributes:
         module: the module without its arrays.
-        function: as given.
+        function: the function as given.
         has_aux: whether it returns an auxiliary output too.
     """
 
@@ -287,7 +287,7 @@ class ModuleLoss:
     has_aux: bool
 
     def __call__(self, trained: Any, changing: Any, kept: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns; where something may change, the loss, and ``(aux, that after it)``."""
+        """Call the function; if a call may change arrays, return the loss and ``(aux, the arrays after the call)``."""
         module = self.module.joined(trained, Rest(changing, kept))
         result = self.function(module, *args, **kwargs)
         if changing is None:
@@ -305,7 +305,7 @@ def _is_inexact(x: Any) -> bool:
 
 
 def _if_any(tree: Any) -> Any:
-    """A tree if it has arrays, else None."""
+    """Return a pytree if it has arrays, else None."""
     return tree if jax.tree.leaves(tree) else None
 
 

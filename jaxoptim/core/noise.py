@@ -18,14 +18,14 @@ from jaxoptim.core.shown import shown
 IMPLS = ("key", "hash")
 
 _FEW, _MANY = 512, 2**32
-"""Between these sizes an array of random bits is made on a CPU."""
+"""The sizes between which random bits are materialized as an array on a CPU."""
 _PARTS = 8
 _Words = tuple[Any, Any]  # the high and the low 32 bits of a number of 64, as uint32
 _Key = tuple[Any, Any, Any]  # a key of threefry2x32, and the word that its rounds add
 
 
 def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> jax.Array:
-    r"""Standard normal numbers, in one pass over memory.
+    r"""Draw standard normal numbers in one pass over memory.
 
     Number :math:`i` is a function of the key :math:`k` and of its own row-major offset alone, whatever the shape, so
     that the compiler can fuse the noise with what uses it and split it over devices:
@@ -78,11 +78,11 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
 
 
 def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[jax.Array]:
-    """The numbers of :func:`normal` for several arrays, on a TPU in fewer kernels.
+    """Draw the numbers of :func:`normal` for several arrays, in fewer kernels on a TPU.
 
     Args:
         keys: One typed key for each array.
-        likes: Arrays, or what stands for their shapes and dtypes.
+        likes: Arrays, or their shapes and dtypes.
         impl: One of ``IMPLS``.
 
     Returns:
@@ -105,13 +105,13 @@ def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[ja
 
 
 def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl: str = "key") -> jax.Array:
-    """The numbers from ``start`` to ``stop`` of a vector of :func:`normal`, without the others.
+    """Draw the numbers from ``start`` to ``stop`` of a vector of :func:`normal`, without the others.
 
     Args:
         key: One typed key. (Of another implementation than threefry2x32, ``"key"`` draws the whole vector.)
-        size: How many numbers the vector has.
-        start: The first of them.
-        stop: The one after the last.
+        size: The length of the vector.
+        start: The index of the first number.
+        stop: The index after the last number.
         dtype: float32 or float64.
         impl: One of ``IMPLS``.
 
@@ -138,7 +138,7 @@ def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl:
 
 
 def fold_in(key: jax.Array, *data: Any) -> jax.Array:
-    """The key of ``jax.random.fold_in``, in a program that compiles faster, and on a TPU in a few kernels.
+    """Compute the key of ``jax.random.fold_in`` in a program that compiles faster, and runs as few kernels on a TPU.
 
     Args:
         key: One typed key.
@@ -171,11 +171,11 @@ def fold_in(key: jax.Array, *data: Any) -> jax.Array:
 
 
 def words(key: jax.Array, count: int) -> jax.Array:
-    """The random words of ``jax.random.bits``, in a program that compiles faster on a CPU.
+    """Compute the random words of ``jax.random.bits`` in a program that compiles faster on a CPU.
 
     Args:
         key: One typed key.
-        count: How many.
+        count: The number of words.
 
     Returns:
         ``(count,)``, uint32.
@@ -199,7 +199,7 @@ def check_impl(impl: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raise for what is no typed key."""
+    """Raise for anything but a typed key."""
     if not is_key(key):
         given = f"{key.dtype} of shape {key.shape}" if hasattr(key, "dtype") else type(key).__name__
         raise TypeError(
@@ -211,18 +211,18 @@ def check_key(key: Any) -> None:
 
 
 def is_key(x: Any) -> bool:
-    """Whether something is a typed key, or an array of them."""
+    """Whether an object is a typed key, or an array of them."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _words_of(key: jax.Array, impl: str) -> Any:
-    """What an implementation reads of a key of threefry2x32."""
+    """Return the words that an implementation reads of a threefry2x32 key."""
     words = jax.random.key_data(key)
     return _scheduled(words[0], words[1]) if impl == "key" else words
 
 
 def _numbers(words: Any, offsets: Callable[[], _Words], dtype: np.dtype, impl: str) -> jax.Array:
-    """The numbers at some offsets, which are in two words."""
+    """Compute the normal numbers at some offsets, which are given as two words each."""
 
     def bits(words: Any) -> jax.Array:
         return _bits(words, *offsets(), dtype, impl)
@@ -233,7 +233,7 @@ def _numbers(words: Any, offsets: Callable[[], _Words], dtype: np.dtype, impl: s
 
 
 def _bits(words: Any, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
-    """Random bits at some offsets, as many as a number of the dtype has."""
+    """Compute the random bits at some offsets, as many as a number of the dtype has."""
     if impl == "key":
         high, low = _threefry(words, high, low)
         # JAX makes 32 bits of the 64 that it has in this way.
@@ -245,10 +245,10 @@ def _bits(words: Any, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: st
 
 
 def _once(bits: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
-    """The same function of words, of whose result an array is made.
+    """Wrap a function of words so that XLA materializes its result.
 
-    XLA on CPUs fuses what makes bits with each use of them, and so makes them up to three times: for the two terms of a
-    number, and for the norm of the noise. It does not fuse across a condition that it cannot foresee.
+    XLA on CPUs fuses the computation of bits with each use of them, and so repeats it up to three times: for the two
+    terms of a number, and for the norm of the noise. It does not fuse across a condition that it cannot foresee.
     """
 
     def call(words: Any) -> jax.Array:
@@ -288,7 +288,7 @@ def _of_words(words: Any, shape: tuple[int, ...], dtype: np.dtype, impl: str) ->
 
 
 def offsets(shape: tuple[int, ...]) -> _Words:
-    """Return the row-major offset of each element of an array, counted past 32 bits only where it gets there."""
+    """Return the row-major offset of each element of an array as a high and a low word."""
     if math.prod(shape) > 2**32:
         with jax.enable_x64(True):
             offset = offset_in(shape, jnp.uint64)
@@ -307,12 +307,12 @@ def offset_in(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _scheduled(first: Any, second: Any) -> _Key:
-    """The words of a key in threefry2x32."""
+    """Compute the key schedule of threefry2x32."""
     return first, second, first ^ second ^ np.uint32(0x1BD11BDA)
 
 
 def _threefry(keys: _Key, high: Any, low: Any) -> _Words:
-    """Threefry2x32 with 20 rounds, of a counter of two words."""
+    """Apply threefry2x32 with 20 rounds to a counter of two words."""
     high, low = high + keys[0], low + keys[1]
     for group in range(5):
         for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
@@ -339,7 +339,7 @@ def hashed(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.
 
 
 def mixed(x: jax.Array) -> jax.Array:
-    """Return Lowbias32, a permutation of the words: each bit of ``x`` flips each bit of the result half of the time."""
+    """Return lowbias32 of a word, a permutation: each bit of ``x`` flips each bit of the result half of the time."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -350,7 +350,7 @@ def _join(high: jax.Array, low: jax.Array) -> jax.Array:
 
 
 def _gaussian(bits: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A normal number of each word, by the inverse of the distribution function."""
+    """Map each word to a normal number by the inverse of the distribution function."""
     info = jnp.finfo(dtype)
     one = np.array(1, dtype).view(bits.dtype)
     # The random bits are the fraction of a number in [1, 2). With more of them u could round to 1, and x be infinite.

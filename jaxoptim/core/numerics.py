@@ -1,4 +1,4 @@
-"""The few array operations that every rule leans on."""
+"""Basic array operations that every rule uses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
-    """The square root, whose derivative at zero is zero.
+    """Compute the square root, with derivative zero at zero.
 
     A unit whose gradient has always been zero has a second moment of zero. Its update does not depend on
     that moment, but the chain rule would multiply an infinite slope by zero and give NaN to every
@@ -34,10 +34,10 @@ def _sqrt_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax
 
 
 def from_numbers(function: Callable[..., T], *numbers: Any) -> T:
-    """What a function makes of single numbers by operations on numbers, on a TPU by a few kernels.
+    """Evaluate a function of scalars, in a few kernels on a TPU.
 
-    TPUs fuse nothing that is done to single numbers: there each operation would be a kernel, and the function gets
-    every array of one number twice.
+    TPUs do not fuse operations on scalars, and each would be a kernel: there the function gets every scalar twice,
+    as an array.
     """
     leaves, treedef = jax.tree.flatten(numbers)
     known = {at: x for at, x in enumerate(leaves) if not isinstance(x, jax.Array)}  # which keep their digits
@@ -57,7 +57,7 @@ def from_numbers(function: Callable[..., T], *numbers: Any) -> T:
 
 
 def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:
-    """An array like ``param``, filled with ``value``, and placed on devices as ``param`` is.
+    """Return an array like ``param``, filled with ``value``, and placed on devices as ``param`` is.
 
     Unlike ``jnp.full_like``, the result depends on ``param`` as far as the compiler's placement goes:
     under ``jit`` with automatic sharding a fresh constant would land on one device.
@@ -66,7 +66,7 @@ def full_like(param: jax.Array, value: Any = 0.0) -> jax.Array:
 
 
 def owned(array: Any) -> jax.Array:
-    """A copy of an array of another library, complete on return: its owner may change it at once.
+    """Copy an array of another library; the copy is complete on return, so its owner may change it at once.
 
     A tensor of torch may be on any device, sparse, a view, a lazy conjugate, or part of a graph of gradients.
     """
@@ -81,13 +81,13 @@ def owned(array: Any) -> jax.Array:
 
 
 def placed_like(array: jax.Array, like: Any) -> jax.Array:
-    """An array on the devices of another, or of a ``ShapeDtypeStruct`` that says them."""
+    """Put an array on the devices of another, or of a ``ShapeDtypeStruct`` with a sharding."""
     sharding = getattr(like, "sharding", None)
     return array if sharding is None or sharding == array.sharding else put(array, sharding)
 
 
 def put(arrays: Any, sharding: Any) -> Any:
-    """Arrays under a sharding, also one over the devices of several processes, which all have the same arrays."""
+    """Put arrays under a sharding, also over the devices of several processes, which all have the same arrays."""
     if sharding.is_fully_addressable:
         return jax.device_put(arrays, sharding)
     return _program_that_puts(sharding)(arrays)
@@ -99,48 +99,48 @@ def _program_that_puts(sharding: Any) -> Any:
 
 
 def strong(x: Any) -> jax.Array:
-    """An array whose type is its own: a weak one, such as a Python number's, would have programs of its own."""
+    """Return an array without JAX's weak type, which would trigger another compilation."""
     x = x if isinstance(x, jax.Array) else jnp.asarray(x)
     return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 
 def as_jax(array: Any) -> jax.Array:
-    """An array of JAX as it is, and a copy of any other."""
+    """Return an array of JAX as it is, and a copy of any other."""
     return array if isinstance(array, jax.Array) else owned(array)
 
 
 def computing_dtype(dtype: Any) -> np.dtype:
-    """The dtype an array of ``dtype`` is computed in: its own, but float32 at least."""
+    """Return the dtype that arrays of ``dtype`` are computed in: their own, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def real_dtype(dtype: Any) -> np.dtype:
-    """The dtype of the real and imaginary parts of ``dtype``."""
+    """Return the dtype of the real and imaginary parts of ``dtype``."""
     return jnp.finfo(dtype).dtype
 
 
 def is_complex(x: Any) -> bool:
-    """Whether an array, or what stands for its shape and dtype, is complex."""
+    """Whether an array, or its shape and dtype, is complex."""
     return bool(jnp.issubdtype(x.dtype, jnp.complexfloating))
 
 
 def real_size(x: Any) -> int:
-    """How many real numbers an array, or what stands for its shape and dtype, has: two for a complex one."""
+    """Return the number of real numbers in an array, or in its shape and dtype: two for a complex one."""
     return math.prod(np.shape(x)) * (2 if jnp.iscomplexobj(x) else 1)
 
 
 def is_numeric(dtype: Any) -> bool:
-    """Whether a dtype is of numbers or truth values, also of those that NumPy lacks."""
+    """Whether a dtype is numeric or boolean; knows the dtypes that NumPy lacks."""
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.number))
 
 
 def view_as_real(x: jax.Array) -> jax.Array:
-    """A complex array as real numbers, in pairs along a last axis; a real array as it is."""
+    """View a complex array as real pairs along a new last axis; return a real array as it is."""
     return jnp.stack([x.real, x.imag], axis=-1) if jnp.iscomplexobj(x) else x
 
 
 def view_as_complex(x: jax.Array) -> jax.Array:
-    """The inverse of :func:`view_as_real` on complex arrays."""
+    """View real pairs as a complex array: the inverse of :func:`view_as_real` on complex arrays."""
     return jax.lax.complex(x[..., 0], x[..., 1])
 
 
@@ -151,19 +151,19 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def whole(x: jax.Array) -> jax.Array:
-    """An array that is not sharded over explicit axes: JAX refuses to choose how a product of two is laid out."""
+    """Gather an array that is sharded over explicit axes: JAX refuses to choose the layout of products of such."""
     sharding = explicit_sharding(x)
     return x if sharding is None else jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def sharded_like(x: jax.Array, like: Any) -> jax.Array:
-    """An array that is sharded over explicit axes as another one is."""
+    """Shard an array over explicit axes as another one is."""
     sharding = explicit_sharding(like)
     return x if sharding is None else jax.reshard(x, sharding)
 
 
 def with_replicated(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``function(x)`` for a function that mixes the axes of ``x``, whatever their explicit sharding.
+    """Evaluate ``function(x)`` for a function that mixes the axes of ``x``, whatever their explicit sharding.
 
     The array is gathered, ``function`` runs on every device, and the result is sharded as ``x`` was.
     """

@@ -18,7 +18,7 @@ from jaxoptim.native import CannotCompile, Unsupported, is_native, one_pass
 
 
 class _Alike(NamedTuple):
-    """What is the same for all numbers of an array."""
+    """The inputs that are the same for all elements of an array."""
 
     rule: Rule
     step: jax.Array
@@ -26,7 +26,7 @@ class _Alike(NamedTuple):
 
 
 def in_one_pass(leaf: LeafUpdate, wanted: Wanted) -> Change | None:
-    """What :func:`~jaxoptim.core.leaf.update_leaf` makes of a dense gradient; None where XLA is to make it."""
+    """Update an array as :func:`~jaxoptim.core.leaf.update_leaf` does for a dense gradient; None if XLA is to do it."""
     if not _pays(leaf, wanted):
         return None
     kind = type(leaf.rule)
@@ -45,11 +45,11 @@ def in_one_pass(leaf: LeafUpdate, wanted: Wanted) -> Change | None:
 
 
 _refused: set[type[Rule]] = set()
-"""The rules that have no kernel here."""
+"""The rules for which no kernel could be made."""
 
 
 def _pays(leaf: LeafUpdate, wanted: Wanted) -> bool:
-    """Whether an array is large, of numbers that its rule takes one by one, and here as a whole."""
+    """Whether a kernel pays: the array is large, not split over devices, and its rule elementwise."""
     rule, param, slots = leaf.rule, leaf.param, [slot for slot in leaf.slots.values() if slot is not None]
     like = leaf.grad if param is None else param
     if not is_native(real_size(like)) or like.ndim == 0 or like.size == 0 or type(rule) in _refused:
@@ -71,7 +71,7 @@ def _pays(leaf: LeafUpdate, wanted: Wanted) -> bool:
 def _update(
     rule: Rule, grad: jax.Array, slots: Slots, param: Any, count: jax.Array, wanted: Wanted
 ) -> tuple[dict[str, jax.Array], Slots]:
-    """The new value and the change, as far as they are wanted, and the slots.
+    """Compute the new value and the change, as far as they are wanted, and the slots.
 
     Jitted so that all arrays of one shape are traced once.
     """
@@ -103,5 +103,5 @@ _PLACE = "state."
 
 
 def _by_place(slots: Slots) -> Slots:
-    """Slots by names that no other array has."""
+    """Rename the slots so that no other array has their names."""
     return {_PLACE + name: x for name, x in slots.items()}

@@ -1,4 +1,4 @@
-"""Many small arrays in one buffer, as a view of the tree they came from.
+"""Packing of many small arrays into one buffer, as a view of the pytree that they came from.
 
 A compiled call costs some microseconds for each array that goes in or out, whatever its size, and compile
 time grows with their number. A thousand small arrays packed into one buffer cost as much as one.
@@ -19,7 +19,7 @@ from jaxoptim.core import trees
 from jaxoptim.core.numerics import explicit_sharding
 
 _GROUP = 32
-"""Arrays joined or split by one operation.
+"""The most arrays that one operation joins or splits.
 
 One concatenate of a thousand cotangents would be fused, producers included, into every loop that reads the
 packed gradient, and double the compile time; a tree of small ones is not.
@@ -40,14 +40,14 @@ class _Place:
 
 
 class _Layout:
-    """The static half of a :class:`Packed`; compared at every dispatch, so identity decides and the hash is kept."""
+    """The static half of a :class:`Packed`, compared by identity and with a cached hash, so that dispatch is cheap."""
 
     def __init__(self, treedef: Any, places: tuple[_Place, ...], buffers: tuple[str, ...]) -> None:
         # Nothing here changes after it is made: compiled programs and states of optimizers hold it.
         self.treedef, self.places, self.buffers = treedef, places, buffers
         self._hash = hash((treedef, places, buffers))
         self.positions: list[int] = []
-        """Of each array: its offset in its buffer, or its index among the large ones."""
+        """The offset of each array in its buffer, or its index among the large ones."""
         sizes = [0] * len(buffers)
         large = 0
         for place in places:
@@ -96,7 +96,7 @@ class Packed:
         self._buffers, self._large, self._layout = buffers, large, layout
 
     def unpack(self) -> Any:
-        """The tree with its arrays.
+        """Rebuild the pytree with its arrays.
 
         The transpose of this function is a concatenation, so gradients through it are cheap.
 
@@ -109,7 +109,7 @@ class Packed:
         return jax.tree.unflatten(self._layout.treedef, leaves)
 
     def pack(self, tree: Any, what: str = "tree") -> Packed:
-        """Another tree of the same structure and shapes, such as gradients, packed as this one.
+        """Pack another pytree of the same structure and shapes, such as gradients, with this layout.
 
         Args:
             tree: the tree to pack.
@@ -139,7 +139,7 @@ class Packed:
         return Packed(tuple(join(group) for group in members), tuple(large), self._layout)
 
     def get(self, index: int) -> Any:
-        """One array of the tree, without unpacking the others.
+        """Return one array of the pytree without unpacking the others.
 
         Args:
             index: which, in the order of the tree's leaves.
@@ -174,7 +174,7 @@ class Packed:
         return Packed(buffers, self._large, self._layout)
 
     def _pieces(self, index: int, buffer: Any) -> list[Any]:
-        """The arrays of one buffer, which may have axes in front of its own, as after a ``vmap``."""
+        """Split one buffer, which may have leading batch axes as after a ``vmap``, into its arrays."""
         members = [
             (place.shape, position)
             for place, position in zip(self._layout.places, self._layout.positions, strict=True)
@@ -189,11 +189,11 @@ class Packed:
         return [part.reshape(batch + shape) for part, (shape, _) in zip(parts, members, strict=True)]
 
     def _is_shared(self, index: int) -> bool:
-        """Whether a buffer holds a slot with one number for each array, which all its members share."""
+        """Whether a buffer holds a slot with one number per array, which all arrays of the buffer share."""
         return self._buffers[index].shape[-1:] != (self._layout.sizes[index],)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The leaves, named by dtype or by path, and the layout."""
+        """Return the leaves, named by dtype or by path, and the layout."""
         key = jax.tree_util.DictKey
         large = [place.name for place in self._layout.places if place.buffer is None]
         children = [(key(name), x) for name, x in zip(self._layout.buffers, self._buffers, strict=True)]
@@ -201,12 +201,12 @@ class Packed:
         return children, self._layout
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """The leaves and the layout."""
+        """Return the leaves and the layout."""
         return (*self._buffers, *self._large), self._layout
 
     @classmethod
     def tree_unflatten(cls, layout: _Layout, children: Any) -> Packed:
-        """The view of other leaves in the same layout."""
+        """Rebuild the view with other leaves in the same layout."""
         children, count = tuple(children), len(layout.buffers)
         return cls(children[:count], children[count:], layout)
 
@@ -248,7 +248,7 @@ def pack(tree: Any, max_size: int = 16384) -> Packed:
 
 
 def unpacked(tree: Any) -> Any:
-    """The tree of a :class:`Packed`; any other as it is."""
+    """Unpack a :class:`Packed`; return any other pytree as it is."""
     return tree.unpack() if isinstance(tree, Packed) else tree
 
 
@@ -260,7 +260,7 @@ def is_sharded(x: Any) -> bool:
 
 
 def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]], is_whole: bool = False) -> list[jax.Array]:
-    """The arrays of these shapes and offsets, by programs that know shapes only.
+    """Read the arrays of these shapes and offsets from a buffer, by programs specialized to shapes alone.
 
     A program for a whole layout would have a kernel for each offset, and compile for seconds.
     """
@@ -282,18 +282,18 @@ def read(buffer: jax.Array, members: list[tuple[tuple[int, ...], int]], is_whole
 
 @functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
 def _parts(buffer: jax.Array, offsets: Any, shape: tuple[int, ...], is_whole: bool) -> list[jax.Array]:
-    """Several arrays of one shape."""
+    """Read several arrays of one shape."""
     return [part(buffer, offsets[i], shape, is_whole) for i in range(len(offsets))]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "is_whole"))
 def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...], is_whole: bool = False) -> jax.Array:
-    """One array of a buffer; the offset is traced, so that arrays of one shape share the program.
+    """Read one array of a buffer; the offset is traced, so that arrays of one shape share the program.
 
     Args:
         buffer: flat, or with axes of a batch in front.
-        offset: where the array begins.
-        shape: of the array.
+        offset: the array's first position.
+        shape: the array's shape.
         is_whole: whether all axes of the buffer are its own, instead of a batch (default False).
     """
     buffer = buffer.reshape(-1) if is_whole else buffer
@@ -303,13 +303,13 @@ def part(buffer: jax.Array, offset: Any, shape: tuple[int, ...], is_whole: bool 
 
 @jax.jit
 def with_part(buffer: jax.Array, offset: Any, value: jax.Array) -> jax.Array:
-    """The buffer with one array replaced."""
+    """Return the buffer with one array replaced."""
     return jax.lax.dynamic_update_slice(buffer.reshape(-1), value.reshape(-1), (offset,)).reshape(buffer.shape)
 
 
 @functools.partial(jax.jit, static_argnames="group")
 def join(arrays: list[jax.Array], group: int = _GROUP) -> jax.Array:
-    """Arrays as one flat one, through concatenations of at most ``group`` arrays each.
+    """Concatenate arrays into one flat array, through concatenations of at most ``group`` arrays each.
 
     The barrier keeps the compiler from merging them again: most are of equal shapes, and equal kernels are
     compiled once. Of arrays of many shapes, a few small ones compile faster than one large one.
@@ -323,7 +323,7 @@ def join(arrays: list[jax.Array], group: int = _GROUP) -> jax.Array:
 
 
 def split(buffer: jax.Array, sizes: list[int]) -> list[jax.Array]:
-    """The last axis of a buffer in parts, by a tree of operations with at most ``_GROUP`` results each."""
+    """Split the last axis of a buffer into parts, by a tree of operations with at most ``_GROUP`` results each."""
     axis = buffer.ndim - 1
     if len(sizes) <= _GROUP:
         return list(jax.lax.split(buffer, sizes, axis))

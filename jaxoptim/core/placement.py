@@ -1,4 +1,4 @@
-"""Where the state of sharded parameters is."""
+"""Placement of optimizer state for sharded parameters."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 def check_mesh(mesh: Any) -> Mesh | None:
-    """The mesh that was given, or None; raises a ``TypeError`` for anything else."""
+    """Return a mesh or None as given; raise a ``TypeError`` for anything else."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh takes a Mesh, such as jax.make_mesh((8,), ('data',)), but got {shown(mesh)}.")
     return mesh
 
 
 def along(mesh: Mesh, axis: str) -> Mesh:
-    """All devices of a mesh along one axis, of the automatic kind."""
+    """Return a mesh of all devices of a mesh along one axis, of the automatic kind."""
     return Mesh(mesh.devices.reshape(-1), (axis,))
 
 
 def readable(tree: T) -> T:
-    """A tree whose arrays this process can read: those of which it has a part only are then whole on every device.
+    """Make all arrays of a pytree readable by this process: those that it has in part only are replicated.
 
-    All processes that have a part of one call this.
+    All processes that have a part of such an array must call this.
     """
 
     def whole(x: Any) -> Any:
@@ -42,7 +42,7 @@ def readable(tree: T) -> T:
 
 
 def is_in_parts(x: Any) -> bool:
-    """Whether this process has a part of an array only."""
+    """Whether this process holds only a part of an array."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
 
 
@@ -52,7 +52,7 @@ def is_over_processes(mesh: Mesh | None) -> bool:
 
 
 def largest(mesh: Mesh | None, number: float) -> float:
-    """The largest of the numbers of all processes of a mesh, which thus decide alike."""
+    """Return the largest of the numbers of all processes of a mesh, so that they decide alike."""
     if mesh is None or not is_over_processes(mesh):
         return number
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -61,7 +61,7 @@ def largest(mesh: Mesh | None, number: float) -> float:
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that a tree is placed on; None where there is none, or where other devices are used too.
+    """Return the mesh that a pytree is placed on; None if there is none, or if other devices are used too.
 
     Args:
         tree: arrays, or their shapes and dtypes with shardings. Traced arrays and those that are not committed to a
@@ -81,10 +81,10 @@ def _is_placed(x: Any) -> bool:
 
 
 def on_mesh_of(params: Any, state: T) -> T:
-    """A state whose counts, keys and other numbers are on all devices of its parameters.
+    """Put the counts, keys and other numbers of a state on all devices of its parameters.
 
-    An array that JAX may still move to where it is needed is another argument to a compiled step than the one which the
-    step returns: without this the second step would be another program.
+    An uncommitted array is another argument to a compiled step than the committed one that the step returns: without
+    this the second step would compile again.
     """
     if (mesh := mesh_of(params)) is None or mesh.size == 1:
         return state

@@ -1,4 +1,4 @@
-"""How parameters and state of few bits keep what a small step changes."""
+"""Master weights and stochastic rounding, so that low-precision parameters and state keep small changes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.shown import shown
 
 MASTER = "master_weights"
-"""The slot of a float16 or bfloat16 parameter that has its value in float32."""
+"""The slot that holds the float32 value of a float16 or bfloat16 parameter."""
 
 
 class Precision(NamedTuple):
-    """How arrays of float16 and bfloat16 are kept; see :meth:`Rule.with_precision`."""
+    """The way in which arrays of float16 and bfloat16 are stored; see :meth:`Rule.with_precision`."""
 
     master_weights: bool = False
     rounding: str = "nearest"
@@ -26,7 +26,7 @@ class Precision(NamedTuple):
 
     @property
     def keeps_values(self) -> bool:
-        """Whether the value of a parameter is more than the nearest one."""
+        """Whether more is kept of a parameter's new value than the nearest representable one."""
         return self.master_weights or self.rounding == "stochastic"
 
 
@@ -34,7 +34,7 @@ DEFAULT = Precision()
 
 
 def checked(master_weights: bool, rounding: str, state_dtype: Any) -> Precision:
-    """A precision; raises for what it cannot be."""
+    """Make a checked precision; raise for an unknown rounding or dtype."""
     if not isinstance(master_weights, bool):
         raise TypeError(f"master_weights is True or False, but got {shown(master_weights)}.")
     if rounding not in ("nearest", "stochastic"):
@@ -53,12 +53,12 @@ def is_low(dtype: Any) -> bool:
 
 
 def widened(x: Any) -> Any:
-    """An array in float32 if its dtype has fewer bits, else as it is."""
+    """Cast an array to float32 if its dtype has fewer bits; else return it as it is."""
     return x.astype(computing_dtype(x.dtype)) if is_low(jnp.result_type(x)) else x
 
 
 def first(precision: Precision, param: jax.Array, slots: dict[str, Any]) -> dict[str, Any]:
-    """The slots of a parameter as they are kept, its value in float32 among them."""
+    """Return the first slots of a parameter as they are stored, its float32 value among them."""
     if precision.state_dtype is not None:
         slots = {
             name: x
@@ -72,12 +72,12 @@ def first(precision: Precision, param: jax.Array, slots: dict[str, Any]) -> dict
 
 
 def value_of(param: jax.Array, master: jax.Array) -> jax.Array:
-    """The value of a parameter in float32; where somebody has assigned another one, that."""
+    """Return the value of a parameter in float32; an element that was assigned since counts instead of its master."""
     return jnp.where(master.astype(param.dtype) == param, master, param.astype(master.dtype))
 
 
 def kept(x: jax.Array, dtype: Any, rounding: str, step: Any) -> jax.Array:
-    r"""An array in another dtype.
+    r"""Round an array to another dtype.
 
     Stochastic rounding gives one of the two neighbours :math:`a \le x \le b` of a number in the dtype,
 
@@ -88,7 +88,7 @@ def kept(x: jax.Array, dtype: Any, rounding: str, step: Any) -> jax.Array:
 
     Args:
         x: the array.
-        dtype: the other one.
+        dtype: the dtype to round to.
         rounding: ``"nearest"`` or ``"stochastic"``.
         step: the count of steps.
     """

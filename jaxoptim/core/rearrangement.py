@@ -1,4 +1,4 @@
-"""Numbers of an array moved to other places: a linear layer's ``[out, in]`` as a kernel's ``[in, out]``."""
+"""Permutations of an array's elements: a linear layer's ``[out, in]`` as a kernel's ``[in, out]``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rearrangement:
-    """A move of the numbers of an array to other places.
+    """A permutation of an array's elements, possibly with a new shape.
 
     Attributes:
-        index: in the new shape, the position of each number in the old array, flattened.
+        index: an array of the new shape, with the position of each element in the flattened old array.
         shape: the old shape.
 
     Examples:
@@ -34,7 +34,7 @@ class Rearrangement:
 
     @classmethod
     def of(cls, function: Callable[[Any], Any], shape: tuple[int, ...], name: str) -> Rearrangement:
-        """Find the move that a function makes of an array of this shape, by what it does to the positions.
+        """Find the permutation that a function makes of an array of this shape, by applying it to the positions.
 
         Raises:
             ``ValueError`` that names the parameter, if the function does anything but move the numbers.
@@ -55,21 +55,21 @@ class Rearrangement:
         return cls(index, tuple(shape))
 
     def __call__(self, array: Any) -> jax.Array:
-        """The numbers of an array in their new places."""
+        """Apply the permutation to an array."""
         return jnp.asarray(np.asarray(array).reshape(-1)[self.index])
 
     def inverse(self) -> Rearrangement:
-        """The way back."""
+        """The inverse permutation."""
         back = np.empty(self.index.size, np.int32)
         back[self.index.reshape(-1)] = np.arange(self.index.size, dtype=np.int32)
         return Rearrangement(back.reshape(self.shape), self.index.shape)
 
     def is_identity(self) -> bool:
-        """Whether every number stays in its place."""
+        """Whether the array stays as it is: every element in its place."""
         return self.shape == self.index.shape and np.array_equal(self.index.reshape(-1), np.arange(self.index.size))
 
     def is_transposition(self) -> bool:
-        """Whether a matrix is transposed."""
+        """Whether the permutation is the transposition of a matrix."""
         return len(self.shape) == 2 and np.array_equal(self.index, np.arange(self.index.size).reshape(self.shape).T)
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameters in half precision, which ``optax.inject_hyperparams`` makes of them beside such weights."""
+"""Hyperparameters that ``optax.inject_hyperparams`` has cast to half precision, the dtype of the weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxoptim.core.rule import Numeric, is_known
 
 
 def restored(rule: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with those in float16 or bfloat16 in float32: a rounded default as the default that it was.
+    """Return the options with float16 and bfloat16 ones in float32, and rounded defaults as the exact defaults.
 
     Raises:
-        ``ValueError`` for another number that such a dtype spoils: a decay rate, and what has become zero.
+        ``ValueError`` for any other number that such a dtype spoils: a decay rate, or a number that has become zero.
     """
     halves = {name: x for name, x in options.items() if _is_half(x) and isinstance(rule.specs.get(name), Numeric)}
     return options | {name: _restored(rule, name, x) for name, x in halves.items()}

@@ -1,4 +1,4 @@
-"""The base of an optimizer: a frozen dataclass of hyperparameters with the mathematics of one array."""
+"""The base class of optimizers: a frozen dataclass of hyperparameters with the update of one array."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": ope
 
 @dataclasses.dataclass(frozen=True)
 class Numeric:
-    """The check of the number in a field, and the form in which it is kept; metadata of the annotations below.
+    """Annotation metadata: the check of the number in a field, and the form in which it is stored.
 
     Attributes:
-        bounds: what the number must satisfy, such as ``((">=", 0), ("<", 1))``.
-        decay: keep it as a :class:`Decay`.
-        zero_is_off: a literal zero removes its term from the compiled program.
-        optional: None is allowed.
+        bounds: the conditions on the number, such as ``((">=", 0), ("<", 1))``.
+        decay: whether it is stored as a :class:`Decay`.
+        zero_is_off: whether a literal zero removes its term from the compiled program.
+        optional: whether None is allowed.
     """
 
     bounds: tuple[tuple[str, float], ...] = ()
@@ -45,7 +45,7 @@ class Numeric:
     optional: bool = False
 
     def __str__(self) -> str:
-        """The bounds in words."""
+        """Describe the bounds in words."""
         return " and ".join(f"{comparison} {bound:g}" for comparison, bound in self.bounds) or "no NaN"
 
     def admits(self, value: Any) -> bool:
@@ -57,7 +57,7 @@ class Numeric:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """Marks a field that holds a pytree of arrays, kept as it is given.
+    """Annotation metadata of a field that holds a pytree of arrays, stored as it is given.
 
     Attributes:
         by_leaf: it is one array for all parameters, or a tree like theirs; the rule of each sees its own.
@@ -91,13 +91,13 @@ OptionalCoefficient = Annotated[Any, Numeric(((">=", 0),), zero_is_off=True, opt
 Arrays = Annotated[Any, Traced()]
 """A pytree of arrays."""
 ArraysByLeaf = Annotated[Any, Traced(by_leaf=True)]
-"""An array for all parameters, or a tree like theirs."""
+"""One array for all parameters, or a pytree like them."""
 ValuesByLeaf = Annotated[Any, Traced(by_leaf=True, is_value=True)]
-"""A tree of values of the parameters, None in the place of some."""
+"""A pytree of values of the parameters, with None for some."""
 
 
 class Off(float):
-    """The literal zero of a :data:`Coefficient`, whose term is off: a number to read, nothing to trace.
+    """A literal zero, static in the pytree: the term of its :data:`Coefficient` is left out of the compiled program.
 
     Pickled rules and the checkpoints of runs of chains name this class.
     """
@@ -121,17 +121,17 @@ class PlainFunction:
 
 
 def as_pytree(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that may be part of a pytree: itself if it is one, such as a schedule with a traced rate."""
+    """Return a function if it is a pytree, such as a schedule with a traced rate; else wrap it as a static node."""
     return PlainFunction(function) if jax.tree_util.all_leaves([function]) else function
 
 
 def enabled(coefficient: Any) -> bool:
-    """Whether the term of a :data:`Coefficient` is part of the program."""
+    """Whether the term of a :data:`Coefficient` is part of the compiled program."""
     return not isinstance(coefficient, Off)
 
 
 def is_known(value: Any) -> bool:
-    """Whether the number in a field can be read now: not traced, not a schedule, not on another host."""
+    """Whether the number in a field is concrete: not traced, not a schedule, not on another host."""
     if isinstance(value, Decay):
         return is_known(value.rate)
     if isinstance(value, jax.core.Tracer) or callable(value):
@@ -140,12 +140,12 @@ def is_known(value: Any) -> bool:
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value in a tree of numbers is the number of one parameter: a number, a schedule, a decay, or None."""
+    """Whether a value is a leaf of a pytree of numbers: a number, a schedule, a decay, or None."""
     return value is None or isinstance(value, Off | Decay) or callable(value)
 
 
 def is_tree(value: Any) -> bool:
-    """Whether a field holds a tree of numbers, one for each parameter, instead of one number for all."""
+    """Whether a field holds a pytree of numbers, one for each parameter, instead of one number for all."""
     return not (isinstance(value, float) or is_part(value) or jax.tree_util.all_leaves([value]))
 
 
@@ -173,13 +173,13 @@ class Hyperparameters:
     """
 
     specs: ClassVar[dict[str, Any]] = {}
-    """For each traced field, its :class:`Numeric` (a tuple of them for a tuple) or :class:`Traced`."""
+    """The :class:`Numeric` (a tuple of them for a tuple) or :class:`Traced` of each traced field."""
 
     def check(self) -> None:
-        """Raise for hyperparameters that are wrong together."""
+        """Raise for hyperparameters that are inconsistent with each other."""
 
     def at(self, step: Any) -> Self:
-        """The rule with every schedule replaced by its value at ``step``."""
+        """Return the rule with every schedule replaced by its value at ``step``."""
 
         def value_of(spec: Any, value: Any) -> Any:
             if isinstance(spec, tuple):
@@ -194,7 +194,7 @@ class Hyperparameters:
         return assembled(type(self), vars(self) | now)
 
     def cast(self, dtype: Any) -> Self:
-        """The rule with every floating array among its leaves in ``dtype``."""
+        """Return the rule with every floating array among its leaves cast to ``dtype``."""
 
         def cast(leaf: Any) -> Any:
             if isinstance(leaf, jax.Array | np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -204,7 +204,7 @@ class Hyperparameters:
         return jax.tree.map(cast, self)
 
     def replace(self, **fields: Any) -> Self:
-        """A new rule with some hyperparameters changed, checked like any other."""
+        """Return a new rule with some hyperparameters changed, checked like any other."""
         allowed = [f.name for f in dataclasses.fields(self) if f.init]  # type: ignore[arg-type]
         if unknown := sorted(set(fields) - set(allowed)):
             raise TypeError(
@@ -226,7 +226,7 @@ class Hyperparameters:
 
     @property
     def by_parameter(self) -> list[str]:
-        """The hyperparameters that hold a tree of numbers."""
+        """The names of the hyperparameters that hold a pytree of numbers."""
         return [
             name
             for name, spec in self.specs.items()
@@ -276,21 +276,21 @@ class Rule(Hyperparameters, abc.ABC):
     complex: ClassVar[bool] = True
     """Whether complex parameters are treated as pairs of real numbers."""
     complex_error: ClassVar[type[Exception]] = RuntimeError
-    """The exception that is raised for them if they are not: torch's type."""
+    """The exception that is raised for complex parameters if they are refused: torch's type."""
     per_update: ClassVar[tuple[str, ...]] = ()
     """Fields that a single ``update`` may replace through a keyword of the same name."""
     of_tree: ClassVar[tuple[str, ...]] = ()
-    """Numbers that are one for all parameters, because state of the whole tree depends on them."""
+    """Fields that hold one number for all parameters, because state of the whole pytree depends on it."""
     takes: ClassVar[tuple[str, ...]] = ()
-    """Trees like the parameters that a single ``update`` may be given by these names."""
+    """Names by which a single ``update`` takes further pytrees like the parameters."""
 
     precision: Precision = DEFAULT
-    """How arrays of few bits are kept; it is no hyperparameter."""
+    """The storage of low-precision arrays; not a hyperparameter."""
 
     def with_precision(
         self, *, master_weights: bool = False, rounding: str = "nearest", state_dtype: Any = None
     ) -> Self:
-        r"""The rule with another way to keep arrays of few bits.
+        r"""Return the rule with another way to store low-precision arrays.
 
         A step that is smaller than half the distance between neighbours of float16 or bfloat16 is lost when the new
         value is rounded to the nearest one. With :math:`\theta^{32}` in float32,
@@ -305,9 +305,9 @@ class Rule(Hyperparameters, abc.ABC):
         Args:
             master_weights: keep :math:`\theta^{32}` of float16 and bfloat16 parameters in the slot
                 ``master_weights`` (default False). A value that you assign to the parameter counts.
-            rounding: of parameters without it, and of state of few bits: ``"nearest"`` (default) or ``"stochastic"``,
-                whose random numbers are a hash of the number, its place, and the count of steps.
-            state_dtype: of slots that have the shape of the parameter, bfloat16 or float16 (default None: that of the
+            rounding: the rounding of parameters without it, and of low-precision state: ``"nearest"`` (default) or
+                ``"stochastic"``, whose random numbers are a hash of the number, its place, and the count of steps.
+            state_dtype: the dtype of slots of the parameter's shape, bfloat16 or float16 (default None: that of the
                 parameter, float32 at least).
 
         Raises:
@@ -331,7 +331,7 @@ class Rule(Hyperparameters, abc.ABC):
         return assembled(type(self), vars(self) | {"precision": checked(master_weights, rounding, state_dtype)})
 
     def replace(self, **fields: Any) -> Self:
-        """A new rule with some hyperparameters changed, checked like any other, and the same precision."""
+        """Return a new rule with some hyperparameters changed, checked like any other, and the same precision."""
         return super().replace(**fields).with_precision(**self.precision._asdict())
 
     def takes_tree(self, name: str) -> bool:
@@ -340,7 +340,7 @@ class Rule(Hyperparameters, abc.ABC):
 
     @abc.abstractmethod
     def init(self, param: jax.Array) -> Slots:
-        """The slots of one array before its first update."""
+        """Initialize the slots of one array."""
 
     @abc.abstractmethod
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
@@ -350,7 +350,7 @@ class Rule(Hyperparameters, abc.ABC):
     # tree, ``OptState.shared``.
 
     def at_update(self, number: Any) -> Self:
-        """Return the rule of update ``number`` of the tree, for terms that follow it and not the arrays' own counts."""
+        """Return the rule for update ``number`` of the pytree, for terms that follow it and not the arrays' counts."""
         return self
 
     def init_shared(self) -> dict[str, Any]:
@@ -360,9 +360,9 @@ class Rule(Hyperparameters, abc.ABC):
     def draw_noise(
         self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
     ) -> dict[int, jax.Array]:
-        """Return the noise of these arrays, by their numbers in the tree; only for rules that take ``noise``.
+        """Return the noise of these arrays, by their indices among the leaves; only for rules that take ``noise``.
 
-        With ``only`` it is that of some of them, the same as with that of all.
+        With ``only`` it is drawn for some of them alone, with the same numbers as when it is drawn for all.
         """
         return {}
 
@@ -391,7 +391,7 @@ class Rule(Hyperparameters, abc.ABC):
         return shared
 
     def shared_at(self, start: int, shared: dict[str, Any]) -> dict[str, Any]:
-        """Return the same for the array before which ``start`` numbers stand in the tree, complex ones being two."""
+        """Return the shared state for the array at element ``start`` of the pytree; complex elements count as two."""
         return shared
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:
@@ -399,12 +399,12 @@ class Rule(Hyperparameters, abc.ABC):
         return shared
 
     def rested(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Return the state of the whole tree after a step of other trees in which it had no gradient at all."""
+        """Return the shared state after a step of other pytrees in which this one had no gradient at all."""
         return shared
 
     @property
     def elementwise(self) -> bool:
-        """Whether every number is updated by itself, whatever the shape of its array.
+        """Whether the update is elementwise, whatever the shape of the array.
 
         Arrays may then be packed into one buffer, and a kernel takes their numbers one by one.
         """
@@ -422,12 +422,12 @@ class Rule(Hyperparameters, abc.ABC):
         """Raise for hyperparameters that do not go with a sparse gradient."""
 
     def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:
-        """The slots of an array whose numbers are moved, such as those of torch's ``[out, in]`` for ``[in, out]``.
+        """Permute the slots of an array with its elements, such as those of torch's ``[out, in]`` for ``[in, out]``.
 
-        A rule that looks at the shape of an array says here which moves it goes along with.
+        A rule that depends on the shape of an array declares here which permutations it supports.
 
         Raises:
-            ``ValueError`` for a move after which the rule would make other updates, with the reason.
+            ``ValueError`` for a permutation after which the rule would make other updates, with the reason.
         """
         if not self.elementwise:
             raise ValueError(f"{type(self).__name__} depends on the order of the axes.")
@@ -435,7 +435,7 @@ class Rule(Hyperparameters, abc.ABC):
 
 
 def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
-    """The value of a field as a rule keeps it; raises if it is not what the field takes."""
+    """Return the value of a field as a rule stores it; raise if the field does not take it."""
     if isinstance(spec, tuple):
         if not isinstance(value, tuple | list) or len(value) != len(spec):
             raise ValueError(
@@ -469,7 +469,7 @@ def _validated(spec: Any, value: Any, name: str, owner: str) -> Any:
 
 
 def _validated_tree(spec: Numeric, tree: Any, name: str, owner: str) -> Any:
-    """The same of a tree of numbers; None stands where there is no parameter."""
+    """Return a pytree of numbers as a rule stores it; None stands where there is no parameter."""
 
     def validated(path: Any, part: Any) -> Any:
         place = f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
@@ -479,7 +479,7 @@ def _validated_tree(spec: Numeric, tree: Any, name: str, owner: str) -> Any:
 
 
 def assembled(cls: type[R], fields: dict[str, Any]) -> R:
-    """A rule of these fields, without conversion or checks: after tree operations leaves may be anything."""
+    """Build a rule from fields without conversion or checks: after pytree operations leaves may be anything."""
     new = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(new, name, value)
@@ -487,7 +487,7 @@ def assembled(cls: type[R], fields: dict[str, Any]) -> R:
 
 
 def _spec_of(hint: Any) -> Any:
-    """The :class:`Numeric` or :class:`Traced` of an annotation, a tuple for a tuple, None for a switch."""
+    """Return the :class:`Numeric` or :class:`Traced` of an annotation, a tuple for a tuple, None for a switch."""
     if typing.get_origin(hint) is Annotated:
         return next((m for m in hint.__metadata__ if isinstance(m, Numeric | Traced)), None)
     if typing.get_origin(hint) is tuple:
@@ -498,7 +498,7 @@ def _spec_of(hint: Any) -> Any:
 
 @typing.dataclass_transform(frozen_default=True)
 def rule(cls: type[R]) -> type[R]:
-    """Make an optimizer of a class of annotated hyperparameters: a frozen dataclass and a pytree.
+    """Turn a class of annotated hyperparameters into an optimizer: a frozen dataclass and a pytree.
 
     A field annotated :data:`Scalar`, :data:`NonNegative`, :data:`Positive`, :data:`Coefficient`,
     :data:`DecayRate`, :data:`Arrays` or a tuple of these is traced; every other field is a switch.

@@ -1,4 +1,4 @@
-"""Rules that draw noise at every step."""
+"""The base class of rules that draw noise at every step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxoptim.core.rearrangement import Rearrangement
 from jaxoptim.core.rule import Arrays, Rule, Slots, rule
 
 _LARGE = 16384
-"""Numbers in an array beyond which its noise is drawn by itself.
+"""The size of an array beyond which its noise is drawn separately.
 
 A draw for each of many small arrays would take long to compile, and to start.
 """
 _TOGETHER = np.uint32(2**32 - 1)
-"""The number that is folded into the key for the arrays that are drawn together; no array has it."""
+"""The number folded into the key for the arrays that are drawn together; no array has it as its index."""
 
 
 @rule
@@ -50,7 +50,7 @@ class Sampler(Rule):
 
     Args:
         key: a typed JAX key, ``jax.random.key(seed)`` (default None: that of seed 0).
-        noise_impl: what makes noise of a key, ``"key"`` (default) or ``"hash"``, as
+        noise_impl: the generator of the noise, ``"key"`` (default) or ``"hash"``, as
             :func:`jaxoptim.core.noise.normal` says.
 
     Raises:
@@ -85,7 +85,7 @@ class Sampler(Rule):
 
     @abc.abstractmethod
     def init(self, param: jax.Array, noise: jax.Array) -> Slots:  # type: ignore[override]
-        """The slots of one array before its first update; ``noise`` is standard-normal."""
+        """Initialize the slots of one array; ``noise`` is standard-normal."""
 
     @abc.abstractmethod
     def update(  # type: ignore[override]
@@ -126,9 +126,9 @@ class Sampler(Rule):
 
     @property
     def leaves_out_held(self) -> bool:
-        """Whether arrays that ``optimize_over`` holds may be left out of the tree: nothing else depends on them.
+        """Whether arrays that ``optimize_over`` holds may be left out of the pytree, as nothing else depends on them.
 
-        Chains then share them; a rule that does not say so here has them in every chain.
+        Chains then share them; without this every chain has a copy.
         """
         return False
 
@@ -139,7 +139,7 @@ class Sampler(Rule):
 
     @property
     def elementwise(self) -> bool:
-        """Packed arrays would have other noise."""
+        """False: packed arrays would have other noise."""
         return False
 
     def rearranged(self, slots: Slots, move: Rearrangement) -> Slots:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def bound(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included.
+    """Bind the arguments of a call to names, defaults included.
 
     Raises:
         ``TypeError`` that lists what the function takes.
@@ -21,7 +21,7 @@ def bound(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> di
 
 
 def mismatch(function: Any, count: int) -> TypeError | None:
-    """Why a function cannot be called with so many arguments; None if it can, or does not tell."""
+    """Explain why a function cannot be called with so many arguments; None if it can, or its signature is unknown."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

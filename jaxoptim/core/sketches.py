@@ -1,4 +1,4 @@
-"""Count sketches of arrays that stand one after the other in a long vector, by a hash instead of tables."""
+"""Count sketches of the concatenation of several arrays, by a hash instead of tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LANE = 3
 
 @functools.partial(jax.jit, static_argnames="dim")
 def sketched(arrays: Sequence[jax.Array], dim: int, seed: Any) -> jax.Array:
-    """The sketch of the numbers of some arrays, one after the other."""
+    """Compute the count sketch of some arrays, concatenated."""
     dtype = real_dtype(computing_dtype(jnp.result_type(*(x.dtype for x in arrays)) if arrays else jnp.float32))
     total, start = jnp.zeros(dim, dtype), 0
     for array in arrays:
@@ -30,12 +30,12 @@ def sketched(arrays: Sequence[jax.Array], dim: int, seed: Any) -> jax.Array:
 
 
 def part(values: jax.Array, dim: int, seed: Any, start: jax.Array | np.ndarray) -> jax.Array:
-    """What real numbers add to a sketch.
+    """Compute the contribution of real numbers to a sketch.
 
     Args:
         values: the numbers.
-        dim: how many numbers the sketch has.
-        seed: that of the hash, of 32 bits.
+        dim: the size of the sketch.
+        seed: the seed of the hash, of 32 bits.
         start: the place of the first of them in the long vector; see :func:`place`.
     """
     key = jax.random.key_data(jax.random.key(jnp.asarray(seed, jnp.uint32), impl="threefry2x32"))
@@ -45,19 +45,19 @@ def part(values: jax.Array, dim: int, seed: Any, start: jax.Array | np.ndarray) 
 
 
 def words(key: jax.Array, start: jax.Array | np.ndarray, shape: tuple[int, ...]) -> jax.Array:
-    """The random words of the numbers of an array, of which the first has the place ``start``."""
+    """Compute the random word of each element of an array, the first of which has the place ``start``."""
     high, low = offsets(shape)
     low = low + start[1]
     return hashed(key, _LANE, high + start[0] + (low < start[1]), low)
 
 
 def place(number: int) -> np.ndarray:
-    """A place in a long vector as its high and its low 32 bits."""
+    """Split a place in a long vector into its high and its low 32 bits."""
     return np.array([number >> 32, number % 2**32], np.uint32)
 
 
 def check(dim: Any, seed: Any, prefix: str = "") -> None:
-    """Raise for what is no size and no seed of a sketch, which are arguments with this prefix."""
+    """Raise for an invalid size or seed of a sketch; their arguments have this prefix in messages."""
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim < 2**31:
         raise ValueError(f"Invalid {prefix}dim: {shown(dim)}. A sketch has an int >= 1 of numbers.")
     is_number = isinstance(seed, int | np.integer) and not isinstance(seed, bool)

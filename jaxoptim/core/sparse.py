@@ -25,7 +25,7 @@ def check_rows(name: str, grad: BCOO, param: Any) -> None:
 
 
 def distinct_rows(grad: BCOO) -> tuple[jax.Array, jax.Array]:
-    """The rows a gradient touches, each once, and the sums of their values.
+    """Return the rows that a gradient touches, each once, and the sums of their values.
 
     Returns:
         Row numbers of shape ``(nse,)`` and values of shape ``(nse, ...)``. As many as there were entries:
@@ -36,30 +36,30 @@ def distinct_rows(grad: BCOO) -> tuple[jax.Array, jax.Array]:
 
 
 def take(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """The rows of a table, zeros for those past its end."""
+    """Take rows of a table, zeros for those past its end."""
     sharding = explicit_sharding(table)
     along = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:]))
     return table.at[rows].get(mode="fill", fill_value=0, out_sharding=along)
 
 
 def put(table: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """The table with rows replaced."""
+    """Return the table with rows replaced."""
     values, sharding = values.astype(table.dtype), explicit_sharding(table)
     return table.at[rows].set(values, mode="drop", unique_indices=True, out_sharding=sharding)
 
 
 def as_update(rows: jax.Array, values: jax.Array, shape: tuple[int, ...]) -> BCOO:
-    """Row updates as a sparse array, which can be added to the table."""
+    """Make a sparse array of row updates, which can be added to the table."""
     return BCOO((values, rows[:, None]), shape=shape, unique_indices=True)
 
 
 def to_dense(grad: BCOO) -> jax.Array:
-    """The gradient with all its rows."""
+    """Make a sparse gradient dense."""
     return jnp.zeros(grad.shape, grad.dtype).at[grad.indices[:, 0]].add(grad.data, mode="drop")
 
 
 def rows_of(grad: jax.Array) -> BCOO:
-    """A dense gradient as one of rows; those that are zero are left out, by indices past the end."""
+    """Make a dense gradient sparse; rows that are zero are left out, by indices past the end."""
     rows = grad.shape[0]
     touched = jnp.any(grad.reshape(rows, -1) != 0, axis=1)
     return BCOO((grad, jnp.where(touched, jnp.arange(rows), rows)[:, None]), shape=grad.shape)

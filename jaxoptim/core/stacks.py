@@ -1,4 +1,4 @@
-"""Arrays of one shape under a rule that looks at shapes, updated together: on accelerators a few large kernels."""
+"""Stacked updates of arrays of one shape under a shape-dependent rule: on accelerators a few large kernels."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from jaxoptim.core.packing import is_sharded
 from jaxoptim.core.rule import Off, Rule, Slots, enabled
 
 _STACK = 2**25
-"""The numbers in a stack, which takes memory beside the arrays: 128 MB in float32, and what the rule makes of them."""
+"""The most elements in a stack, which takes memory beside the arrays: 128 MB in float32, and the rule's temporaries."""
 
 
 def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]], wanted: Wanted) -> list[Change]:
-    """Update arrays, those of one shape under a rule that looks at shapes as rows of a stack.
+    """Update arrays; under a shape-dependent rule those of one shape are stacked.
 
-    Rules that take each number by itself gain nothing: their arrays are packed, or one kernel each.
+    Elementwise rules gain nothing: their arrays are packed, or take one kernel each.
 
     Args:
         leaves: the arrays.
-        shared: for each the state of the whole tree as it sees it.
-        wanted: what becomes of the updates.
+        shared: for each array the state of the whole pytree as it sees it.
+        wanted: the result wanted of the updates.
 
     Returns:
         For each what :func:`~jaxoptim.core.leaf.update_leaf` returns, or, of what is wanted, a kernel of one pass.
@@ -46,13 +46,13 @@ def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]
 
 
 def _update_one(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Change:
-    """The update of one array."""
+    """Update one array."""
     done = None if isinstance(leaf.grad, BCOO) else in_one_pass(leaf, wanted)
     return update_leaf(leaf, shared) if done is None else done
 
 
 def _kind(at: int, leaf: LeafUpdate) -> Hashable:
-    """What arrays of one stack have in common; of an array that stands alone its number."""
+    """Return the key that arrays of one stack share; for an array that is not stacked, its index."""
     rule, grad, slots, param = leaf.rule, leaf.grad, leaf.slots, leaf.param
     if rule.elementwise or leaf.given or isinstance(grad, BCOO) or any(map(is_sharded, _arrays(leaf))):
         return at
@@ -62,7 +62,7 @@ def _kind(at: int, leaf: LeafUpdate) -> Hashable:
 
 
 def _arrays(leaf: LeafUpdate) -> list[jax.Array]:
-    """The gradient of an array, the array where it is known, and its slots."""
+    """Return the arrays of a leaf: its gradient, the parameter if it is known, and its slots."""
     return jax.tree.leaves((leaf.grad, leaf.param, leaf.slots))
 
 
@@ -71,14 +71,14 @@ def _like(x: Any) -> Hashable:
 
 
 def _stacks(members: list[int], like: Any) -> list[list[int]]:
-    """Arrays in as few stacks as memory allows, of about the same height."""
+    """Divide arrays into as few stacks as memory allows, of about the same height."""
     highest = max(1, _STACK // max(1, math.prod(like.shape)))
     height = -(-len(members) // -(-len(members) // highest))
     return [members[start : start + height] for start in range(0, len(members), height)]
 
 
 def _update_stack(leaves: Sequence[LeafUpdate]) -> list[Change]:
-    """The updates of arrays that differ in their numbers alone."""
+    """Update arrays that differ only in their values."""
     params = None if leaves[0].param is None else [leaf.param for leaf in leaves]
     counts = {id(leaf.step): leaf.step for leaf in leaves}
     count = leaves[0].step if len(counts) == 1 else [leaf.step for leaf in leaves]
@@ -88,7 +88,7 @@ def _update_stack(leaves: Sequence[LeafUpdate]) -> list[Change]:
 
 @jax.jit
 def _dense(rule: Rule, grads: Any, slots: Any, params: Any, count: Any) -> list[tuple[jax.Array, Slots]]:
-    """The changes and the new slots of arrays.
+    """Compute the changes and the new slots of arrays, stacked or not as the platform prefers.
 
     CPUs gain nothing: 200 small arrays as a stack compile for seven times as long, and large products are no faster.
     """
@@ -103,7 +103,7 @@ def _one_by_one(rule: Rule, grads: Any, slots: Any, params: Any, count: Any) -> 
 
 
 def _together(rule: Rule, grads: Any, slots: Any, params: Any, count: Any) -> list[tuple[jax.Array, Slots]]:
-    """The same by one update of a stack.
+    """Compute the changes and the new slots of arrays by one update of a stack.
 
     A kernel that reads old arrays and writes new ones in their place needs copies of the old ones, each by a kernel of
     its own. Where the new ones are a stack before they are arrays, there are none.
@@ -124,7 +124,7 @@ def _stacked(trees: Iterable[Any]) -> Any:
 
 
 def _unstacked(tree: Any, height: int) -> list[Any]:
-    """The trees of a stack; from this form of it the compiler for GPUs writes all arrays by one kernel."""
+    """Unstack the pytrees of a stack, in a form for which the GPU compiler writes all arrays by one kernel."""
 
     def row(x: jax.Array, at: int) -> jax.Array:
         return x.reshape(1, height, -1)[0, at].reshape(x.shape[1:])

@@ -11,8 +11,8 @@ def refuse_tracing(call: str, instead: str) -> None:
     """Raise for a call that changes an object while JAX traces the function around it.
 
     Args:
-        call: what was called, such as ``"Adam.step"``.
-        instead: what to do.
+        call: the name of the call, such as ``"Adam.step"``.
+        instead: the advice, for the message.
 
     Raises:
         ``TypeError`` inside ``jax.jit``, ``grad``, ``vmap``, ``scan`` and whatever else traces.

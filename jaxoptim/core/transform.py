@@ -1,4 +1,4 @@
-"""From the update of one array to the update of a whole pytree."""
+"""Optimizer steps of whole pytrees, made of the updates of single arrays."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OptState(NamedTuple):
         step: the number of updates made of the tree, an int32 scalar, which schedules follow and samplers draw by.
         slots: for each of torch's state names (``exp_avg``, ...) a tree shaped like params, in at least
             float32. A parameter that lacks a slot holds None there.
-        shared: what belongs to the whole tree, such as a sampler's key.
+        shared: the state of the whole pytree, such as a sampler's key.
         counts: a tree shaped like params with the number of updates of each array that has missed one because its
             gradient was None, an int32 scalar, and None for every other array, which has made ``step`` of them. None
             for all as long as no array has missed any.
@@ -74,7 +74,7 @@ export.register_namedtuple_serialization(OptState, serialized_name="jaxoptim.Opt
 
 
 def init(rule: Rule, params: Any, *, counts: bool = False) -> OptState:
-    """The state before the first update.
+    """Initialize the optimizer state.
 
     Args:
         rule: the optimizer.
@@ -162,7 +162,7 @@ def update(rule: Rule, grads: Any, state: OptState, params: Any = None, **given:
 
 
 def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> tuple[Any, OptState]:
-    """The parameters after one update: the exact form, rounded once.
+    """Update the parameters, and round them only once; :func:`update` rounds the change too.
 
     Args:
         rule: the optimizer; its numbers may be traced.
@@ -193,9 +193,9 @@ def step(rule: Rule, params: Any, grads: Any, state: OptState, **given: Any) -> 
 
 
 def step_and_change(rule: Rule, param: Any, grad: Any, state: OptState) -> tuple[Any, Any, OptState]:
-    """One array after one update, the change that was added to it, and the new state.
+    """Update one array; return it, the change that was added to it, and the new state.
 
-    The change is not rounded to the dtype of the array. Who asks for its norm need not keep the old array for it.
+    The change is not rounded to the dtype of the array. To compute its norm, the old array need not be kept.
     """
     (new, change), state = _with_changes(rule, param, grad, state)
     return new, change, state
@@ -204,13 +204,13 @@ def step_and_change(rule: Rule, param: Any, grad: Any, state: OptState) -> tuple
 def steps_and_changes(
     rule: Rule, params: list[Any], grads: list[Any], state: OptState
 ) -> tuple[list[Any], list[Any], OptState]:
-    """Several arrays, with gradients, after one update, the changes that were added to them, and the new state."""
+    """Update several arrays that have gradients; return them, the changes that were added, and the new state."""
     pairs, state = _with_changes(rule, params, grads, state)
     return [new for new, _ in pairs], [change for _, change in pairs], state
 
 
 def _with_changes(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple[Any, OptState]:
-    """A tree of pairs, each array after one update and its change."""
+    """Update a pytree; return a pytree of pairs of the new array and its change, and the new state."""
 
     def finish(grad: Any, param: Any, rows: Any, change: Any, value: Any) -> Any:
         new = _applied(param, rows, change, value)
@@ -220,7 +220,7 @@ def _with_changes(rule: Rule, params: Any, grads: Any, state: OptState) -> tuple
 
 
 def _applied(param: Any, rows: Any, change: Any, value: Any) -> Any:
-    """A parameter after a change of some rows (None: all), or with a new value there."""
+    """Apply to a parameter the change of some rows (None: all), or their new value."""
     if rows is None:
         return (param + change).astype(param.dtype) if value is None else value
     return sparse.put(param, rows, sparse.take(param, rows) + change if value is None else value)
@@ -228,7 +228,7 @@ def _applied(param: Any, rows: Any, change: Any, value: Any) -> Any:
 
 @functools.singledispatch
 def transformation(rule: Any, /) -> optax.GradientTransformationExtraArgs:
-    """A rule as an optax transformation.
+    """Turn a rule into an optax transformation.
 
     Args:
         rule: an instance of a rule. A Pyro-style optimizer will do too: its transformation is of a dict by names.
@@ -249,7 +249,7 @@ def transformation(rule: Any, /) -> optax.GradientTransformationExtraArgs:
 
 @transformation.register
 def _array_by_array(rule: Rule, /) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a rule for one array: the same for every array of the tree."""
+    """Make the transformation of a rule for single arrays: the same for every array of the pytree."""
 
     def init_fn(params: Any) -> OptState:
         return init(rule, params)
@@ -263,7 +263,7 @@ def _array_by_array(rule: Rule, /) -> optax.GradientTransformationExtraArgs:
 
 
 def factory(rule: Callable[P, Hyperparameters], name: str) -> Callable[P, optax.GradientTransformationExtraArgs]:
-    """The function of the pure face that builds a rule and returns its transformation.
+    """Make the optax-style function that builds a rule and returns its transformation.
 
     Args:
         rule: the class of a rule. Its signature and documentation become the function's.
@@ -308,7 +308,7 @@ _MASK = """
 
 
 def _with_mask(rule: Any, mask: Any) -> optax.GradientTransformationExtraArgs:
-    """The transformation of a rule that decays the weights in a mask."""
+    """Make the transformation of a rule that decays only the weights in a mask."""
     decay = getattr(rule, _DECAY)
     if is_tree(decay):
         raise TypeError(f"mask= is for one {_DECAY} of all parameters, but got a tree of them. Leave mask out.")
@@ -332,7 +332,7 @@ _known: dict[Any, list[str] | None] = {}
 
 
 def _slot_names(rule: Rule) -> list[str] | None:
-    """The names of a rule's slots; None where they depend on the parameter, or a switch cannot be hashed."""
+    """Return the names of a rule's slots; None if they depend on the parameter, or a switch cannot be hashed."""
     by_leaf_fields = [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
     if rule.by_parameter or any(getattr(rule, name) is not None for name in by_leaf_fields):
         return None
@@ -356,23 +356,23 @@ def _slot_names(rule: Rule) -> list[str] | None:
 
 
 def _whole(rule: Rule, params: Any) -> Any:
-    """The tree that a rule works on: packed buffers only for those that take every number by itself."""
+    """Return the pytree that a rule works on: packed buffers only for elementwise rules, else unpacked."""
     return params.unpack() if isinstance(params, Packed) and not _is_packable(rule) else params
 
 
 def _is_packable(rule: Rule) -> bool:
-    """Whether a rule may update packed buffers: every number by itself, and all alike."""
+    """Whether a rule may update packed buffers: it is elementwise, with the same hyperparameters for all."""
     return rule.elementwise and not rule.by_parameter
 
 
 def _check_rule(rule: Any) -> None:
-    """Raise for what is no rule."""
+    """Raise for anything but a rule."""
     if not isinstance(rule, Rule):
         raise _no_rule(rule)
 
 
 def _no_rule(given: Any) -> TypeError:
-    """The error that says what to do with something in the place of a rule."""
+    """Make the error for an object given in place of a rule, with advice."""
     if isinstance(given, type) and issubclass(given, Hyperparameters):
         return TypeError(
             f"A rule is expected, but got the class {given.__name__}. Give an instance: {given.__name__}(...)."
@@ -396,7 +396,7 @@ def _no_rule(given: Any) -> TypeError:
 
 
 def _check_state(rule: Rule, state: Any) -> None:
-    """Raise for what is no state of the rule."""
+    """Raise for anything but a state of the rule."""
     kind = type(rule).__name__
     if not isinstance(state, OptState):
         got = f"a {type(state).__name__}" if state is not None else "None"
@@ -429,7 +429,7 @@ def _updated(
     skipped: Callable[[Any, Any], Any],
     wanted: Wanted,
 ) -> tuple[Any, OptState]:
-    """One update of every array: ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
+    """Update every array once: ``finish`` makes the result of each, ``skipped`` that of a missing gradient."""
     _check_rule(rule)
     if unknown := sorted(given.keys() - set(rule.takes)):
         takes = f"takes {', '.join(rule.takes)} by name" if rule.takes else "takes no trees by name"
@@ -502,7 +502,7 @@ def _updated(
 
 
 def noise_of_some(rule: Rule, state: OptState, some: Any, whole: Any) -> Any:
-    """The noise that the next update of a tree would draw, for some of its arrays.
+    """Draw the noise that the next update of a pytree would draw, for some of its arrays.
 
     Args:
         rule: a rule that takes ``noise``.
@@ -533,7 +533,7 @@ def noise_of_some(rule: Rule, state: OptState, some: Any, whole: Any) -> Any:
 
 
 def _rules_at(rule: Rule, step: Any, count: Any, like: Any, like_what: str) -> list[Any]:
-    """The rule of each leaf at update ``count``."""
+    """Return the rule of each leaf at update ``count``."""
     if not rule.by_parameter:
         return by_leaf(rule.at(step).at_update(count), like, like_what)
     leaves = jax.tree.leaves(like, is_leaf=trees.is_leaf)

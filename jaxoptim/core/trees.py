@@ -22,11 +22,11 @@ def is_leaf(x: Any) -> bool:
 
 
 _WRAPPED = (jax.tree_util.GetAttrKey("value"),)
-"""The end of the path to an array that stands in a wrapper, such as ``nnx.Param``; no part of its name."""
+"""The end of the path to an array in a wrapper such as ``nnx.Param``; left out of its name."""
 
 
 def names(tree: Any) -> list[str]:
-    """The dotted path of every leaf, None included, such as ``encoder.0.kernel``."""
+    """Return the dotted path of every leaf, None included, such as ``encoder.0.kernel``."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
     siblings = Counter(path[:-1] for path in paths)
     paths = [path[:-1] if path[-1:] == _WRAPPED and siblings[path[:-1]] == 1 else path for path in paths]
@@ -34,13 +34,13 @@ def names(tree: Any) -> list[str]:
 
 
 def array_names(tree: Any) -> list[str]:
-    """The dotted path of every array."""
+    """Return the dotted path of every array."""
     leaves = jax.tree.leaves(tree, is_leaf=is_leaf)
     return [name for name, leaf in zip(names(tree), leaves, strict=True) if leaf is not None]
 
 
 def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> list[Any]:
-    """The leaves of ``tree``, None included, one for each leaf of ``like``.
+    """Return the leaves of ``tree``, None included, one for each leaf of ``like``.
 
     Raises:
         ``ValueError`` that names the first parameter at which the two trees part.
@@ -69,14 +69,14 @@ def leaves_like(tree: Any, like: Any, what: str, like_what: str = "params") -> l
 def spread(
     prefix: Any, tree: Any, what: str, like_what: str = "params", is_part: Callable[[Any], bool] = lambda x: x is None
 ) -> list[Any]:
-    """The leaves of a prefix of a tree, each for all leaves of the tree below it, None included.
+    """Broadcast the leaves of a prefix of a pytree to all leaves of the pytree below them, None included.
 
     Args:
         prefix: a tree like ``tree``, or one that has a leaf in the place of some of its subtrees.
         tree: the whole.
         what: the name of ``prefix`` in messages.
         like_what: the name of ``tree`` there.
-        is_part: what else is a leaf of the prefix (default: None).
+        is_part: a predicate for further leaves of the prefix (default None).
 
     Raises:
         ``ValueError`` that names the first leaf at which the two part.
@@ -95,7 +95,7 @@ def spread(
 
 
 def _parting(prefix: Any, tree: Any, what: str, like_what: str, is_part: Callable[[Any], bool]) -> str:
-    """Where a tree that should be a prefix of another parts from it."""
+    """Describe the first place at which a pytree fails to be a prefix of another."""
     given = [path for path, _ in jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_part)[0]]
     wanted = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
 
@@ -113,7 +113,7 @@ def _parting(prefix: Any, tree: Any, what: str, like_what: str, is_part: Callabl
 
 
 def _other_root(tree: Any, like: Any, what: str, like_what: str) -> str | None:
-    """What is wrong with a list, a tuple or an array in the place of another container; None if that is not it."""
+    """Describe the error of a list, tuple or array in place of another root container; None if that is not it."""
     is_array = jax.tree_util.all_leaves([tree], is_leaf=is_leaf)
     if not (is_array or type(tree) in (list, tuple)) or type(tree) is type(like):
         return None
@@ -126,7 +126,7 @@ def _other_root(tree: Any, like: Any, what: str, like_what: str) -> str | None:
 
 
 def _kind(tree: Any) -> str:
-    """A container or an array in a few words."""
+    """Describe a container or an array in a few words."""
     if tree is None:
         return "None"
     if jax.tree_util.all_leaves([tree], is_leaf=is_leaf):
@@ -136,7 +136,7 @@ def _kind(tree: Any) -> str:
 
 
 def first_difference(tree: Any, like: Any, like_what: str) -> str:
-    """The first place at which two trees with the same names have other containers."""
+    """Describe the first place at which two pytrees with the same names have different containers."""
     path, given, wanted = "", tree, like
     while type(given) is type(wanted) and not jax.tree_util.all_leaves([given], is_leaf=is_leaf):
         pairs = [_children(given), _children(wanted)]
@@ -151,7 +151,7 @@ def first_difference(tree: Any, like: Any, like_what: str) -> str:
 
 
 def _children(tree: Any) -> list[tuple[str, Any]]:
-    """The parts of a container, with their names."""
+    """Return the children of a container, with their names."""
     parts = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="."), part) for path, part in parts]
 
@@ -161,7 +161,7 @@ def _shape(tree: Any) -> Any:
 
 
 def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
-    """The arrays of ``tree``, one for each array of ``like``, and of its shape; nothing for a None in both.
+    """Return the arrays of ``tree``, one for each array of ``like`` and of its shape; none for a None in both.
 
     Raises:
         ``ValueError`` that names the first parameter at which the two trees part; ``TypeError`` for a complex
@@ -189,7 +189,7 @@ def arrays_like(tree: Any, like: Any, what: str, like_what: str) -> list[Any]:
 
 
 def owned_arrays(tree: Any) -> Any:
-    """A tree with copies of its arrays of NumPy and torch, whose owner may change them before a program reads them."""
+    """Copy the NumPy and torch arrays of a pytree: their owner may change them before a program reads them."""
     leaves = jax.tree.leaves(tree)
     # A tree has many leaves and few types: one leaf of each is looked at.
     foreign = {kind for kind, leaf in dict(zip(map(type, leaves), leaves, strict=True)).items() if _is_foreign(leaf)}
@@ -203,7 +203,7 @@ def _is_foreign(leaf: Any) -> bool:
 
 
 def check_array(what: str, name: str, x: Any) -> Any:
-    """An array-like leaf as an array; raises if it is not floating or complex."""
+    """Return an array-like leaf as an array; raise if it is not floating or complex."""
     x = as_array(what, name, x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         how = " (eqx.partition and nnx.split do so)" if what == "parameter" else ""
@@ -215,7 +215,7 @@ def check_array(what: str, name: str, x: Any) -> Any:
 
 
 def as_array(what: str, name: str, x: Any) -> Any:
-    """An array-like leaf as an array; raises for anything else, and for parameters that torch differentiates by."""
+    """Return an array-like leaf as an array; raise for anything else, and for parameters that torch trains."""
     if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         return x
     is_parameter = what == "parameter"
@@ -227,11 +227,11 @@ def as_array(what: str, name: str, x: Any) -> Any:
 
 
 NONE_ELSE = "Put None in the place of anything but an array."
-"""What to do with another leaf of gradients, for messages."""
+"""Advice for a leaf of gradients that is not an array, for error messages."""
 
 
 def no_data(x: Any) -> str | None:
-    """What something is that no program can be given: text, a function, an array of such; None for an array."""
+    """Describe a value that no compiled program can take: text, a function, an array of such; None for an array."""
     kind = type(x)
     if isinstance(x, np.ndarray):
         return f"an array of dtype {x.dtype}" if x.dtype.kind in "OSUMm" else None
@@ -243,7 +243,7 @@ def no_data(x: Any) -> str | None:
 
 
 def first_no_data(tree: Any) -> tuple[str, str] | None:
-    """The name of the first leaf that is no array, and what it is."""
+    """Return the name of the first leaf that is not an array, and its description."""
     leaves = zip(names(tree), jax.tree.leaves(tree, is_leaf=is_leaf), strict=True)
     return next(((name, kind) for name, x in leaves if x is not None and (kind := no_data(x)) is not None), None)
 

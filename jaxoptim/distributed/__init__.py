@@ -1,4 +1,4 @@
-"""Optimizers over many devices, on JAX's own engine: placement of state, ZeRO, reduction of gradients."""
+"""Optimizers over many devices, by JAX's own sharding: placement of state, ZeRO, reduction of gradients."""
 
 from jaxoptim.core.names import listing
 from jaxoptim.distributed.reduction import all_reduce

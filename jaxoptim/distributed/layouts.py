@@ -1,4 +1,4 @@
-"""How the arrays of a state are laid out over a mesh, from how its parameters are."""
+"""Layouts of the arrays of an optimizer state over a mesh, derived from those of its parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Axes = tuple[str, ...]
 
 
 class Placed(NamedTuple):
-    """A parameter on a mesh.
+    """The name, shape and layout of a parameter on a mesh.
 
     Attributes:
         name: its dotted path.
@@ -34,9 +34,9 @@ class Placed(NamedTuple):
 
 
 def spread(param: Placed | Held, mesh: Mesh, axes: Axes) -> PartitionSpec:
-    """The layout of a parameter with its longest dimension that these axes divide cut along them too.
+    """Return a parameter's layout with the longest dimension that these axes divide sharded along them too.
 
-    It is the parameter's own where it is cut along them already, and where they divide no dimension.
+    It is the parameter's own layout if that is sharded along them already, or if they divide no dimension.
     """
     entries = _entries(param.spec, len(param.shape))
     if set(axes) & set(itertools.chain(*entries)):
@@ -50,15 +50,15 @@ def spread(param: Placed | Held, mesh: Mesh, axes: Axes) -> PartitionSpec:
 
 
 def is_along(spec: PartitionSpec, axes: Axes) -> bool:
-    """Whether a layout cuts a dimension along one of these axes."""
+    """Whether a layout shards a dimension along one of these axes."""
     return bool(set(axes) & set(itertools.chain(*_entries(spec, len(spec)))))
 
 
 class Held(NamedTuple):
-    """An array of a state.
+    """The name, shape and layout of an array of a state.
 
     Attributes:
-        name: that of its parameter, or its own path.
+        name: the name of its parameter, or its own path.
         shape: its shape.
         spec: its layout.
         is_owned: whether it belongs to a parameter.
@@ -71,16 +71,16 @@ class Held(NamedTuple):
 
 
 def state_specs(state: Any, params: Any, placed: Sequence[Placed | None]) -> list[Held | None]:
-    """For each leaf of a state its layout, None where it is None.
+    """Return the layout of each leaf of a state, None for a leaf that is None.
 
-    An array belongs to the parameter whose path is in its own: at its end, as in all states of optax that are trees
-    like the parameters, or begun in front and ended there. It has the layout of the parameter along the dimensions that
-    the two share. What belongs to no parameter is whole on every device.
+    An array belongs to the parameter whose path is part of its own: at its end, as in all states of optax that are
+    pytrees like the parameters, or split between its front and its end. It has the layout of the parameter
+    along the dimensions that the two share. An array of no parameter is replicated.
 
     Args:
         state: arrays, or their shapes.
         params: the tree of parameters.
-        placed: where its leaves are, None for those that are None.
+        placed: the layouts of its leaves, None for those that are None.
     """
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params, is_leaf=trees.is_leaf)[0]]
     known = {path: its for path, its in zip(paths, placed, strict=True) if its is not None}
@@ -100,7 +100,7 @@ def _held(path: tuple[Any, ...], x: Any, known: dict[Any, Placed], lengths: Sequ
 
 
 def _owners(path: tuple[Any, ...], known: dict[Any, Placed], lengths: Sequence[int]) -> Iterator[Placed]:
-    """The parameters whose path is in another one, the longest first."""
+    """Yield the parameters whose path is part of another path, the longest first."""
     for length in lengths:
         for front in range(length + 1 if length <= len(path) else 0):
             its = known.get((*path[:front], *path[len(path) - (length - front) :]))
@@ -109,7 +109,7 @@ def _owners(path: tuple[Any, ...], known: dict[Any, Placed], lengths: Sequence[i
 
 
 def _inherited(shape: tuple[int, ...], param: Placed) -> PartitionSpec | None:
-    """The layout of an array that belongs to a parameter; None for one that has no dimension in common with it."""
+    """Return the layout of an array that belongs to a parameter; None if it shares no dimension with it."""
     entries, whole = _entries(param.spec, len(param.shape)), param.shape
     more = len(shape) - len(whole)
     if more >= 0 and shape[more:] == whole:  # the same, or a stack of them
@@ -129,13 +129,13 @@ def _taken(values: Sequence[Any], at: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _entries(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
-    """The axes along each dimension."""
+    """Return the mesh axes along each dimension."""
     entries = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
     return entries + [()] * (ndim - len(entries))
 
 
 def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
-    """A layout without what is not needed, so that equal ones are equal."""
+    """Normalize a layout, so that equivalent ones compare equal."""
     short = list(entries)
     while short and not short[-1]:
         short.pop()
@@ -143,19 +143,19 @@ def _spec(entries: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 
 def sharding_on(mesh: Mesh, spec: PartitionSpec, ndim: int) -> NamedSharding:
-    """The sharding of an array; on a mesh of explicit axes it has an entry for each dimension, as types there have."""
+    """Return the sharding of an array; on a mesh of explicit axes with an entry for each dimension, as types have."""
     if AxisType.Explicit in mesh.axis_types:
         spec = PartitionSpec(*spec, *[None] * (ndim - len(spec)))
     return NamedSharding(mesh, spec)
 
 
 class Parts(NamedTuple):
-    """Where an array is that is updated in parts.
+    """The shardings of an array that is updated in parts.
 
     Attributes:
         mesh: the mesh.
-        whole: its sharding.
-        parts: that of its moments, and of its gradient and itself in an update.
+        whole: the sharding of the array itself.
+        parts: the sharding of its moments, and of its gradient and itself in an update.
         shape: its shape.
     """
 
@@ -165,7 +165,7 @@ class Parts(NamedTuple):
     shape: tuple[int, ...]
 
     def slot(self, x: Any) -> NamedSharding | None:
-        """The sharding of a slot; None of one that it lacks."""
+        """Return the sharding of a slot; None for a slot that is None."""
         if x is None:
             return None
         spec = _inherited(tuple(x.shape), Placed("", self.shape, self.parts.spec))
@@ -173,7 +173,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(sharding: Any, shape: tuple[int, ...], axes: Axes) -> Parts | None:
-    """The parts of an array over data axes; None without any, and for an array that is on no mesh."""
+    """Return the shardings of an array split over data axes; None without axes, and for an array on no mesh."""
     if not axes or not isinstance(sharding, NamedSharding) or not isinstance(mesh := sharding.mesh, Mesh):
         return None
     spec = spread(Placed("", shape, sharding.spec), mesh, axes)
@@ -181,18 +181,18 @@ def parts_of(sharding: Any, shape: tuple[int, ...], axes: Axes) -> Parts | None:
 
 
 Whole = Mapping[str, tuple[tuple[int, ...], int]]
-"""Arrays whose state is not in parts, by name: their shapes, and the bytes of their state."""
+"""The arrays whose state is not partitioned, by name: their shapes, and the bytes of their state."""
 
 
 def warn_of_whole(what: str, mesh: Mesh, axes: Axes, whole: Whole, level: int) -> None:
-    """Warn of arrays that the data axes do not divide, if there are any.
+    """Warn of arrays that the data axes do not divide, if any.
 
     Args:
-        what: what the axes were given to.
+        what: the name of the function that the axes were given to.
         mesh: their mesh.
         axes: the axes.
         whole: the arrays.
-        level: how many calls the user's line is away.
+        level: the number of calls between here and the user's line.
     """
     if not whole:
         return
@@ -207,7 +207,7 @@ def warn_of_whole(what: str, mesh: Mesh, axes: Axes, whole: Whole, level: int) -
 
 
 def check_axes(what: str, mesh: Mesh, axis: Any) -> Axes:
-    """The data axes by name; raises for one that the mesh lacks."""
+    """Return the data axes by name; raise for one that the mesh lacks."""
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     if missing := [name for name in axes if name not in mesh.axis_names] or ([] if axes else [()]):
         raise ValueError(
@@ -218,7 +218,7 @@ def check_axes(what: str, mesh: Mesh, axis: Any) -> Axes:
 
 
 def laid_out(tree: Any, shardings: Sequence[NamedSharding | None]) -> Any:
-    """A tree whose dense arrays are under shardings, which the compiler may not change."""
+    """Constrain the dense arrays of a pytree to shardings, which the compiler may not change."""
 
     def under(x: Any, sharding: NamedSharding | None) -> Any:
         if sharding is None or trees.is_leaf(x):
@@ -231,12 +231,12 @@ def laid_out(tree: Any, shardings: Sequence[NamedSharding | None]) -> Any:
 
 
 def without_shardings(tree: Any) -> Any:
-    """The shapes and dtypes of a tree."""
+    """Return the shapes and dtypes of a pytree."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def as_transformation(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    """A rule, a transformation or a Pyro-style optimizer as a transformation."""
+    """Turn a rule, a transformation or a Pyro-style optimizer into a transformation."""
     if isinstance(optimizer, optax.GradientTransformation):
         return optax.with_extra_args_support(optimizer)
     return transformation(optimizer)

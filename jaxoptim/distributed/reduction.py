@@ -1,4 +1,4 @@
-"""Gradients reduced over the devices of a named axis."""
+"""Reduction of gradients over the devices of a named axis."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxoptim.core.numerics import computing_dtype
 from jaxoptim.core.shown import shown
 
 Op = Literal["mean", "sum", "adasum"]
-"""How gradients are reduced."""
+"""The reduction of gradients."""
 
 
 def all_reduce(axis_name: Any, op: Op = "mean", *, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
-    r"""A transformation that reduces gradients over the devices of a named axis, as Horovod does.
+    r"""Make a transformation that reduces gradients over the devices of a named axis, as Horovod does.
 
     .. math::
         \text{mean: } \bar g = \frac{1}{n} \sum_{r=1}^{n} g_r, \qquad
@@ -39,8 +39,8 @@ def all_reduce(axis_name: Any, op: Op = "mean", *, dtype: Any = None) -> optax.G
         axis_name: the axis, or several.
         op: ``"mean"`` (default), ``"sum"``, or ``"adasum"`` over one axis of 2, 4, 8, ... devices. Sparse gradients
             have the rows of all devices in their mean and sum.
-        dtype: in which gradients of more bits are sent, such as ``"bfloat16"`` (default None: their own). They come in
-            their own again.
+        dtype: the dtype in which gradients of more bits are sent, such as ``"bfloat16"`` (default None: their own). The
+            results are in their own again.
 
     Returns:
         A transformation without state; put it in front of clipping, so that all devices clip alike.
@@ -74,7 +74,7 @@ def all_reduce(axis_name: Any, op: Op = "mean", *, dtype: Any = None) -> optax.G
 
 
 def reduced(grads: Any, axis_name: Any, op: Op, dtype: Any = None) -> Any:
-    """The gradients of all devices of a named axis as one tree; see :func:`all_reduce`."""
+    """Reduce a pytree of gradients over all devices of a named axis; see :func:`all_reduce`."""
     leaves, treedef = jax.tree.flatten(grads, is_leaf=trees.is_leaf)
     named = zip(trees.names(grads), leaves, strict=True)
     return jax.tree.unflatten(
@@ -97,7 +97,7 @@ def _reduced(name: str, grad: Any, axis_name: Any, op: Op, dtype: Any) -> Any:
 
 
 def _sparse(name: str, grad: BCOO, axis_name: Any, op: Op) -> BCOO:
-    """The rows of all devices."""
+    """Gather the rows of all devices."""
     if op == "adasum":
         raise TypeError(f"adasum takes dense gradients, but that of {name!r} is a BCOO. Give its todense().")
     _check_varies(name, grad.data, axis_name)
@@ -107,7 +107,7 @@ def _sparse(name: str, grad: BCOO, axis_name: Any, op: Op) -> BCOO:
 
 
 def _adasum(grad: jax.Array, axis_name: Any) -> jax.Array:
-    """The adaptive sum of the arrays of all devices, which exchange theirs with the devices 1, 2, 4, ... away."""
+    """Compute the adaptive sum of the arrays of all devices by exchanges with the devices 1, 2, 4, ... away."""
     count = jax.lax.axis_size(axis_name)
     if count & (count - 1):
         raise ValueError(f"adasum combines gradients in pairs, but the axis {shown(axis_name)} has {count} devices.")
@@ -122,7 +122,7 @@ def _adasum(grad: jax.Array, axis_name: Any) -> jax.Array:
 
 
 def _weight(product: jax.Array, x: jax.Array) -> jax.Array:
-    """How much of a gradient is in a pair's sum."""
+    """Return the coefficient of a gradient in the sum of a pair."""
     square = squares(x)
     return 1 - jnp.where(square > 0, product / (2 * jnp.where(square > 0, square, 1)), 0)
 
@@ -142,10 +142,10 @@ def _axes(axis_name: Any) -> tuple[Any, ...]:
 
 
 def _is_tracked(axis: Any) -> bool:
-    """Whether JAX keeps account of what varies along an axis: in ``shard_map``, unless it is told not to."""
+    """Whether JAX tracks which values vary along an axis: in ``shard_map``, unless it is told not to."""
     return axis in _varying(jax.lax.axis_index(axis))
 
 
 def _varying(x: Any) -> Any:
-    """The axes along which JAX knows that an array varies."""
+    """Return the axes along which JAX knows that an array varies."""
     return getattr(jax.typeof(x).manual_axis_type, "varying", ())

@@ -1,4 +1,4 @@
-"""The shardings of a state."""
+"""Shardings of optimizer states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxoptim.distributed.zero import SpreadInit, asking
 
 
 def state_shardings(optimizer: Any, params: Any) -> Any:
-    """The shardings of the state of an optimizer, from those of its parameters.
+    """Return the shardings of the state of an optimizer, from those of its parameters.
 
     An array that belongs to a parameter has its layout along the dimensions that the two share: a moment that of the
     parameter, a mean over its columns that of its rows. Counts, keys, and what belongs to no parameter are whole on
@@ -64,5 +64,5 @@ def state_shardings(optimizer: Any, params: Any) -> Any:
 
 
 def _spec_of(x: Any) -> PartitionSpec:
-    """The layout of an array on a mesh."""
+    """Return the layout of an array on a mesh."""
     return getattr(x.sharding, "spec", PartitionSpec())

@@ -1,4 +1,4 @@
-"""Optimizer state in parts over the devices of a data axis: ZeRO."""
+"""ZeRO: optimizer state partitioned over the devices of a data axis."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from jaxoptim.distributed.layouts import (
 )
 
 _is_asked: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_asked", default=False)
-"""Whether the shardings of a state are being asked for, which an ``init`` inside another one cannot tell."""
+"""Whether the shardings of a state are being computed, which an ``init`` inside another one cannot provide."""
 
 
 def zero(
     optimizer: Any, mesh: Mesh, axis: str | tuple[str, ...], specs: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A transformation whose state is in parts over the devices of a data axis: ZeRO, stages 1 and 2.
+    r"""Partition the state of a transformation over the devices of a data axis: ZeRO, stages 1 and 2.
 
     Device :math:`i` of :math:`n` reduces part :math:`i` of the gradient, and has that part of the moments; the updates
     are gathered:
@@ -106,20 +106,20 @@ def zero(
 
 
 class SpreadInit:
-    """The ``init`` of :func:`zero`.
+    """The ``init`` of :func:`zero`, which also knows the shardings.
 
     Args:
         inner: the transformation.
         mesh: the mesh.
         axes: the data axes.
-        specs: of the parameters.
+        specs: the layouts of the parameters.
     """
 
     def __init__(self, inner: optax.GradientTransformationExtraArgs, mesh: Mesh, axes: Axes, specs: Any) -> None:
         self.inner, self.mesh, self.axes, self.specs = inner, mesh, axes, specs
 
     def __call__(self, params: Any) -> Any:
-        """The state, in parts."""
+        """Initialize the state, in parts."""
         if _is_asked.get():
             raise ValueError(
                 "The shardings of a state are known for zero(...) as a whole, but here it stands inside another "
@@ -131,7 +131,7 @@ class SpreadInit:
         return jax.jit(self.inner.init, out_shardings=shardings)(params)
 
     def held(self, params: Any) -> list[Placed | None]:
-        """Where the parameters are."""
+        """Return the layouts of the parameters; raise for one that is not sharded as ``specs`` says."""
         leaves = jax.tree.leaves(params, is_leaf=trees.is_leaf)
         given: list[Any] = [None] * len(leaves)
         if self.specs is not None:
@@ -155,15 +155,15 @@ class SpreadInit:
         return Placed(name, tuple(x.shape), spec)
 
     def parts(self, held: Sequence[Placed | None]) -> list[Placed | None]:
-        """The same in parts over the data axes."""
+        """Return the layouts of arrays partitioned over the data axes."""
         return [None if its is None else its._replace(spec=spread(its, self.mesh, self.axes)) for its in held]
 
     def placed(self, arrays: Sequence[Placed | Held | None]) -> list[NamedSharding | None]:
-        """The shardings of arrays."""
+        """Return the shardings of arrays."""
         return [None if its is None else sharding_on(self.mesh, its.spec, len(its.shape)) for its in arrays]
 
     def shardings(self, params: Any) -> Any:
-        """The shardings of the state; warns of what is not in parts."""
+        """Return the shardings of the state; warn of arrays that are not in parts."""
         with asking():
             state = jax.eval_shape(lambda params: self.inner.init(params), without_shardings(params))
         parts = self.parts(self.held(params))
@@ -179,11 +179,11 @@ class SpreadInit:
         return jax.tree.unflatten(treedef, self.placed(found))
 
     def state_laid_out(self, state: Any, params: Any, parts: Sequence[Placed | None]) -> Any:
-        """A state in parts."""
+        """Constrain a state to be in parts."""
         return laid_out(state, self.placed(self._specs(state, params, parts)))
 
     def _specs(self, state: Any, params: Any, parts: Sequence[Placed | None]) -> list[Held | None]:
-        """Where the arrays of a state are; those that belong to no parameter are in parts too."""
+        """Return the layouts of the arrays of a state; those that belong to no parameter are in parts too."""
         found = state_specs(state, params, parts)
         return [
             its if its is None or its.is_owned else its._replace(spec=spread(its, self.mesh, self.axes))
@@ -193,7 +193,7 @@ class SpreadInit:
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Within it an ``init`` is called for the shapes of its state alone."""
+    """Mark a block in which an ``init`` is called only for the shapes of its state."""
     token = _is_asked.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Bridges to other libraries, each of which imports its library when it is used."""
+"""Bridges to other libraries, which are imported only when their bridge is used."""
 
 from jaxoptim.core.names import listing
 from jaxoptim.interop import numpyro, torch

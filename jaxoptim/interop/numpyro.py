@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def required() -> ModuleType:
-    """The package numpyro.
+    """Import and return the package numpyro.
 
     Returns:
         The module.
@@ -53,7 +53,7 @@ def required() -> ModuleType:
 
 
 def to_numpyro(optimizer: Any) -> _NumPyroOptim:
-    """An optimizer as ``numpyro.infer.SVI`` takes it, with all that an update may need.
+    """Convert an optimizer for ``numpyro.infer.SVI``, so that updates get the loss, its value and its gradient.
 
     numpyro hands the value of the loss to an optax transformation, and nothing else. Here ``value``, ``grad`` and
     ``value_fn`` reach it, so that L-BFGS, line searches and Newton's method work too.
@@ -97,7 +97,7 @@ def to_numpyro(optimizer: Any) -> _NumPyroOptim:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their dotted paths.
+    """Flatten a pytree into a dict of its arrays by dotted path.
 
     Args:
         tree: a dict of arrays, or of trees of arrays.
@@ -123,7 +123,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def _by_name(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation of a flat dict of arrays as one of a dict of trees."""
+    """Turn a transformation of a flat dict of arrays into one of a dict of pytrees."""
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
@@ -156,19 +156,19 @@ def _by_name(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
 
 @functools.cache
 def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOptim]:
-    """The class of what :func:`to_numpyro` returns, made when numpyro is there to derive it from."""
+    """Make the class of the result of :func:`to_numpyro` on first use, because its base class needs numpyro."""
     required()
     from numpyro.optim import _NumPyroOptim
 
     class Transformation(_NumPyroOptim):  # type: ignore[misc]
-        """A transformation of optax whose state is ``(count, (params, state of the transformation))``."""
+        """A numpyro optimizer made of an optax transformation; its state is ``(count, (params, inner state))``."""
 
         def __init__(self, tx: optax.GradientTransformationExtraArgs) -> None:
             self._tx = tx
             super().__init__(lambda: (self._init_fn, self._update_fn, lambda state: state[0]), update_with_value=True)
 
         def init(self, params: Any) -> Any:
-            """The state before the first update."""
+            """Initialize the state."""
             count, state = super().init(params)
             return strong(count), state
 
@@ -177,7 +177,7 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
             return params, jax.tree.map(strong, self._tx.init(params))
 
         def _update_fn(self, count: Any, grads: Any, state: tuple[Any, Any], **extra: Any) -> tuple[Any, Any]:
-            """The next state, in the dtypes of this one: numpyro puts it through ``lax.scan``."""
+            """Return the next state, in the dtypes of this one, because numpyro carries it through ``lax.scan``."""
             params, inner = state
             # optax takes the conjugate of what JAX calls the gradient; real numbers are their own.
             grads = jax.tree.map(jnp.conj, grads)
@@ -187,14 +187,14 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
         def eval_and_update(
             self, fn: Callable[[Any], tuple[Any, Any]], state: Any, forward_mode_differentiation: bool = False
         ) -> tuple[tuple[Any, Any], Any]:
-            """The loss, its auxiliary output, and the state after one update."""
+            """Return the loss, its auxiliary output, and the state after one update."""
             out, aux, update, _ = self._evaluated(fn, state, forward_mode_differentiation)
             return (out, aux), update()
 
         def eval_and_stable_update(
             self, fn: Callable[[Any], tuple[Any, Any]], state: Any, forward_mode_differentiation: bool = False
         ) -> tuple[tuple[Any, Any], Any]:
-            """Evaluate and update; where the loss or a gradient is not finite the loss is nan, the state as it was."""
+            """Evaluate and update; if the loss or a gradient is not finite, the loss is nan and the state unchanged."""
             out, aux, update, finite = self._evaluated(fn, state, forward_mode_differentiation)
             out, state = lax.cond(finite, lambda: (out, update()), lambda: (jnp.full_like(out, jnp.nan), state))
             return (out, aux), state
@@ -202,7 +202,7 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
         def _evaluated(
             self, fn: Callable[[Any], tuple[Any, Any]], state: Any, forward: bool
         ) -> tuple[Any, Any, Callable[[], Any], Any]:
-            """The loss, its auxiliary output, a function that makes the update, and whether all is finite."""
+            """Return the loss, its auxiliary output, a function that makes the update, and whether all is finite."""
             count, inner = state
             fn = by_forward_mode(fn) if forward else fn
             (out, aux), grads = jax.value_and_grad(fn, has_aux=True)(self.get_params(state))
@@ -220,6 +220,6 @@ def _adapter() -> Callable[[optax.GradientTransformationExtraArgs], _NumPyroOpti
 
 
 def _like(x: Any, old: Any) -> Any:
-    """A leaf of the next state in the dtype of this one."""
+    """Cast a leaf of the next state to the dtype of the present one."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else lax.convert_element_type(x, jnp.asarray(old).dtype)

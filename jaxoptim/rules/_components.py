@@ -1,4 +1,4 @@
-"""What the steps of samplers are made of: the norms of their parts, and the products between them."""
+"""Diagnostics of sampler steps: the norms of the parts of a step, and the products between them."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ SKETCHES = ("scaled_grad_sketch", "unscaled_grad_sketch", "localization_sketch",
 
 
 class Scaled(NamedTuple):
-    """A number times an array, apart: a sum over the array reads what is in memory, not a product made for it."""
+    """An unevaluated product of a number and an array: sums over it read the array, without a temporary product."""
 
     number: Any
     array: jax.Array
 
     @property
     def value(self) -> jax.Array:
-        """The product."""
+        """The evaluated product."""
         return self.number * self.array
 
     def dot(self, other: Scaled) -> jax.Array:
-        """The sum of the products with another one."""
+        """Return the inner product with another scaled array."""
         return self.number * other.number * jnp.sum(self.array * other.array)
 
 
 class PosteriorSampler(Sampler):
-    r"""The base of the samplers of a tempered posterior, which may measure the parts of their steps.
+    r"""The base of the samplers of a tempered posterior, which can measure the parts of their steps.
 
     A step is :math:`\Delta w = m - a - \ell - d + n`, up to the box: with the force that it multiplies by a rate
     r, and a mask M, its parts are :math:`a = M r\,n\beta\,g`, :math:`\ell = M r\,\gamma (w - c)` and
@@ -65,7 +65,7 @@ class PosteriorSampler(Sampler):
     def components(
         self, grad: jax.Array, slots: Slots, param: jax.Array, *, rate: Any, unscaled: Any, noise: jax.Array
     ) -> Slots:
-        """One array's part of what is summed for the metrics, in the order of their names; nothing if they are off.
+        """Compute one array's summands of the metrics, in the order of their names; none if the metrics are off.
 
         The arguments are those of :meth:`parts`.
         """
@@ -77,15 +77,15 @@ class PosteriorSampler(Sampler):
     def parts(
         self, grad: jax.Array, slots: Slots, param: jax.Array, *, rate: Any, unscaled: Any, noise: jax.Array
     ) -> tuple[Scaled | None, ...]:
-        """One array's part of a, of a without preconditioner and friction, of l, d and n; None for one of zeros.
+        """Compute one array's part of a, of a without preconditioner and friction, of l, d and n; None is zero.
 
         Args:
             grad: the gradient of the loss.
             slots: the slots before the step.
             param: the array before the step.
-            rate: what the step multiplies the force by, a number or an array.
+            rate: the factor of the force in the step, a number or an array.
             unscaled: the number in its place without preconditioner and friction.
-            noise: what the step adds, masked.
+            noise: the noise that the step adds, masked.
         """
         terms = {name: (k, masked(self, x)) for name, (k, x) in forces(self, grad, slots, param).items()}
 
@@ -99,7 +99,7 @@ class PosteriorSampler(Sampler):
         return at(rate, "grad"), at(unscaled, "grad"), pull, decay, Scaled(1.0, noise)
 
     def products(self, parts: tuple[Scaled | None, ...], slots: Slots, param: jax.Array) -> Slots:
-        """What one array adds to the metrics, given its parts of the step."""
+        """Compute one array's summands of the metrics from its parts of the step."""
         descent, _, pull, decay, noise = parts
         prior = pull if decay is None else decay if pull is None else Scaled(1.0, pull.value + decay.value)
         vectors = (*parts, Scaled(1.0, masked(self, param - slots["initial_param"])))
@@ -113,5 +113,5 @@ class PosteriorSampler(Sampler):
 
 
 def _dot(a: Scaled | None, b: Scaled | None) -> jax.Array:
-    """The product of two arrays, of which None is one of zeros."""
+    """Return the inner product of two scaled arrays; None stands for zeros."""
     return jnp.zeros(()) if a is None or b is None else a.dot(b)

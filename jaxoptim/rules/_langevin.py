@@ -42,13 +42,13 @@ class _Boxed(Protocol):
 
 
 def force(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> jax.Array:
-    r"""The gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
+    r"""Compute the gradient of the potential, :math:`n\beta\,g + \lambda w + \gamma (w - c)`."""
     terms = forces(rule, grad, slots, param).values()
     return functools.reduce(operator.add, (number * x for number, x in terms))
 
 
 def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[str, tuple[Any, jax.Array]]:
-    """The terms of :func:`force` that are on, by name, each a number times an array."""
+    """Return the terms of :func:`force` that are on, by name, each a number and an array to be multiplied."""
     terms = {"grad": (rule.nbeta, grad)}
     if enabled(rule.weight_decay):
         terms["weight_decay"] = rule.weight_decay, param
@@ -58,7 +58,7 @@ def forces(rule: _Potential, grad: jax.Array, slots: Slots, param: Any) -> dict[
 
 
 def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> Any:
-    r"""One array's part of :math:`n\beta L + \lambda \|w\|^2/2 + \gamma \|w - c\|^2/2`, ``loss`` being its part of L.
+    r"""Compute one array's part of :math:`n\beta L + \lambda \|w\|^2/2 + \gamma \|w - c\|^2/2`, given its part of L.
 
     Where the mask is zero the array does not move, and what it adds is a constant that is left out.
     """
@@ -71,32 +71,32 @@ def potential(rule: _Potential, loss: Any, slots: Slots, param: jax.Array) -> An
 
 
 def from_center(rule: _Potential, slots: Slots, param: jax.Array) -> jax.Array:
-    """How far a position is from the center of localization: that of the rule, else where the array began."""
+    """Return the offset of a position from the center of localization: the rule's, else the array's start."""
     return param - (slots["initial_param"] if rule.center is None else jnp.asarray(rule.center, param.dtype))
 
 
 def masked(rule: _Potential, x: jax.Array) -> jax.Array:
-    """``x`` where the mask is one, else zero."""
+    """Return ``x`` where the mask is one, else zero."""
     return x if rule.optimize_over is None else x * mask_like(rule, x)
 
 
 def mask_like(rule: _Potential, x: jax.Array) -> jax.Array:
-    """The mask with an axis for the parts of complex numbers if ``x`` has one, in the dtype of ``x``."""
+    """Return the mask in the dtype of ``x``, with an axis for the parts of complex numbers if ``x`` has one."""
     return jnp.asarray(rule.optimize_over).astype(x.dtype)
 
 
 def free(rule: _Potential, x: jax.Array) -> Any:
-    """Count the numbers of ``x`` that move."""
+    """Count the elements of ``x`` that the mask lets move."""
     return x.size if rule.optimize_over is None else jnp.sum(jnp.broadcast_to(mask_like(rule, x), x.shape))
 
 
 def has_box(rule: _Boxed) -> bool:
-    """Whether there is a box; as in devinterp, a size of zero is none."""
+    """Whether the rule has a box; as in devinterp, a size of zero means none."""
     return rule.bounding_box_size is not None and enabled(rule.bounding_box_size)
 
 
 def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]:
-    r"""A position brought back into the box :math:`|w - w_0| \le b`, and the sign that its momentum takes.
+    r"""Bring a position back into the box :math:`|w - w_0| \le b`; return it, and the sign that its momentum takes.
 
     ``"clamp"`` puts it onto the face. ``"reflect"`` folds the path back, which leaves no atoms there.
     """
@@ -112,7 +112,7 @@ def boxed(rule: _Boxed, param: jax.Array, slots: Slots) -> tuple[jax.Array, Any]
 
 
 def check_terms(rule: Any, **choices: Sequence[str | None]) -> None:
-    """Raise for a mask, a center, a box, or one of the other switches, that is not allowed."""
+    """Raise for an invalid mask, center, box or other switch."""
     _check_mask(rule)
     _check_center(rule)
     for field, allowed in {"box": ("clamp", "reflect"), **choices}.items():
@@ -120,7 +120,7 @@ def check_terms(rule: Any, **choices: Sequence[str | None]) -> None:
 
 
 def _check_mask(rule: Any) -> None:
-    """Raise for a mask of other numbers than zeros and ones, as far as they are known."""
+    """Raise for a mask of other numbers than zeros and ones, if it is concrete."""
     for mask in jax.tree.leaves(rule.optimize_over):
         if isinstance(mask, jax.ShapeDtypeStruct) or not is_known(mask) or getattr(mask, "dtype", None) == np.bool_:
             continue
@@ -132,7 +132,7 @@ def _check_mask(rule: Any) -> None:
 
 
 def _check_center(rule: Any) -> None:
-    """Raise for a center of anything else than finite numbers, as far as they are known."""
+    """Raise for a center that is not of finite numbers, if it is concrete."""
     for leaf in jax.tree.leaves(trained_of(rule.center)):
         if isinstance(leaf, jax.ShapeDtypeStruct) or not (callable(leaf) or is_known(leaf)):
             continue
@@ -146,7 +146,7 @@ def _check_center(rule: Any) -> None:
 
 
 def _check_choice(rule: Any, field: str, allowed: Sequence[str | None]) -> None:
-    """Raise for a switch that is none of these."""
+    """Raise for a switch that is none of the allowed values."""
     if getattr(rule, field) not in allowed:
         raise ValueError(
             f"Invalid {field}: {shown(getattr(rule, field))}. {type(rule).__name__} takes "
@@ -155,12 +155,12 @@ def _check_choice(rule: Any, field: str, allowed: Sequence[str | None]) -> None:
 
 
 def first_momentum(rule: Any, param: jax.Array, noise: jax.Array) -> jax.Array:
-    r"""A momentum from :math:`N(0, \epsilon)`, on the devices of the parameter."""
+    r"""Draw a momentum from :math:`N(0, \epsilon)`, on the devices of the parameter."""
     return full_like(param) + masked(rule, jnp.sqrt(rule.lr) * noise)
 
 
 def relaxation(friction: jax.Array, noise: jax.Array, heat: Any) -> tuple[jax.Array, jax.Array]:
-    r"""What a momentum keeps, and what it gets, in a unit of time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`.
+    r"""Return the decay factor and the noise of a momentum after unit time of :math:`dv = -\xi v\,dt + \sqrt{2h}\,dW`.
 
     .. math:: v \leftarrow e^{-\xi} v + \sqrt{h\,(1 - e^{-2\xi})/\xi}\;\zeta,
 

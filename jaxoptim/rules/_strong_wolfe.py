@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 
 _C1, _C2 = 1e-4, 0.9
-"""Sufficient decrease, flat slope."""
+"""The constants c1 of sufficient decrease and c2 of a flat slope."""
 _SMALLEST_BRACKET = 1e-9
-"""The zoom ends when the bracket, measured along the direction's largest component, is smaller."""
+"""The size of the bracket, along the direction's largest component, below which the zoom ends."""
 _MARGIN = 0.1
-"""The part of the bracket at either end in which two successive trials may not lie."""
+"""The fraction of the bracket at either end in which two successive trials may not lie."""
 
 LOW, TRIAL, START = 0, 1, 2
-"""The points of which one has become the lowest: the one that was, the trial, or the start of the line."""
+"""Codes of the point that is now the lowest: the one that was, the trial, or the start of the line."""
 
 
 class Sample(NamedTuple):
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The state between two evaluations.
+    """The state of a line search between two evaluations.
 
     Attributes:
         t: the step to evaluate next; the step found, once ``ended``.
@@ -47,7 +47,7 @@ class Line(NamedTuple):
             sample found, once ``ended``.
         high: when zooming, the other end.
         low_first: whether ``low`` was the older of the two when they were ranked. Decides ties.
-        zooming: which of the two phases it is.
+        zooming: whether the search zooms, instead of bracketing.
         stalled: whether the last trial of the zoom lay close to an end of the bracket.
         trials: evaluations made.
         ended: whether the search is over.
@@ -64,7 +64,7 @@ class Line(NamedTuple):
 
 
 def init_line(start: Sample, t: jax.Array) -> Line:
-    """A search from ``start``, where t = 0, that tries the step ``t`` first."""
+    """Begin a search from ``start``, where t = 0, that tries the step ``t`` first."""
     no = jnp.zeros((), bool)
     return Line(t, start, start, no, no, no, jnp.zeros((), jnp.int32), no)
 
@@ -103,7 +103,7 @@ def _flat(trial: Sample, start: Sample) -> jax.Array:
 
 
 def _bracket(line: Line, trial: Sample, start: Sample, exhausted: Any) -> tuple[Line, jax.Array]:
-    """Algorithm 3.5: go further out until the trial and the sample before it bracket a good step."""
+    """Extrapolate until the trial and the sample before it bracket a good step (algorithm 3.5)."""
     previous = line.low
     too_high = _too_high(trial, start) | ((line.trials > 1) & (trial.loss >= previous.loss))
     accepted = ~too_high & _flat(trial, start)
@@ -127,7 +127,7 @@ def _bracket(line: Line, trial: Sample, start: Sample, exhausted: Any) -> tuple[
 
 
 def _zoom(line: Line, trial: Sample, start: Sample, exhausted: Any) -> tuple[Line, jax.Array]:
-    """Algorithm 3.6: put the trial in the place of one end of the bracket."""
+    """Replace one end of the bracket by the trial (algorithm 3.6)."""
     low, high = line.low, line.high
     too_high = _too_high(trial, start) | (trial.loss >= low.loss)
     accepted = ~too_high & _flat(trial, start)
@@ -147,7 +147,7 @@ def _zoom(line: Line, trial: Sample, start: Sample, exhausted: Any) -> tuple[Lin
 
 
 def _propose(line: Line, reach: Any) -> Line:
-    """The next step to try within the bracket: the cubic's minimum, kept away from the ends."""
+    """Return the next step to try within the bracket: the cubic's minimum, kept away from the ends."""
     lower, upper = jnp.minimum(line.low.t, line.high.t), jnp.maximum(line.low.t, line.high.t)
     t = _cubic_minimum(line.low, line.high, lower, upper)
     margin = _MARGIN * (upper - lower)

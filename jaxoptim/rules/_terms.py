@@ -1,4 +1,4 @@
-"""The terms that many rules share: direction, weight decay, empty slots."""
+"""Terms that many rules share: direction, weight decay, zero slots."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class _WithDecay(Protocol):
 
 
 class _WithL2(_WithDecay, Protocol):
-    """A rule with torch's weight decay that can also ascend."""
+    """A rule with torch's weight decay that can also maximize."""
 
     @property
     def maximize(self) -> bool: ...
 
 
 class _WithEither(_WithL2, Protocol):
-    """A rule whose weight decay is in the gradient or decoupled from it."""
+    """A rule whose weight decay is L2, in the gradient, or decoupled from it."""
 
     @property
     def decoupled_weight_decay(self) -> bool: ...
 
 
 def zeros(param: jax.Array, *names: str) -> Slots:
-    """Slots of the shape of ``param`` that start at zero."""
+    """Make slots of the shape of ``param`` that start at zero."""
     return {name: full_like(param) for name in names}
 
 
 def given_loss(does: str, params: Any, value_fn: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    """The loss that an update was given; raises without it, or without parameters, and says what they are for."""
+    """Return the loss that an update was given; raise without it, or without parameters, with their purpose."""
     if params is None or value_fn is None:
         missing = "params" if params is None else "value_fn"
         raise ValueError(
@@ -53,7 +53,7 @@ def given_loss(does: str, params: Any, value_fn: Callable[[Any], Any] | None) ->
 
 
 def needed(rule: Any, param: Any) -> jax.Array:
-    """The parameter, for a term that uses its value."""
+    """Return the parameter, for a term that uses its value; raise if it was not given."""
     if param is None:
         raise ValueError(
             f"{type(rule).__name__} uses the current parameters, but `params` was not given. "
@@ -63,24 +63,24 @@ def needed(rule: Any, param: Any) -> jax.Array:
 
 
 def descent(rule: _WithL2, grad: jax.Array, param: Any) -> jax.Array:
-    """The gradient to go down: negated to maximize, then with the L2 penalty, which decays either way."""
+    """Return the gradient to descend: negated to maximize, then plus the L2 penalty, which decays either way."""
     grad = -grad if rule.maximize else grad
     return grad + rule.weight_decay * needed(rule, param) if enabled(rule.weight_decay) else grad
 
 
 def shrinkage(rule: _WithDecay, param: Any) -> Any:
-    """Return the part that decoupled weight decay takes from ``param``: lr * weight_decay * param."""
+    """Return the amount that decoupled weight decay subtracts from ``param``: lr * weight_decay * param."""
     return rule.lr * rule.weight_decay * needed(rule, param) if enabled(rule.weight_decay) else 0.0
 
 
 def descent_and_shrinkage(rule: _WithEither, grad: jax.Array, param: Any) -> tuple[jax.Array, Any]:
-    """The two above for a rule that lets its user choose between them."""
+    """Return :func:`descent` and :func:`shrinkage` for a rule whose user chooses the kind of weight decay."""
     if rule.decoupled_weight_decay:
         return -grad if rule.maximize else grad, shrinkage(rule, param)
     return descent(rule, grad, param), 0.0
 
 
 def decayed(rule: R, step: Any) -> R:
-    """The rule with its rate decayed by ``lrd`` as often as there were steps, the one to come included."""
+    """Return the rule with its rate decayed by ``lrd`` once for each step, the one to come included."""
     now: Any = rule
     return assembled(type(rule), vars(rule) | {"lr": now.lr * now.lrd.power(step)})

@@ -126,7 +126,7 @@ class Adafactor(Rule):
 
 
 def _factor(axis: int, factors: dict[str, Any], move: Rearrangement) -> jax.Array:
-    """The mean over an axis after a move: whichever of the means before it has become constant along that axis."""
+    """Return the mean over an axis after a permutation: the earlier mean that is constant along that axis now."""
     for factor in factors.values():
         positions = np.arange(np.size(factor), dtype=np.int32).reshape(np.shape(factor))
         moved = np.broadcast_to(positions, move.shape).reshape(-1)[move.index]
@@ -140,7 +140,7 @@ def _factor(axis: int, factors: dict[str, Any], move: Rearrangement) -> jax.Arra
 
 
 def rms(x: jax.Array) -> jax.Array:
-    """The root of the mean square of all numbers, summed axis by axis: short sums lose fewer digits."""
+    """Compute the root mean square of all elements, summed axis by axis: short sums lose fewer digits."""
     mean = x * x
     while mean.ndim:
         mean = jnp.mean(mean, -1)

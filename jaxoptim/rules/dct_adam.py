@@ -38,7 +38,7 @@ class DCTAdam(Rule):
         subsample_aware: count steps and average gradients for each number by itself, and leave numbers
             outside the subsample alone (default False).
         dct_dim: the time axis (default None: no transform).
-        subsample: which numbers the gradient is about: a dict of negative axis to indices along it, or a
+        subsample: the numbers that the gradient covers: a dict of negative axis to indices along it, or a
             boolean mask that broadcasts to the parameter; None is all (default). It acts only with
             ``subsample_aware``. ``update`` of the transformation takes it as a keyword, for one step.
 
@@ -127,11 +127,11 @@ class DCTAdam(Rule):
         return -size * direction, new
 
     def _without_time(self, x: jax.Array) -> jax.Array:
-        """One number for each place along the time axis: what is counted together when it is transformed."""
+        """Reduce a slot to one number for each place along the time axis: what the transform counts together."""
         return x if self.dct_dim is None else jax.lax.slice_in_dim(x, 0, 1, axis=self.dct_dim)
 
     def _sampled(self, like: jax.Array) -> jax.Array:
-        """The mask of the subsample, of the shape of ``like``."""
+        """Return the mask of the subsample, of the shape of ``like``."""
         if self.subsample is None:
             return jnp.ones_like(like, bool)
         if not isinstance(self.subsample, dict):
@@ -156,7 +156,7 @@ class DCTAdam(Rule):
 
 
 def _with_frequencies(x: jax.Array, axis: int) -> jax.Array:
-    """A signal, followed by the cosine transform of the zero-padded signal."""
+    """Concatenate a signal with the cosine transform of the zero-padded signal."""
 
     def transformed(x: jax.Array) -> jax.Array:
         padding = [(0, 0)] * x.ndim
@@ -168,7 +168,7 @@ def _with_frequencies(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _without_frequencies(x: jax.Array, axis: int, duration: int) -> jax.Array:
-    """The sum of both halves in the time domain."""
+    """Transform the frequency half back, and add it to the half in the time domain."""
 
     def transformed(x: jax.Array) -> jax.Array:
         signal, frequencies = jnp.split(x, [duration], axis)
@@ -179,7 +179,7 @@ def _without_frequencies(x: jax.Array, axis: int, duration: int) -> jax.Array:
 
 
 def _next_fast_len(size: int) -> int:
-    """The smallest number >= ``size`` without prime factors above 5."""
+    """Return the smallest number >= ``size`` without prime factors above 5."""
     while True:
         rest = size
         for prime in (2, 3, 5):

@@ -21,19 +21,19 @@ from jaxoptim.rules._strong_wolfe import Line, Sample
 from jaxoptim.rules._terms import given_loss
 
 LBFGSState = dict[str, jax.Array]
-"""The state that outlives a step, named as torch names it."""
+"""The optimizer state between steps, named as torch names it."""
 
 _SMALLEST_CURVATURE = 1e-10
-"""A pair with y.s below this is not stored: it would make the inverse Hessian nearly indefinite."""
+"""The bound on y.s below which a pair is not stored: it would make the inverse Hessian nearly indefinite."""
 
 
 class Search(NamedTuple):
-    """A step on its way: it wants the loss and the gradient at ``point``, until it is ``done``.
+    """A step in progress, which asks for the loss and the gradient at ``point`` until it is ``done``.
 
     Attributes:
         point: the vector at which the loss and the gradient are wanted next.
         done: whether the step is over.
-        progress: all the rest, its scalars packed, because every array costs time in every call.
+        progress: everything else, its scalars packed, because every array costs time in every call.
     """
 
     point: jax.Array
@@ -45,10 +45,10 @@ class _Step(NamedTuple):
     """The contents of a :class:`Search`; only ``state`` outlives the step.
 
     Attributes:
-        point: where the loss and the gradient are wanted next.
+        point: the vector at which the loss and the gradient are wanted next.
         done: whether the step is over.
-        first_loss: the loss where the step began.
-        x: where the current iteration starts.
+        first_loss: the loss at the start of the step.
+        x: the start of the current iteration.
         loss: the loss at ``x``; without meaning during a line search.
         grad: the gradient at ``x``; during a line search, at its ``low`` sample.
         slope: the derivative of the loss along the direction, at ``x``.
@@ -85,7 +85,7 @@ class _Step(NamedTuple):
 
 @rule
 class LBFGS(Hyperparameters):
-    r"""L-BFGS: quasi-Newton steps, from the last changes of the parameters and of the gradient.
+    r"""L-BFGS: quasi-Newton steps built from the last changes of the parameters and of the gradient.
 
     .. math::
         s_k &= \theta_{k+1} - \theta_k, \qquad y_k = g_{k+1} - g_k, \qquad \rho_k = 1 / (y_k^\top s_k) \\
@@ -191,11 +191,11 @@ class LBFGS(Hyperparameters):
 
     @property
     def evaluations(self) -> int:
-        """The most evaluations of one step."""
+        """The maximal number of evaluations of one step."""
         return self.max_iter * 5 // 4 if self.max_eval is None else self.max_eval
 
     def init(self, flat: jax.Array) -> LBFGSState:
-        """The state before the first step.
+        """Initialize the state.
 
         Args:
             flat: the parameters as one real vector.
@@ -232,7 +232,7 @@ class LBFGS(Hyperparameters):
         return self._started(state, x).packed()
 
     def observe(self, search: Search, loss: Any, grad: jax.Array) -> Search:
-        """Take in an evaluation, and go on to where the next one is wanted, or to the end of the step.
+        """Take in an evaluation, and advance to the point of the next one, or to the end of the step.
 
         Args:
             search: a search that is not done. Donate it when the call is jitted.
@@ -263,7 +263,7 @@ class LBFGS(Hyperparameters):
         state: LBFGSState,
         first: tuple[Any, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, LBFGSState]:
-        """One whole step, as one compiled loop.
+        """Make one whole step as one compiled loop.
 
         Args:
             value_and_grad: gives the loss and its gradient at a vector; traced by JAX.
@@ -283,7 +283,7 @@ class LBFGS(Hyperparameters):
         state: LBFGSState,
         first: tuple[Any, jax.Array] | None = None,
     ) -> tuple[jax.Array, jax.Array, LBFGSState, jax.Array]:
-        """One whole step as :meth:`minimize` makes it, and whether it ended at a loss that is not finite."""
+        """Make one step as :meth:`minimize` does; return also whether it ended at a loss that is not finite."""
         step = self._started(state, x)
         if first is not None:
             step = self._observed(step, *first)
@@ -295,7 +295,7 @@ class LBFGS(Hyperparameters):
         return step.first_loss, step.x, step.state, step.spoilt
 
     def history(self, state: LBFGSState) -> dict[str, list[jax.Array]]:
-        """The history as torch keeps it: ``old_dirs``, ``old_stps`` and ``ro`` as lists, oldest first.
+        """Return the history as torch stores it: ``old_dirs``, ``old_stps`` and ``ro`` as lists, oldest first.
 
         Args:
             state: from :meth:`init` or a step; not traced.
@@ -308,7 +308,7 @@ class LBFGS(Hyperparameters):
         return {name: [state[name][row] for row in rows] for name in ("old_dirs", "old_stps", "ro")}
 
     def with_history(self, state: LBFGSState, old_dirs: list[Any], old_stps: list[Any], ro: list[Any]) -> LBFGSState:
-        """The state with another history: the inverse of :meth:`history`.
+        """Return the state with another history: the inverse of :meth:`history`.
 
         Args:
             state: any state of this rule.
@@ -329,13 +329,13 @@ class LBFGS(Hyperparameters):
         return new | {"stored": jnp.asarray(min(len(ro), self.history_size), jnp.int32)}
 
     def _started(self, state: LBFGSState, x: jax.Array) -> _Step:
-        """A step before its first evaluation."""
+        """Return a step before its first evaluation."""
         zero, count, no = jnp.zeros((), x.dtype), jnp.zeros((), jnp.int32), jnp.zeros((), bool)
         line = None if self.line_search_fn is None else _strong_wolfe.init_line(Sample(zero, zero, zero), zero)
         return _Step(jnp.copy(x), no, zero, x, zero, full_like(x), zero, zero, count, count, no, line, state)
 
     def _observed(self, step: _Step, loss: Any, grad: jax.Array) -> _Step:
-        """The step after an evaluation: at most, an iteration ends and another begins."""
+        """Advance the step by one evaluation: at most, an iteration ends and another begins."""
         dtype = step.point.dtype
         rule, loss, grad = self.cast(dtype), jnp.asarray(loss, dtype), jnp.asarray(grad, dtype)
         first = step.evals == 0
@@ -352,7 +352,7 @@ class LBFGS(Hyperparameters):
         return rule._move(step._replace(done=spoilt | (arrived & ~downhill)), downhill)
 
     def _arrive(self, step: _Step, loss: Any, grad: jax.Array, first: jax.Array) -> tuple[_Step, jax.Array]:
-        """End the iteration: at once with fixed steps, else when the line search has found its step."""
+        """End the iteration, at once with fixed steps, else when the line search has found its step."""
         if step.line is None:
             return self._here_or_back(step, first)._replace(loss=loss, grad=grad), jnp.ones((), bool)
         state = step.state
@@ -372,7 +372,7 @@ class LBFGS(Hyperparameters):
         return step, first | ended
 
     def _here_or_back(self, step: _Step, first: jax.Array) -> _Step:
-        """Take the point of a fixed step, or the one before it if the loss is spoilt there, and the history with it."""
+        """Accept a fixed step, or go back to the point before it, without history, if the loss there is not finite."""
         state, spoilt = step.state, step.spoilt
         # The last iteration of a step ends where nobody has evaluated the loss, and so the next one goes back over it.
         before = jnp.where(first, step.x - state["t"] * state["d"], step.x)
@@ -388,12 +388,12 @@ class LBFGS(Hyperparameters):
         return step._replace(x=jnp.where(moved, before, jnp.where(spoilt, step.x, step.point)), state=state)
 
     def _is_worthwhile(self, grad: jax.Array) -> jax.Array:
-        """Whether a gradient is neither flat nor spoilt."""
+        """Whether a gradient is finite and not flat."""
         largest = _largest(grad)
         return (largest > self.tolerance_grad) & (largest < jnp.inf)
 
     def _has_converged(self, step: _Step) -> jax.Array:
-        """Whether the step ends with the iteration just made."""
+        """Whether the step ends with the iteration that was just made."""
         state = step.state
         return (
             (step.iterations >= self.max_iter)
@@ -403,10 +403,10 @@ class LBFGS(Hyperparameters):
         )
 
     def _turn(self, step: _Step, going_on: jax.Array) -> tuple[_Step, jax.Array]:
-        """Begin an iteration, if ``going_on``: remember the last one, and choose a direction and a first trial.
+        """Begin an iteration, if ``going_on``: store the last pair, and choose a direction and a first trial.
 
         Returns:
-            The step, and whether there is an iteration whose direction goes down.
+            The step, and whether there is an iteration with a descent direction.
         """
         state = _remember(step.state, step.grad, going_on)
         grad, one = step.grad, going_on.astype(jnp.int32)
@@ -431,7 +431,7 @@ class LBFGS(Hyperparameters):
         return step, going_on & (slope <= -self.tolerance_change)
 
     def _move(self, step: _Step, downhill: jax.Array) -> _Step:
-        """Go to the next point: the end of a fixed step, or the next trial of the line search."""
+        """Move to the next point: the end of a fixed step, or the next trial of the line search."""
         x, state = step.x, step.state
         if step.line is None:
             point = jnp.where(downhill, x + state["t"] * state["d"], x)
@@ -445,7 +445,7 @@ class LBFGS(Hyperparameters):
 
 
 def _remember(state: LBFGSState, grad: jax.Array, going_on: jax.Array) -> LBFGSState:
-    """The state with the last change of parameters and gradient in its history, if that has curvature."""
+    """Append the last change of parameters and gradient to the history, if it has positive curvature."""
     y, s = grad - state["prev_flat_grad"], state["t"] * state["d"]
     ys = _dot(y, s)
     stores = going_on & (ys > _SMALLEST_CURVATURE)
@@ -466,7 +466,7 @@ def _remember(state: LBFGSState, grad: jax.Array, going_on: jax.Array) -> LBFGSS
 
 
 def _two_loops(state: LBFGSState, grad: jax.Array, going_on: jax.Array) -> jax.Array:
-    """The direction -H g (algorithm 7.4), from as many pairs as are stored."""
+    """Compute the direction -H g (algorithm 7.4) from the pairs that are stored."""
     old_dirs, old_stps, ro, stored = (state[name] for name in ("old_dirs", "old_stps", "ro", "stored"))
     size = len(ro)
     # Under vmap the loops run for all members if they run for one: those that need no direction have none to do.
@@ -501,7 +501,7 @@ def _largest(x: jax.Array) -> jax.Array:
 
 @transformation_of.register
 def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
-    """The transformation: one step on the parameters as one vector."""
+    """Make the transformation: one step on the parameters as one vector."""
 
     def init(params: Any) -> OptState:
         return on_mesh_of(params, OptState(jnp.zeros((), jnp.int32), {}, rule.init(flatten(params))))
@@ -538,7 +538,7 @@ def _whole_tree(rule: LBFGS, /) -> optax.GradientTransformationExtraArgs:
 
 
 def _change(vector: jax.Array, grads: list[Any], params: Any) -> Any:
-    """The updates as a tree, in the dtypes of the gradients; None where there is no gradient."""
+    """Return the updates as a pytree, in the dtypes of the gradients; None where there is no gradient."""
     held, treedef = jax.tree.flatten(params, is_leaf=trees.is_leaf)
     kinds = [
         param

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalized."""
+"""Muon: orthogonalized momentum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxoptim.rules._terms import shrinkage, zeros
 
 @rule
 class Muon(Rule):
-    r"""Muon: the momentum of a matrix, replaced by the nearest matrix of singular values near one.
+    r"""Muon: momentum orthogonalized to the nearest matrix with singular values near one.
 
     .. math::
         B_t &= \mu B_{t-1} + (1-\mu)\,G_t, \qquad
@@ -158,9 +158,9 @@ class Muon(Rule):
         return {name: move(slot) for name, slot in slots.items()}
 
     def orthogonalized(self, matrix: jax.Array) -> jax.Array:
-        """The matrix with its singular values brought near one, by Newton and Schulz's iteration.
+        """Bring the singular values of a matrix near one by Newton and Schulz's iteration.
 
-        A tall one is multiplied from the right, which is the iteration of its transpose.
+        A tall matrix is multiplied from the right, which is the iteration of its transpose.
         """
         a, b, c = (jnp.asarray(coefficient, jnp.float32) for coefficient in self.ns_coefficients)
         tall = matrix.shape[0] > matrix.shape[1]
@@ -178,17 +178,17 @@ class Muon(Rule):
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    """A float32 array rounded to bfloat16, by an operation that the compiler may not undo."""
+    """Round a float32 array to bfloat16 precision by an operation that the compiler may not undo."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def _bfloat16(x: jax.Array) -> jax.Array:
-    """A float32 array in bfloat16, which the compiler may not replace by the float32 one that it is made of."""
+    """Cast a float32 array to bfloat16 so that the compiler may not use the float32 original instead."""
     return jax.lax.optimization_barrier(_rounded(x).astype(jnp.bfloat16))
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The product of two bfloat16 matrices in float32."""
+    """Multiply two bfloat16 matrices in float32."""
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 

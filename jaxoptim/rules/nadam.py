@@ -77,7 +77,7 @@ class NAdam(Rule):
 
 
 def _numbers(lr: Any, beta: Decay, decay: Any, mu_product: jax.Array, step: jax.Array) -> tuple[jax.Array, ...]:
-    """The product with its next factor, and the rates of the moment and of the gradient."""
+    """Return the product of the momenta with its next factor, and the rates of the moment and of the gradient."""
     half = 0.5 * beta.rate * 0.96 ** (step * decay)
     half_next = 0.5 * beta.rate * 0.96 ** ((step + 1) * decay)
     mu, mu_next = beta.rate - half, beta.rate - half_next

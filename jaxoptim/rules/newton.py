@@ -20,16 +20,16 @@ from jaxoptim.core.shown import shown
 from jaxoptim.rules._terms import given_loss
 
 _SMALLEST_CURVATURE = 1e-8
-"""Of a one-dimensional problem; and the least that is added to the Hessian of a larger one within a radius."""
+"""The least curvature of a one-dimensional problem, and the least shift of a larger Hessian within a radius."""
 
 _RADIUS = Numeric(((">", 0),))
 
 Entries = list[list[jax.Array]]
-"""Small matrices, one array for each place: the compiler makes one loop over the batch of all that is done to them."""
+"""Batched small matrices, one array for each entry, so that the compiler fuses all work into one batch loop."""
 
 
 def newton_step(loss_fn: Callable[[jax.Array], Any], x: Any, trust_radius: Any = None) -> tuple[jax.Array, jax.Array]:
-    r"""One Newton step on a batch of small independent problems.
+    r"""Take one Newton step on a batch of small independent problems.
 
     With the gradient :math:`g` and the Hessian :math:`H` of one problem at :math:`x`, of length :math:`D`, and
     the radius :math:`r` of its trust region,
@@ -53,7 +53,7 @@ def newton_step(loss_fn: Callable[[jax.Array], Any], x: Any, trust_radius: Any =
 
     Args:
         loss_fn: gives the loss, a real scalar: the sum over the batch. No problem may depend on another.
-        x: where to begin, floating, of shape (..., D) with any batch axes and D >= 1. A scalar is a problem of
+        x: the starting point, floating, of shape (..., D) with any batch axes and D >= 1. A scalar is a problem of
             length one. ``loss_fn`` is given it in at least float32.
         trust_radius: the longest step, > 0: a number, or an array that broadcasts to the batch axes; may be
             traced (default None: no limit).
@@ -93,7 +93,7 @@ def newton_step(loss_fn: Callable[[jax.Array], Any], x: Any, trust_radius: Any =
 
 
 def hessian(push_gradient: Callable[[jax.Array], jax.Array], x: Any) -> jax.Array:
-    """The Hessians of a batch of independent problems, from the linearized gradient.
+    """Compute the Hessians of a batch of independent problems from the linearized gradient.
 
     Args:
         push_gradient: maps a tangent of ``x`` to that of the gradient, such as the second result of
@@ -118,7 +118,7 @@ def hessian(push_gradient: Callable[[jax.Array], jax.Array], x: Any) -> jax.Arra
 
 
 def solve(g: jax.Array, H: jax.Array, trust_radius: Any = None) -> tuple[jax.Array, jax.Array]:
-    """The Newton step of a batch of problems whose derivatives are known: the mathematics of :func:`newton_step`.
+    """Compute the Newton step of a batch of problems from given derivatives, as :func:`newton_step` does.
 
     Args:
         g: the gradients, of shape (..., D); a scalar counts as of length one.
@@ -155,7 +155,7 @@ def solve(g: jax.Array, H: jax.Array, trust_radius: Any = None) -> tuple[jax.Arr
 
 @jax.custom_jvp
 def smallest_eigenvalue(H: jax.Array) -> jax.Array:
-    """The smallest eigenvalue of symmetric matrices, differentiable where it is a multiple one too.
+    """Compute the smallest eigenvalue of symmetric matrices, differentiably also where it is a multiple one.
 
     Up to three dimensions by closed forms, to a few rounding errors of the largest entry.
 
@@ -194,7 +194,7 @@ def _smallest_of_2(H: Entries) -> jax.Array:
 
 
 def _smallest_of_3(H: Entries) -> jax.Array:
-    r"""By the trigonometric solution of the cubic.
+    r"""Compute the smallest eigenvalue of 3x3 matrices by the trigonometric solution of the cubic.
 
     The matrix is :math:`q + pB` with :math:`\mathrm{tr} B = 0` and :math:`\mathrm{tr} B^2 = 6`, so that the
     eigenvalues of :math:`B` are :math:`2\cos(\varphi + 2\pi k/3)` with :math:`\cos 3\varphi = \det B / 2`.
@@ -215,7 +215,7 @@ def _smallest_of_3(H: Entries) -> jax.Array:
 
 @jax.jit
 def _solve(g: jax.Array, H: jax.Array, radius: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The step and the inverse, in one dtype; jitted so that an eager caller pays for one call."""
+    """Compute the step and the inverse, in one dtype; jitted so that an eager caller pays for one call."""
     if g.shape[-1] == 1:
         return _solve_1(g, H, radius)
     g, H = _computed_once(g), _computed_once(H)
@@ -239,26 +239,26 @@ def _solve_1(g: jax.Array, H: jax.Array, radius: jax.Array | None) -> tuple[jax.
 
 
 def _computed_once(x: jax.Array) -> jax.Array:
-    """Keep the compiler from computing an array again for each of the numbers that are made of it."""
+    """Keep the compiler from recomputing an array for each number derived from it."""
     return jax.lax.optimization_barrier(x)
 
 
 def _shortened(dx: jax.Array, radius: jax.Array) -> jax.Array:
-    """A step that rounding has made longer than the radius, as long as the radius."""
+    """Shorten a step that rounding has made longer than the radius to the radius."""
     norm = _norm(dx)
     is_long = norm > radius
     return dx * jnp.where(is_long, radius / jnp.where(is_long, norm, 1), 1)[..., None]
 
 
 def _norm(v: jax.Array) -> jax.Array:
-    """The length of vectors, without overflow; its derivative at zero is zero."""
+    """Compute the norm of vectors without overflow; its derivative at zero is zero."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(v), axis=-1, keepdims=True))
     largest = jnp.where(largest > 0, largest, 1)
     return largest[..., 0] * sqrt(jnp.sum((v / largest) ** 2, axis=-1))
 
 
 def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """The product, in full precision on every device."""
+    """Multiply matrices in full precision on every device."""
     size = vector.shape[-1]
     if size > 3:
         return jnp.einsum("...ij,...j->...i", matrix, vector, precision=jax.lax.Precision.HIGHEST)
@@ -268,7 +268,7 @@ def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 
 def _inverse(A: jax.Array) -> jax.Array:
-    """The inverse of symmetric matrices of any signature."""
+    """Invert symmetric matrices of any signature."""
     if A.shape[-1] > 3:
         inverse = jnp.linalg.inv(A)
         return (inverse + jnp.swapaxes(inverse, -2, -1)) / 2
@@ -280,7 +280,7 @@ def _inverse(A: jax.Array) -> jax.Array:
 
 
 def _inverse_of_definite(A: jax.Array) -> jax.Array:
-    """The inverse of positive definite matrices.
+    """Invert positive definite matrices.
 
     A determinant would vanish in the rounding errors where two of three eigenvalues are small.
     """
@@ -288,7 +288,7 @@ def _inverse_of_definite(A: jax.Array) -> jax.Array:
 
 
 def _eliminated(A: Entries) -> Entries:
-    """The inverse of a positive definite matrix, from that of the Schur complement of its first entry."""
+    """Invert a positive definite matrix through the Schur complement of its first entry."""
     if len(A) == 1:
         return [[1 / A[0][0]]]
     rest = range(len(A) - 1)
@@ -301,7 +301,7 @@ def _eliminated(A: Entries) -> Entries:
 
 
 def _adjugate(A: Entries) -> Entries:
-    """The transposed cofactors of a matrix of two or three rows."""
+    """Compute the adjugate, the transposed cofactors, of a matrix of two or three rows."""
     if len(A) == 2:
         return [[A[1][1], -A[0][1]], [-A[1][0], A[0][0]]]
 
@@ -337,7 +337,7 @@ def _matrix(rows: Entries) -> jax.Array:
 
 
 def _scale(A: jax.Array) -> jax.Array:
-    """A power of two near the largest entry of each matrix, to divide by without a rounding error."""
+    """Return a power of two near the largest entry of each matrix, to divide by without a rounding error."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(A), axis=(-2, -1)))
     mantissa, _ = jnp.frexp(largest)
     is_normal = largest > jnp.finfo(A.dtype).tiny
@@ -345,7 +345,7 @@ def _scale(A: jax.Array) -> jax.Array:
 
 
 def _linearized(loss_fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Callable[[Any], Any]]:
-    """The gradient at ``x``, and how it changes with ``x``, from one evaluation."""
+    """Return the gradient at ``x`` and its linearization, from one evaluation."""
 
     def scalar(x: Any) -> Any:
         loss = loss_fn(x)
@@ -360,7 +360,7 @@ def _linearized(loss_fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, 
 
 
 def _checked_point(name: str, x: Any) -> jax.Array:
-    """A parameter in its computing dtype; raises if Newton's method does not apply to it."""
+    """Return a parameter in its computing dtype; raise if Newton's method does not apply to it."""
     x = trees.check_array("parameter", name, x)
     if is_complex(x):
         raise TypeError(
@@ -373,7 +373,7 @@ def _checked_point(name: str, x: Any) -> jax.Array:
 
 
 def _checked_radius(radius: Any, batch: tuple[int, ...] | None = None, name: str = "trust_radius") -> Any:
-    """A radius that is positive, as far as that is known, and broadcasts to the batch axes if they are given."""
+    """Check that a radius is positive, if it is concrete, and broadcasts to the batch axes if they are given."""
     numeric = int | float | np.number | np.ndarray | jax.Array
     if isinstance(radius, bool) or not isinstance(radius, numeric):
         raise TypeError(
@@ -453,7 +453,7 @@ class Newton(Hyperparameters):
         super().__post_init__()
 
     def check_names(self, names: list[str]) -> None:
-        """Raise a ``ValueError`` for a radius of none of these parameters."""
+        """Raise a ``ValueError`` for a radius whose name is that of none of these parameters."""
         if unknown := [name for name in self.trust_radii if name not in names]:
             raise ValueError(
                 f"trust_radii has {', '.join(map(repr, unknown))}, but there is no such parameter. The parameters are "
@@ -462,14 +462,14 @@ class Newton(Hyperparameters):
 
 
 def _validated(radius: Any, name: str) -> Any:
-    """Return a radius as a leaf of the rule: one kind for every plain number, so that an int does not retrace."""
+    """Return a radius as a leaf of the rule: of one type for every plain number, so that an int does not retrace."""
     radius = _checked_radius(radius, name=f"trust_radii[{name!r}]")
     return float(radius) if isinstance(radius, int | float | np.number) else radius
 
 
 @transformation_of.register
 def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
-    """The transformation: one step on every parameter, all others held at the old point."""
+    """Make the transformation: one step on every parameter, all others held at the old point."""
 
     def init(params: Any) -> OptState:
         tree = params.unpack() if isinstance(params, Packed) else params
@@ -504,7 +504,7 @@ def _whole_tree(rule: Newton, /) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    """Raise for a parameter that Newton's method does not apply to, also where only its shape is known."""
+    """Raise for a parameter that Newton's method does not apply to; its shape and dtype suffice."""
     jax.eval_shape(lambda leaf: _checked_point(name, leaf), trees.as_array("parameter", name, leaf))
 
 

@@ -61,7 +61,7 @@ class PSGLD(PosteriorSampler):
         metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
         center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Components:
         Of the step :math:`w_{t+1} - w_t = -a - \ell - d + n`, up to the box and the correction

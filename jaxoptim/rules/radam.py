@@ -80,7 +80,7 @@ class RAdam(Rule):
 
 
 def _numbers(lr: Any, betas: tuple[Decay, Decay], step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The rate, whether the second moment counts, and the factor that it then has."""
+    """Return the rate, whether the second moment is used, and its rectification factor then."""
     beta1, beta2 = betas
     rho_inf = 2 / beta2.complement - 1
     rho = length_of_average(beta2, step)
@@ -91,7 +91,7 @@ def _numbers(lr: Any, betas: tuple[Decay, Decay], step: jax.Array) -> tuple[jax.
 
 
 def length_of_average(beta: Decay, step: jax.Array) -> jax.Array:
-    r"""The length :math:`\rho_t` of the simple average that approximates the exponential one.
+    r"""Return the length :math:`\rho_t` of the simple moving average that approximates the exponential one.
 
     Its definition subtracts two numbers near :math:`2/(1-\beta)`, which leaves three digits in float32.
     With :math:`x = -\log\beta` it is equal to
@@ -106,7 +106,7 @@ def length_of_average(beta: Decay, step: jax.Array) -> jax.Array:
 
 
 def _phi(y: jax.Array) -> jax.Array:
-    """1/y - 1/(exp(y) - 1), by its Taylor series where the two terms cancel."""
+    """Compute 1/y - 1/(exp(y) - 1), by its Taylor series where the two terms cancel."""
     series = jnp.zeros_like(y)
     for coefficient in reversed(_PHI):
         series = series * (y * y) + coefficient
@@ -115,7 +115,7 @@ def _phi(y: jax.Array) -> jax.Array:
 
 
 def _bernoulli_over_factorial(count: int) -> list[Fraction]:
-    """B_n / n!, the Taylor coefficients of y / (exp(y) - 1)."""
+    """Compute B_n / n!, the Taylor coefficients of y / (exp(y) - 1)."""
     numbers = [Fraction(1)]
     for n in range(1, count):
         numbers.append(-sum((b / math.factorial(n + 1 - k) for k, b in enumerate(numbers)), Fraction(0)))

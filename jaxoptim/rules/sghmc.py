@@ -64,14 +64,14 @@ class SGHMC(PosteriorSampler):
         metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
         center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Components:
         Of the step :math:`w_{t+1} - w_t = m - a - \ell - d + n`, up to the box, ``metrics="components"`` keeps what
         :class:`SGLD` names, with :math:`a = M\rho\epsilon\,n\beta\nabla L`, :math:`\ell = M\rho\epsilon\gamma(w_t - c)`
-        and :math:`d = M\rho\epsilon\lambda w_t`: what the force of this step moves the parameters by in this step.
+        and :math:`d = M\rho\epsilon\lambda w_t`: how far the force of this step moves the parameters in this step.
         The momentum before the step moves them by m; what it keeps of force and noise moves them in steps to come.
-        ``unscaled_grad_norm`` is :math:`\|M\epsilon\,n\beta\nabla L\|`, what the momentum gets.
+        ``unscaled_grad_norm`` is :math:`\|M\epsilon\,n\beta\nabla L\|`, the norm of the kick.
 
         - ``"euler"``: :math:`\rho = 1`, :math:`n = \sqrt{2(\alpha - \hat\beta)\epsilon}\,M\zeta`,
           :math:`m = (1 - \alpha) v_t`;

@@ -65,7 +65,7 @@ class SGLD(PosteriorSampler):
             :math:`w_0` (default None: all of them). A module, for :func:`jaxoptim.sampling.sample`, stands for its
             arrays. Without localization it has no effect. Another center compiles nothing anew.
         key: a typed JAX key (default None: ``jax.random.key(0)``). Two samplers with one key draw the same noise.
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Components:
         Of the step :math:`w_{t+1} - w_t = -a - \ell - d + n`, up to the box, ``metrics="components"`` keeps
@@ -132,13 +132,13 @@ class SGLD(PosteriorSampler):
 
     @property
     def tracked(self) -> list[str]:
-        """The names of the metrics in ``shared`` that have switches of their own."""
+        """The names of the metrics in ``shared`` that have their own switches."""
         names = [name for name in METRICS if getattr(self, name)]
         return [*names, "localization_loss"] if self.save_mala_vars else names
 
     @property
     def leaves_out_held(self) -> bool:
-        """Held arrays count in some metrics, and in what is kept before the mask."""
+        """Whether no metric, and nothing stored before the mask, needs the held arrays."""
         of_all = self.weight_norm or (self.grad_norm and self.metrics == "devinterp")
         return not (of_all or self.save_noise or self.save_mala_vars)
 
@@ -166,7 +166,7 @@ class SGLD(PosteriorSampler):
         }
 
     def _squares(self, grad: Any, slots: Slots, param: Any, noise: Any, moved: Any, inside: Any) -> Slots:
-        """One array's part of what is summed for the metrics with switches."""
+        """Compute one array's summands of the metrics that have switches."""
         shaken, pull, away = masked(self, noise), self.lr / 2 * self.nbeta, param - slots["initial_param"]
 
         def landed(x: jax.Array) -> Scaled:

@@ -1,4 +1,4 @@
-"""Langevin dynamics with a prior and a preconditioner, as devinterp 2 puts them together."""
+"""Langevin dynamics with a prior and a preconditioner, as in devinterp 2."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from jaxoptim.rules._langevin import boxed, check_terms, force, free, masked
 from jaxoptim.rules._terms import needed, zeros
 
 COUNT = "numel"
-"""How many numbers moved, one of the metrics."""
+"""The metric that counts the elements that moved."""
 _START = "sketch_start"
 
 
 @rule
 class SGMCMC(PosteriorSampler):
-    r"""The step of devinterp's ``SGMCMC``: SGLD with a preconditioner, which weighs loss, prior and noise.
+    r"""SGMCMC: devinterp's SGLD step with a preconditioner, which weighs loss, prior and noise.
 
     .. math::
         U(w) &= n\beta\,L(w) + \tfrac{\lambda}{2}\|w\|^2 + \tfrac{\gamma}{2}\|w - c\|^2 \\
@@ -63,9 +63,9 @@ class SGMCMC(PosteriorSampler):
         sketch_dim: measure the parts of each step as sketches of so many numbers, an int >= 1 (default None: none); see
             :func:`jaxoptim.sampling.sketch`.
         sketch_seed: an int in :math:`[0, 2^{32})` that the sketches hash with (default None: 0).
-        sketch_start: how many numbers stand before those of the tree in the vector that is sketched (default 0).
+        sketch_start: the offset of the tree's numbers in the vector that is sketched (default 0).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Slots:
         The center, if there is localization; ``square_avg`` of ``"rmsprop"``; ``initial_param``, if there is a box or
@@ -141,7 +141,7 @@ class SGMCMC(PosteriorSampler):
     def _measured(
         self, grad: jax.Array, slots: Slots, param: jax.Array, rate: Any, noise: jax.Array, shared: dict[str, Any]
     ) -> Slots:
-        """One array's part of what is summed for the metrics and sketches that are on."""
+        """Compute one array's summands of the metrics and sketches that are on."""
         if self.metrics is None and self.sketch_dim is None:
             return {}
         descent, _, *others = self.parts(grad, slots, param, rate=rate, unscaled=self.lr / 2, noise=noise)
@@ -160,7 +160,7 @@ class SGMCMC(PosteriorSampler):
         }
 
     def _centred(self, slots: Slots) -> Self:
-        """The rule with the center that the slots hold."""
+        """Return the rule with the center that the slots hold."""
         return assembled(type(self), vars(self) | {"center": slots.get(self.center_slot)})
 
     def update_shared(self, shared: dict[str, Any], sums: dict[str, jax.Array]) -> dict[str, Any]:

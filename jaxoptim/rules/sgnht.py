@@ -60,7 +60,7 @@ class SGNHT(PosteriorSampler):
         metrics: ``"components"`` tracks the parts of each step in ``shared``, as below (default None: nothing).
         center: :math:`c`, as in :class:`SGLD` (default None: the initial parameters).
         key: a typed JAX key (default None: ``jax.random.key(0)``).
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
 
     Components:
         Of the step :math:`w_{t+1} - w_t = m - a - \ell - d + n`, up to the box, ``metrics="components"`` keeps what
@@ -128,7 +128,7 @@ class SGNHT(PosteriorSampler):
 
     @property
     def two_pass(self) -> bool:
-        """The thermostat of the splitting moves on between kick and friction."""
+        """Whether a first pass is needed: the thermostat of the splitting moves between kick and friction."""
         return self.order == "badodab"
 
     def first_pass(
@@ -165,7 +165,7 @@ class SGNHT(PosteriorSampler):
         return slots["momentum"] - self.lr * masked(self, force(self, grad, slots, param))
 
     def _energy(self, momentum: jax.Array, half: bool) -> Slots:
-        """One array's part of what drives the thermostat: the excess of energy over what it should be, and a count."""
+        """Compute one array's summands for the thermostat: the excess of energy over its target, and a count."""
         count = free(self, momentum)
         excess = jnp.sum(momentum**2) - count * self.lr
         return {"excess": excess / 2 if half else excess, "count": jnp.asarray(count, momentum.dtype)}

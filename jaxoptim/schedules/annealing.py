@@ -18,14 +18,14 @@ from jaxoptim.schedules.schedule import schedule
 
 
 def cosine(step: Any, lr: Any, period: Any, eta_min: Any) -> Any:
-    """Half a period of a cosine, from ``lr`` at step 0 to ``eta_min`` at ``period``, and on."""
+    """Compute a cosine that goes from ``lr`` at step 0 to ``eta_min`` at ``period``, and on from there."""
     return eta_min + (lr - eta_min) * one_plus_cos(step, period) / 2
 
 
 def fall(start: Any, end: Any, done: Any, left: Any, strategy: str) -> Any:
-    """The rate on the way from ``start`` to ``end``, of which a part is done and a part is left.
+    """Anneal a rate from ``start`` to ``end``, given the fraction of the way that is done and the fraction left.
 
-    The two parts make 1. In float32, one cannot be had from the other without losing the digits of a small one.
+    The two fractions sum to 1. In float32, one cannot be computed from the other without losing digits of a small one.
     """
     if is_array(done) and is_single():
         return end * weight(done, strategy) + start * weight(left, strategy)
@@ -35,13 +35,13 @@ def fall(start: Any, end: Any, done: Any, left: Any, strategy: str) -> Any:
 
 
 def weight(fraction: Any, strategy: str) -> Any:
-    """The weight of the end at a fraction of the way."""
+    """Return the weight of the end value at a fraction of the way."""
     return one_minus_cos(fraction) / 2 if strategy == "cos" else fraction
 
 
 @schedule()
 def cosine_annealing_lr(step: Any, lr: of.Rate, T_max: of.Size, eta_min: of.Number = 0.0) -> Any:
-    r"""A cosine down to a minimum and up again: ``CosineAnnealingLR``.
+    r"""Anneal the rate along a cosine down to a minimum and up again: ``CosineAnnealingLR``.
 
     .. math::
         \eta_n = \eta_{\min} + \tfrac12 (\eta_0 - \eta_{\min}) \left( 1 + \cos \frac{\pi n}{T} \right)
@@ -86,7 +86,7 @@ def cosine_annealing_warm_restarts(
     T_mult: Annotated[int, of.growth] = 1,
     eta_min: Annotated[Any, of.lowest_rate] = 0.0,
 ) -> Any:
-    r"""A cosine down to a minimum, over and over: ``CosineAnnealingWarmRestarts``.
+    r"""Anneal the rate along a cosine down to a minimum, and restart: ``CosineAnnealingWarmRestarts``.
 
     .. math::
         \eta_n = \eta_{\min} + \tfrac12 (\eta_0 - \eta_{\min}) \left( 1 + \cos \frac{\pi t}{T_i} \right),
@@ -133,7 +133,7 @@ def swa_lr(
     anneal_epochs: Annotated[int, of.anneal_epochs] = 10,
     anneal_strategy: Annotated[Literal["cos", "linear"], of.strategy] = "cos",
 ) -> Any:
-    r"""From the base rate to that of weight averaging: ``SWALR``.
+    r"""Anneal the base rate to the constant rate of weight averaging: ``SWALR``.
 
     .. math::
         \eta_n = \alpha \, \eta_{\mathrm{swa}} + (1 - \alpha) \, \eta_0, \qquad

@@ -1,4 +1,4 @@
-"""Checks of the arguments of schedules; the annotations of the formulas say which one applies.
+"""Checks of the arguments of schedules, chosen by the annotations of the formulas.
 
 A check takes the argument's name and value and returns the value to keep, or raises. The classes of
 ``jaxoptim.optim.lr_scheduler`` call those that torch makes too.
@@ -27,7 +27,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def rate(name: str, value: Any) -> Any:
-    """A number >= 0."""
+    """Check a number >= 0."""
     value = _number(name, value)
     if is_known(value) and not np.all(np.asarray(value) >= 0):
         raise ValueError(f"{name} must be >= 0, but got {value}.")
@@ -39,7 +39,7 @@ def _base(name: str, value: Any) -> Base:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """A whole number that is not too small."""
+    """Check a whole number that has a lower bound."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value != int(value):
         raise TypeError(f"{name} must be a whole number, but got {shown(value)}.")
     if value < least:
@@ -64,7 +64,7 @@ def _milestones(name: str, value: Iterable[int]) -> tuple[int, ...]:
 
 
 def function(name: str, value: Any) -> Callable[..., Any]:
-    """A function, as part of a pytree."""
+    """Check a function, and return it as part of a pytree."""
     if not callable(value):
         raise TypeError(f"{name} should be a function, but got {type(value).__name__}")
     return as_pytree(value)
@@ -82,7 +82,7 @@ def _functions(name: str, value: Iterable[Any]) -> tuple[Callable[..., Any], ...
 
 
 def _factor(text: str, admits: Callable[[Any], Any]) -> Callable[[str, Any], Any]:
-    """A check of a factor, with torch's words for one that is out of range."""
+    """Make a check of a factor, with torch's message for one that is out of range."""
 
     def check(name: str, value: Any) -> Any:
         _number(name, value)
@@ -104,42 +104,42 @@ end_factor = _factor("Ending multiplicative factor expected to be between 0 and 
 
 
 def first_period(name: str, value: Any) -> Any:
-    """The number of steps to the first restart."""
+    """Check the number of steps to the first restart."""
     if not isinstance(value, int) or value <= 0:
         raise ValueError(f"Expected positive integer {name}, but got {value}")
     return value
 
 
 def growth(name: str, value: Any) -> Any:
-    """The factor between periods."""
+    """Check the factor between periods."""
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"Expected integer {name} >= 1, but got {value}")
     return value
 
 
 def lowest_rate(name: str, value: Any) -> Any:
-    """The lowest rate of a schedule, whose type torch checks."""
+    """Check the lowest rate of a schedule, whose type torch checks."""
     if isinstance(value, bool) or not isinstance(value, float | int | np.number | jax.Array):
         raise ValueError(f"Expected float or int {name}, but got {value} of type {type(value)}")
     return value
 
 
 def fraction(name: str, value: Any) -> Any:
-    """A float in [0, 1]; as in torch, no int."""
+    """Check a float in [0, 1]; as in torch, an int is refused."""
     if is_known(value) and (not isinstance(value, float) or not 0 <= value <= 1):
         raise ValueError(f"Expected float between 0 and 1 {name}, but got {value}")
     return value
 
 
 def strategy(name: str, value: Any) -> Any:
-    """The curve from one rate to another."""
+    """Check the name of the curve from one rate to another."""
     if value not in ("cos", "linear"):
         raise ValueError(f"{name} must be one of 'cos' or 'linear', instead got {value}")
     return value
 
 
 def cyclic_mode(name: str, value: Any) -> Any:
-    """The scaling of the amplitude of ``cyclic_lr``, where no function is given for it."""
+    """Check the name of the amplitude scaling of ``cyclic_lr``, if no function is given for it."""
     if value not in ("triangular", "triangular2", "exp_range"):
         raise ValueError(
             f"{name} is invalid and scale_fn is None. Got {name}={value!r}; allowed are 'triangular', 'triangular2' "
@@ -149,21 +149,21 @@ def cyclic_mode(name: str, value: Any) -> Any:
 
 
 def scale_mode(name: str, value: Any) -> Any:
-    """The argument of the function for the amplitude."""
+    """Check the name of the argument of the amplitude function."""
     if value not in ("cycle", "iterations"):
         raise ValueError(f"{name} must be one of 'cycle' or 'iterations', instead got {value!r}")
     return value
 
 
 def anneal_epochs(name: str, value: Any) -> Any:
-    """The number of steps to the final rate."""
+    """Check the number of steps to the final rate."""
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be equal or greater than 0, got {value}")
     return value
 
 
 def total_steps(total_steps: Any, epochs: Any, steps_per_epoch: Any) -> int:
-    """The length of a cycle, given as it is or as a product."""
+    """Return the length of a cycle, which is given directly or as a product."""
     given = {"total_steps": total_steps} if total_steps is not None else {}
     if not given and epochs is not None and steps_per_epoch is not None:
         given = {"epochs": epochs, "steps_per_epoch": steps_per_epoch}

@@ -1,4 +1,4 @@
-"""The operations of the schedules that lose digits when they are written down plainly.
+"""Arithmetic of the schedules that would lose precision in its plain form.
 
 A formula serves two users. The classes of ``jaxoptim.optim.lr_scheduler`` call it with Python numbers, and each
 operation is then the one that torch makes. The pure schedules call it with arrays: in float64 the operations
@@ -18,11 +18,11 @@ import numpy as np
 from jaxoptim.core import is_known
 
 _HALF = 12
-"""The digits that a factor may have for the product of two to be exact in float32."""
+"""The bits that two factors may have for their product to be exact in float32."""
 
 
 def is_array(x: Any) -> bool:
-    """Whether ``x`` is an array (or traced) and not a Python number."""
+    """Whether ``x`` is an array (or traced) instead of a Python number."""
     return isinstance(x, jax.Array)
 
 
@@ -32,17 +32,17 @@ def is_single() -> bool:
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """``x`` or ``y``, in Python if the condition is known there."""
+    """Select ``x`` or ``y``, in Python if the condition is a Python value."""
     return jnp.where(condition, x, y) if is_array(condition) else x if condition else y
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller of two numbers, the first if they are equal."""
+    """Return the smaller of two numbers, the first if they are equal."""
     return where(y < x, y, x)
 
 
 def divide(x: Any, y: Any) -> Any:
-    """``x / y``, rounded once.
+    """Return ``x / y``, rounded once.
 
     XLA divides an array by a scalar by multiplying with the reciprocal, and merges constants. The last digit
     that this costs is a difference of 1e-10 after a million steps, because phases grow with the step.
@@ -53,7 +53,7 @@ def divide(x: Any, y: Any) -> Any:
 
 
 def one_plus_cos(x: Any, y: Any = 1) -> Any:
-    r""":math:`1 + \cos(\pi x / y)`."""
+    r"""Compute :math:`1 + \cos(\pi x / y)`."""
     if not is_array(x):
         return 1 + math.cos(math.pi * x / y)
     if not is_single():
@@ -62,7 +62,7 @@ def one_plus_cos(x: Any, y: Any = 1) -> Any:
 
 
 def one_minus_cos(x: Any, y: Any = 1) -> Any:
-    r""":math:`1 - \cos(\pi x / y)` for :math:`0 \le x \le y`."""
+    r"""Compute :math:`1 - \cos(\pi x / y)` for :math:`0 \le x \le y`."""
     if not is_array(x):
         return 1 - math.cos(math.pi * x / y)
     if not is_single():
@@ -71,7 +71,7 @@ def one_minus_cos(x: Any, y: Any = 1) -> Any:
 
 
 def turns(step: Any, period: Any) -> tuple[Any, Any, Any]:
-    """Return the turn of the period at a step, counted from 1, the steps made in it, and those left to its end."""
+    """Return the number of the period at a step, from 1, the fraction of it that is done, and the fraction left."""
     if is_array(step) and is_single():
         done = step % period
         return 1 + step // period, done / period, (period - done) / period
@@ -91,7 +91,7 @@ class Base:
     Attributes:
         base: the number itself.
         high: the leading digits of its logarithm, to the base 2.
-        low: the rest.
+        low: the rest of the logarithm.
     """
 
     base: Any
@@ -103,7 +103,7 @@ class Base:
 
     @classmethod
     def of(cls, base: Any) -> Self:
-        """The base of the powers of a number >= 0."""
+        """Make the base of the powers of a number >= 0."""
         xp: Any = np if is_known(base) else jnp
         # 2**-1e4 is 0, and 2**(-1e4 * 0) is 1: what a base of 0 needs.
         log = xp.where(base > 0, xp.log2(xp.where(base > 0, base, 1.0)), -1e4)
@@ -113,7 +113,7 @@ class Base:
 
 
 def power(base: Any, n: Any) -> Any:
-    """``base ** n`` for a whole number n, and a :class:`Base` where n is an array."""
+    """Compute ``base ** n`` for a whole number n; ``base`` is a :class:`Base` if n is an array."""
     if not is_array(n):
         return base**n
     if not is_single():

@@ -1,4 +1,4 @@
-"""Schedules made of schedules: one after the other, and several at once."""
+"""Schedules composed of schedules: in sequence, and as a product."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxoptim.schedules.schedule import Schedule, schedule
 
 @schedule()
 def sequential_lr(step: Any, lr: of.Rate, schedulers: of.Functions, milestones: of.Milestones) -> Any:
-    r"""One schedule after the other: ``SequentialLR``.
+    r"""Run schedules one after the other, each from its milestone: ``SequentialLR``.
 
     .. math::
         \eta_n = s_i(n - m_i), \qquad i = |\{m \,:\, m \le n\}|, \quad m_0 = 0
@@ -64,7 +64,7 @@ def sequential_lr(step: Any, lr: of.Rate, schedulers: of.Functions, milestones: 
 
 @schedule()
 def chained(step: Any, lr: of.Rate, schedulers: of.Functions) -> Any:
-    r"""Several schedules at once: ``ChainedScheduler``.
+    r"""Multiply the factors of several schedules: ``ChainedScheduler``.
 
     .. math::
         \eta_n = \eta_0 \prod_i \frac{s_i(n)}{\eta_0}
@@ -120,7 +120,7 @@ _NEVER = -1
 
 
 def _start(scheduler: Any, step: Any) -> Any:
-    """The step at which a schedule has last set the rate whatever it was; None if it never does."""
+    """Return the last step at which a schedule set the rate regardless of its value; None if it never does."""
     formula = _formula(scheduler)
     if formula in _FROM_BASE:
         return step
@@ -145,7 +145,7 @@ def _start_in_sequence(step: Any, lr: Any, schedulers: Any, milestones: Any) -> 
 
 
 def _value_at(scheduler: Any, step: Any, lr: Any) -> Any:
-    """The value at a step, and the base rate before the first."""
+    """Return the value at a step, and the base rate before the first step."""
     return where(step >= 0, scheduler(where(step >= 0, step, 0)), lr)
 
 
@@ -157,7 +157,7 @@ def _formula(scheduler: Any) -> Any:
 
 
 def _ratio(value: Any, base: Any) -> Any:
-    """``value / base``; 1 where both are 0, because what is over leaves the rate as it is."""
+    """Return ``value / base``, or 1 where both are 0: a schedule that has ended leaves the rate as it is."""
     return where(base == 0, where(value == 0, 1.0, 0.0), value / where(base == 0, 1.0, base))
 
 
@@ -173,7 +173,7 @@ def _check_rates(lr: Any, schedulers: tuple[Any, ...]) -> None:
 
 
 def _check_factors(schedulers: tuple[Any, ...]) -> None:
-    """Raise for a schedule that is no factor of the base rate."""
+    """Raise for a schedule that does not multiply the base rate by a factor."""
     if len(schedulers) == 1:
         return
     for index, scheduler in enumerate(schedulers):

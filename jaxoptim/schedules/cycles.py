@@ -1,4 +1,4 @@
-"""Schedules that rise and fall: the cyclic rate, the one cycle, and their momenta."""
+"""Schedules that rise and fall: the cyclic rate, the one-cycle rate, and their momenta."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxoptim.schedules.arithmetic import minimum, power, turns, where
 from jaxoptim.schedules.schedule import schedule
 
 Phase = tuple[Any, Any, Any]
-"""The last step of a phase, the value at its start and that at its end."""
+"""The last step of a phase, the value at its start, and the value at its end."""
 
 
 def triangle(step: Any, total_size: Any, step_ratio: Any) -> tuple[Any, Any]:
@@ -22,7 +22,7 @@ def triangle(step: Any, total_size: Any, step_ratio: Any) -> tuple[Any, Any]:
 
 
 def amplitude(x: Any, mode: str, gamma: Any) -> Any:
-    """The height of the maximum, in each of torch's modes; ``x`` is the step in "exp_range", else the cycle."""
+    """Return the height of the maximum in one of torch's modes; ``x`` is the step in "exp_range", else the cycle."""
     if mode == "triangular":
         return 1.0
     return 0.5 ** (x - 1) if mode == "triangular2" else power(gamma, x)
@@ -31,7 +31,7 @@ def amplitude(x: Any, mode: str, gamma: Any) -> Any:
 def _cyclic_height(
     step: Any, step_size_up: int, step_size_down: int | None, mode: str, gamma: Any, scale_fn: Any, scale_mode: str
 ) -> Any:
-    """Return the distance of the rate from the base, in units of that of the maximum."""
+    """Return the distance of the rate from the base, as a fraction of the distance of the maximum."""
     total_size = step_size_up + (step_size_up if step_size_down is None else step_size_down)
     cycle, height = triangle(step, total_size, step_size_up / total_size)
     if scale_fn is None:
@@ -43,7 +43,7 @@ def _cyclic_height(
 def _cyclic_momentum(
     step: Any, base_lr: Any, max_lr: Any, cycle_momentum: bool, base_momentum: Any, max_momentum: Any, **shape: Any
 ) -> Any:
-    """The momentum of :func:`cyclic_lr`."""
+    """Compute the momentum of :func:`cyclic_lr`."""
     return max_momentum - (max_momentum - base_momentum) * _cyclic_height(step, **shape)
 
 
@@ -62,7 +62,7 @@ def cyclic_lr(
     base_momentum: of.Number = 0.8,
     max_momentum: of.Number = 0.9,
 ) -> Any:
-    r"""Up and down between two rates along lines: ``CyclicLR``.
+    r"""Cycle linearly up and down between two rates: ``CyclicLR``.
 
     .. math::
         \eta_n = \eta_{\mathrm{base}} + (\eta_{\max} - \eta_{\mathrm{base}}) \, h(n) \, s, \qquad
@@ -107,13 +107,13 @@ def cyclic_lr(
 
 
 def phase_ends(total_steps: int, pct_start: Any, three_phase: bool) -> list[Any]:
-    """The last step of each phase of one cycle."""
+    """Return the last step of each phase of one cycle."""
     peak = pct_start * total_steps
     return [peak - 1, 2 * peak - 2, total_steps - 1] if three_phase else [peak - 1, total_steps - 1]
 
 
 def through(step: Any, phases: Sequence[Phase], strategy: str) -> Any:
-    """The value at a step of a cycle, which stays what it is after the last phase.
+    """Return the value at a step of a cycle; it stays constant after the last phase.
 
     The last phase is over at ``total_steps - 1``. A loop that calls its scheduler after every batch makes one
     step more.
@@ -133,13 +133,13 @@ def through(step: Any, phases: Sequence[Phase], strategy: str) -> Any:
 
 
 def cycle_of_rates(ends: Sequence[Any], initial: Any, peak: Any, least: Any) -> list[Phase]:
-    """The phases of the rate: up, (back,) and down to the least."""
+    """Return the phases of the rate: up, with three phases back to the start, and down to the least."""
     points = [initial, peak, initial, least] if len(ends) == 3 else [initial, peak, least]
     return list(zip(ends, points[:-1], points[1:], strict=True))
 
 
 def cycle_of_momenta(ends: Sequence[Any], base: Any, top: Any) -> list[Phase]:
-    """The phases of the momentum: down, and up again."""
+    """Return the phases of the momentum: down, and up again."""
     points = [top, base, top, top][: len(ends) + 1]
     return list(zip(ends, points[:-1], points[1:], strict=True))
 
@@ -159,7 +159,7 @@ def _one_cycle_momentum(
     final_div_factor: Any,
     **length: Any,
 ) -> Any:
-    """The momentum of :func:`one_cycle_lr`."""
+    """Compute the momentum of :func:`one_cycle_lr`."""
     phases = cycle_of_momenta(_phase_ends(**length), base_momentum, max_momentum)
     return through(step, phases, anneal_strategy)
 
@@ -180,10 +180,10 @@ def one_cycle_lr(
     final_div_factor: of.Number = 1e4,
     three_phase: bool = False,
 ) -> Any:
-    r"""One cycle, up to a maximum and down to nearly nothing: ``OneCycleLR``.
+    r"""Run one cycle, up to a maximum and down to nearly zero: ``OneCycleLR``.
 
-    From :math:`\eta_{\max} / d` up to :math:`\eta_{\max}`, then down to :math:`\eta_{\max} / (d f)`; in three
-    phases, down to where it began in as many steps as up, and then to the least. In a phase from :math:`a` to
+    The rate goes from :math:`\eta_{\max} / d` up to :math:`\eta_{\max}`, then down to :math:`\eta_{\max} / (d f)`; in
+    three phases, down to its start in as many steps as up, and then to the least. In a phase from :math:`a` to
     :math:`b`, at the fraction :math:`t` of its steps,
 
     .. math::

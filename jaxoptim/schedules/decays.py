@@ -15,7 +15,7 @@ from jaxoptim.schedules.schedule import schedule
 
 @schedule()
 def lambda_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
-    r"""The base rate times a function of the step: ``LambdaLR``.
+    r"""Multiply the base rate by a function of the step: ``LambdaLR``.
 
     .. math::
         \eta_n = \eta_0 \, \lambda(n)
@@ -41,7 +41,7 @@ def lambda_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
 
 @schedule()
 def multiplicative_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
-    r"""The base rate times the product of a function over the steps so far: ``MultiplicativeLR``.
+    r"""Multiply the base rate by the product of a function over the steps so far: ``MultiplicativeLR``.
 
     .. math::
         \eta_n = \eta_0 \prod_{k=1}^{n} \lambda(k)
@@ -85,7 +85,7 @@ def multiplicative_lr(step: Any, lr: of.Rate, lr_lambda: of.Function) -> Any:
 
 @schedule()
 def step_lr(step: Any, lr: of.Rate, step_size: of.Size, gamma: of.Power = 0.1) -> Any:
-    r"""A factor every ``step_size`` steps: ``StepLR``.
+    r"""Multiply the rate by a factor every ``step_size`` steps: ``StepLR``.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^{\lfloor n / s \rfloor}
@@ -112,7 +112,7 @@ def step_lr(step: Any, lr: of.Rate, step_size: of.Size, gamma: of.Power = 0.1) -
 
 @schedule()
 def multi_step_lr(step: Any, lr: of.Rate, milestones: of.Milestones, gamma: of.Power = 0.1) -> Any:
-    r"""A factor at each milestone: ``MultiStepLR``.
+    r"""Multiply the rate by a factor at each milestone: ``MultiStepLR``.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^{|\{m \,:\, m \le n\}|}
@@ -138,7 +138,7 @@ def multi_step_lr(step: Any, lr: of.Rate, milestones: of.Milestones, gamma: of.P
 
 
 def _or_never(name: str, value: Any) -> int:
-    """The step at which the factor is taken back, which torch's class passes over if it is the first."""
+    """Check the step at which the factor is undone; 0 means never, as in torch's class."""
     return of.whole(name, value, 0) or 2**31 - 1
 
 
@@ -149,7 +149,7 @@ def constant_lr(
     factor: Annotated[Any, of.constant_factor] = 1.0 / 3,
     total_iters: Annotated[int, _or_never] = 5,
 ) -> Any:
-    r"""A factor for the first steps: ``ConstantLR``.
+    r"""Multiply the base rate by a factor during the first steps: ``ConstantLR``.
 
     .. math::
         \eta_n = \begin{cases} \eta_0 f & n < T \\ \eta_0 & n \ge T \end{cases}
@@ -182,7 +182,7 @@ def linear_lr(
     end_factor: Annotated[Any, of.end_factor] = 1.0,
     total_iters: of.Count = 5,
 ) -> Any:
-    r"""A factor that goes from one number to another in equal steps: ``LinearLR``.
+    r"""Multiply the base rate by a factor that goes linearly from one number to another: ``LinearLR``.
 
     .. math::
         \eta_n = \eta_0 \left( f_0 + (f_1 - f_0) \frac{\min(n, T)}{T} \right)
@@ -218,7 +218,7 @@ def linear_lr(
 
 @schedule()
 def exponential_lr(step: Any, lr: of.Rate, gamma: of.Power) -> Any:
-    r"""A factor at every step: ``ExponentialLR``.
+    r"""Multiply the rate by a factor at every step: ``ExponentialLR``.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^n
@@ -244,7 +244,7 @@ def exponential_lr(step: Any, lr: of.Rate, gamma: of.Power) -> Any:
 
 @schedule()
 def polynomial_lr(step: Any, lr: of.Rate, total_iters: of.Count = 5, power: of.Number = 1.0) -> Any:
-    r"""A power of the part of the steps that is left: ``PolynomialLR``.
+    r"""Multiply the base rate by a power of the fraction of steps that is left: ``PolynomialLR``.
 
     .. math::
         \eta_n = \eta_0 \left( 1 - \frac{\min(n, T)}{T} \right)^p
@@ -272,14 +272,14 @@ def polynomial_lr(step: Any, lr: of.Rate, total_iters: of.Count = 5, power: of.N
 
 
 def remaining(step: Any, total_iters: Any) -> Any:
-    """The part of the steps that is left."""
+    """Return the fraction of the steps that is left."""
     if is_array(step):
         return divide(1.0 * (total_iters - minimum(total_iters, step)), total_iters)
     return 1.0 - min(total_iters, step) / total_iters
 
 
 def _settled(product: Any, rest: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    """A number in two parts, the second of which is too small to change the first; ``product`` is ``x * y`` rounded."""
+    """Return ``x * y + rest`` as two floats, the second below the first's rounding; ``product`` rounds ``x * y``."""
     rest = rest + _rounding_error(x, y, product)
     total = product + rest
     return total, rest - (total - product)
@@ -293,7 +293,7 @@ def _rounding_error(x: Any, y: Any, product: Any) -> Any:
 
 
 def _halves(x: Any) -> tuple[Any, Any]:
-    """A number as the sum of two with half its digits."""
+    """Split a number into a sum of two with half its digits."""
     form = jnp.finfo(x.dtype)
     high = jax.lax.reduce_precision(x, form.nexp, form.nmant // 2)
     return high, x - high

@@ -20,8 +20,8 @@ class PlateauState(NamedTuple):
     Attributes:
         lr: the learning rate.
         best: the best metric so far.
-        num_bad_epochs: how many steps have passed since.
-        cooldown_counter: how many of the steps after a reduction are still to be passed over.
+        num_bad_epochs: the number of steps since then.
+        cooldown_counter: the number of steps after a reduction that are still to be ignored.
     """
 
     lr: jax.Array
@@ -57,7 +57,7 @@ def is_better(metric: Any, best: Any, mode: str, threshold: Any, threshold_mode:
 def count(
     better: Any, num_bad_epochs: Any, cooldown_counter: Any, patience: Any, cooldown: Any
 ) -> tuple[Any, Any, Any]:
-    """The two counters after one more metric, and whether the rate is to be reduced."""
+    """Return the two counters after one more metric, and whether the rate is to be reduced."""
     bad = where(better, 0, num_bad_epochs + 1)
     cooling = cooldown_counter > 0
     left = where(cooling, cooldown_counter - 1, cooldown_counter)
@@ -67,7 +67,7 @@ def count(
 
 
 def reduced(lr: Any, factor: Any, min_lr: Any, eps: Any) -> Any:
-    """The rate after a reduction, which is left out if it is not larger than ``eps``."""
+    """Return the rate after a reduction; a reduction of at most ``eps`` is not made."""
     new = lr * factor
     new = where(min_lr > new, min_lr, new)
     return where(lr - new > eps, new, lr)
@@ -105,12 +105,12 @@ def reduce_lr_on_plateau(
     As in torch, the relative threshold of a negative metric points the other way, and NaN is never better.
 
     Args:
-        mode: whether a "min" (default) or a "max" is looked for.
+        mode: whether a smaller ("min", default) or a larger ("max") metric is better.
         factor: :math:`f`, a number < 1 (default 0.1); may be traced, as all numbers here.
-        patience: how many metrics may be not better, a whole number (default 10).
+        patience: the number of metrics in a row that need not be better, a whole number (default 10).
         threshold: :math:`\tau`, a number (default 1e-4).
         threshold_mode: "rel" (default) or "abs".
-        cooldown: how many metrics after a reduction are passed over, a whole number (default 0).
+        cooldown: the number of metrics after a reduction that are ignored, a whole number (default 0).
         min_lr: :math:`\eta_{\min}`, a number (default 0).
         eps: the smallest reduction that is made, a number (default 1e-8).
 

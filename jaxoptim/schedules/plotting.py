@@ -1,4 +1,4 @@
-"""A picture of a schedule."""
+"""Plotting of schedules."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def plot(schedule: Callable[[Any], Any], steps: int, *, ax: Any = None, **style:
 
     Args:
         schedule: a function ``step -> value``.
-        steps: how many steps to draw, a whole number >= 1.
+        steps: the number of steps to draw, a whole number >= 1.
         ax: the matplotlib ``Axes`` to draw on (default None: new ones).
-        style: what ``Axes.plot`` takes, such as ``label`` or ``color``.
+        style: keywords of ``Axes.plot``, such as ``label`` or ``color``.
 
     Returns:
         The ``Axes``; ``.figure.savefig(path)`` writes the picture.

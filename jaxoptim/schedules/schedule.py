@@ -1,4 +1,4 @@
-"""From a formula to a schedule: a function of the step whose numbers are the leaves of a pytree."""
+"""Schedules made of formulas: functions of the step whose numbers are the leaves of a pytree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Formula(Protocol[P]):
     formula: Callable[Concatenate[Any, P], Any]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Schedule:
-        """The schedule of these arguments."""
+        """Return the schedule of these arguments."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -63,7 +63,7 @@ class Schedule:
         self._traced = tuple(name for name, value in arguments.items() if not _is_switch(value))
 
     def __call__(self, step: Any) -> jax.Array:
-        """The value at a step, in float32, or in float64 if JAX computes in it."""
+        """Return the value at a step, in float32, or in float64 if x64 is enabled."""
         step = jnp.asarray(step)
         step = step.astype(float if jnp.issubdtype(step.dtype, jnp.floating) else int)  # else int32 / int32 is float32
         return jnp.asarray(self.formula(step, **self.arguments), jnp.result_type(float))
@@ -78,14 +78,14 @@ class Schedule:
         return Schedule(self._momentum, self.arguments)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The numbers, and everything else."""
+        """Return the numbers as leaves, and everything else as the structure."""
         children = [(jax.tree_util.GetAttrKey(name), self.arguments[name]) for name in self._traced]
         switches = tuple((name, value) for name, value in self.arguments.items() if name not in self._traced)
         return children, (self.formula, self._momentum, tuple(self.arguments), self._traced, switches)
 
     @classmethod
     def tree_unflatten(cls, form: Any, children: Any) -> Schedule:
-        """The schedule of other numbers."""
+        """Rebuild the schedule with other numbers."""
         new = object.__new__(cls)
         new.formula, new._momentum, names, new._traced, switches = form
         values = dict(switches) | dict(zip(new._traced, children, strict=True))
@@ -93,7 +93,7 @@ class Schedule:
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A formula is hidden behind the function of its name, which is what a pickle can refer to."""
+        """Pickle the formula by the name of its public function, because the formula itself has no importable name."""
         function = getattr(sys.modules[self.formula.__module__], self.formula.__name__)
         return _restored, (function, self.arguments, self._momentum)
 
@@ -107,14 +107,14 @@ def _restored(function: Any, arguments: dict[str, Any], momentum: Callable[..., 
 
 
 def _is_switch(value: Any) -> bool:
-    """Whether an argument belongs to the structure: it holds no real number."""
+    """Whether an argument belongs to the static structure because it holds no real number."""
     return not any(isinstance(leaf, float | jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
 
 
 def schedule(
     momentum: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[Concatenate[Any, P], Any]], Formula[P]]:
-    """Make a function that returns schedules out of a formula ``formula(step, ...)``.
+    """Turn a formula ``formula(step, ...)`` into a function that returns schedules.
 
     The formula's arguments after the step are those of the function; their annotations say how each is checked
     (``jaxoptim.schedules.arguments``).

@@ -1,4 +1,4 @@
-"""From torch and back: checkpoints, whole runs, and the states of the pure face.
+"""Conversion from torch and back: checkpoints, whole runs, and optax-style states.
 
 ``load_state_dict`` of our classes takes torch's state dicts as they are. This module has the rest.
 """

@@ -1,4 +1,4 @@
-"""A whole run: parameters and optimizer state, with names and layouts translated."""
+"""Conversion of a whole run: parameters and optimizer state, with names and layouts translated."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, Any]
 """Tensors by name, such as a module's ``state_dict()`` or ``dict(module.named_parameters())``."""
 TorchNames = Mapping[str, str] | Callable[[str], str]
-"""The name in torch of each parameter here, by its dotted path; paths that a mapping lacks are names in torch too."""
+"""The torch name of each parameter here, by dotted path; a path that a mapping lacks is its own torch name."""
 Transforms = Mapping[Selector, Callable[[Any], Any]]
-"""Functions of torch's arrays: ``{r".*kernel": jnp.transpose}``; selectors as in ``Optimizer(groups=...)``."""
+"""Functions of torch's arrays, as in ``{r".*kernel": jnp.transpose}``; selectors as in ``Optimizer(groups=...)``."""
 
 
 def carry_over(
@@ -32,13 +32,13 @@ def carry_over(
     transforms: Transforms | None = None,
     order: Iterable[str] | None = None,
 ) -> None:
-    """Continue a whole run of torch: put its parameters and its optimizer's state into an optimizer of ours.
+    """Continue a whole run of torch: load its parameters and its optimizer's state into an optimizer of ours.
 
     Args:
-        optimizer: of the same class, over parameters of any values, with the dtypes and devices wanted.
+        optimizer: ours of the same class, over parameters of any values, with the dtypes and devices wanted.
         params: torch's parameters by name, such as ``module.state_dict()``. Names that no parameter here has
             (buffers) are left out.
-        state_dict: of torch's optimizer.
+        state_dict: the state dict of torch's optimizer.
         names: torch's name of each parameter here (default None: they are equal).
         transforms: functions of a NumPy array that move the numbers of a parameter, such as a transposition for
             ``[out, in]`` to ``[in, out]``, by regular expression or predicate of its path here (default None).
@@ -119,10 +119,10 @@ def carry_back(
     transforms: Transforms | None = None,
     order: Iterable[str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The way back from :func:`carry_over`: a run of ours as torch's parameters and optimizer state.
+    """Convert a run of ours to torch's parameters and optimizer state: the inverse of :func:`carry_over`.
 
     Args:
-        optimizer: of ours.
+        optimizer: an optimizer of ours.
         params: torch's parameters by name, for their shapes, dtypes and order.
         names: as in :func:`carry_over`.
         transforms: as in :func:`carry_over`, from torch to here; they are inverted.
@@ -208,7 +208,7 @@ def _places(
     names: TorchNames | None,
     transforms: Transforms | None,
 ) -> dict[Parameter, tuple[str, str, Rearrangement]]:
-    """For each parameter its path here, its first name in torch, and how its numbers go from there to here."""
+    """Return each parameter's path here, its first name in torch, and the permutation from torch's layout to ours."""
     optimizer._storage.settle()
     inside = optimizer._storage.parameters()
     labels = {param: optimizer._storage.labels[param] for param in inside}
@@ -246,19 +246,19 @@ def _places(
 
 
 def _first_names(params: Tensors) -> dict[str, str]:
-    """For each name the first one of its tensor: tied weights have several, and torch's optimizer has them once."""
+    """Map each name to the first name of its tensor: tied weights have several, but one entry in torch's optimizer."""
     first: dict[Any, str] = {}
     return {name: first.setdefault(_place_of(name, tensor), name) for name, tensor in params.items()}
 
 
 def _place_of(name: str, tensor: Any) -> Any:
-    """Return the place of a tensor's numbers in memory; the name where that is unknown."""
+    """Return the memory location of a tensor's data, or its name if that is unknown."""
     address = tensor.data_ptr() if hasattr(tensor, "data_ptr") else 0
     return (address, tuple(tensor.shape), tensor.stride()) if address else name
 
 
 def _translated(order: Iterable[str], first: Mapping[str, str]) -> list[str]:
-    """The first names of the tensors that some names stand for, each once.
+    """Translate names to the first names of their tensors, each once.
 
     Raises:
         ``ValueError`` for a name that no tensor has.
@@ -276,7 +276,7 @@ def _names_in(
     known: Sequence[str],
     order: Iterable[str] | None,
 ) -> list[list[str]]:
-    """The names in torch of the parameters of each group in a state dict."""
+    """Return the torch names of the parameters of each group in a state dict."""
     groups = state_dict["param_groups"]
     if order is None and all("param_names" in group for group in groups):
         return [[first.get(name, name) for name in group["param_names"]] for group in groups]

@@ -1,4 +1,4 @@
-"""The states of the pure face, from torch and back."""
+"""Conversion of optax-style states from torch and back."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from jaxoptim.optim import Optimizer
 
 
 def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -> OptState:
-    """The state with which the pure face continues what torch has begun.
+    """Convert a torch state dict to an optax-style state that continues the run.
 
     Args:
         rule: the optimizer, such as ``rules.Adam(lr=1e-3)``. Its numbers count, not those of the state dict.
         params: the current parameters, a pytree of arrays. They are matched with those of the state dict by name
             if that has ``param_names``, else in the order of ``jax.tree.leaves`` (sorted keys).
-        state_dict: of torch's optimizer (or ours), with one parameter group.
+        state_dict: the state dict of torch's optimizer (or ours), with one parameter group.
 
     Returns:
         A state as ``transformation(rule).init(params)`` makes it, with counts of their own for parameters that were
@@ -59,12 +59,12 @@ def from_torch(rule: Hyperparameters, params: Any, state_dict: dict[str, Any]) -
 
 
 def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> dict[str, Any]:
-    """The way back: what torch's class loads to continue from a state of the pure face.
+    """Convert an optax-style state to a state dict that torch's class loads to continue the run.
 
     Args:
         rule: the optimizer. Its numbers become the options of the group; a schedule, its value at ``state.step``.
         params: the current parameters.
-        state: of ``jaxoptim.init(rule, params)`` and its successors.
+        state: a state from ``jaxoptim.init(rule, params)`` and the steps after it.
 
     Returns:
         A state dict of tensors, one group, in the order of ``jax.tree.leaves``, each with its own count of steps.
@@ -87,7 +87,7 @@ def to_torch_state_dict(rule: Hyperparameters, params: Any, state: OptState) -> 
 
 
 def _joined(optimizer: Optimizer, rule: Any, params: Any) -> OptState:
-    """The state of parameters that were updated a different number of times."""
+    """Join the states of parameters that were updated different numbers of times into one state."""
     storage = optimizer._storage
     state_of = {
         param: (part.count or 0, slots)
@@ -111,7 +111,7 @@ def _joined(optimizer: Optimizer, rule: Any, params: Any) -> OptState:
 
 
 def _options(rule: Hyperparameters) -> dict[str, Any]:
-    """The hyperparameters of a rule as plain numbers where they are numbers."""
+    """Return the hyperparameters of a rule, numbers as plain numbers."""
     plain = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.init}  # type: ignore[arg-type]
     return {
         name: jax.tree.map(_number, value, is_leaf=lambda x: isinstance(x, Decay | Off))
@@ -125,7 +125,7 @@ def _number(x: Any) -> Any:
 
 
 def _optimizer(rule: Hyperparameters, params: Any) -> Optimizer:
-    """The torch-style optimizer of a rule."""
+    """Make the torch-style optimizer of a rule."""
     if not isinstance(rule, Hyperparameters):
         raise TypeError(f"A rule is expected, such as rules.Adam(lr=1e-3), but got {shown(rule, 200)}.")
     if isinstance(params, Packed):

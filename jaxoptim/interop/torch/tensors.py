@@ -1,4 +1,4 @@
-"""State dicts as torch loads them."""
+"""Conversion of state dicts to those that torch loads."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import torch
 
 _SINGLE = ("mu_product", "eta", "mu")
-"""The slots that torch keeps in float32, until it loads them."""
+"""The slots that torch keeps in float32 until a state dict is loaded."""
 
 
 def to_torch(state_dict: Any) -> Any:
-    """A state dict that torch loads: of an optimizer, a scheduler, or an averaged model.
+    """Convert a state dict of an optimizer, a scheduler or an averaged model to one that torch loads.
 
     Args:
-        state_dict: what ``state_dict()`` gave. It is not changed.
+        state_dict: the result of ``state_dict()``. It is not changed.
 
     Returns:
         The same in plain dicts, lists and tuples, each array of JAX or NumPy as a CPU tensor of its shape and
@@ -50,7 +50,7 @@ def to_torch(state_dict: Any) -> Any:
 
 
 def _converted(x: Any) -> Any:
-    """A piece of a state dict with tensors for arrays; a typed key becomes its words."""
+    """Convert the arrays in a piece of a state dict to tensors; a typed key becomes its words."""
     if is_key(x):
         x = jax.random.key_data(x)
     if isinstance(x, jax.Array | np.ndarray):
@@ -65,7 +65,7 @@ def _converted(x: Any) -> Any:
 
 
 def as_tensor(array: Any) -> torch.Tensor:
-    """A tensor of one's own with the numbers of an array."""
+    """Copy an array into a tensor that owns its memory."""
     import torch
 
     dtype = getattr(torch, str(array.dtype), None)
@@ -81,7 +81,7 @@ def as_tensor(array: Any) -> torch.Tensor:
 
 
 def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load a state dict of ours into an optimizer of torch, so that it continues to the last digit.
+    """Load a state dict of ours into an optimizer of torch, so that it continues bit for bit.
 
     torch's own ``load_state_dict`` gives every slot the dtype of its parameter, also the float32 numbers of NAdam
     (``mu_product``) and ASGD (``eta``, ``mu``), and goes on with other roundings than without the interruption.
@@ -89,8 +89,8 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
     ``jax.tree.leaves``, which sorts the keys of a dict).
 
     Args:
-        optimizer: of torch, the class that ``state_dict`` is of.
-        state_dict: of ours.
+        optimizer: a torch optimizer of the class of ``state_dict``.
+        state_dict: a state dict of ours.
 
     Raises:
         ``ValueError`` for the state of another class, for other names, and for a slot that has not the shape of its
@@ -136,7 +136,7 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, A
 
 
 def _check_class(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise for the state of another class; a user's own class counts as the one that it derives from."""
+    """Raise for the state of another class; a user's subclass counts as the class that it derives from."""
     parents = [cls.__name__ for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.", "pyro."))]
     kind = parents[0] if parents[0] != "Optimizer" else type(optimizer).__name__
     maker = getattr(state_dict, "made_by", kind)
@@ -147,11 +147,11 @@ def _check_class(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
 
 
 _FACTORS = ("row_var", "col_var")
-"""The slots that have not the shape of their parameter."""
+"""The slots that do not have the shape of their parameter."""
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Raise for slots of another shape than their parameter; L-BFGS has vectors for all of them."""
+    """Raise for slots of another shape than their parameter; L-BFGS has vectors for all parameters at once."""
     import torch
 
     if isinstance(optimizer, torch.optim.LBFGS):
