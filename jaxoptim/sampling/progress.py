@@ -1,4 +1,4 @@
-"""A bar that shows how far a run is."""
+"""A progress bar of a run."""
 
 from __future__ import annotations
 
