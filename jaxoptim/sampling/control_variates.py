@@ -1,4 +1,4 @@
-"""Control variates: gradients of batches that vary less."""
+"""Control variates: gradients of batches with less variance."""
 
 from __future__ import annotations
 

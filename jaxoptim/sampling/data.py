@@ -54,7 +54,7 @@ def _remedy(x: Any) -> str:
 
 @contextlib.contextmanager
 def compiled(what: str) -> Iterator[None]:
-    """Explain the error of a function that cannot be traced."""
+    """Replace the error of a function that cannot be traced by a ``TypeError`` that explains it."""
     try:
         yield
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:

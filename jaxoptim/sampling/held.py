@@ -1,4 +1,4 @@
-"""Arrays that no chain moves: one copy of them, which all chains share."""
+"""Arrays that no chain moves: one copy, which all chains share."""
 
 from __future__ import annotations
 

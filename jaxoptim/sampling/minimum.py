@@ -18,7 +18,7 @@ from jaxoptim.rules._langevin import has_box
 from jaxoptim.sampling.target import Given, Problem, Target
 
 _PRIOR = ("weight_decay", "localization", "optimize_over", "bounding_box_size")
-"""The options of a sampler that add terms to the potential besides the loss."""
+"""The options of a sampler that shape its potential besides the loss."""
 
 
 def full_loss(problem: Problem, params: Any, batch_size: int | None) -> float:

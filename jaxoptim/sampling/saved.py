@@ -154,6 +154,6 @@ def _of_control_variates(given: Given) -> list[Any]:
 
 
 def _digest(x: jax.Array) -> str:
-    """Return the shape, dtype and a hash of an array."""
+    """Return a string of an array's dtype, shape and hash."""
     x = jax.random.key_data(x) if is_key(x) else x
     return f"{x.dtype}{x.shape} {hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Sketches: random projections of pytrees to a few numbers, which nearly keep inner products."""
+"""Sketches: hashed projections of pytrees to a few numbers, which nearly preserve inner products."""
 
 from __future__ import annotations
 

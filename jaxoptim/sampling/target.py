@@ -111,7 +111,7 @@ class Problem(NamedTuple):
 
     @property
     def example(self) -> Any:
-        """Return the data, or an example with the shapes of a batch."""
+        """The data, or an example with the shapes of a batch."""
         return self.given.data if self.stream is None else self.stream.example
 
     def wholes(self) -> Iterator[Given]:

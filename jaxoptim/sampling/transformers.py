@@ -323,13 +323,13 @@ class _Heads(NamedTuple):
         return cls(layer, count, groups, qkv)
 
     def of_head(self, head: int) -> list[int]:
-        """Return the selection of one head."""
+        """Return the heads of a selection of one head, a list of its number."""
         if head >= self.num_heads:
             raise ValueError(f"There is no '{self.layer} head{head}'. The heads are head0 to head{self.num_heads - 1}.")
         return [head]
 
     def of_group(self, group: int) -> list[int]:
-        """The heads of a group."""
+        """Return the query heads of a group, which share keys and values."""
         if group >= self.num_groups:
             raise ValueError(f"There is no '{self.layer} group{group}'. The last group is group{self.num_groups - 1}.")
         size = self.num_heads // self.num_groups

@@ -1,4 +1,4 @@
-"""The keys of models that a loss calls: of its own seeds where it has some, of the step where it has none.
+"""The keys of models that a loss calls: from the loss's own seeds if it has some, else from the step's key.
 
 Imported only where a model runs: it derives from a class of numpyro.
 """

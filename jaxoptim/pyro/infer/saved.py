@@ -115,7 +115,7 @@ class Loaded:
         }
 
     def in_form(self, mutable: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-        """The mutable state, in the structure of the model where a run has shown that."""
+        """Return the mutable state, in the model's structure for the sites that a run has reached."""
         return {**mutable, **{name: in_form(mutable[name], found[name], name) for name in self._waiting(found)}}
 
     def _waiting(self, found: Mapping[str, Any]) -> list[str]:

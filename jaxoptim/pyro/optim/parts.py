@@ -273,7 +273,7 @@ class Owned:
         self._aside = weakref.WeakKeyDictionary[Parameter, tuple[list[weakref.ref[Parameter]], Any]]()
 
     def owner(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Whole:
-        """The owner of these parameters and of all before; state that is lacking is made by ``init``.
+        """Return the owner of these parameters and all earlier ones; missing state is made by ``init``.
 
         Other parameters under known names are another fit, which begins afresh, or goes on if it comes again.
         """
@@ -354,7 +354,7 @@ def is_one_fit(params: Mapping[str, Parameter], others: Sequence[Parameter]) -> 
 
 
 def grown(old: Any, fresh: Any, known: Collection[str], names: Collection[str]) -> Any:
-    """A state for more parameters, with what is there already; a fresh one if it is of another shape.
+    """Return a state for more parameters that keeps the old entries; a fresh one if the shape of a leaf differs.
 
     Args:
         old: the state so far, None before the first.
@@ -385,7 +385,7 @@ def _states(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _counted(old: OptState, state: Any, names: Collection[str], new: Collection[str]) -> OptState:
-    """A state that has grown, in which new parameters have made no update and the others as many as before."""
+    """Return a grown state in which new parameters have made no update and the others as many as before."""
     if not new:
         return state._replace(counts=old.counts)
     own: dict[str, Any] = {name: jnp.zeros((), jnp.int32) if name in new else None for name in names}
