@@ -67,7 +67,7 @@ class Calibration:
 
     @property
     def settings(self) -> list[Setting]:
-        """All settings, those of the first step size first."""
+        """The settings in one list, those of the first step size first."""
         rhat = rhats(self.trace)
         return [
             Setting(

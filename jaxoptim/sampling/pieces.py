@@ -89,7 +89,7 @@ class Host(Pieces):
             whole[:, self.taken : self.taken + part.shape[1]] = part
 
     def traces(self, like: Any = None) -> Any:
-        """All draws."""
+        """Return all draws."""
         return jax.tree.map(lambda whole: whole[:, : self.taken], self._whole)
 
     def loss(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class Host(Pieces):
         return self.traces()["loss"]
 
     def saved_with_chains(self, traces: Any) -> Any:
-        """All draws."""
+        """Return all draws."""
         return self.traces()
 
 

@@ -39,7 +39,7 @@ class Response:
     columns: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """Its shape."""
+        """Return the shape in a line."""
         rows, columns = self.matrix.shape
         return f"Response({rows} selections, {columns} columns)"
 

@@ -44,7 +44,7 @@ def restriction(
     layers: str = LAYERS,
     roles: Mapping[str, str] | None = None,
 ) -> Any:
-    r"""Make a mask that lets chains move some parts of a transformer, given by their names, alone.
+    r"""Make a mask that lets chains move only some parts of a transformer, given by their names.
 
     - ``"full"``: everything. ``"embed"``: embeddings, of positions too. ``"unembed"``: the layer that makes logits.
     - ``"layer0"``: all of a layer, which is ``"layer0 attn"``, ``"layer0 mlp"`` and ``"layer0 norm"``. What belongs

@@ -63,7 +63,7 @@ class Fading:
 
     @classmethod
     def of(cls, members: Sequence[Member], slabs: Slabs) -> Fading | None:
-        """Return the options that decay in a step of these parameters; None if none does or one is no plain number."""
+        """Return the options that decay in these parameters' step; None if none does or one is no plain number."""
         params = [member.param for member in members]
         faded = [member for member in members if member.fades]
         if not faded or not slabs.is_started or not all(param in slabs.index for param in params):

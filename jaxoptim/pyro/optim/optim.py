@@ -258,9 +258,7 @@ class PyroOptim:
         return grads
 
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
-        """Take in the parameters that are new, or new under a known name; all of them or none. What it returns lets
-        the new ones go.
-        """
+        """Add all parameters that are new, or new under a known name, or none; return a function that undoes it."""
         seen: dict[str, Parameter] = {}
         for param in params:
             check_name(param)
