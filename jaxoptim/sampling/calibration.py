@@ -67,7 +67,7 @@ class Calibration:
 
     @property
     def settings(self) -> list[Setting]:
-        """All settings, those of the first step size first."""
+        """The settings in one list, those of the first step size first."""
         rhat = rhats(self.trace)
         return [
             Setting(
@@ -125,7 +125,7 @@ class Calibration:
 
 
 def _best(sweep: Calibration, settings: Sequence[Setting]) -> Setting | None:
-    """Of the settings of a sweep what :attr:`Calibration.best` says, None where there is none."""
+    """Return the setting of a sweep that :attr:`Calibration.best` names; None if there is none."""
     number = np.maximum(1, np.round((1 - sweep.diverged) * sweep.trace.shape[2]))
     error = np.nan_to_num(sweep.std) / np.sqrt(number)  # one chain has no error between chains
     rhat = np.reshape([of.rhat for of in settings], sweep.mean.shape)

@@ -54,7 +54,7 @@ class ChainSpec(NamedTuple):
 
 
 class Thinning(NamedTuple):
-    """The steps of a chain that are draws, after burn-in and thinned; numbers that do not recompile.
+    """The steps of a chain that are draws, after burn-in and thinned; traced numbers, which do not recompile.
 
     Attributes:
         num_burnin_steps: the steps before.
@@ -72,7 +72,7 @@ class Thinning(NamedTuple):
         return (past >= 0) & ((past + 1) % self.num_steps_bw_draws == 0)
 
     def draw_at(self, step: Any) -> Any:
-        """Where the draw of a step is written down; the last of its steps overwrites what the others have written."""
+        """Return the index at which a step writes its draw; the last step of a draw overwrites the others' values."""
         return jnp.maximum(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws - self.first
 
 
@@ -140,7 +140,7 @@ def init_chain(
 def run_steps(
     spec: ChainSpec, rule: Rule | None, given: Given, thinning: Thinning, chain: Chain, start: Any, stop: Any
 ) -> Chain:
-    """Return a chain after the steps from ``start`` to ``stop``; how many they are is data."""
+    """Return a chain after the steps from ``start`` to ``stop``, whose number is traced and does not recompile."""
 
     def body(t: Any, chain: Chain) -> Chain:
         chain, values = _chain_step(spec, rule, given, thinning, chain, t)
@@ -160,7 +160,7 @@ def results(spec: ChainSpec, num_draws: int, chain: Chain) -> dict[str, Any]:
 
 
 def loss_at(spec: ChainSpec, given: Given, chain: Chain) -> jax.Array:
-    """The loss of all data where a chain is."""
+    """Return the loss of all data at a chain's position."""
     if chain.known is not None:
         return chain.known[0]
     return loss_of_all(spec.target, joined(chain.params, given.held), given, _size_at_once(spec))
@@ -244,12 +244,12 @@ def _chain_step(
 
 
 def _center_at(spec: ChainSpec, params: Any, given: Given) -> Center:
-    """The center of control variates where a chain is."""
+    """Return the center of control variates at a chain's position."""
     return Center(params, *loss_and_gradient(spec.target, joined(params, given.held), given, _size_at_once(spec)))
 
 
 def _size_at_once(spec: ChainSpec) -> int | None:
-    """How many data the loss of all is evaluated on at once; None for all."""
+    """Return the number of data on which the loss of all is evaluated at once; None for all."""
     return None if spec.batch_size is None else spec.batch_size // spec.microbatches
 
 

@@ -140,7 +140,7 @@ def run_steps(
 def _swapped(
     spec: ChainSpec, method: str, mesh: Mesh | None, rules: Any, given: Given, swaps: Swaps, turn: Any, chains: Chain
 ) -> Chain:
-    """Return chains after neighbouring temperatures have swapped their positions, or not."""
+    """Return chains after each pair of neighbouring temperatures has swapped positions or kept them."""
     loss = _over_chains(lambda state, given: chain.loss_at(spec, given, state), method, mesh, (chains,), (given,))
     places, tried = partners(rules.nbeta, loss, swaps, turn, chains.tried)
     moved = jax.tree.map(lambda x: x[places], (chains.params, chains.known))
@@ -222,15 +222,15 @@ def _setting(rules: Any, setting: Any) -> Rule | None:
 
 
 def _at(tree: Any, start: Any) -> Any:
-    """Arrays of one point, of those on their first axes where there are several."""
+    """Return the arrays of one point: their row ``start`` if there are several points."""
     return tree if start is None else jax.tree.map(lambda x: x[start], tree)
 
 
 def _given_at(given: Given, start: Any) -> Given:
-    """What the chains of a point are given."""
+    """Return the inputs that the chains of one point share."""
     return given._replace(rest=_at(given.rest, start), held=_at(given.held, start))
 
 
 def on_all(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays on every device of a mesh, sent there once."""
+    """Return arrays replicated on every device of a mesh, sent there once."""
     return tree if mesh is None else put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -1,4 +1,4 @@
-"""Control variates: gradients of batches that vary less."""
+"""Control variates: gradients of batches with less variance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxoptim.core.numerics import as_jax
 
 @dataclasses.dataclass(frozen=True)
 class ControlVariates:
-    r"""How chains that take batches make their gradients vary less: by what is known of all data at a center.
+    r"""A reduction of the variance of batch gradients, by the loss and the gradient of all data at a center.
 
     .. math::
         g_t = \nabla L_B(w_t) - \nabla L_B(c) + \nabla L(c)
@@ -77,7 +77,7 @@ class ControlVariates:
 
 
 class Center(NamedTuple):
-    """A center, and what is known there of all data.
+    """A center, with the loss and the gradient of all data there.
 
     Attributes:
         arrays: where it is, a tree like the parameters.
@@ -91,7 +91,7 @@ class Center(NamedTuple):
 
 
 def check_control_variates(given: Any, batch_size: Any, data: Any, is_stream: bool) -> None:
-    """Raise for what is no :class:`ControlVariates`, and where there are no batches of data that can be counted."""
+    """Raise for anything but a :class:`ControlVariates`, and for a run without batches of countable data."""
     if given is None:
         return
     if not isinstance(given, ControlVariates):
@@ -110,7 +110,7 @@ def check_control_variates(given: Any, batch_size: Any, data: Any, is_stream: bo
 
 
 def center_like(center: Any, arrays: Any) -> Any:
-    """A center as arrays of the parameters' shapes and dtypes; the parameters themselves for None.
+    """Return a center as arrays of the parameters' shapes and dtypes; the parameters themselves for None.
 
     Raises:
         ``ValueError`` for one of another structure or shape.
@@ -123,7 +123,7 @@ def center_like(center: Any, arrays: Any) -> Any:
 
 
 def estimate(of_batch: Callable[[Any], tuple[Any, Any]], params: Any, center: Center) -> tuple[Any, Any]:
-    """The loss and the gradient of a batch, by what is known at a center.
+    """Return the loss and the gradient of a batch, corrected by those at a center.
 
     Args:
         of_batch: returns the loss and the gradient of the batch at some arrays, that of complex ones conjugated.

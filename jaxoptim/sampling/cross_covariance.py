@@ -1,4 +1,4 @@
-"""The covariance of losses over the draws, without their traces."""
+"""Covariances of losses over the draws, computed without keeping their traces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxoptim.sampling.observables import Draw, Function, Moments, Observable
 
 @dataclasses.dataclass(frozen=True)
 class CrossCovariance(Observable):
-    r"""The covariance of two observables over the draws, brought up to date at each.
+    r"""The covariance of two observables over the draws, updated at each draw.
 
     The result of each chain has the axes of ``x``, and then those of ``y``, with the divisor ``draws - 1``; its mean
     over chains is the ``value`` of :func:`influence` of both traces. It takes as much memory for each chain, whatever
@@ -60,7 +60,7 @@ class CrossCovariance(Observable):
 
 
 def _value(of: Any, params: Callable[[], Any], probes: Mapping[str, Any]) -> Any:
-    """What is observed at some parameters."""
+    """Return the value of an observable at some parameters."""
     if isinstance(of, Losses):
         return of.value(params, probes)
     if isinstance(of, Observable):

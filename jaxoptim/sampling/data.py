@@ -1,4 +1,4 @@
-"""Data, checked."""
+"""Checks of data and of the functions that take them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxoptim.core.numerics import is_numeric
 
 
 def check_data(data: Any, what: str = "data") -> None:
-    """Raise for what is no tree of arrays with one length of their first axes."""
+    """Raise for anything but a pytree of arrays whose first axes have the same length."""
     # Iterators are leaves only if one says so.
     leaves = jax.tree_util.tree_leaves_with_path(data, is_leaf=lambda x: trees.is_leaf(x) or hasattr(x, "__next__"))
     for path, leaf in leaves:
@@ -38,12 +38,12 @@ def check_data(data: Any, what: str = "data") -> None:
 
 
 def _is_collection(x: Any) -> bool:
-    """Whether something iterates over data or their batches."""
+    """Return whether an object iterates over data or their batches."""
     return isinstance(x, Iterable) or (hasattr(x, "__getitem__") and hasattr(x, "__len__"))
 
 
 def _remedy(x: Any) -> str:
-    """What to give in the place of a collection among arrays."""
+    """Return advice for a message: what to pass instead of a collection among arrays."""
     if hasattr(x, "__getitem__"):  # a set of data gives its examples one by one
         return (
             "that gives examples one by one, not batches. Give a loader that makes batches of it, or collect its "
@@ -54,7 +54,7 @@ def _remedy(x: Any) -> str:
 
 @contextlib.contextmanager
 def compiled(what: str) -> Iterator[None]:
-    """Say what is wrong with a function that cannot be traced."""
+    """Replace the error of a function that cannot be traced by a ``TypeError`` that explains it."""
     try:
         yield
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:

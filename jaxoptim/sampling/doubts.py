@@ -1,4 +1,4 @@
-"""Warnings of estimates that are no answer."""
+"""Warnings about unreliable estimates."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxoptim.sampling import diagnostics
 from jaxoptim.sampling.jackknife import Estimate
 
 FEWEST_DRAWS = 100
-"""Effective draws below which neither an error nor R-hat means much."""
+"""The number of effective draws below which neither an error nor R-hat is reliable."""
 HIGHEST_RHAT = 1.1
 OF_ESTIMATE = 0.2
-"""The share of an estimate that the potential may fall on a step down the gradient."""
+"""The largest fall of the potential on a step down the gradient, as a share of the estimate."""
 ONE_PARAMETER = 0.5
-"""The coefficient of one regular parameter: what is small beside it is small."""
+"""The coefficient of one regular parameter, the scale by which others are called small."""
 
 
 class LLCWarning(UserWarning):
-    """An estimate of a local learning coefficient that is no answer.
+    """A warning that an estimate of a local learning coefficient is unreliable.
 
     See :func:`estimate_llc`, :func:`singular_learning` and :func:`llc_of_two_temperatures` for its reasons.
 
@@ -36,7 +36,7 @@ class LLCWarning(UserWarning):
 
 
 class Statistics(NamedTuple):
-    """What the traces of one estimate say of it; NaN where it is not known: without numpyro, or of too few draws.
+    """Statistics of one estimate, from its traces; NaN where unknown: without numpyro, or of too few draws.
 
     Attributes:
         mean: the pooled estimate.
@@ -68,7 +68,7 @@ def statistics(trace: np.ndarray) -> Statistics:
 
 
 class Evidence(NamedTuple):
-    """What is known of one estimate, and of the parameters where its chains began.
+    """The evidence on one estimate, and on the parameters where its chains began.
 
     Attributes:
         of: the statistics of its trace.
@@ -89,7 +89,7 @@ def fall_to_warn_of(mean: float) -> float:
 
 
 def divergence(diverged: np.ndarray, labels: Sequence[str] | None, *, all_may: bool = False) -> list[str]:
-    """A line about the chains that have diverged; raises if all of one estimate have, unless they may."""
+    """Return a line about the chains that have diverged; raise if all of one estimate have, unless that is allowed."""
     lost = np.argwhere(diverged >= 0)
     if not len(lost):
         return []
@@ -159,7 +159,7 @@ def doubts(found: Sequence[Evidence], num_draws: int, names: Sequence[str] | Non
 
 
 def disagreement(estimate: Estimate, name: str, other: Estimate, other_name: str, gap: Estimate) -> list[str]:
-    """A line about two estimates of one coefficient that differ by more than their errors allow, and by a fifth.
+    """Return a line if two estimates of one coefficient differ by more than their errors allow, and by a fifth.
 
     Args:
         estimate: the one that is asked for.

@@ -1,4 +1,4 @@
-"""What the losses of data are above the loss of all, and how both vary together, in moments over the draws."""
+"""Moments over the draws of the loss and of the excess losses of single data over it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxoptim.sampling.observables import Draw, Moments, Observable
 
 @dataclasses.dataclass(frozen=True)
 class Alone:
-    """The loss of each datum as that of a batch of it alone.
+    """The loss of each datum, evaluated as a batch of size one.
 
     Attributes:
         loss_fn: ``loss_fn(params, batch)``, the mean loss.
@@ -48,7 +48,7 @@ class ExcessMoments(NamedTuple):
     moments: Moments
 
     def after(self, loss: jax.Array, excess: jax.Array) -> ExcessMoments:
-        """Those after another draw."""
+        """Return the moments after another draw."""
         is_first, dtype = self.moments.draws == 0, self.excess.dtype
         loss, excess = loss.astype(dtype), excess.astype(dtype)
         first, others = jnp.where(is_first, loss, self.loss), jnp.where(is_first, excess, self.excess)

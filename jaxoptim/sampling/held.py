@@ -1,4 +1,4 @@
-"""Arrays that no chain moves: one copy of them, which all chains share."""
+"""Arrays that no chain moves: one copy, which all chains share."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def with_small_masks(rules: Any, held: Any) -> Any:
 
 
 def only(tree: Any, held: Any) -> Any:
-    """Of a tree like the parameters what is held, None in the place of the others; None if nothing is."""
+    """Return the held leaves of a tree like the parameters, None in place of the others; None if nothing is held."""
     return None if held is None else _each(lambda x, its: None if its is None else x, tree, held)
 
 
 def without(tree: Any, held: Any) -> Any:
-    """A tree like the parameters with None in the place of what is held."""
+    """Return a tree like the parameters with None in place of the held leaves."""
     return tree if held is None else _each(lambda x, its: x if its is None else None, tree, held)
 
 
 def joined(moving: Any, held: Any) -> Any:
-    """The whole tree of what chains move and what is held."""
+    """Return the whole tree, from the leaves that chains move and those that are held."""
     return moving if held is None else _each(lambda x, its: x if its is None else its, moving, held)
 
 
 def joined_state(rule: Rule, state: OptState, held: Any) -> OptState:
-    """The state of the whole tree; the slots of what is held are those of the start."""
+    """Return the state of the whole tree; the slots of held leaves are those of the start."""
     if held is None:
         return state
     slots = init(rule, held).slots
@@ -70,12 +70,12 @@ def joined_state(rule: Rule, state: OptState, held: Any) -> OptState:
 
 
 def state_without(state: OptState, held: Any) -> OptState:
-    """The state of what chains move."""
+    """Return the state of the leaves that chains move."""
     return state._replace(slots={name: without(slot, held) for name, slot in state.slots.items()})
 
 
 def _holds(masks: Any, leaf: Any) -> bool:
-    """Whether masks of all settings hold an array; not those of other shapes, for which a rule has an error."""
+    """Return whether the masks of all settings hold an array; False for other shapes, for which a rule raises."""
     if leaf is None or masks is None or np.asarray(masks).any():
         return False
     own, shape = np.shape(masks)[1:], np.shape(leaf)

@@ -1,4 +1,4 @@
-"""How observables of a posterior vary together: influence between data, from their losses at the draws."""
+"""Covariances of observables over a posterior: the influence between data, from their losses at the draws."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxoptim.sampling.jackknife import jackknife_error
 
 KINDS, CHAINS = ("covariance", "correlation"), ("within", "pooled", "mean")
 _BLOCK = 2**22
-"""So many numbers the products of one block have, for all chains together."""
+"""The number of products in one block, of all chains together."""
 
 
 class Influence(NamedTuple):
@@ -85,7 +85,7 @@ def influence(x: Any, y: Any = None, *, kind: str = "covariance", chains: str = 
 
 
 def checked_trace(name: str, trace: Any, least: int = 2) -> np.ndarray:
-    """A finite trace in float64 with at least so many axes; raises for anything else."""
+    """Return a finite trace in float64 with at least so many axes; raise for anything else."""
     trace = np.asarray(trace, np.float64)
     if trace.ndim < least or trace.shape[1] < 2 or not trace.size:
         axes = "(chains, draws, ...)" if least == 2 else "(chains, draws, data)"

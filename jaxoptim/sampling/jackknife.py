@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A number and how far it may be off.
+    """A number and its standard error.
 
     Attributes:
         value: the number.

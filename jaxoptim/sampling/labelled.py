@@ -1,4 +1,4 @@
-"""Results with named axes, for xarray and what reads it."""
+"""Results with named axes, for xarray and libraries that read it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jaxoptim.core.precision import widened
 
 Labels: TypeAlias = Mapping[str, Sequence[Any] | np.ndarray]
-"""By name the axes before that of chains, and what stands along each."""
+"""The axes before that of chains: a dict from the name of each to the labels along it."""
 
 OF_THE_LOSS = ("sampling_loss", ("draw",))
 """The name of the loss, and its axes behind that of chains."""
@@ -58,7 +58,7 @@ def dataset(
     more_traces: Mapping[str, Any] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Results as an ``xarray.Dataset``: traces are its variables, what each chain has one of are coordinates.
+    """Return results as an ``xarray.Dataset``: traces are variables, quantities with one value per chain coordinates.
 
     Args:
         values: see :func:`labelled`; ``"loss"`` is among them.

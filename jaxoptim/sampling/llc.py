@@ -385,7 +385,7 @@ def estimates(
     names: tuple[str, ...] | None,
     masks: Any,
 ) -> list[tuple[LLC, list[Evidence]]]:
-    """The estimates at each point where chains of one run begin, with an axis of selections, and what is known of each.
+    """Return the estimates at each starting point of one run, with an axis of selections, and the evidence on each.
 
     Args:
         caller: as for :func:`estimated`.
@@ -418,12 +418,12 @@ def estimates(
 
 
 def selection_labels(count: int, names: tuple[str, ...] | None) -> list[str]:
-    """Selections as messages call them."""
+    """Return the labels of selections in messages."""
     return [f"selection {name!r}" for name in names or range(count)]
 
 
 def evidence(several: LLC, eps: float, given: Problem, rules: Any, batch_size: int | None) -> list[Evidence]:
-    """What is known of the estimate of each selection.
+    """Return the evidence on the estimate of each selection.
 
     Args:
         several: the estimates, with an axis of selections.
@@ -444,7 +444,7 @@ def evidence(several: LLC, eps: float, given: Problem, rules: Any, batch_size: i
 
 
 def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -> float:
-    """The inverse temperature: what was given, here or to the rule, or the default of the number of data."""
+    """Return the inverse temperature: the one given, here or to the rule, or the default for the number of data."""
     own = getattr(sampler, "nbeta", 1.0)
     if nbeta is None and (callable(own) or np.ndim(own) or own != 1.0):
         nbeta = own
@@ -462,7 +462,7 @@ def temperature(caller: str, nbeta: Any, sampler: SamplerLike, given: Problem) -
 
 
 def check_initial_loss(init_loss: Any) -> None:
-    """Raise for what is no loss to compare with."""
+    """Raise for an initial loss that is no valid loss to compare with."""
     if init_loss is not None and (not _is_number(init_loss) or not math.isfinite(init_loss)):
         raise ValueError(
             f"Invalid init_loss: {init_loss!r:.80}. It is a finite number, with which the losses are compared, or None "
@@ -471,7 +471,7 @@ def check_initial_loss(init_loss: Any) -> None:
 
 
 def initial_loss(init_loss: Any, given: Problem, batch_size: int | None, where: str = "params") -> float:
-    """The loss to compare with: what was given, or that of all data at the parameters, which messages call that."""
+    """Return the loss to compare with: the one given, or that of all data at the parameters, named so in messages."""
     value = full_loss(given, given.arrays, batch_size) if init_loss is None else float(init_loss)
     if not math.isfinite(value):
         raise ValueError(
@@ -482,7 +482,7 @@ def initial_loss(init_loss: Any, given: Problem, batch_size: int | None, where: 
 
 
 def _is_number(x: Any) -> bool:
-    """Whether something is one real number."""
+    """Return whether an object is one real number."""
     is_array = isinstance(x, np.ndarray | np.generic | jax.Array)
     return (is_array and np.ndim(x) == 0 and x.dtype.kind in "fiu") or (
         isinstance(x, int | float) and not isinstance(x, bool)
@@ -501,5 +501,5 @@ def tempered(sampler: SamplerLike, count: int, nbeta: float, **changes: Any) -> 
 
 
 def _plain(x: np.ndarray) -> Any:
-    """A number as a float, more of them as an array."""
+    """Return one number as a float, several as an array."""
     return float(x) if np.ndim(x) == 0 else x

@@ -339,7 +339,7 @@ def llc_over_checkpoints(
 
 
 def _check_losses(given: Any, count: int | None) -> None:
-    """Raise for what are no initial losses of so many checkpoints; None where it is not known how many they are."""
+    """Raise for anything but initial losses of so many checkpoints; None means that their number is unknown."""
     if isinstance(given, str) or not isinstance(given, Sequence | Mapping | np.ndarray | jax.Array | None):
         raise TypeError(
             f"init_loss is a list of numbers, or a mapping of names, but got {shown(given)}. Give one for each "
@@ -367,7 +367,7 @@ def _file_of(path: Any, number: int, at_once: int | None) -> Any:
 
 
 def _size_of_groups(at_once: Any, given: Points, data: Any) -> int | None:
-    """How many checkpoints are taken at once, None for all; raises for what is no number, and for data that end."""
+    """Return the number of checkpoints to take at once, None for all; raise for no number, and for data that end."""
     is_number = isinstance(at_once, int | np.integer) and not isinstance(at_once, bool) and at_once >= 1
     if at_once is not None and not is_number:
         raise ValueError(f"Invalid at_once: {at_once!r}. It is an int >= 1, or None.")
@@ -382,6 +382,6 @@ def _size_of_groups(at_once: Any, given: Points, data: Any) -> int | None:
 
 
 def _padded(group: dict[Any, Any], size: int | None, is_later: bool) -> dict[Any, Any]:
-    """A last group that is smaller, filled up with its first checkpoint, so that it has the program of the others."""
+    """Return a smaller last group padded with its first checkpoint, so that it runs the others' program."""
     lack = size - len(group) if size is not None and is_later else 0
     return group | {("again", number): next(iter(group.values())) for number in range(lack)}

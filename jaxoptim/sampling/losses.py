@@ -71,7 +71,7 @@ class Losses(Observable):
         return f"loss_{name}", ("draw", f"batch_{name}", "token_pos")
 
     def value(self, params: Callable[[], Any], probes: Mapping[str, Any]) -> jax.Array:
-        """The loss of each datum at the parameters that ``params()`` returns."""
+        """Return the loss of each datum at the parameters that ``params()`` returns."""
         if self.probe not in probes:
             there = f"The probes are {', '.join(map(repr, probes))}." if probes else "Give probes={name: data}."
             raise ValueError(f"Losses: there is no probe {self.probe!r}. {there}")

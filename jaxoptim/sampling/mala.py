@@ -95,12 +95,12 @@ def potential_at(rule: Any, state: Any, position: Any, loss: Any, grads: Any) ->
 
 
 def _real(x: jax.Array) -> jax.Array:
-    """An array in the dtype in which it is computed, complex numbers as pairs."""
+    """Return an array in its computing dtype, complex numbers as pairs."""
     return view_as_real(widened(x))
 
 
 def _check_scalar(name: str, value: Any) -> None:
-    """Raise for what is no real scalar."""
+    """Raise for anything but a real scalar."""
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number and not (is_array and jnp.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.floating)):

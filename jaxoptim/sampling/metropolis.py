@@ -13,11 +13,11 @@ from jaxoptim.rules._langevin import has_box
 from jaxoptim.sampling.mala import mala_acceptance, potential_at
 
 ACCEPTANCE = "metropolis_acceptance"
-"""The name of what is recorded: the probability with which the step from a draw is accepted."""
+"""The name of the recorded probability with which the step from a draw is accepted."""
 
 
 def check_metropolis(sampler: Any, options: Any, is_stream: bool) -> None:
-    """Raise for a run whose steps have no Metropolis test, or are not of all data."""
+    """Raise for a run whose steps have no Metropolis test, or do not use all data."""
     if not isinstance(options.metropolis, bool):
         raise ValueError(f"Invalid metropolis: {options.metropolis!r}. It is True or False.")
     if not options.metropolis:
@@ -34,7 +34,7 @@ def check_metropolis(sampler: Any, options: Any, is_stream: bool) -> None:
 
 
 def tested(rule: Any, state: Any, here: Any, proposal: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether a proposal is accepted, and the probability of that.
+    """Return whether a proposal is accepted, and the probability of its acceptance.
 
     Args:
         rule: the rule at this step.

@@ -18,7 +18,7 @@ from jaxoptim.rules._langevin import has_box
 from jaxoptim.sampling.target import Given, Problem, Target
 
 _PRIOR = ("weight_decay", "localization", "optimize_over", "bounding_box_size")
-"""What a sampler's potential has beside the loss."""
+"""The options of a sampler that shape its potential besides the loss."""
 
 
 def full_loss(problem: Problem, params: Any, batch_size: int | None) -> float:
@@ -32,7 +32,7 @@ def full_gradient(problem: Problem, batch_size: int | None) -> Any:
 
 
 def _mean(function: Callable[..., Any], problem: Problem, params: Any, batch_size: int | None) -> Any:
-    """The mean over what stands for all data, of which one batch after the other is on the device."""
+    """Return the mean over all data, or the batches that stand for them, with one batch on the device at a time."""
     found, count = None, 0
     for given in problem.wholes():
         here = function(problem.target, params, given, batch_size)
@@ -79,7 +79,7 @@ def loss_and_gradient(target: Target, params: Any, given: Given, batch_size: int
 def descent(
     problem: Problem, rules: Any, index: int, nbeta: float, gradient: Any, wanted: float, batch_size: int | None
 ) -> tuple[float, float]:
-    r"""How far the potential falls on a step down its gradient that was made to lower it by ``wanted``.
+    r"""Return the fall of the potential on a step down its gradient that was meant to lower it by ``wanted``.
 
     The step is the one at which the gradient alone predicts a fall of twice ``wanted``. Along it a quadratic potential
     falls by ``wanted`` or more just where its minimum on this line is as far below. Whatever the potential, a fall that

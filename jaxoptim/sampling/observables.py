@@ -54,7 +54,7 @@ class Draw(NamedTuple):
 
 
 class Observable:
-    """The base of observables that remember something from step to step.
+    """The base class of observables that carry a memory from step to step.
 
     A plain function of the parameters is an observable too. A subclass must be hashable, such as a frozen dataclass:
     equal ones share a compiled program.
@@ -96,7 +96,7 @@ class Observable:
         return trace
 
     def axes(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """Return what ``Samples.to_xarray`` calls the result, and the names of its axes behind that of chains.
+        """Return the name of the result in ``Samples.to_xarray``, and the names of its axes after that of chains.
 
         By default it has the name that it is given, and an axis ``"draw"`` unless :meth:`result` is another. Axes that
         are left out get names of their own.
@@ -105,7 +105,7 @@ class Observable:
 
 
 def at_draws(draw: Draw, value: Callable[[], Any]) -> Any:
-    """What a function returns, computed at the draws only; zeros elsewhere.
+    """Return the value of a function at the draws; zeros at other steps, where it is not computed.
 
     It makes its own ``draw.params``: the variables of an nnx module may be changed only by the trace that made them.
     """
@@ -120,7 +120,7 @@ class Function(Observable):
     function: Callable[[Any], Any]
 
     def value(self, params: Any) -> Any:
-        """What the function returns; of a module the arrays that are sampled."""
+        """Return the value of the function; for a module, its sampled arrays."""
         value = self.function(params)
         parts = module_of(value)
         return jax.tree.map(jnp.asarray, value if parts is None else parts.trained)
@@ -169,7 +169,7 @@ class MalaAcceptance(Observable):
 
 
 def _wide(tree: Any) -> Any:
-    """The arrays of a tree in the dtype in which they are computed."""
+    """Return the arrays of a tree in their computing dtypes."""
     return jax.tree.map(widened, tree)
 
 
@@ -183,19 +183,19 @@ class Moments(NamedTuple):
 
     @classmethod
     def none(cls, x: Any, y: Any) -> Moments:
-        """Those of no draws of vectors like these."""
+        """Return the moments of no draws, for vectors like these."""
         dtype = computing_dtype(jnp.result_type(x.dtype, y.dtype))
         return cls(*(jnp.zeros(shape, dtype) for shape in ((), x.shape, y.shape, (*x.shape, *y.shape))))
 
     def after(self, x: jax.Array, y: jax.Array) -> Moments:
-        """Those after another draw."""
+        """Return the moments after another draw."""
         draws, away = self.draws + 1, x - self.x
         mean = self.y + (y - self.y) / draws
         return Moments(draws, self.x + away / draws, mean, self.products + jnp.multiply.outer(away, y - mean))
 
     @property
     def covariance(self) -> jax.Array:
-        """With the divisor ``draws - 1``."""
+        """Return the covariance, with the divisor ``draws - 1``."""
         return self.products / (self.draws - 1)
 
 

@@ -97,11 +97,11 @@ class RunOptions:
         return self.steps_of(self.num_draws)
 
     def steps_of(self, draws: int) -> int:
-        """The steps after which a chain has so many draws."""
+        """Return the number of steps after which a chain has so many draws."""
         return self.num_burnin_steps + draws * self.num_steps_bw_draws
 
     def draws_at(self, step: int) -> int:
-        """How many draws are whole after so many steps."""
+        """Return the number of draws that are whole after so many steps."""
         return max(step - self.num_burnin_steps, 0) // self.num_steps_bw_draws
 
     @property
@@ -116,19 +116,19 @@ class RunOptions:
 
     @property
     def swaps(self) -> Swaps | None:
-        """When chains swap their positions; None if they do not."""
+        """The schedule on which chains swap their positions; None if they do not."""
         every = self.num_steps_bw_swaps
         return None if every is None else Swaps(fold_in(self.key, _SWAPS), np.int32(every))
 
     def size_at_once(self, data: Any) -> int | None:
-        """How many data the loss is evaluated on at once; None for all."""
+        """The number of data on which the loss is evaluated at once; None for all."""
         if self.microbatches == 1:
             return self.batch_size
         return (self.batch_size or size_of(data)) // self.microbatches
 
     @property
     def axes(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """By name what observables are called where axes have names; see ``Observable.axes``."""
+        """The named axes of each observable's result, by the observable's name; see ``Observable.axes``."""
         return {name: of.axes(name) for name, of in self.watched()}
 
     def watched(self) -> tuple[tuple[str, Observable], ...]:
@@ -175,7 +175,7 @@ def _check_probes(probes: Any) -> None:
 
 
 def _check_path(what: str, given: Any) -> None:
-    """Raise for where nothing can be written: at the end of a run it would be too late."""
+    """Raise for a path that cannot be written: at the end of a run it would be too late."""
     if given is None:
         return
     kind, other = ("file", "folder") if what == "checkpoint" else ("folder", "file")

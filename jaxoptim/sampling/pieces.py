@@ -13,11 +13,11 @@ from jaxoptim.core.placement import readable
 from jaxoptim.sampling.options import RunOptions
 
 BYTES_ON_DEVICE = 2**26
-"""The traces on the device take no more than that, if that is more than one draw; longer ones leave it in pieces."""
+"""The most bytes of traces on the device, if that is more than one draw; longer ones leave it in pieces."""
 
 
 class Pieces(abc.ABC):
-    """Where the traces of a run are, of which the device holds those of a piece.
+    """The store of a run's traces, of which the device holds one piece.
 
     Args:
         options: the keywords of the run.
@@ -47,11 +47,11 @@ class Pieces(abc.ABC):
 
     @abc.abstractmethod
     def _append(self, block: Any) -> None:
-        """Add draws to those that are taken."""
+        """Append draws to those already taken."""
 
     @abc.abstractmethod
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
-        """All draws, as the device's traces are but for their number."""
+        """Return all draws, in the form of the device's traces but for their number."""
 
     @abc.abstractmethod
     def loss(self) -> np.ndarray:
@@ -59,14 +59,14 @@ class Pieces(abc.ABC):
 
     @abc.abstractmethod
     def saved_with_chains(self, traces: Any) -> Any:
-        """What a file of the chains has of the traces, whose rest is on the device."""
+        """Return the traces to save in the file of the chains; the rest is on the device."""
 
     def finish(self, found: dict[str, Any]) -> None:  # noqa: B027 - most have nothing to do
-        """Add the results of a run that is at its end."""
+        """Add the results of a finished run."""
 
 
 class Host(Pieces):
-    """The traces of a run in the memory of the host, where there is room for all of them from the start.
+    """The traces of a run in host memory, allocated for all draws at the start.
 
     Args:
         options: the keywords of the run.
@@ -89,7 +89,7 @@ class Host(Pieces):
             whole[:, self.taken : self.taken + part.shape[1]] = part
 
     def traces(self, like: Any = None) -> Any:
-        """All draws."""
+        """Return all draws."""
         return jax.tree.map(lambda whole: whole[:, : self.taken], self._whole)
 
     def loss(self) -> np.ndarray:
@@ -97,12 +97,12 @@ class Host(Pieces):
         return self.traces()["loss"]
 
     def saved_with_chains(self, traces: Any) -> Any:
-        """All draws."""
+        """Return all draws."""
         return self.traces()
 
 
 def room_of_a_piece(draws: int, traces: Any) -> int:
-    """For how many draws the device has room.
+    """Return the number of draws that the device has room for.
 
     Args:
         draws: how many there are to be.

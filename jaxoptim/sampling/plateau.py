@@ -1,4 +1,4 @@
-"""Where in a grid of settings an estimate depends least on the step size."""
+"""The choice of the setting of a grid at which an estimate depends least on the step size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxoptim.sampling.doubts import HIGHEST_RHAT, statistics
 
 
 class Setting(NamedTuple):
-    """A pair of a step size and a localization, with what was found there.
+    """A pair of a step size and a localization, with the results there.
 
     Attributes:
         lr: the step size.
@@ -43,7 +43,7 @@ def rhats(trace: np.ndarray) -> np.ndarray:
 
 
 def usable(mean: np.ndarray, error: np.ndarray, diverged: np.ndarray, rhat: np.ndarray) -> np.ndarray:
-    """Which settings have an estimate: no chain has diverged, they agree, and it is positive beyond two errors."""
+    """Return a mask of usable settings: no chain has diverged, chains agree, the mean is above two errors."""
     with np.errstate(invalid="ignore"):
         return (diverged == 0) & (mean > 2 * error) & ~(rhat > HIGHEST_RHAT)
 

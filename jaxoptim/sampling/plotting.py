@@ -1,4 +1,4 @@
-"""Pictures of estimates, drawn with matplotlib."""
+"""Plots of estimates, drawn with matplotlib."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from jaxoptim.core.modules import parts_of
 
 
 class Points(NamedTuple):
-    """Checkpoints that are read when they are asked for.
+    """Checkpoints that are read on demand.
 
     Attributes:
         named: pairs of a name and a function that returns the parameters.
@@ -31,7 +31,7 @@ class Points(NamedTuple):
     are_there: bool
 
     def groups(self, size: int | None) -> Iterator[dict[Any, Any]]:
-        """The parameters by name, so many at once; None for all.
+        """Yield the parameters by name, so many checkpoints at once; None for all.
 
         Raises:
             ``ValueError`` for two of one name, and for no checkpoint.
@@ -80,7 +80,7 @@ def points(given: Any, names: Any, stacked: bool, read: Callable[[Any], Any] | N
 def _named(
     found: Iterator[Any], names: Sequence[Any] | None, read: Callable[[Any], Any]
 ) -> Iterator[tuple[Any, Callable[[], Any]]]:
-    """Names, and functions that return the parameters: what is a path is read."""
+    """Return names, and functions that return the parameters; paths are read."""
     number = -1
     for number, each in enumerate(found):
         if names is not None and number == len(names):
@@ -125,11 +125,11 @@ class _Stacked(Sequence[Any]):
 
 
 def label(name: Any) -> str:
-    """A checkpoint as messages call it."""
+    """Return the label of a checkpoint in messages."""
     return f"checkpoint {name!r}"
 
 
 def axis(names: Sequence[Any]) -> np.ndarray:
-    """The names along an axis: numbers if all are, else strings."""
+    """Return the names along an axis: numbers if all of them are, else strings."""
     are_numbers = all(isinstance(name, int | float | np.number) and not isinstance(name, bool) for name in names)
     return np.asarray(names) if are_numbers else np.asarray([str(name) for name in names])

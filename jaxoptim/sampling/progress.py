@@ -1,4 +1,4 @@
-"""A bar that shows how far a run is."""
+"""A progress bar of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bar(total: int, start: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of steps made; it shows them with tqdm, or nothing.
+    """Yield a function to call with the number of steps made; it shows them with tqdm, or does nothing.
 
     Raises:
         ``ImportError`` without tqdm if ``shown``.

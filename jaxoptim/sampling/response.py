@@ -1,4 +1,4 @@
-"""The matrix that says how structures of a model answer to weights of data, and its inverse."""
+"""The response matrix of a model's structures to weights of data, and its inverse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SingularVectors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    r"""How structures answer to weights of data, to first order: :math:`d\mu = \chi\, dh`.
+    r"""The first-order response of structures to weights of data: :math:`d\mu = \chi\, dh`.
 
     Attributes:
         matrix: :math:`\chi`, ``(rows, columns)``: a row for each selection of parameters.
@@ -39,7 +39,7 @@ class Response:
     columns: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """Its shape."""
+        """Return the shape in a line."""
         rows, columns = self.matrix.shape
         return f"Response({rows} selections, {columns} columns)"
 
@@ -94,5 +94,5 @@ class Response:
 
 
 def _is_share(x: Any) -> bool:
-    """Whether something is a number from 0 to 1."""
+    """Return whether an object is a number from 0 to 1."""
     return isinstance(x, int | float | np.floating) and not isinstance(x, bool) and 0 <= float(x) <= 1

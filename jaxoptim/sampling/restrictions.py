@@ -15,7 +15,7 @@ from jaxoptim.optim.groups import predicate
 
 
 def slices(params: Any, selection: Mapping[str, Any]) -> Any:
-    r"""Make a mask of parts of arrays: what chains move that are to move these parts alone.
+    r"""Make a mask that lets chains move only some parts of arrays.
 
     Args:
         params: a pytree of arrays or a module, as for :func:`sample`.

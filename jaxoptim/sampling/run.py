@@ -36,7 +36,7 @@ SamplerLike: TypeAlias = Rule | optax.GradientTransformation
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _SECONDS_OF_A_PIECE = 0.3
-"""The least time of one call, so that calls cost nothing; between them there is time for Ctrl-C."""
+"""The least seconds of one call, so that its overhead is small; Ctrl-C acts between calls."""
 
 
 def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
@@ -61,7 +61,7 @@ def stacked(sampler: SamplerLike, num_settings: int, **changes: Any) -> Any:
 
 
 def check_sampler(sampler: Any) -> None:
-    """Raise a ``TypeError`` for what is no sampler."""
+    """Raise a ``TypeError`` for anything but a sampler."""
     if isinstance(sampler, Rule | optax.GradientTransformation):
         return
     name = getattr(sampler, "__name__", type(sampler).__name__)
@@ -81,7 +81,7 @@ def check_sampler(sampler: Any) -> None:
 
 
 class Run(NamedTuple):
-    """A run that has passed all checks, before its first step or where its checkpoint has left it."""
+    """A run that has passed all checks, before its first step or at the step of its checkpoint."""
 
     problem: Problem
     spec: ChainSpec
@@ -170,7 +170,7 @@ def prepare(
 
 
 def _with_center(options: RunOptions, target: Target, params: Any, given: Given) -> Given:
-    """What all chains are given, with the center of control variates."""
+    """Return the inputs of all chains, with the center of control variates."""
     by = options.control_variates
     if by is None:
         return given
@@ -182,7 +182,7 @@ def _with_center(options: RunOptions, target: Target, params: Any, given: Given)
 
 
 def run(prepared: Run) -> dict[str, Any]:
-    """Take the steps that are left.
+    """Take the remaining steps, and return the results.
 
     Returns:
         The loss, the final parameters and what was observed, by name, each with a first axis of settings and chains,
@@ -199,7 +199,7 @@ def run(prepared: Run) -> dict[str, Any]:
 
 
 def observed(prepared: Run) -> dict[str, Any]:
-    """Take the steps that are left, for what :func:`run` returns without the final parameters.
+    """Take the remaining steps, and return the results of :func:`run` without the final parameters.
 
     Arrays that no chain moves are not copied for each.
     """
@@ -207,7 +207,7 @@ def observed(prepared: Run) -> dict[str, Any]:
 
 
 def _ended(prepared: Run) -> tuple[Chain, int]:
-    """The chains after the steps that were left, or some of them if that is enough, and how many draws they have."""
+    """Return the chains after the remaining steps, or some of them if that is enough, and their number of draws."""
     problem, spec, method, mesh, rules, settings, starts, options, about, start, state, pieces = prepared
     given, stream = problem.given, problem.stream
 
@@ -271,7 +271,7 @@ def _ended(prepared: Run) -> tuple[Chain, int]:
 
 
 def _observed(prepared: Run, state: Chain, num_draws: int) -> dict[str, Any]:
-    """The results of chains that are at their end; what is no more on the device is NumPy's."""
+    """Return the results of finished chains, in NumPy arrays where they have left the device."""
     spec, pieces = prepared.spec, prepared.pieces
     if pieces is None:
         return readable(chains.results(spec, num_draws, state))

@@ -263,13 +263,13 @@ def sample(
 
 
 def samples_of(found: dict[str, Any], axes: dict[str, tuple[str, tuple[str, ...]]]) -> Samples:
-    """The results of a run as an object."""
+    """Return the results of a run as :class:`Samples`."""
     own = ("loss", "params")
     observables = {name: x for name, x in found.items() if name not in own}
     return Samples(found["loss"], observables, found["params"], first_divergence(found["loss"]), axes)
 
 
 def first_divergence(loss: Any) -> np.ndarray:
-    """For each chain the first draw whose loss is not finite, -1 if there is none."""
+    """Return the first draw of each chain whose loss is not finite, -1 if there is none."""
     bad = ~np.isfinite(np.asarray(loss))
     return np.where(bad.any(-1), bad.argmax(-1), -1)

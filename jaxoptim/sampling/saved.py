@@ -1,4 +1,4 @@
-"""A run on disk: where its chains stand, and what makes it the same run."""
+"""Checkpoints of a run: the state of its chains, and the fingerprint of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxoptim.sampling.target import Given, Problem
 def description(
     options: RunOptions, spec: ChainSpec, num_settings: int, sampler: Any, rules: Any, problem: Problem
 ) -> dict[str, Any]:
-    """Return the description of a run; only a run of the same description may continue it.
+    """Return the fingerprint of a run; only a run with an equal fingerprint may continue it.
 
     Functions cannot be compared, so their values at the parameters are; of a stream its first batch is.
     """
@@ -85,7 +85,7 @@ def save(path: str | os.PathLike[str], about: Any, options: RunOptions, step: in
 
 
 def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Chain) -> tuple[int, Chain, Any]:
-    """Return the step that a run has come to, its chains, and their traces as they were saved.
+    """Return the step that a run has reached, its chains, and their traces as they were saved.
 
     Where there are more of these than the device has room for, the chains have none.
 
@@ -122,7 +122,7 @@ def load(path: str | os.PathLike[str], about: Any, options: RunOptions, like: Ch
 
 
 def _host() -> Any:
-    """The host as a device; None where JAX has been told to do without."""
+    """Return the CPU device of the host; None if JAX was configured without one."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -130,13 +130,13 @@ def _host() -> Any:
 
 
 def _fitted(x: jax.Array, like: jax.Array) -> jax.Array:
-    """An array of a run in its place, a trace longer by the draws to come."""
+    """Return a saved array placed like the run's, a trace extended by the draws to come."""
     x = put(x, like.sharding)
     return x if x.shape == like.shape else like.at[:, : x.shape[1]].set(x)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two descriptions are equal, arrays to the last bit."""
+    """Return whether two fingerprints are equal, arrays to the last bit."""
     if isinstance(b, list):
         return isinstance(a, list) and len(a) == len(b) and all(map(_equal, a, b))
     if is_key(b):
@@ -147,13 +147,13 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _of_control_variates(given: Given) -> list[Any]:
-    """What tells runs with control variates apart."""
+    """Return the part of a fingerprint that depends on control variates."""
     every = given.renewed_every
     center = () if given.center is None else given.center.arrays
     return [None if every is None else int(every), *map(_digest, jax.tree.leaves(center))]
 
 
 def _digest(x: jax.Array) -> str:
-    """Shape, dtype and a hash of an array."""
+    """Return a string of an array's dtype, shape and hash."""
     x = jax.random.key_data(x) if is_key(x) else x
     return f"{x.dtype}{x.shape} {hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()}"

@@ -71,7 +71,7 @@ def stacked_masks(selections: Sequence[Any], params: Any) -> Any:
 
 
 def _stacked(masks: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Masks of one array, of as few numbers as tell them apart, behind a first axis."""
+    """Return the masks of one array, stacked on a first axis, in as few numbers as tell them apart."""
     wide = np.broadcast_shapes(*(mask.shape for mask in masks))
     if np.broadcast_shapes(wide, shape) != shape:
         raise ValueError

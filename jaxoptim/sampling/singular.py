@@ -13,7 +13,7 @@ from jaxoptim.sampling.jackknife import Estimate, jackknife
 
 
 class SingularLearning(NamedTuple):
-    r"""What a posterior :math:`p(w) \propto \exp(-n\beta L(w))` tells about its model.
+    r"""The quantities of singular learning theory of a posterior :math:`p(w) \propto \exp(-n\beta L(w))`.
 
     Attributes:
         llc: the learning coefficient from the mean, :math:`n\beta\,(E[L] - L(w^*))`; NaN without ``init_loss``.

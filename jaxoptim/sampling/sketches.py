@@ -1,4 +1,4 @@
-"""Sketches: trees as a few numbers each, whose products are nearly those of the trees."""
+"""Sketches: hashed projections of pytrees to a few numbers, which nearly preserve inner products."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def sketch(tree: Any, dim: int, seed: Any = 0) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Sketch(Observable):
-    r"""The sketch of where a chain is, or of the gradient there, at each draw; see :func:`sketch`.
+    r"""The sketch of a chain's position, or of the gradient there, at each draw; see :func:`sketch`.
 
     The result is ``(chains, draws, dim)``: products, distances and angles of displacements, between draws and between
     chains, without keeping the parameters of each. All chains, and all runs with this ``dim`` and seed, have the same
@@ -111,7 +111,7 @@ class Sketch(Observable):
 
 
 def _displacement(draw: Draw) -> Any:
-    """How far a chain is from its initial parameters."""
+    """Return the displacement of a chain from its initial parameters."""
     slots = getattr(draw.state, "slots", {})
     if "initial_param" not in slots:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Traces that go from the device to disk between the pieces of a run."""
+"""Traces that are written from the device to disk between the pieces of a run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Files(Protocol):
     """Traces on disk, which grow by blocks of draws."""
 
     def length(self) -> int:
-        """How many draws are there; 0 where there is nothing yet."""
+        """Return the number of draws on disk; 0 if there is nothing yet."""
 
     def cut(self, draws: int) -> None:
-        """Leave out those after so many draws, the end of a block."""
+        """Drop the draws after the first so many, the end of a block."""
 
     def append(self, first: int, block: Variables) -> None:
-        """Write a block whose first draw has this number; with number 0 everything begins anew."""
+        """Write a block whose first draw has this number; number 0 starts the files anew."""
 
     def read(self, *names: str) -> dict[str, np.ndarray]:
-        """All draws of these variables, or of each."""
+        """Return all draws of these variables, or of all."""
 
     def finish(self, whole: Variables) -> None:
-        """Write what each chain has one of, and that the run has ended."""
+        """Write the quantities with one value per chain, and mark the run as finished."""
 
 
 class ZarrFiles:
@@ -72,7 +72,7 @@ class ZarrFiles:
             dataset.to_zarr(self._path, mode="w", encoding=chunks, consolidated=False)
 
     def read(self, *names: str) -> dict[str, np.ndarray]:
-        """These arrays, or all."""
+        """Return these arrays, or all."""
         found = self._arrays("r")
         return {name: np.asarray(found[name][...]) for name in names or found}
 
@@ -143,7 +143,7 @@ class SafetensorsFiles:
 
 
 def files_at(path: str | os.PathLike[str], labels: Labels) -> Files:
-    """The files of a store: zarr, or safetensors where the name or what is installed says so."""
+    """Return the files of a store: zarr, or safetensors as the name or the installed packages decide."""
     has_zarr = all(importlib.util.find_spec(name) is not None for name in ("xarray", "zarr"))
     plain = os.fspath(path).endswith(".safetensors") or not has_zarr
     return SafetensorsFiles(Path(path)) if plain else ZarrFiles(Path(path), labels)
@@ -180,7 +180,7 @@ class Store(Pieces):
         self._files.append(self.taken, self._labelled(block, self._axes))
 
     def traces(self, like: dict[str, Any]) -> dict[str, Any]:
-        """All draws, as the device's traces are but for their number.
+        """Return all draws, in the form of the device's traces but for their number.
 
         They are read whole. An array of zarr has no arithmetic, which statistics of draws and trees of arrays need, and
         a file of safetensors has a checksum of all its numbers.
@@ -200,11 +200,11 @@ class Store(Pieces):
         return self._files.read(name)[name][..., : self.taken].reshape(-1, self.taken)
 
     def saved_with_chains(self, traces: Any) -> Any:
-        """Those on the device, for their shapes."""
+        """Return the traces on the device, for their shapes."""
         return traces
 
     def finish(self, found: dict[str, Any]) -> None:
-        """Write what each chain has one of, and that the run has ended."""
+        """Write the quantities with one value per chain, and mark the run as finished."""
         made_of = [SWAP_RATE, *(name for name, of in self._options.watched() if is_made(of))]
         whole = {name: found[name] for name in made_of if name in found}
         made = self._labelled(whole, self._options.axes | {SWAP_RATE: (SWAP_RATE, ())})
@@ -218,10 +218,10 @@ class Store(Pieces):
 
 
 def is_made(of: Observable) -> bool:
-    """Whether the result of an observable is another thing than its trace."""
+    """Return whether the result of an observable differs from its trace."""
     return type(of).result is not Observable.result
 
 
 def _axes_of_trace(name: str, of: Observable) -> tuple[str, tuple[str, ...]]:
-    """What the trace of an observable is called in a store."""
+    """Return the name and the axes of an observable's trace in a store."""
     return (f"trace_{name}", ("draw",)) if is_made(of) else of.axes(name)

@@ -1,4 +1,4 @@
-"""Data that do not fit: batches that come one after another, and batches that a function makes."""
+"""Data too large for the device: batches that arrive one after another, and batches that a function makes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxoptim.core.signatures import mismatch
 from jaxoptim.sampling.data import check_data, compiled
 
 NUM_REFERENCES = 32
-"""So many batches stand for all data where these cannot be counted."""
+"""The number of batches that stand for all data where these cannot be counted."""
 
 
 # What a compiled program is given in the place of data.
@@ -64,12 +64,12 @@ class Arrived:
 
 
 def batch_of(data: Any, step: Any, key: jax.Array, batch_size: int | None) -> Any:
-    """The batch of a step, from whatever data are."""
+    """Return the batch of a step, from data of any kind."""
     return data.at(step, key) if isinstance(data, Made | Arrived) else batch_at(step, key, data, batch_size)
 
 
 def of_chain(data: Any, number: Any) -> Any:
-    """Data as a chain of this number is given them."""
+    """Return the data for the chain of this number."""
     return dataclasses.replace(data, chain=number) if isinstance(data, Arrived) else data
 
 
@@ -77,7 +77,7 @@ def of_chain(data: Any, number: Any) -> Any:
 
 
 class Stream(Protocol):
-    """Batches of a run in the place of data.
+    """The batches of a run, in place of an array of data.
 
     Attributes:
         kind: what it is, for the description of a run.
@@ -93,13 +93,13 @@ class Stream(Protocol):
         """The batches that stand for all data, one in memory at a time where they can be made again."""
 
     def ahead(self, most: int) -> int:
-        """How many of the next steps can be one piece of a run, at most so many."""
+        """Return the number of next steps that can be one piece of a run, at most ``most``."""
 
     def skip(self, steps: int) -> None:
-        """Leave out the batches of steps that have been made."""
+        """Skip the batches of steps that have been made."""
 
     def given(self, start: int, stop: int) -> Any:
-        """What the steps from ``start`` to ``stop`` are given."""
+        """Return the inputs of the steps from ``start`` to ``stop``."""
 
 
 class MadeStream:
@@ -132,14 +132,14 @@ class MadeStream:
         return (make(fold_in(self._key, number)) for number in range(self._num_references))
 
     def ahead(self, most: int) -> int:
-        """All of them."""
+        """Return ``most``: all of the steps."""
         return most
 
     def skip(self, steps: int) -> None:
-        """Nothing is to be done: each batch follows from its key."""
+        """Do nothing: each batch follows from its key."""
 
     def given(self, start: int, stop: int) -> Any:
-        """The function."""
+        """Return the function."""
         return self.at_start
 
 
@@ -175,20 +175,20 @@ class ArrivingStream:
         self.at_start = Arrived(one, np.int32(0), np.int32(0))
 
     def references(self) -> Iterator[Any]:
-        """The first batches."""
+        """Return the first batches."""
         return (jax.tree.map(jnp.asarray, batch) for batch in self._references)
 
     def ahead(self, most: int) -> int:
-        """As many as go to the device at once."""
+        """Return the number of steps whose batches go to the device at once."""
         return min(most, self._rows)
 
     def skip(self, steps: int) -> None:
-        """Take their batches."""
+        """Take the batches of these steps from the iterator."""
         for _ in range(steps * self._width):
             self._next()
 
     def given(self, start: int, stop: int) -> Any:
-        """Their batches, stacked on the host."""
+        """Return the batches of these steps, stacked on the host."""
         batches = filled([self._next() for _ in range((stop - start) * self._width)], self._rows * self._width)
 
         def stacked(*rows: Any) -> np.ndarray:
@@ -251,7 +251,7 @@ def stream_of(data: Any, key: jax.Array, width: int, num_references: int, batch_
 
 
 def _on_host(x: Any) -> np.ndarray:
-    """An array in the dtype that JAX has for it."""
+    """Return an array on the host in the dtype that JAX would give it."""
     return np.asarray(as_jax(x))
 
 

@@ -1,4 +1,4 @@
-"""How parts of a model answer to more weight on some data."""
+"""Susceptibilities: the response of parts of a model to more weight on some data."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def susceptibilities(
 
 
 def _check(baseline: Any, reference: Any, options: RunOptions, has_stream: bool) -> None:
-    """Raise for what is no baseline, no probe, and for draws that have no covariance."""
+    """Raise for an invalid baseline or probe, and for draws that have no covariance."""
     if baseline not in BASELINES:
         raise ValueError(f"Invalid baseline: {baseline!r}. It is one of {', '.join(map(repr, BASELINES))}.")
     if not options.probes:
@@ -266,7 +266,7 @@ def _check(baseline: Any, reference: Any, options: RunOptions, has_stream: bool)
 
 
 def _losses(loss_fn: Any, loss_of_each: Any, size: Any, probes: Any, has_data: bool) -> tuple[Losses, ...]:
-    """What observes the losses of each probe; raises for what is no function, and for no number of data."""
+    """Return the observables of each probe's losses; raise for anything but a function or a number of data."""
     if loss_of_each is None and not has_data:
         raise ValueError(
             "There are no data, so that loss_fn takes no batch and has no loss of each x. Give "
@@ -294,7 +294,7 @@ def _of(probe: str, losses: Sequence[Losses]) -> Losses:
 def _with_all(
     names: tuple[str, ...], selections: list[Any], arrays: Any, baseline: str
 ) -> tuple[tuple[str, ...], Any, int | None]:
-    """The selections that are run, as names and masks, and the number of the one behind the baseline.
+    """Return the selections to run, as names and masks, and the number of the one used as baseline.
 
     Chains of all parameters are run last, if the baseline needs them and no selection is that. Without a number the
     baseline is each selection's own.

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxoptim.core.noise import fold_in
 
 SWAP_RATE = "swap_rate"
-"""The name of what chains are found to have been accepted at."""
+"""The name of the recorded rate at which swaps are accepted."""
 
 
 class Swaps(NamedTuple):
-    """When positions are swapped, the same for all chains.
+    """The schedule of swaps of positions, the same for all chains.
 
     Attributes:
         key: from which it follows what is accepted.
@@ -26,7 +26,7 @@ class Swaps(NamedTuple):
 
 
 class Tried(NamedTuple):
-    """What a chain has tried to swap with the one at the next temperature.
+    """The swaps that a chain has tried with the one at the next temperature.
 
     Attributes:
         accepted: the sum of the probabilities of acceptance.
@@ -38,7 +38,7 @@ class Tried(NamedTuple):
 
     @classmethod
     def none(cls) -> Tried:
-        """Nothing so far."""
+        """Return the record of no swaps."""
         return cls(jnp.zeros(()), jnp.zeros((), jnp.int32))
 
     @property
@@ -48,7 +48,7 @@ class Tried(NamedTuple):
 
 
 def partners(nbeta: jax.Array, loss: jax.Array, swaps: Swaps, turn: Any, tried: Any) -> tuple[jax.Array, Tried]:
-    r"""From where each chain takes its position after the swaps of a turn, and what has been tried then.
+    r"""Return the source of each chain's position after the swaps of a turn, and the record of the swaps tried.
 
     Two positions at the temperatures :math:`\beta_i, \beta_j` change places with the probability
     :math:`\min(1, e^{(\beta_i - \beta_j)(L_i - L_j)})`. In even and odd turns other pairs have theirs.

@@ -1,4 +1,4 @@
-"""What is sampled: the loss of some parameters, which may come in a module, and its data."""
+"""The target of sampling: the loss of some parameters, which may come in a module, and its data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxoptim.sampling.swaps import Swaps
 
 
 class Given(NamedTuple):
-    """What is the same for all chains and at every step, on the device.
+    """The arrays on the device that are the same for all chains and at every step.
 
     Attributes:
         data: a pytree of arrays, or batches (see :mod:`jaxoptim.sampling.streams`); None if there are no data.
@@ -50,7 +50,7 @@ class Given(NamedTuple):
 
 
 class Target(NamedTuple):
-    """The static part of what is sampled, which names a compiled program.
+    """The static part of the target, a key of the compiled program.
 
     Attributes:
         loss_fn: ``loss_fn(params)``, or ``loss_fn(params, batch)`` where there are data.
@@ -75,7 +75,7 @@ class Target(NamedTuple):
         return jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=True)])
 
     def evaluated(self, arrays: Any, rest: Rest, batch: Any) -> Any:
-        """What the loss function returns at these arrays; what it changes in a module is dropped."""
+        """Return the value of the loss function at these arrays; its changes to a module are dropped."""
         params = self.params(arrays, rest)
         return self.loss_fn(params) if batch is None else self.loss_fn(params, batch)
 
@@ -85,7 +85,7 @@ class Target(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a run samples, checked.
+    """The checked target of a run.
 
     Attributes:
         target: its static part.
@@ -111,18 +111,18 @@ class Problem(NamedTuple):
 
     @property
     def example(self) -> Any:
-        """The data, or what stands for the shapes of a batch."""
+        """The data, or an example with the shapes of a batch."""
         return self.given.data if self.stream is None else self.stream.example
 
     def wholes(self) -> Iterator[Given]:
-        """All data; of a stream the batches that stand for them, one after another."""
+        """Yield all data; for a stream, the batches that stand for them, one after another."""
         if self.stream is None:
             return iter([self.given])
         return (self.given._replace(data=batch) for batch in self.stream.references())
 
 
 def problem(loss_fn: Any, params: Any, data: Any, options: RunOptions, num_references: int = 1) -> Problem:
-    """Check what a run is given, with its arrays on the device.
+    """Check the inputs of a run, and return them with their arrays on the device.
 
     Args:
         loss_fn: the loss.
@@ -186,7 +186,7 @@ def with_starts(found: Problem, params: Mapping[Any, Any]) -> Problem:
 
 
 def _taken_apart(loss_fn: Callable[..., Any], params: Any) -> tuple[Target, Any, Rest]:
-    """The static part of what is sampled, the arrays that are, in float32 at least, and the rest of a module."""
+    """Return the static part of the target, the sampled arrays, in float32 at least, and the rest of a module."""
     parts = parts_of(params)
     module, arrays, rest = (None, params, Rest()) if parts is None else parts
     _check_arrays(arrays)
@@ -239,7 +239,7 @@ def _check_arrays(arrays: Any) -> None:
 
 
 def _check_signature(loss_fn: Callable[..., Any], data: Any) -> None:
-    """Raise for a loss that cannot be called with what it is given."""
+    """Raise for a loss that cannot be called with its arguments."""
     if hasattr(type(loss_fn), "named_parameters"):
         raise TypeError("loss_fn is a module of torch, but the loss is a JAX function. Write it with jax.numpy.")
     call, because = ("loss_fn(params)", "no data") if data is None else ("loss_fn(params, batch)", "data")

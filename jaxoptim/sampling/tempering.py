@@ -25,7 +25,7 @@ from jaxoptim.sampling.swaps import SWAP_RATE
 from jaxoptim.sampling.target import problem
 
 _SETTINGS = "nbeta"
-"""What the axis of temperatures is called where axes have names."""
+"""The name of the axis of temperatures."""
 
 
 class FreeEnergy(NamedTuple):
@@ -256,7 +256,7 @@ def parallel_tempering(
 
 
 def _temperatures(nbeta: Any, sampler: Any) -> np.ndarray:
-    """The temperatures, checked."""
+    """Check the temperatures, and return them."""
     found = np.asarray(nbeta, float)
     is_list = found.ndim == 1 and len(found) >= 2
     if not is_list or not np.isfinite(found).all() or found[0] < 0 or (np.diff(found) <= 0).any():
@@ -270,13 +270,13 @@ def _temperatures(nbeta: Any, sampler: Any) -> np.ndarray:
 
 
 def _has_prior(sampler: Any) -> bool:
-    """Whether a rule pulls its parameters somewhere, or keeps them in a box."""
+    """Return whether a rule pulls its parameters to a point, or keeps them in a box."""
     pulls = [getattr(sampler, name, 0.0) for name in ("weight_decay", "localization", "bounding_box_size")]
     return any(pull is not None and enabled(pull) for pull in pulls)
 
 
 def _step_sizes(lr: Any, count: int) -> np.ndarray:
-    """The step sizes, checked."""
+    """Check the step sizes, and return them."""
     found = np.asarray(lr, float)
     if found.shape != (count,) or not (found >= 0).all():
         given = f"{found.tolist()!r:.200}"

@@ -14,7 +14,7 @@ from jaxoptim.core.modules import trained_of
 from jaxoptim.sampling.restrictions import slices
 
 LAYERS = r"(?i)(?:^|\.)(?:[a-z_]*(?:block|layer)s?|h)[._]?(\d+)(?=\.)"
-"""What is found in the path of an array of a layer; its group is the layer's number."""
+"""The pattern in the path of a layer's arrays; its group is the layer's number."""
 
 _PROJECTIONS = {
     "query": r"(w_?|to_)?q(uery)?(_proj)?",
@@ -44,7 +44,7 @@ def restriction(
     layers: str = LAYERS,
     roles: Mapping[str, str] | None = None,
 ) -> Any:
-    r"""Make a mask of parts of a transformer by their names: what chains move that are to move these alone.
+    r"""Make a mask that lets chains move only some parts of a transformer, given by their names.
 
     - ``"full"``: everything. ``"embed"``: embeddings, of positions too. ``"unembed"``: the layer that makes logits.
     - ``"layer0"``: all of a layer, which is ``"layer0 attn"``, ``"layer0 mlp"`` and ``"layer0 norm"``. What belongs
@@ -129,7 +129,7 @@ def restriction(
 
 
 class _Place(NamedTuple):
-    """Where an array belongs: the number of its layer, None outside of all; its role, None if it has none."""
+    """The place of an array: the number of its layer, None outside of all; its role, None if it has none."""
 
     layer: int | None
     role: str | None
@@ -178,7 +178,7 @@ def _projection(part: str) -> str | None:
 
 
 def _role_in_attention(parts: Sequence[str]) -> str:
-    """What an array of an attention is."""
+    """Return the role of an array of an attention layer."""
     if any(_is(_NORM, part) for part in parts):
         return "attn"
     known = (_projection(part) or ("out" if _is(_OUT, part) else None) for part in parts)
@@ -193,7 +193,7 @@ def _selected(
     num_kv_heads: int | None,
     qkv: str,
 ) -> dict[str, Any]:
-    """By path what a name selects: True for all of an array, or ``(axis, parts, indices)``."""
+    """Return the selection of a name, by path: True for all of an array, or ``(axis, parts, indices)``."""
     if name == "full":
         return dict.fromkeys(found, True)
     if below := [path for path in found if path == name or path.startswith(f"{name}.")]:
@@ -220,7 +220,7 @@ def _selected(
 
 
 def _allowed(found: Mapping[str, _Place]) -> str:
-    """What names there are, in a sentence."""
+    """Return a sentence that lists the names."""
     numbers = sorted({place.layer for place in found.values() if place.layer is not None})
     outside = [role for role in ("embed", "unembed") if (None, role) in found.values()]
     layers = [f"layer{number}" for number in numbers]
@@ -247,7 +247,7 @@ class _Projection(NamedTuple):
 
     @property
     def is_bias(self) -> bool:
-        """Whether it has no axis of inputs, or if it is of the output, none of heads."""
+        """Whether the array is a bias: without an axis of inputs or, for the output projection, of heads."""
         return self.path.rpartition(".")[2].lower().endswith("bias") or len(self.shape) < 2
 
     @property
@@ -258,12 +258,12 @@ class _Projection(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The length of that axis."""
+        """The length of the first axis of the heads."""
         return self.shape[self.axis]
 
     @property
     def num_axes(self) -> int:
-        """How many axes the heads, their sizes, and what is fused with them have."""
+        """The number of axes of the heads, their sizes, and what is fused with them."""
         return len(self.shape) - (not self.is_bias)
 
     @property
@@ -291,7 +291,7 @@ class _Heads(NamedTuple):
     def of(
         cls, layer: str, projections: Sequence[_Projection], count: int | None, groups: int | None, qkv: str
     ) -> _Heads:
-        """Those of some projections."""
+        """Return the heads of some projections."""
         kernels = {x.role: x for x in projections if not x.is_bias}
         if not kernels.keys() >= {"query", "key", "value", "out"} and not kernels.keys() >= {"qkv", "out"}:
             raise ValueError(
@@ -323,13 +323,13 @@ class _Heads(NamedTuple):
         return cls(layer, count, groups, qkv)
 
     def of_head(self, head: int) -> list[int]:
-        """One head."""
+        """Return the heads of a selection of one head, a list of its number."""
         if head >= self.num_heads:
             raise ValueError(f"There is no '{self.layer} head{head}'. The heads are head0 to head{self.num_heads - 1}.")
         return [head]
 
     def of_group(self, group: int) -> list[int]:
-        """The heads of a group."""
+        """Return the query heads of a group, which share keys and values."""
         if group >= self.num_groups:
             raise ValueError(f"There is no '{self.layer} group{group}'. The last group is group{self.num_groups - 1}.")
         size = self.num_heads // self.num_groups

@@ -1,4 +1,4 @@
-"""Runs that stop themselves: at how many draws they look at their error, and what it is there."""
+"""Runs that stop at a given error: the numbers of draws at which they check it, and its estimate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _FIRST_LOOK = 64
 
 
 def is_look(draws: int) -> bool:
-    """Whether a run looks at its error where it has so many draws."""
+    """Return whether a run checks its error at so many draws."""
     return draws == next_look(draws - 1)
 
 
 def next_look(draws: int) -> int:
-    """The number of draws at which a run with so many looks next: 64, and then each time a quarter more.
+    """Return the next number of draws at which a run checks its error: 64, and then a quarter more each time.
 
     It does not depend on the run, so that one that is taken up again, or goes on, looks where it would have.
     """
@@ -28,7 +28,7 @@ def next_look(draws: int) -> int:
 
 
 def largest_mcse(loss: np.ndarray) -> float:
-    """The largest standard error of the mean losses of settings, ``(settings, chains, draws)``.
+    """Return the largest standard error of the mean loss of any setting, from losses ``(settings, chains, draws)``.
 
     Chains that have diverged are left out; without others the error is infinite, as where it cannot be told.
     """

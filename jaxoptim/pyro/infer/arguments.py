@@ -1,4 +1,4 @@
-"""Which arguments of a model are data, and which choose the program."""
+"""The split of a model's arguments into traced data and static values that choose the compiled program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxoptim.core import trees
 
 
 class _Traced:
-    """Stands where an array or float goes."""
+    """A placeholder for an array or a float."""
 
     def __repr__(self) -> str:
         return "<traced>"
@@ -22,7 +22,7 @@ _TRACED = _Traced()
 
 
 class Arguments:
-    """The arguments of one call, taken apart.
+    """The arguments of one call, split into traced data and static values.
 
     Arrays, also of NumPy, and Python's floats and complex numbers are data: another value runs the same program. All
     else (ints, bools, strings, None, functions, and the containers) is static: each combination has its own program.
@@ -61,19 +61,19 @@ class Arguments:
             self._explain()
 
     def rebuilt(self, traced: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments with other data."""
+        """Return positional and keyword arguments with other data."""
         data = iter(traced)
         return jax.tree.unflatten(self._treedef, [next(data) if x is _TRACED else x for x in self._leaves])
 
     def span(self, key: int | str) -> tuple[int, int]:
-        """From where to where the data of one argument, by its number or name, are among all."""
+        """Return the range of one argument's data, given by its number or name, among the data of all."""
         args, kwargs = jax.tree.unflatten(self._treedef, range(len(self._leaves)))
         places = jax.tree.leaves(args[key] if isinstance(key, int) else kwargs[key])
         before = sum(x is _TRACED for x in self._leaves[: min(places, default=0)])
         return before, before + sum(self._leaves[place] is _TRACED for place in places)
 
     def without_data(self) -> Arguments:
-        """The same without the data, to be kept."""
+        """Return a copy without the data, which may be kept."""
         new = copy.copy(self)
         new.traced = []
         return new
@@ -108,7 +108,7 @@ class Arguments:
 
 
 def _kind(x: Any) -> Any:
-    """What a compiled program depends on of an array or float; None for anything else."""
+    """Return the part of an array or float that a compiled program depends on; None for anything else."""
     if isinstance(x, jax.Array):
         return x.shape, x.dtype, getattr(x, "weak_type", False)
     if isinstance(x, np.ndarray | np.inexact):

@@ -1,4 +1,4 @@
-"""What the steps of a run are given: all data, batches drawn on the device, or batches that come one after another."""
+"""The data of a run's steps: all data, batches drawn on the device, or batches that arrive one after another."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class StackedBatches(SameData):
 
 
 def put(traced: Sequence[Any], place: tuple[int, int], batch: Sequence[Any]) -> list[Any]:
-    """The arrays of all arguments, with others in this place."""
+    """Return the arrays of all arguments, with those in this place replaced."""
     return [*traced[: place[0]], *batch, *traced[place[1] :]]
 
 
@@ -93,7 +93,7 @@ def kept_if_finite(loss: jax.Array, new: Any, old: Any) -> Any:
 
 
 class Data:
-    """What the steps of a run are given; all of them the same.
+    """The data of a run's steps; here the same at each step.
 
     Args:
         args: positional arguments of model and guide.
@@ -104,7 +104,7 @@ class Data:
         self._arguments = Arguments(args, kwargs)
 
     def ahead(self, most: int) -> int:
-        """How many of the next steps run one program, at most so many."""
+        """Return the number of next steps that run one program, at most ``most``."""
         return most
 
     def arguments(self) -> Arguments:
@@ -112,15 +112,15 @@ class Data:
         return self._arguments
 
     def turn(self, skips: bool) -> Turn:
-        """How the next steps follow from each other."""
+        """Return the rule by which each of the next steps follows from the one before."""
         return SameData(skips)
 
     def given(self) -> Any:
-        """What all of the next steps are given."""
+        """Return the inputs that all of the next steps share."""
         return self._arguments.traced
 
     def advance(self, count: int) -> None:
-        """Go on to what comes after so many steps."""
+        """Advance to the data after so many steps."""
 
 
 class Drawn(Data):
@@ -157,20 +157,20 @@ class Drawn(Data):
         return self._next
 
     def turn(self, skips: bool) -> Turn:
-        """How the next steps follow from each other."""
+        """Return the rule by which each of the next steps follows from the one before."""
         return DrawnBatches(skips, self.arguments().span(self._key), self._batch_size)
 
     def given(self) -> Any:
-        """What all of the next steps are given."""
+        """Return the inputs that all of the next steps share."""
         return self.arguments().traced, self._leaves, self.draws.key, self.draws.drawn
 
     def advance(self, count: int) -> None:
-        """Go on to the batches after so many steps."""
+        """Advance to the batches after so many steps."""
         self.draws, self._next = self.draws._replace(drawn=self.draws.drawn + count), None
 
 
 class Draws(NamedTuple):
-    """What follows from it which batches are drawn next.
+    """The state that determines which batches are drawn next.
 
     Attributes:
         key: shuffles; it stays.
@@ -197,7 +197,7 @@ class Arriving(Data):
         self._error: BaseException | None = None
 
     def ahead(self, most: int) -> int:
-        """How many of the next steps run one program, at most so many."""
+        """Return the number of next steps that run one program, at most ``most``."""
         while self._error is None and len(self._ready) < min(most, self._rows()):
             try:
                 self._ready.append(with_value(self._args, self._kwargs, self._key, self._next()))
@@ -208,7 +208,7 @@ class Arriving(Data):
         return len(self._alike())
 
     def _alike(self) -> list[Arguments]:
-        """The next of those that are there, as long as they run one program."""
+        """Return the next batches that have arrived, up to the first that runs another program."""
         program = self._ready[0].program
         return list(itertools.takewhile(lambda of: of.program == program, self._ready))
 
@@ -217,22 +217,22 @@ class Arriving(Data):
         return self._ready[0]
 
     def turn(self, skips: bool) -> Turn:
-        """How the next steps follow from each other."""
+        """Return the rule by which each of the next steps follows from the one before."""
         return StackedBatches(skips, self._ready[0].span(self._key))
 
     def given(self) -> Any:
-        """What all of the next steps are given."""
+        """Return the inputs that all of the next steps share."""
         first, (begin, end) = self._ready[0], self._ready[0].span(self._key)
         rows = [of.traced[begin:end] for of in self._alike()]
         return first.traced, _stacked(filled(rows, self._rows()))
 
     def advance(self, count: int) -> None:
-        """Go on to the batches after so many steps."""
+        """Advance to the batches after so many steps."""
         for _ in range(count):
             self._ready.popleft()
 
     def _rows(self) -> int:
-        """How many batches go to the device in one call; one, as long as their size is not known."""
+        """Return the number of batches to send to the device in one call; one while their size is not known."""
         if not self._ready:
             return 1
         begin, end = self._ready[0].span(self._key)
@@ -250,7 +250,7 @@ class Arriving(Data):
 
 
 def data_of(args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int | None, draws: Draws) -> Data:
-    """What the steps of a run are given.
+    """Return the data of a run's steps.
 
     Args:
         args: positional arguments of model and guide.

@@ -1,4 +1,4 @@
-"""The keys of models that a loss calls: of its own seeds where it has some, of the step where it has none.
+"""The keys of models that a loss calls: from the loss's own seeds if it has some, else from the step's key.
 
 Imported only where a model runs: it derives from a class of numpyro.
 """
@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 
 
 class Draws(Messenger):  # type: ignore[misc]
-    """Entered around one evaluation of a loss.
+    """A context manager around one evaluation of a loss, which gives its models keys.
 
     A seed of the loss's own tells its draws apart, such as those of particles; it is most often a constant, so the key
     of the evaluation is folded into it. Else each call of a model has a key, and a function that JAX traces once for
@@ -33,7 +33,7 @@ class Draws(Messenger):  # type: ignore[misc]
         self._calls: list[_Keyed] = []
 
     def keyed(self, what: str, fn: Callable[..., Any], key: jax.Array, values: dict[str, Any]) -> Callable[..., Any]:
-        """A model with its parameters and keys.
+        """Return a model with its parameters and keys substituted.
 
         Args:
             what: what it is called in messages.
@@ -61,7 +61,7 @@ class Draws(Messenger):  # type: ignore[misc]
         return keyed
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Refuse a draw that nobody has given a key."""
+        """Raise for a draw that has no key."""
         if not self._calls:
             return
         call = self._calls[-1]
@@ -90,7 +90,7 @@ class _Keyed(Messenger):  # type: ignore[misc]
         self.asks = False
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Give a key."""
+        """Give a statement its key."""
         if self.asks or not _lacks_key(msg):
             return
         self.asks = True

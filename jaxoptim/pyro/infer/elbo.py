@@ -1,4 +1,4 @@
-"""What variational inference minimizes: an ELBO of numpyro, or a function in its place."""
+"""The loss of variational inference: an ELBO of numpyro, or a function in its place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FunctionLoss:
             return self.function(model, guide, *args, **kwargs)
 
     def loss_with_mutable_state(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Not there: the function has no way to return the state."""
+        """Raise: the function has no way to return the mutable state."""
         raise ValueError(
             "The model or guide has mutable sites, whose new values a plain function as loss cannot return. Derive "
             "from numpyro.infer.ELBO and implement loss_with_mutable_state."
@@ -49,7 +49,7 @@ class FunctionLoss:
 
 
 def as_elbo(loss: Any) -> Any:
-    """What has the methods of an ELBO.
+    """Return an object with the methods of an ELBO.
 
     Args:
         loss: an ELBO of numpyro, or a function.
@@ -92,7 +92,7 @@ def _refuse_pyros(loss: Any) -> None:
 
 
 def _check_enumeration(elbo: Any) -> None:
-    """Raise for an ELBO that sums over discrete sites, if the package that does it is not there."""
+    """Raise for an ELBO that sums over discrete sites if the package that does so is not installed."""
     kind = origin(elbo, "numpyro.infer")
     if kind is not None and kind.__name__ == "TraceEnum_ELBO" and importlib.util.find_spec("funsor") is None:
         raise ImportError(
@@ -102,7 +102,7 @@ def _check_enumeration(elbo: Any) -> None:
 
 
 def apart(elbo: Any, model: Any, guide: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, guide and keyword arguments such as the loss can be called with.
+    """Return model, guide and keyword arguments in a form that the loss can be called with.
 
     Args:
         elbo: of numpyro, or a :class:`FunctionLoss`.
@@ -142,7 +142,7 @@ def with_keywords(fn: Any, kwargs: dict[str, Any]) -> functools.partial[Any]:
 
 
 def _own_names(elbo: Any) -> set[str]:
-    """The names of the arguments that a loss has besides those of model and guide."""
+    """Return the names of the arguments of a loss other than those of model and guide."""
     if isinstance(elbo, FunctionLoss):
         methods, number = [elbo.function], 2
     else:

@@ -1,4 +1,4 @@
-"""A fit in the making: its parameters, and what a call of model and guide finds out and changes."""
+"""The state of a fit: its parameters, and the effects of each call of model and guide."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxoptim.pyro.optim.multi_optimizer import Compiled
 from jaxoptim.pyro.optim.torch_style import TorchStyle
 
 _MANY = 16
-"""So many programs for other static arguments are more than one means to have."""
+"""The number of programs for different static arguments from which a warning is due."""
 
 
 class Fit:
@@ -77,7 +77,7 @@ class Fit:
         self._store: dict[str, Any] = {}
 
     def _advance(self, arguments: Arguments, skips: bool) -> jax.Array:
-        """One step, whose loss nobody waits for."""
+        """Make one step, and return its loss without waiting for it."""
         plan = self._plan(arguments)
         data = (plan.key, plan.mutable, plan.traced)
         with Uninterrupted():  # or the next step would draw from a key that is used up
@@ -100,7 +100,7 @@ class Fit:
         return loss
 
     def _advance_many(self, data: Data, most: int, skips: bool) -> np.ndarray:
-        """Some of the next steps, at most so many; their losses, which come behind those that there are too."""
+        """Make at most ``most`` of the next steps; append their losses to those of the run, and return them."""
         count, before = data.ahead(most), len(self.losses)
         with Uninterrupted():  # whose end raises, when what was done is kept
             left = self._repeated(data, count, skips)
@@ -109,7 +109,7 @@ class Fit:
         return self.losses[before:]
 
     def _made_singly(self, data: Data, count: int, skips: bool) -> None:
-        """Steps one after another."""
+        """Make steps one after another."""
         found = list[jax.Array]()
         try:
             for _ in range(count):
@@ -121,7 +121,7 @@ class Fit:
                 self._keep(np.stack(jax.device_get(found)))
 
     def _repeated(self, data: Data, count: int, skips: bool) -> int:
-        """Steps in one compiled call; how many are to be made singly, as long as that cannot be."""
+        """Make steps in one compiled call; return the number left to make singly where that is not possible."""
         plan = self._plan(data.arguments())
         if not plan.params or plan.program.failures > 1:
             return count
@@ -142,17 +142,17 @@ class Fit:
         return 0
 
     def _keep(self, losses: np.ndarray) -> None:
-        """Put the losses of a run behind those that there are."""
+        """Append losses to those of the run."""
         self.losses = np.concatenate([self.losses, losses]) if len(self.losses) else losses
 
     def _go_on(self, data: Data, count: int) -> None:
-        """Let the next step be given what comes after so many."""
+        """Advance the data by so many steps."""
         data.advance(count)
         if isinstance(data, Drawn):
             self._draws = data.draws
 
     def _plan(self, arguments: Arguments, initial: Mapping[str, Any] | None = None) -> Plan:
-        """What a call needs; nothing is changed until :meth:`_commit`."""
+        """Return the plan of a call; nothing is changed until :meth:`_commit`."""
         refuse_tracing("A step of SVI", "use differentiable_loss, which is pure")
         program = self._programs.get(arguments.program)
         plan = Plan(self.key, arguments, dict(self._params), self._sites, self.mutable_state)
@@ -193,7 +193,7 @@ class Fit:
         return names
 
     def _found(self, arguments: Arguments, initial: Mapping[str, Any]) -> Discovery:
-        """What model and guide reach, with initial values for what is new."""
+        """Return the sites that model and guide reach, with initial values for new ones."""
         # The next step draws from children of the key itself.
         key = jax.random.fold_in(self.key, 1) if self._begun else self.key
         args, kwargs = arguments.rebuilt(arguments.traced)
@@ -211,7 +211,7 @@ class Fit:
         return by_site(self._store, found.sites, found.values)[0]
 
     def _known(self) -> dict[str, Any]:
-        """The values of the sites that need no initial values any more."""
+        """Return the values of the sites that have values already."""
         waiting = self._loaded.mutable
         return self._met() | {name: value for name, value in self.mutable_state.items() if name not in waiting}
 
@@ -221,7 +221,7 @@ class Fit:
         return {name: site.value(values) for name, site in self._sites.items()}
 
     def _commit(self, plan: Plan) -> None:
-        """Keep what a call that has succeeded found out."""
+        """Store the findings of a call that has succeeded."""
         self._params.update(plan.all_params)
         if plan.arguments.program in self._programs:
             return
@@ -236,7 +236,7 @@ class Fit:
             self._store = {}
 
     def _warn_of_many(self) -> None:
-        """Warn once when static arguments make a program at each step."""
+        """Warn once if static arguments compile another program at each step."""
         if len(self._forms) != _MANY:
             return
         values: dict[str, set[Any]] = {}

@@ -48,7 +48,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Discovery:
-    """What a model and a guide reach when they run once.
+    """The sites that a model and a guide reach in one run.
 
     Attributes:
         sites: the ``param`` statements, by name.
@@ -73,7 +73,7 @@ def discover(
     known: Mapping[str, Any],
     initial: Mapping[str, Any],
 ) -> Discovery:
-    """Run guide and model once, as ``numpyro.infer.SVI.init`` does, and see what they reach.
+    """Run guide and model once, as ``numpyro.infer.SVI.init`` does, and record the sites that they reach.
 
     Args:
         model: of numpyro.
@@ -126,7 +126,7 @@ def discover(
 
 
 def _initial_value(initial: Mapping[str, Any], statement: dict[str, Any]) -> Any:
-    """What a statement begins with, None if nothing was given for it."""
+    """Return the initial value given for a statement; None if there is none."""
     name = statement["name"]
     if statement["type"] != "param" or name not in initial:
         return None
@@ -184,7 +184,7 @@ class Objective:
     def with_mutable_state(
         self, params: Mapping[str, Any], mutable: dict[str, Any], key: jax.Array, /, *args: Any, **kwargs: Any
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """The loss and the next mutable state: what ``jax.value_and_grad(..., has_aux=True)`` takes."""
+        """Return the loss and the next mutable state, in the form for ``jax.value_and_grad(..., has_aux=True)``."""
         values, new = self.constrain(params), None
         model, guide, kwargs = apart(self._elbo, self._model, self._guide, kwargs)
         if jax.tree.leaves(mutable):

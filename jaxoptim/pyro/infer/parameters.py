@@ -12,7 +12,7 @@ from jaxoptim.pyro.optim.multi_optimizer import MultiOptimizer, checked
 
 
 class Parameters(dict[str, Parameter]):
-    """A dict of unconstrained parameters by name, with what the SVIs that share it have to know of each other.
+    """A dict of unconstrained parameters by name, with the bookkeeping of the SVIs that share it.
 
     Attributes:
         reached: the names that one of them has found in its model or guide.
@@ -24,7 +24,7 @@ class Parameters(dict[str, Parameter]):
         self._optimizers: list[tuple[Any, MultiOptimizer]] = []
 
     def optimized_by(self, optim: Any) -> MultiOptimizer:
-        """An optimizer, the same for all SVIs that are given one object: rules keep no state themselves."""
+        """Return the optimizer, one for all SVIs given the same object, because rules keep no state themselves."""
         for given, multi in self._optimizers:
             if given is optim:
                 return multi
@@ -64,7 +64,7 @@ class Parameters(dict[str, Parameter]):
         return new | own
 
     def check_names(self, found: Discovery) -> None:
-        """Raise ``KeyError`` for a parameter that was put in, and that nobody reaches."""
+        """Raise ``KeyError`` for a parameter that was put in but that no model or guide reaches."""
         names = {leaf for site in found.sites.values() for leaf in site.leaves}
         if unknown := sorted(self.keys() - names - self.reached):
             raise KeyError(

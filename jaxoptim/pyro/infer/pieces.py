@@ -14,13 +14,13 @@ from jaxoptim.core.placement import largest
 from jaxoptim.engine.loops import CAPACITY
 
 _SECONDS = 0.1
-"""The least time of one call, so that calls cost nothing; between them there is time for the bar and for Ctrl-C."""
+"""The least seconds of one call, so that its overhead is small; the bar and Ctrl-C act between calls."""
 
 
 def in_pieces(
     num_steps: int, progress_bar: bool, advance: Callable[[int], np.ndarray], most: int = 1, mesh: Mesh | None = None
 ) -> int:
-    """Make so many steps; how many one call of another run may begin with.
+    """Make so many steps, and return the number that the first call of another run may make.
 
     Args:
         num_steps: how many.

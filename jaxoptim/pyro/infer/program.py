@@ -1,4 +1,4 @@
-"""What one call of model and guide runs."""
+"""The compiled loss of one call of model and guide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxoptim.pyro.infer.objective import Discovery, Objective, Site
 
 
 class Plan:
-    """One call in the making: what it runs, and what is to be kept when it succeeds."""
+    """The plan of one call: its program, and the results to keep if it succeeds."""
 
     program: Program
     params: dict[str, Parameter]

@@ -23,7 +23,7 @@ from jaxoptim.pyro.optim.parts import Part, make_steps_of_fits
 
 
 class Restarts(NamedTuple):
-    """What several fits have come to.
+    """The results of several fits.
 
     Attributes:
         best: the number of the fit whose loss at the end is the lowest, an int.
@@ -39,7 +39,7 @@ class Restarts(NamedTuple):
 def beginnings(
     model: Any, guide: Any, elbo: Any, keys: jax.Array, arguments: Arguments, initial: Mapping[str, Any]
 ) -> tuple[dict[str, jax.Array], Any]:
-    """The initial values of fits with these keys, and what their first steps are left: keys and mutable states.
+    """Return the initial values of fits with these keys, and the keys and mutable states of their first steps.
 
     An automatic guide keeps the values that it finds at its first run, here of all fits at once; so it must be one that
     has not run, and does not run again.
@@ -54,7 +54,7 @@ def beginnings(
 
 
 class Fits:
-    """Several fits of the same parameters, which go on together.
+    """Several fits of the same parameters, advanced together.
 
     Args:
         multi: the optimizer.
@@ -97,7 +97,7 @@ class Fits:
         self.losses = np.zeros((len(rows), 0), np.float32)
 
     def advance(self, loss: Loss, turn: Any, given: Any, count: int, skips: bool) -> int:
-        """Make some of the next steps of all fits, at most so many; how many."""
+        """Make at most so many of the next steps of all fits, and return their number."""
         parts = self._multi._parts(self.params, count) or []
         course = Course(turn, self.carried, given, count)
         try:
@@ -142,6 +142,6 @@ class Fits:
         self.carried = jax.tree.map(functools.partial(self._of, fit), self.carried)
 
     def _of(self, fit: int, x: jax.Array) -> jax.Array:
-        """What an array has of one of the fits, on one device of this process."""
+        """Return the slice of an array that belongs to one of the fits, on one device of this process."""
         own = x[fit]
         return own if self._mesh is None else readable(own).addressable_data(0)

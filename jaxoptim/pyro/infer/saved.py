@@ -1,4 +1,4 @@
-"""What an SVI saves, and what it knows of a state that was loaded before model and guide have run."""
+"""Saved states of an SVI, and states that were loaded before model and guide have run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Loaded:
-    """The part of a loaded state that model and guide have not been seen to reach yet.
+    """The part of a loaded state that model and guide have not reached yet.
 
     Only a run of them tells how a parameter is constrained, so the first call that reaches it looks that up.
 
@@ -50,7 +50,7 @@ class Loaded:
         return {leaf for site in self.sites.values() for leaf in site["leaves"]}
 
     def unchanged(self, params: Mapping[str, Parameter]) -> dict[str, Any]:
-        """The sites whose constrained values are those of the parameters still."""
+        """Return the sites whose parameters have not changed since loading."""
         changed = {name for name, value in self._values.items() if not np.array_equal(params[name].value, value)}
         return {name: site for name, site in self.sites.items() if not changed.intersection(site["leaves"])}
 
@@ -115,7 +115,7 @@ class Loaded:
         }
 
     def in_form(self, mutable: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-        """The mutable state, in the structure of the model where a run has shown that."""
+        """Return the mutable state, in the model's structure for the sites that a run has reached."""
         return {**mutable, **{name: in_form(mutable[name], found[name], name) for name in self._waiting(found)}}
 
     def _waiting(self, found: Mapping[str, Any]) -> list[str]:
@@ -123,7 +123,7 @@ class Loaded:
         return [name for name in found if name in self.mutable]
 
     def meet(self, found: Discovery) -> None:
-        """Take note of what is known now."""
+        """Drop the sites that a run has reached."""
         self.sites = {name: site for name, site in self.sites.items() if name not in found.sites}
         self._values = {leaf: value for leaf, value in self._values.items() if leaf in self.names}
         self.mutable.difference_update(found.mutable)
@@ -153,7 +153,7 @@ def checked_state(state: Any) -> dict[str, Any]:
 
 
 def check_params(values: Mapping[str, Any], own: Mapping[str, Parameter], has_begun: bool) -> None:
-    """Raise for values that do not fit the parameters there are.
+    """Raise for values that do not fit the existing parameters.
 
     Args:
         values: by name.

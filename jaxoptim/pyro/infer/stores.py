@@ -20,7 +20,7 @@ from jaxoptim.pyro.optim.optim import DIVIDER
 
 
 def loaded(path: str | os.PathLike[str]) -> Any:
-    """What is in a file of ours, or of ``pyro.get_param_store().save``. Nothing in either is run.
+    """Return the content of a file of ours, or of ``pyro.get_param_store().save``. No code in either is run.
 
     Raises:
         ``ImportError`` for a file of Pyro's without torch; ``ValueError`` for another file of torch; what the loading
@@ -49,12 +49,12 @@ def _read(path: str | os.PathLike[str], torch: Any) -> Any:
 
 
 def is_store(state: Any) -> bool:
-    """Whether something is what ``pyro.get_param_store().get_state()`` returns."""
+    """Return whether an object has the form of ``pyro.get_param_store().get_state()``."""
     return isinstance(state, Mapping) and state.keys() == {"params", "constraints"}
 
 
 class _Unknown:
-    """Stands for an object of a class that is not known here."""
+    """A placeholder for an object of an unknown class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -150,7 +150,7 @@ def unconstrained(sites: Mapping[str, Site], values: Mapping[str, Any], names: l
 
 
 def _leaf_of(name: str, known: Mapping[str, Any]) -> str:
-    """The name here of what Pyro calls ``name``."""
+    """Return the leaf's name in this library for Pyro's ``name``."""
     for candidate in (name, name.replace(DIVIDER, "."), name.replace(DIVIDER, "$params.")):
         if candidate in known:
             return candidate

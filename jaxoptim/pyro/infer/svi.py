@@ -140,7 +140,7 @@ class SVI(Fit):
         return float(self._advance(Arguments(args, kwargs), self._skip_nonfinite))
 
     def evaluate_loss(self, /, *args: Any, **kwargs: Any) -> float:
-        """The loss that the next step begins with; parameters, key and mutable state stay as they are.
+        """Return the loss at the start of the next step; parameters, key and mutable state stay as they are.
 
         Args:
             args: arguments of model and guide.
@@ -341,7 +341,7 @@ class SVI(Fit):
         return Restarts(best, jnp.asarray(fits.losses), params)
 
     def _keep_best(self, fits: Fits, plan: Plan, data: Data) -> None:
-        """Go on as the best of several fits."""
+        """Continue from the best of several fits."""
         best = fits.best()
         fits.keep(best)
         plan.all_params |= fits.params
@@ -351,7 +351,7 @@ class SVI(Fit):
         self._go_on(data, 0)
 
     def get_params(self) -> dict[str, Any]:
-        """The constrained parameters: what ``numpyro.infer.Predictive`` takes.
+        """Return the constrained parameters, in the form for ``numpyro.infer.Predictive``.
 
         Returns:
             A dict from the name of each ``param`` statement to its value, an array or a tree of arrays.
@@ -366,7 +366,7 @@ class SVI(Fit):
         return self._met() | self._loaded.constrained(self._params)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a run needs to go on elsewhere: parameters, optimizer, key, mutable state and counts.
+        """Return the full state of a run: parameters, optimizer state, key, mutable state and counts.
 
         Not in it are model, guide, loss, the optimizer's class and the arguments of the constructor: a new SVI gets
         them anew.
@@ -397,7 +397,7 @@ class SVI(Fit):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where another SVI, of the same model, guide and kind of optimizer, was saved: bit for bit.
+        """Resume, bit for bit, from the state of an SVI with the same model, guide and kind of optimizer.
 
         In an SVI that has made no call yet parameters, key and mutable state are there at once, and the first call
         finds out how they are constrained; a name that model and guide lack is an error then. One that has begun must
@@ -494,7 +494,7 @@ class SVI(Fit):
         self.load_state_dict(loaded(path))
 
     def _take_store(self, store: dict[str, Any]) -> None:
-        """Go on from constrained values by name."""
+        """Continue from constrained values by name."""
         if not self._begun:
             self._store = store
             return

@@ -1,4 +1,4 @@
-"""What a :class:`PyroOptim` is given, checked."""
+"""Checks of the inputs of a :class:`PyroOptim`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from jaxoptim.optim.parameter import Parameter
 
 
 def listed(params: Iterable[Parameter]) -> list[Parameter]:
-    """Parameters as a list; raises for what is no collection."""
+    """Return parameters as a list; raise for anything that is not a collection."""
     if isinstance(params, Parameter) or not isinstance(params, Iterable):
         raise TypeError(f"A list of parameters is expected, but got {shown(params)}. Give optimizer([parameter]).")
     return list(params)
 
 
 def check_name(param: Any) -> None:
-    """Raise for what is no parameter with a name."""
+    """Raise for anything but a parameter with a name."""
     check_not_trained_by_torch("One of the parameters", param)
     if not isinstance(param, Parameter):
         raise TypeError(
@@ -39,7 +39,7 @@ def check_name(param: Any) -> None:
 
 
 def check_same(param: Parameter, shape: tuple[int, ...], dtype: Any) -> None:
-    """Raise for a value that cannot go on where the parameter of that name is."""
+    """Raise for a value that cannot replace that of the parameter of the same name."""
     if param.shape != shape or param.dtype != dtype:
         raise ValueError(
             f"The parameter {param.name!r} has shape {shape} and dtype {dtype} now, but its state is of shape "
@@ -56,7 +56,7 @@ def check_dict(what: str, name: str, given: Any) -> None:
 
 
 def checked_update(params: Any, grads: Any) -> Mapping[str, Any]:
-    """Gradients by name, after checks of both dicts."""
+    """Check both dicts, and return the gradients by name."""
     for what, given in (("params", params), ("grads", grads)):
         if not isinstance(given, Mapping):
             raise TypeError(f"update takes dicts by the names of parameters, but {what} is {type(given).__name__}.")
@@ -80,7 +80,7 @@ def _array(grad: Any) -> Any:
 
 
 def takes_two(function: Callable[..., Any]) -> bool:
-    """Whether a function of a name is of the deprecated form, of the names of a module and of its parameter.
+    """Return whether a function takes two names, of a module and of its parameter (the deprecated form).
 
     As in Pyro, an argument with a default counts.
     """

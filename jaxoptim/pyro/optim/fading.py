@@ -16,7 +16,7 @@ from jaxoptim.optim.parameter import Parameter
 from jaxoptim.pyro.optim.member import Member
 
 _NUMBERS, _FEWEST = 2**20, 16
-"""So many numbers the settings of the steps of one call have at most, if that is not too few steps."""
+"""The most numbers in the settings of the steps of one call, and the fewest steps all the same."""
 
 
 class Faded(NamedTuple):
@@ -36,7 +36,7 @@ class Faded(NamedTuple):
 
 
 class Fading:
-    """Options that decay, as long as nobody else writes one or asks for a setting.
+    """The cache of options that decay, valid until one is written or a setting is read elsewhere.
 
     The numbers are Python's to the last bit: NumPy multiplies as it does. The settings of the parameters stay behind,
     and catch up at the end.
@@ -63,7 +63,7 @@ class Fading:
 
     @classmethod
     def of(cls, members: Sequence[Member], slabs: Slabs) -> Fading | None:
-        """The options that decay in a step of these parameters; None where one is no plain number, or none does."""
+        """Return the options that decay in these parameters' step; None if none does or one is no plain number."""
         params = [member.param for member in members]
         faded = [member for member in members if member.fades]
         if not faded or not slabs.is_started or not all(param in slabs.index for param in params):
@@ -75,20 +75,20 @@ class Fading:
         return None if spots is None else cls(params, faded, slabs, spots)
 
     def goes_on(self, params: Sequence[Parameter], units: Sequence[Slabs]) -> bool:
-        """Whether a step of these parameters is as the one before."""
+        """Return whether a step of these parameters is like the one before."""
         if not self._is_over and len(units) == 1 and units[0] is self._slabs and params == self._params:
             return True
         self._end()
         return False
 
     def fade(self) -> Callable[[], None]:
-        """Let the options decay; what is returned takes it back."""
+        """Decay the options, and return a function that undoes it."""
         before = self._numbers
         self._fade(before)
         return functools.partial(self._back, before)
 
     def fade_many(self, ahead: int) -> Faded:
-        """Let the options decay for so many steps, or as many as there is room for."""
+        """Decay the options for so many steps, or as many as there is room for."""
         room = max(_FEWEST, min(CAPACITY, _NUMBERS // self._slabs.settings.size))
         count = min(ahead, room)
         # One product after the other, as single steps have them.
@@ -100,7 +100,7 @@ class Fading:
         return Faded(count, lambda back: self._back(every[count - back]) if back else None, series, room)
 
     def advance(self, step: Callable[[], None]) -> None:
-        """Let the options decay and make a step; neither, if that fails or is interrupted before it is made."""
+        """Decay the options and make a step; do neither if it fails or is interrupted before it is made."""
         before, leaves = self._numbers, self._slabs.leaves
         try:
             self._fade(before)
@@ -125,7 +125,7 @@ class Fading:
             group[name] = number
 
     def _end(self) -> None:
-        """Let the settings of the parameters catch up."""
+        """Bring the settings of the parameters up to date."""
         if self._is_over:
             return
         self._is_over = True

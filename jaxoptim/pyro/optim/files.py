@@ -11,7 +11,7 @@ from jaxoptim import checkpoint
 
 
 def loaded(filename: str | os.PathLike[str], read: Callable[[Any], Any]) -> Any:
-    """What is in a file; one of Pyro's is read by ``read(torch)``.
+    """Return the content of a file; one of Pyro's is read by ``read(torch)``.
 
     Raises:
         ``ImportError`` for a file of Pyro's without torch; what the loading raises.

@@ -1,4 +1,4 @@
-"""Optimizers of torch, Pyro and numpyro in the places of ours: which of ours to take."""
+"""Errors for optimizers of torch, Pyro and numpyro that say which one of this library to use."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class _Foreign(NamedTuple):
 _PACKAGES = ("pyro.optim.multi", "pyro.optim", "numpyro.optim", "torch.optim.lr_scheduler", "torch.optim")
 """Pyro's first, whose classes derive from torch's."""
 _WRAPPED = {"PyroOptim": "pt_optim_constructor", "PyroLRScheduler": "pt_scheduler_constructor"}
-"""Where Pyro's classes keep what they wrap."""
+"""The attributes in which Pyro's classes keep the object that they wrap."""
 _OURS = {"RMSProp": "RMSprop", "Momentum": "SGD", "RMSPropMomentum": "RMSprop", "Minimize": "LBFGS"}
-"""Names of numpyro's for what has another one here."""
+"""The names in this library of optimizers that numpyro names otherwise."""
 
 
 class Place(NamedTuple):
-    """Where an optimizer of ours is expected.
+    """A place where an optimizer of this library is expected.
 
     Attributes:
         forms: how ours may be given there; each is None where there is nothing of that form.
@@ -69,7 +69,7 @@ def refuse_foreign(what: str, given: Any, place: Place) -> None:
 
 
 def _found(given: Any) -> _Foreign | None:
-    """What is known of an optimizer of another library; None for anything else."""
+    """Return the description of an optimizer of another library; None for anything else."""
     given = unwrapped(given)
     package = next((name for name in _PACKAGES if origin(given, name)), None)
     if package is None:

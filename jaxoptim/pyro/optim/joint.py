@@ -41,17 +41,17 @@ class Joint:
         self._written.append(member)
 
     def add(self, member: Member) -> None:
-        """Take a parameter in."""
+        """Add a parameter."""
         self.members[member.name] = member
         self._has_new = True
         self.fades = self.fades or member.optimizer.decays is not None
 
     def remove(self, name: str) -> None:
-        """Let a parameter go, which keeps its value."""
+        """Remove a parameter, which keeps its value."""
         self.store.forget(self.members.pop(name).param)
 
     def let_go(self) -> None:
-        """Forget the parameters in whose places others have come."""
+        """Forget the parameters that others have replaced."""
         if len(self.store.known()) != len(self.members):
             own = {member.param for member in self.members.values()}
             for param in self.store.known():
@@ -76,7 +76,7 @@ class Joint:
             return setting, OptState(jnp.asarray(count, jnp.int32), slots, {})
 
     def fade(self, params: Sequence[Parameter]) -> Callable[[], None] | None:
-        """Let the options of these parameters decay; what is returned takes it back."""
+        """Decay the options of these parameters, and return a function that undoes it."""
         if not self.fades:
             return None
         if (fading := self._steady(params)) is not None:
@@ -90,7 +90,7 @@ class Joint:
         return back if faded else None
 
     def fade_many(self, params: Sequence[Parameter], ahead: int | None) -> Faded:
-        """Let the options of these parameters decay for the steps of one call.
+        """Decay the options of these parameters for the steps of one call.
 
         Args:
             params: the parameters.
@@ -115,7 +115,7 @@ class Joint:
         return self._fading
 
     def advance(self, params: Sequence[Parameter], grads: Sequence[Any]) -> None:
-        """One step of these parameters; those whose gradient is None stay."""
+        """Make one step of these parameters; those whose gradient is None stay."""
 
         def step() -> None:
             self.settle()

@@ -91,7 +91,7 @@ class PyroLRScheduler(PyroOptim):
         return MappingProxyType({name: self._schedulers[name] for name in self._joint.members})
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move all schedules on; to be called once an epoch. Before any parameter is known it does nothing.
+        """Advance all schedules, once an epoch. Before any parameter is known this does nothing.
 
         A schedule that was loaded and waits for its parameter is moved on when that comes; until then its state has the
         arguments of these steps under ``"late"``.

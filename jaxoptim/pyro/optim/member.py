@@ -1,4 +1,4 @@
-"""One parameter of many: its options, and the view that its torch-style optimizer has of the common store."""
+"""The entry of one named parameter: its options, and its torch-style optimizer's view of the common store."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Options(dict[str, Any]):
 
 
 class Member(Storage):
-    """One parameter of a ``PyroOptim``: a group of the common store, and what its torch-style optimizer sees of it.
+    """The entry of one parameter of a ``PyroOptim``: a group of the common store, as its torch-style optimizer sees it.
 
     Args:
         store: where the parameters are kept.
@@ -108,7 +108,7 @@ class Member(Storage):
         return self._groups[0]
 
     def fade(self) -> Callable[[], None] | None:
-        """Let options decay, as Pyro does at every step; what is returned takes it back."""
+        """Decay options, as Pyro does at every step, and return a function that undoes it."""
         if self.optimizer.decays is None or not self.fades:
             return None
         options, (option, factor) = self.options, self.optimizer.decays
@@ -126,7 +126,7 @@ class Member(Storage):
         return not callable(self.options[option]) and self.options[factor] != 1
 
     def leaf_that_fades(self) -> int | None:
-        """Which leaf of the setting decays at each step; None where it is no plain number."""
+        """Return the leaf of the setting that decays at each step; None if it is no plain number."""
         option, factor = self.optimizer.decays or ("", "")
         is_plain = type(self.options.get(option)) is float and type(self.options.get(factor)) is float
         return self.apart.place_of(option) if is_plain else None
@@ -198,7 +198,7 @@ class Member(Storage):
         return self.forest[0]
 
     def settle(self) -> None:
-        """Refuse: a step is made by the whole."""
+        """Raise: steps are made by the :class:`PyroOptim`."""
         raise TypeError(
             "This optimizer is one of many in a PyroOptim, which makes the steps of all. Call it with a list of "
             "parameters, or its update(params, grads)."
@@ -206,4 +206,4 @@ class Member(Storage):
 
 
 def _nothing() -> None:
-    """Have nothing to catch up with."""
+    """Do nothing."""

@@ -1,4 +1,4 @@
-"""Optimizers that are given the loss and not its gradient, and that share one evaluation of it."""
+"""Optimizers that take a loss function instead of gradients, and share one evaluation of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 __dir__ = listing(__all__)
 
 Name = str | re.Pattern[str]
-"""How a part of a :class:`MixedMultiOptimizer` names parameters."""
+"""The name of parameters in a part of a :class:`MixedMultiOptimizer`."""
 
 
 class PyroMultiOptimizer(Compiled):
@@ -398,7 +398,7 @@ def _reached(item: Name, params: Mapping[str, Any]) -> list[str]:
 
 
 def _own(owners: dict[str, MultiOptimizer], name: str, multi: MultiOptimizer) -> None:
-    """Note the optimizer of a name; raises if it has one already."""
+    """Record the optimizer of a name; raise if it has one already."""
     if name in owners:
         raise ValueError(
             f"Attempted to optimize parameter '{name}' by two different optimizers: {owners[name]} vs {multi}"
@@ -412,7 +412,7 @@ _NEWTON, _MIXED = "Newton's method", "a MixedMultiOptimizer"
 
 
 def _loaded(multi: MultiOptimizer, state: Mapping[str, Any], params: Params) -> Callable[[], None]:
-    """Load a state into any multi-optimizer; what is returned takes it back."""
+    """Load a state into any multi-optimizer, and return a function that undoes it."""
     if isinstance(multi, Compiled):
         return multi._load(state, params)
     before = multi.state_dict(params)

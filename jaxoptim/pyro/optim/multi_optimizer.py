@@ -1,4 +1,4 @@
-"""What an optimizer is that is given the loss and not its gradient."""
+"""The base class of optimizers that take a loss function instead of gradients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MultiOptimizer:
     """Whether :meth:`_new_values` needs second derivatives."""
 
     def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
-        """The values after a step. Nothing is changed, state included; derivatives pass through.
+        """Return the values after a step. Nothing is changed, state included; derivatives pass through.
 
         Args:
             loss_fn: ``loss_fn(values, *args)`` returns a real scalar; ``values`` is a dict of name to array.
@@ -157,7 +157,7 @@ class MultiOptimizer:
         return result
 
     def _steps(self, loss: Loss, params: Params, course: Course, skip_nonfinite: bool) -> tuple[int, Any, Any] | None:
-        """Make many steps in one compiled call; None where a step takes code of Python's.
+        """Make many steps in one compiled call; return None if a step has to run Python code.
 
         Returns:
             As :func:`parts.make_steps`.
@@ -169,12 +169,12 @@ class MultiOptimizer:
         return None if parts is None else steps.make_steps(parts, loss, course, held_values(params), skip_nonfinite)
 
     def _parts(self, params: Params, ahead: int | None) -> list[Part] | None:
-        """The shares of all optimizers in so many steps of one call; None where a step takes code of Python's."""
+        """Return the shares of all optimizers in so many steps of one call; None if a step has to run Python code."""
         compiled, others = self._divided(params)
         return None if others or not compiled else _opened(compiled, ahead)
 
     def _divided(self, params: Params) -> tuple[list[tuple[Compiled, Params]], list[tuple[MultiOptimizer, Params]]]:
-        """Who updates which parameters: the optimizers of this library, and others."""
+        """Return the parameters of each optimizer: those of this library, and others."""
         compiled, others = list[tuple[Compiled, Params]](), list[tuple[MultiOptimizer, Params]]()
         for optimizer, share in _merged(self._shares(params)):
             its = {name: param for name, param in share.items() if param.requires_grad}
@@ -185,18 +185,18 @@ class MultiOptimizer:
         return compiled, others
 
     def brought(self) -> dict[str, Parameter]:
-        """The parameters that this optimizer puts in the places of others, by name."""
+        """Return by name the parameters that this optimizer substitutes for others."""
         return {}
 
     def _check_whole(self, params: Params) -> None:
-        """Raise for a name of this optimizer that reaches none of the parameters, which are all that there are."""
+        """Raise for a name of this optimizer that matches none of the parameters, given all of them."""
 
     def _shares(self, params: Params) -> list[tuple[MultiOptimizer, Params]]:
-        """Which optimizer updates which parameters."""
+        """Return each optimizer with the parameters that it updates."""
         return [(self, params)]
 
     def _keeper(self) -> Any:
-        """What keeps the state: two multi-optimizers of one keeper make one step."""
+        """Return the object that keeps the state: two multi-optimizers with the same one make one step."""
         return self
 
 
@@ -218,7 +218,7 @@ def held_values(params: Params) -> dict[str, Any]:
 
 
 def _merged(shares: list[tuple[MultiOptimizer, Params]]) -> list[tuple[MultiOptimizer, Params]]:
-    """Shares of one optimizer as one."""
+    """Merge the shares of one optimizer into one."""
     merged: dict[int, tuple[MultiOptimizer, Params]] = {}
     for optimizer, its in shares:
         first, so_far = merged.get(id(optimizer._keeper()), (optimizer, {}))
@@ -268,12 +268,12 @@ class Compiled(MultiOptimizer):
         self._load(state_dict, params)
 
     def _load(self, state_dict: Mapping[str, Any], params: Params) -> Callable[[], None]:
-        """Load a state; what is returned takes it back."""
+        """Load a state, and return a function that undoes it."""
         raise NotImplementedError
 
 
 def check_state(state_dict: Any, kind: str, params: Params) -> None:
-    """Raise for what is no state of this kind of optimizer, or of parameters that there are not."""
+    """Raise for anything but a state of this kind of optimizer and of parameters that exist."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"A state is what state_dict() gave, a dict, but got {type(state_dict).__name__}.")
     if (given := state_dict.get("kind", "another optimizer")) != kind:

@@ -39,7 +39,7 @@ Constructor = Callable[..., Optimizer]
 """A torch-style class, or a function ``(params, **options) -> optimizer``."""
 
 DIVIDER = "$$$"
-"""What Pyro puts between the names of a module and of its parameter."""
+"""Pyro's separator between the names of a module and of its parameter."""
 
 
 def is_scheduler(optimizer: Any) -> bool:
@@ -64,7 +64,7 @@ def is_scheduler(optimizer: Any) -> bool:
 
 
 class PyroOptim:
-    r"""A torch-style optimizer for parameters that are met while the program runs: what ``pyro.optim.PyroOptim`` is.
+    r"""A torch-style optimizer for parameters that are met while the program runs: ``pyro.optim.PyroOptim``.
 
     Each parameter has options, state and a count of steps of its own, under its name, from its first step on:
 
@@ -215,7 +215,7 @@ class PyroOptim:
         return {str(cell.name): cell.value for cell in cells}
 
     def joined(self, params: list[Parameter]) -> tuple[Joint, Callable[[], None]]:
-        """What keeps parameters, these among them, for a step; and a function for when that fails."""
+        """Return the store of all parameters, these among them, for a step; and a function that undoes the addition."""
         undo = self._meet(params) if params != self._met else _nothing
         for member in self._subsampled:
             if member.param.subsample is not member.subsample:
@@ -231,7 +231,7 @@ class PyroOptim:
         return self._joint.pure(name)
 
     def advance(self, params: list[Parameter], grads: list[Any], *, skip_nonfinite: bool = False) -> bool:
-        """The step of parameters along gradients that were found elsewhere; whether it was taken.
+        """Make a step of parameters along given gradients, and return whether it was taken.
 
         Args:
             params: parameters with names.
@@ -254,13 +254,11 @@ class PyroOptim:
                 raise
 
     def _reduced(self, params: list[Parameter], grads: list[Any]) -> list[Any]:
-        """Gradients as the step takes them; the place for what replicas do."""
+        """Return gradients as the step takes them; a subclass reduces them over replicas here."""
         return grads
 
     def _meet(self, params: list[Parameter]) -> Callable[[], None]:
-        """Take in the parameters that are new, or new under a known name; all of them or none. What it returns lets
-        the new ones go.
-        """
+        """Add all parameters that are new, or new under a known name, or none; return a function that undoes it."""
         seen: dict[str, Parameter] = {}
         for param in params:
             check_name(param)

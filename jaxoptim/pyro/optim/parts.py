@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 def undo(parts: Sequence[Part]) -> None:
-    """Take back what was done for a step that fails."""
+    """Undo the changes for a step that fails."""
     for part in parts:
         part.undo()
 
@@ -185,7 +185,7 @@ def _looped(
 
 
 def _kept(parts: Sequence[Part], run: Callable[[Any], tuple[Any, Any]]) -> Any:
-    """Run a program on the arrays of all parts, and keep what it returns for them; what it returns besides."""
+    """Run a program on the arrays of all parts, store the arrays it returns for them, and return its other outputs."""
     is_kept = False
     try:
         with Uninterrupted():
@@ -201,7 +201,7 @@ def _kept(parts: Sequence[Part], run: Callable[[Any], tuple[Any, Any]]) -> Any:
 
 
 def _take_back(parts: Sequence[Part], count: Callable[[], int]) -> None:
-    """Take back what was done for steps that were skipped, which are only counted where it matters."""
+    """Undo the changes for steps that were skipped, which are counted only if it matters."""
     skipped = [part.skipped for part in parts if part.skipped is not None]
     if skipped and (number := count()):
         for take_back in skipped:
@@ -265,7 +265,7 @@ def slabs_part(
 
 
 class Owned:
-    """The parameters, and the state, of an optimizer that sees all of them at once, by name."""
+    """The parameters, by name, and the state of an optimizer that updates all parameters jointly."""
 
     def __init__(self) -> None:
         self._whole: Whole | None = None
@@ -273,7 +273,7 @@ class Owned:
         self._aside = weakref.WeakKeyDictionary[Parameter, tuple[list[weakref.ref[Parameter]], Any]]()
 
     def owner(self, params: Mapping[str, Parameter], init: Callable[[Any], Any]) -> Whole:
-        """The owner of these parameters and of all before; state that is lacking is made by ``init``.
+        """Return the owner of these parameters and all earlier ones; missing state is made by ``init``.
 
         Other parameters under known names are another fit, which begins afresh, or goes on if it comes again.
         """
@@ -290,7 +290,7 @@ class Owned:
         return whole
 
     def _changed(self, old: Whole, params: Mapping[str, Parameter]) -> Whole | None:
-        """Put a fit aside for that of other parameters; None if that is a new one."""
+        """Set a fit aside, and return that of other parameters; None if it is new."""
         for param in old.params:
             param.value = param.value
             self._aside[param] = [weakref.ref(other) for other in old.params], old.states[0]
@@ -313,7 +313,7 @@ class Owned:
         return None
 
     def restore(self, params: Mapping[str, Parameter], saved: tuple[list[str], Any] | None) -> Callable[[], None]:
-        """Give the fit of these parameters a state that was saved, or none; what is returned takes it back."""
+        """Give the fit of these parameters a saved state, or none, and return a function that undoes it."""
         whole = self._whole
         if whole is not None and not is_one_fit(params, whole.params):
             whole = self._whole = self._changed(whole, params)
@@ -328,7 +328,7 @@ class Owned:
         return undo
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Raise for values that do not go with the state."""
+        """Raise for values that do not fit the state."""
         for param in () if self._whole is None else self._whole.params:
             if (name := str(param.name)) in values:
                 trees.check_shape("value", name, values[name], param)
@@ -348,13 +348,13 @@ class Owned:
 
 
 def is_one_fit(params: Mapping[str, Parameter], others: Sequence[Parameter]) -> bool:
-    """Whether no name stands for two parameters."""
+    """Return whether each name stands for one parameter only."""
     by_name = {str(param.name): param for param in others}
     return all(by_name.get(name, param) is param for name, param in params.items())
 
 
 def grown(old: Any, fresh: Any, known: Collection[str], names: Collection[str]) -> Any:
-    """A state for more parameters, with what is there already; a fresh one if it is of another shape.
+    """Return a state for more parameters that keeps the old entries; a fresh one if the shape of a leaf differs.
 
     Args:
         old: the state so far, None before the first.
@@ -385,7 +385,7 @@ def _states(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _counted(old: OptState, state: Any, names: Collection[str], new: Collection[str]) -> OptState:
-    """A state that has grown, in which new parameters have made no update and the others as many as before."""
+    """Return a grown state in which new parameters have made no update and the others as many as before."""
     if not new:
         return state._replace(counts=old.counts)
     own: dict[str, Any] = {name: jnp.zeros((), jnp.int32) if name in new else None for name in names}

@@ -1,4 +1,4 @@
-"""States of any structure as plain containers, which a checkpoint brings back, and from these again."""
+"""Conversion of states of any structure to plain containers, which a checkpoint can store, and back."""
 
 from __future__ import annotations
 

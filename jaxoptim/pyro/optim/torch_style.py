@@ -54,7 +54,7 @@ class TorchStyle(MultiOptimizer):
         return {str(p.name): p for p in given._storage.parameters()} if isinstance(given, Optimizer) else {}
 
     def get_step(self, loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any) -> dict[str, jax.Array]:
-        """Refuse: a torch-style optimizer owns the values that it updates."""
+        """Raise: a torch-style optimizer owns the values that it updates."""
         raise NotImplementedError(
             "A torch-style optimizer has no get_step: it owns its parameters. Give PyroOptim(optim.Adam, options), "
             "or a rule such as rules.Adam()."

@@ -88,7 +88,7 @@ def _over_axis(optim: HorovodOptimizer, /) -> optax.GradientTransformationExtraA
 
 @transformation.register
 def _refused(scheduler: PyroLRScheduler, /) -> optax.GradientTransformationExtraArgs:
-    """No transformation: a schedule that is stepped by hand would stand still in a compiled function."""
+    """Raise: a schedule that is stepped by hand would stand still in a compiled function."""
     raise TypeError(
         "A PyroLRScheduler is moved on by its step(), which a compiled function does not see. Use a rule whose rate is "
         "a schedule, rules.SGD(lr=jaxoptim.schedules.step_lr(0.1, 10)), or call the scheduler itself."
