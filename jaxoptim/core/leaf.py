@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
 
 from jaxoptim.core import precision, sparse, trees
+from jaxoptim.core.noise import Draw
 from jaxoptim.core.numerics import computing_dtype, is_complex, real_dtype, view_as_complex, view_as_real
 from jaxoptim.core.rule import Off, Rule, Slots, Traced, assembled, is_part, is_tree
 
@@ -198,7 +199,7 @@ class LeafUpdate(NamedTuple):
         slots: the array's slots.
         param: the array, or None if it is not known.
         step: the number of this update of the array, from 1.
-        given: its part of the trees that the rule takes by name.
+        given: its part of the trees that the rule takes by name, or a draw of noise.
     """
 
     number: int
@@ -319,7 +320,7 @@ def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[
     if param is not None and (master := seen.pop(precision.MASTER, None)) is not None:
         param = precision.value_of(param, master)
     param = param if param is None else real(param)
-    given = {key: real(x) for key, x in given.items()}
+    given = {key: x.numbers().astype(real_dtype(dtype)) if isinstance(x, Draw) else real(x) for key, x in given.items()}
     return rule.cast(real_dtype(dtype)), real(grad), seen, param, given
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -77,7 +78,40 @@ def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> j
     return _normal(key, tuple(map(operator.index, shape)), canonical, impl)
 
 
-def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[jax.Array]:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["shape", "dtype", "impl"])
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Numbers of :func:`normal` that are not computed before they are used.
+
+    Attributes:
+        words: what an implementation reads of a threefry2x32 key, as scalars.
+        shape: the shape of the numbers.
+        dtype: float32 or float64.
+        impl: one of ``IMPLS``.
+    """
+
+    words: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    impl: str
+
+    def numbers(self) -> jax.Array:
+        """Return the numbers, in the form that XLA compiles best."""
+        words = self.words if self.impl == "key" else jnp.stack(self.words)
+        return _of_words(words, self.shape, self.dtype, self.impl)
+
+    def numbers_in(self, shape: tuple[int, ...]) -> jax.Array:
+        """Return the numbers in another shape of as many, each from its own offset alone."""
+        words = self.words if self.impl == "key" else jnp.stack(self.words)
+        return _gaussian(_bits(words, *offsets(shape), self.dtype, self.impl), self.dtype)
+
+
+def computed(noise: Any) -> Any:
+    """Return the numbers of a draw, and an array as it is."""
+    return noise.numbers() if isinstance(noise, Draw) else noise
+
+
+def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[Any]:
     """Draw the numbers of :func:`normal` for several arrays, in fewer kernels on a TPU.
 
     Args:
@@ -86,22 +120,24 @@ def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[ja
         impl: One of ``IMPLS``.
 
     Returns:
-        For each an array of its shape and dtype.
+        For each a :class:`Draw`, or, for keys of other implementations than threefry2x32, an array.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from jaxoptim.core.noise import normal, normals
         >>> keys = jax.random.split(jax.random.key(0), 2)
         >>> first, second = normals(keys, [jnp.zeros(3), jnp.zeros((2, 2))])
-        >>> bool((second == normal(keys[1], (2, 2), "float32")).all())
+        >>> bool((second.numbers() == normal(keys[1], (2, 2), "float32")).all())
         True
     """
     forms = [(tuple(like.shape), np.dtype(like.dtype), impl) for like in likes]
-    if impl != "key" or jax.random.key_impl(keys) != "threefry2x32":
+    if jax.random.key_impl(keys) != "threefry2x32":
         return [_normal(key, *form) for key, form in zip(keys, forms, strict=True)]
     data = jax.random.key_data(keys)
-    words = lax.optimization_barrier(_scheduled(data[:, 0], data[:, 1]))  # by one operation, not one for each array
-    return [_of_words(tuple(word[at] for word in words), *form) for at, form in enumerate(forms)]
+    words: tuple[Any, ...] = (data[:, 0], data[:, 1])
+    if impl == "key":
+        words = lax.optimization_barrier(_scheduled(*words))  # by one operation, not one for each array
+    return [Draw(tuple(word[at] for word in words), *form) for at, form in enumerate(forms)]
 
 
 def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl: str = "key") -> jax.Array:

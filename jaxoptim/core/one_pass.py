@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from jaxoptim.core import precision
 from jaxoptim.core.leaf import Change, LeafUpdate, Wanted, update_dense, valued
-from jaxoptim.core.numerics import is_complex, real_size
+from jaxoptim.core.noise import Draw, is_key
+from jaxoptim.core.numerics import is_complex, real_size, view_as_complex
 from jaxoptim.core.packing import is_sharded
 from jaxoptim.core.rule import Rule, Slots
 from jaxoptim.native import CannotCompile, Unsupported, is_native, one_pass
@@ -20,18 +21,21 @@ from jaxoptim.native import CannotCompile, Unsupported, is_native, one_pass
 class _Alike(NamedTuple):
     """The inputs that are the same for all elements of an array."""
 
-    rule: Rule
+    settings: list[Any]
     step: jax.Array
     slots: Slots
+    shared: dict[str, Any]
+    draws: dict[str, Draw]
 
 
-def in_one_pass(leaf: LeafUpdate, wanted: Wanted) -> Change | None:
+def in_one_pass(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Change | None:
     """Update an array as :func:`~jaxoptim.core.leaf.update_leaf` does for a dense gradient; None if XLA is to do it."""
-    if not _pays(leaf, wanted):
+    shared = {name: x for name, x in shared.items() if not is_key(x)}
+    if not _pays(leaf, shared, wanted):
         return None
     kind = type(leaf.rule)
     try:
-        made, slots = _update(leaf.rule, leaf.grad, leaf.slots, leaf.param, leaf.step, wanted)
+        made, slots = _update(*leaf[1:], shared, wanted)
     except (Unsupported, CannotCompile) as problem:
         _refused.add(kind)
         warnings.warn(
@@ -48,41 +52,59 @@ _refused: set[type[Rule]] = set()
 """The rules for which no kernel could be made."""
 
 
-def _pays(leaf: LeafUpdate, wanted: Wanted) -> bool:
-    """Whether a kernel pays: the array is large, not split over devices, and its rule elementwise."""
+def _pays(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> bool:
+    """Whether a kernel pays: the array is large, not split over devices, and its rule pointwise."""
     rule, param, slots = leaf.rule, leaf.param, [slot for slot in leaf.slots.values() if slot is not None]
     like = leaf.grad if param is None else param
-    if not is_native(real_size(like)) or like.ndim == 0 or like.size == 0 or type(rule) in _refused:
+    if not is_native(real_size(like)) or like.ndim == 0 or not 0 < like.size < 2**31 or type(rule) in _refused:
         return False
-    if not rule.elementwise or type(rule).update_with is not Rule.update_with or rule.two_pass or leaf.given:
+    if not rule.pointwise or any(jnp.ndim(number) for number in jax.tree.leaves(shared)):
         return False
-    if any(jnp.ndim(number) for number in jax.tree.leaves(rule)):
-        return False
-    arrays = [x for x in (leaf.grad, param, *slots) if x is not None and x.shape == like.shape]
+    own = [x for x in jax.tree.leaves(rule) if jnp.ndim(x)]
+    given = [x for x in leaf.given.values() if not isinstance(x, Draw)]
+    arrays = [x for x in (leaf.grad, param, *slots, *own, *given) if x is not None and x.shape == like.shape]
     is_low = any(precision.is_low(x.dtype) for x in arrays)
     if is_low and (rule.precision.rounding == "stochastic" or (wanted == "change" and rule.precision.keeps_values)):
         return False
-    if any(map(is_sharded, arrays)) or any(slot.shape not in ((), like.shape) for slot in slots):
+    if any(map(is_sharded, arrays)) or any(x.shape not in ((), like.shape) for x in (*slots, *own)):
         return False
     return len({is_complex(x) for x in arrays}) == 1
 
 
 @functools.partial(jax.jit, static_argnames="wanted")
 def _update(
-    rule: Rule, grad: jax.Array, slots: Slots, param: Any, count: jax.Array, wanted: Wanted
+    rule: Rule,
+    grad: jax.Array,
+    slots: Slots,
+    param: Any,
+    count: jax.Array,
+    given: dict[str, Any],
+    shared: dict[str, Any],
+    wanted: Wanted,
 ) -> tuple[dict[str, jax.Array], Slots]:
     """Compute the new value and the change, as far as they are wanted, and the slots.
 
     Jitted so that all arrays of one shape are traced once.
     """
     each = {name: x for name, x in slots.items() if x is not None and x.shape == grad.shape}
-    arrays = {"grad": grad, **({} if param is None else {"param": param}), **_by_place(each)}
+    draws = {name: x for name, x in given.items() if isinstance(x, Draw)}
+    others = {name: x for name, x in given.items() if name not in draws}
+    settings, form = jax.tree.flatten(rule)
+    own = {str(at): x for at, x in enumerate(settings) if jnp.ndim(x)}
+    arrays = {"grad": grad, **({} if param is None else {"param": param})}
+    arrays |= _named(_STATE, each) | _named(_GIVEN, others) | _named(_OWN, own)
 
     def text(alike: _Alike, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], Slots]:
         grad, param = arrays["grad"], arrays.get("param")
-        own = alike.slots | {name: arrays[_PLACE + name] for name in each}
-        leaf = LeafUpdate(0, alike.rule, grad, own, param, alike.step, {})
-        change, value, new = valued(leaf, *update_dense(alike.rule, grad, own, param, alike.step, {}, {}))
+        rule = jax.tree.unflatten(form, [arrays.get(f"{_OWN}{at}", x) for at, x in enumerate(alike.settings)])
+        own = alike.slots | {name: arrays[_STATE + name] for name in each}
+        given = {name: arrays[_GIVEN + name] for name in others}
+        pairs = (*grad.shape, 2) if is_complex(grad) else grad.shape
+        for name, draw in alike.draws.items():
+            numbers = draw.numbers_in(pairs)
+            given[name] = view_as_complex(numbers) if is_complex(grad) else numbers
+        leaf = LeafUpdate(0, rule, grad, own, param, alike.step, given)
+        change, value, new = valued(leaf, *update_dense(rule, grad, own, param, alike.step, given, alike.shared))
         made = {}
         if wanted != "change" and param is not None:
             made["param"] = (param + change).astype(param.dtype) if value is None else value
@@ -90,18 +112,19 @@ def _update(
             made["change"] = change
         elif wanted == "change":
             made["change"] = change.astype(grad.dtype)
-        made |= _by_place({name: new[name] for name in each})
+        made |= _named(_STATE, {name: new[name] for name in each})
         return made, {name: slot for name, slot in new.items() if name not in each}
 
-    alike = _Alike(rule, count, {name: x for name, x in slots.items() if name not in each})
-    made, scalars = one_pass(text, alike, arrays)
-    new = {name: made.pop(_PLACE + name) for name in each} | scalars
-    return made, {name: new[name] for name in slots}
+    scalars = [None if str(at) in own or is_key(x) else x for at, x in enumerate(settings)]
+    alike = _Alike(scalars, count, {name: x for name, x in slots.items() if name not in each}, shared, draws)
+    made, rest = one_pass(text, alike, arrays)
+    new = {name: made.pop(_STATE + name) for name in each} | rest
+    return made, {name: new[name] for name in slots} | {name: x for name, x in new.items() if name not in slots}
 
 
-_PLACE = "state."
+_STATE, _GIVEN, _OWN = "state.", "given.", "rule."
 
 
-def _by_place(slots: Slots) -> Slots:
-    """Rename the slots so that no other array has their names."""
-    return {_PLACE + name: x for name, x in slots.items()}
+def _named(prefix: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Rename arrays so that no others have their names."""
+    return {prefix + name: x for name, x in arrays.items()}

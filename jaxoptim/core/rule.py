@@ -359,10 +359,11 @@ class Rule(Hyperparameters, abc.ABC):
 
     def draw_noise(
         self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
-    ) -> dict[int, jax.Array]:
+    ) -> dict[int, Any]:
         """Return the noise of these arrays, by their indices among the leaves; only for rules that take ``noise``.
 
-        With ``only`` it is drawn for some of them alone, with the same numbers as when it is drawn for all.
+        Each is an array, or a :class:`~jaxoptim.core.noise.Draw` of one. With ``only`` it is drawn for some of them
+        alone, with the same numbers as when it is drawn for all.
         """
         return {}
 
@@ -406,9 +407,18 @@ class Rule(Hyperparameters, abc.ABC):
     def elementwise(self) -> bool:
         """Whether the update is elementwise, whatever the shape of the array.
 
-        Arrays may then be packed into one buffer, and a kernel takes their numbers one by one.
+        Arrays may then be packed into one buffer.
         """
         return True
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a kernel may take the numbers of an array one by one, in any shape.
+
+        The result for each follows from the numbers in its place, its noise among them, and from scalars; sums over the
+        array go to :meth:`update_shared` alone.
+        """
+        return self.elementwise
 
     @property
     def rowwise(self) -> bool:

@@ -99,7 +99,7 @@ class Sampler(Rule):
 
     def draw_noise(
         self, shared: dict[str, Any], step: Any, likes: dict[int, Any], only: Collection[int] | None = None
-    ) -> dict[int, jax.Array]:
+    ) -> dict[int, Any]:
         small: dict[Any, list[int]] = {}
         large: list[int] = []
         for number, like in likes.items():
@@ -110,7 +110,7 @@ class Sampler(Rule):
         keys = noise.fold_in(shared["key"], step, np.array([*large, _TOGETHER], np.uint32))
         # Made in the loops that use it.
         apart = noise.normals(keys[:-1], [likes[number] for number in large], self.noise_impl)
-        drawn = dict(zip(large, apart, strict=True))
+        drawn: dict[int, Any] = dict(zip(large, apart, strict=True))
         for dtype, numbers in small.items():
             ends = list(itertools.accumulate(likes[number].size for number in numbers))
             start = 0

@@ -47,7 +47,7 @@ def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]
 
 def _update_one(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Change:
     """Update one array."""
-    done = None if isinstance(leaf.grad, BCOO) else in_one_pass(leaf, wanted)
+    done = None if isinstance(leaf.grad, BCOO) else in_one_pass(leaf, shared, wanted)
     return update_leaf(leaf, shared) if done is None else done
 
 

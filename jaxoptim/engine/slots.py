@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxoptim.core import Rule
 from jaxoptim.core.leaf import as_computed, init_leaf
+from jaxoptim.core.noise import computed
 from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.precision import MASTER
 
@@ -53,7 +54,7 @@ def _found(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
 
     def slots_of(param: jax.Array) -> dict[str, Any]:
         noise = [
-            view_as_complex(x) if is_complex(param) else x
+            view_as_complex(computed(x)) if is_complex(param) else computed(x)
             for x in rule.draw_noise(rule.init_shared(), 0, {0: as_computed(param)}).values()
         ]
         drawn = {"noise": noise[0]} if noise else {}

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import jax
 
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-fPIC",
+    "-shared",
+)
 """None of them changes a number: a product may be added to a number in one rounding, as XLA allows its own code."""
 
 

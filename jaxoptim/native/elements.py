@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from jaxoptim.native.normal import erf_inv
+
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint"}
 """The primitives that are nothing but the operations in them."""
 
@@ -48,7 +50,22 @@ class Uniform(NamedTuple):
     value: Any
 
 
-Value = Element | Uniform
+class Later(NamedTuple):
+    """A number that follows from sums over all places, by its index in :meth:`Elements.later`."""
+
+    number: int
+
+
+Value = Element | Uniform | Later
+
+
+class Line(NamedTuple):
+    """A statement of the loop: it computes a number from others, those of arrays among them."""
+
+    name: str
+    kind: str
+    text: str
+    uses: tuple[str, ...]
 
 
 def kept_type(dtype: Any) -> str:
@@ -68,12 +85,20 @@ def _named(types: dict[str, str], dtype: Any) -> str:
 
 
 class Elements:
-    """The statements of a loop over all places, and the numbers that they take from outside of it."""
+    """The statements of a loop over all places, the numbers that they take from outside of it, and the sums over it.
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    Args:
+        size: the number of places. What has one axis of this length has a number for each of them, all else is scalars.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.lines: list[Line] = []
         self.taken: dict[str, list[Any]] = {}
         """For each dtype of vectors that the kernel reads, the scalars in it."""
+        self.sums: list[Element] = []
+        """The numbers that are summed over all places."""
+        self._size = size
+        self._later: list[Callable[[Sequence[Any], Sequence[Any]], Any]] = []
         self._names: dict[tuple[int, str], str] = {}
 
     def run(self, closed: ClosedJaxpr, values: Sequence[Value]) -> list[Value]:
@@ -91,29 +116,87 @@ class Elements:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            if eqn.primitive.name in _CALLS:
-                inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-                made = self.run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), operands)
-            elif len(alike := [operand.value for operand in operands if isinstance(operand, Uniform)]) == len(operands):
-                new = eqn.primitive.bind(*alike, **eqn.params)
-                made = [Uniform(x) for x in (new if eqn.primitive.multiple_results else [new])]
-            else:
-                made = [self._written(eqn, operands)]
-            known |= dict(zip(eqn.outvars, made, strict=True))
+            known |= dict(zip(eqn.outvars, self._made(eqn, operands), strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _written(self, eqn: Any, operands: Sequence[Value]) -> Element:
-        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
-        if name not in _TEXTS or any(atom.aval.shape for atom in (*eqn.invars, *eqn.outvars)):
+    def _made(self, eqn: Any, operands: Sequence[Value]) -> Sequence[Value]:
+        """The results of an operation."""
+        name = eqn.primitive.name
+        if name in _CALLS:
+            inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+            return self.run(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), operands)
+        if not any(self._is_spread(atom) for atom in (*eqn.invars, *eqn.outvars)):
+            return self._of_scalars(eqn, operands)
+        if any(atom.aval.shape and not self._is_spread(atom) for atom in (*eqn.invars, *eqn.outvars)):
             raise Unsupported(f"the primitive {name!r}")
-        kind, x = _named(_LOCAL, dtype), f"x{len(self.lines)}"
-        dtypes = [atom.aval.dtype for atom in eqn.invars]
-        text = _TEXTS[name](*map(self.text, operands, dtypes), **_Context(eqn.params, dtypes[0], dtype)._asdict())
-        rounded = text if name in _EXACT else _rounded(text, dtype)
-        self.lines.append(f"{kind} {x} = {rounded};")
-        return Element(x, dtype)
+        if name == "iota":
+            return [self._line(_converted("i", of=np.dtype("int64"), to=eqn.outvars[0].aval.dtype), eqn, ())]
+        if name == "reduce_sum":
+            return [self._summed(operands[0], eqn.outvars[0].aval.dtype)]
+        if not (name in _TEXTS or name in _EXPANDED) or not all(map(self._is_spread, eqn.outvars)):
+            raise Unsupported(f"the primitive {name!r}")
+        if any(isinstance(operand, Later) for operand in operands):
+            raise Unsupported("a sum over the array that its own numbers wait for")
+        if all(isinstance(operand, Uniform) for operand in operands):
+            return [operands[0]] if name in _SHAPES else self._of_scalars(eqn, operands)
+        if name in _EXPANDED:
+            like = jax.ShapeDtypeStruct((self._size,), eqn.invars[0].aval.dtype)
+            return self.run(jax.make_jaxpr(_EXPANDED[name])(like), operands)
+        return [self._written(eqn, operands)]
 
-    def text(self, value: Value, dtype: Any) -> str:
+    def _is_spread(self, atom: Any) -> bool:
+        return atom.aval.shape == (self._size,)
+
+    def _summed(self, x: Value, dtype: np.dtype) -> Value:
+        if isinstance(x, Uniform):
+            return Uniform(jnp.asarray(x.value, dtype) * np.asarray(self._size, dtype))
+        if dtype not in (jnp.float32, jnp.float64) or not isinstance(x, Element):
+            raise Unsupported(f"a sum of {dtype}")
+        self.sums.append(x)
+        at = len(self.sums) - 1
+        return self._deferred(lambda sums, known: sums[at])
+
+    def _of_scalars(self, eqn: Any, operands: Sequence[Any]) -> Sequence[Value]:
+        """The results of an operation on scalars, at once or when the loop has ended."""
+
+        def made(values: Sequence[Any]) -> Sequence[Any]:
+            new = eqn.primitive.bind(*values, **eqn.params)
+            return new if eqn.primitive.multiple_results else [new]
+
+        if all(isinstance(operand, Uniform) for operand in operands):
+            return [Uniform(x) for x in made([operand.value for operand in operands])]
+        whole = self._deferred(
+            lambda sums, known: made([known[x.number] if isinstance(x, Later) else x.value for x in operands])
+        )
+
+        def part(at: int) -> Later:
+            return self._deferred(lambda sums, known: known[whole.number][at])
+
+        return [part(at) for at in range(len(eqn.outvars))]
+
+    def _deferred(self, of: Callable[[Sequence[Any], Sequence[Any]], Any]) -> Later:
+        self._later.append(of)
+        return Later(len(self._later) - 1)
+
+    def later(self, sums: Sequence[Any]) -> list[Any]:
+        """The numbers that follow from the sums, :attr:`sums` over all places."""
+        known: list[Any] = []
+        for of in self._later:
+            known.append(of(sums, known))
+        return known
+
+    def _written(self, eqn: Any, operands: Sequence[Value]) -> Element:
+        name, dtype, dtypes = eqn.primitive.name, eqn.outvars[0].aval.dtype, [atom.aval.dtype for atom in eqn.invars]
+        text = _TEXTS[name](*map(self.text, operands, dtypes), **_Context(eqn.params, dtypes[0], dtype)._asdict())
+        return self._line(text if name in _EXACT else _rounded(text, dtype), eqn, operands)
+
+    def _line(self, text: str, eqn: Any, operands: Sequence[Value]) -> Element:
+        dtype, name = eqn.outvars[0].aval.dtype, f"x{len(self.lines)}"
+        uses = tuple(operand.name for operand in operands if isinstance(operand, Element))
+        self.lines.append(Line(name, _named(_LOCAL, dtype), text, uses))
+        return Element(name, dtype)
+
+    def text(self, value: Any, dtype: Any) -> str:
         """The text of a number; one from outside the loop is read from a vector."""
         if isinstance(value, Element):
             return value.name
@@ -203,11 +286,45 @@ def _same(x: str, **_: Any) -> str:
     return x
 
 
+def _bits(dtype: Any) -> int:
+    return 8 * jnp.dtype(dtype).itemsize
+
+
+# A shift by as many bits as there are, or more, leaves nothing in XLA, and what the CPU likes in C.
+def _left(x: str, by: str, *, to: Any, **_: Any) -> str:
+    return f"({by} < {_bits(to)} ? {x} << {by} : 0)"
+
+
+def _right(x: str, by: str, *, to: Any, **_: Any) -> str:
+    return f"({by} < {_bits(to)} ? (uint{_bits(to)}_t){x} >> {by} : 0)"
+
+
+def _right_with_sign(x: str, by: str, *, to: Any, **_: Any) -> str:
+    most = _bits(to) - 1
+    return f"((int{_bits(to)}_t){x} >> ({by} < {most} ? {by} : {most}))"
+
+
+def _viewed(x: str, *, of: Any, to: Any, **_: Any) -> str:
+    """The bits of a number as those of another type."""
+    if _bits(of) != _bits(to) or _bits(to) < 32:
+        raise Unsupported(f"the bits of {of} as {to}")
+    return f"bits_{_LOCAL[of.name]}_{_LOCAL[to.name]}({x})"
+
+
+def _remainder(a: str, b: str, *, to: Any, **_: Any) -> str:
+    if not jnp.issubdtype(to, jnp.floating):
+        raise Unsupported(f"a remainder of {to}")
+    return _function("fmod")(a, b, to=to)
+
+
 # fmt: off
-_EXACT = {
+_SHAPES = {"broadcast_in_dim", "reshape", "squeeze", "copy", "stop_gradient", "optimization_barrier"}
+"""The operations that leave each number as it is."""
+
+_EXACT = _SHAPES | {
     "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "neg", "abs", "sign", "max", "min", "clamp", "floor",
-    "ceil", "is_finite", "select_n", "convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy",
-    "stop_gradient", "optimization_barrier",
+    "ceil", "is_finite", "select_n", "convert_element_type", "bitcast_convert_type", "shift_left",
+    "shift_right_logical", "shift_right_arithmetic", "rem",
 }
 # fmt: on
 """The operations whose result a dtype of few bits always has."""
@@ -253,11 +370,14 @@ _TEXTS: dict[str, Callable[..., str]] = {
     "is_finite": lambda x, **_: f"({x} - {x} == 0)",
     "select_n": lambda which, no, yes, **_: f"({which} ? {yes} : {no})",
     "convert_element_type": _converted,
-    "broadcast_in_dim": _same,
-    "reshape": _same,
-    "squeeze": _same,
-    "copy": _same,
-    "stop_gradient": _same,
-    "optimization_barrier": _same,
+    "rem": _remainder,
+    "shift_left": _left,
+    "shift_right_logical": _right,
+    "shift_right_arithmetic": _right_with_sign,
+    "bitcast_convert_type": _viewed,
+    **dict.fromkeys(_SHAPES, _same),
 }
 """The text of each primitive in C, from those of its operands."""
+
+_EXPANDED: dict[str, Callable[[jax.Array], jax.Array]] = {"erf_inv": erf_inv}
+"""Primitives by others."""

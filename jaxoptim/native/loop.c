@@ -3,21 +3,23 @@
    The caller takes chunks itself, and waits for those alone that others have begun, so that it needs no free thread. */
 
 typedef struct {
-  atomic_llong next;    /* the first number that nobody has taken */
+  atomic_llong next;    /* the first chunk that nobody has taken */
   atomic_llong left;    /* how many are not finished */
   atomic_int holders;   /* threads that still look at this */
-  int64_t size;
+  int64_t size, rows, chunks; /* numbers of a row, rows, chunks of a row */
   fenv_t mode;          /* whether XLA flushes denormal numbers, on the thread of the caller */
-  void *in[INPUTS], *out[OUTPUTS];
+  void *in[INPUTS], *out[OUTPUTS + SUMS];
+  double sums[];        /* of each chunk, so that they do not depend on who takes it */
 } Work;
 
 static void take(Work *work) {
   for (;;) {
-    int64_t begin = atomic_fetch_add(&work->next, CHUNK);
-    if (begin >= work->size) return;
-    int64_t end = begin + CHUNK < work->size ? begin + CHUNK : work->size;
-    run(work->in, work->out, begin, end);
-    atomic_fetch_sub(&work->left, end - begin);
+    int64_t chunk = atomic_fetch_add(&work->next, 1);
+    if (chunk >= work->rows * work->chunks) return;
+    int64_t begin = chunk % work->chunks * CHUNK, left = work->size - begin;
+    int64_t end = begin + (CHUNK < left ? CHUNK : left);
+    run(work->in, work->out, chunk / work->chunks, work->size, begin, end, work->sums + chunk * SUMS);
+    atomic_fetch_sub(&work->left, 1);
   }
 }
 
@@ -63,22 +65,29 @@ XLA_FFI_Error *kernel(XLA_FFI_CallFrame *frame) {
     metadata->api_version.minor_version = XLA_FFI_API_MINOR;
     return NULL;
   }
-  if (frame->args.size != INPUTS || frame->rets.size != OUTPUTS) return failed(frame, "jaxoptim: another kernel");
+  if (frame->args.size != INPUTS || frame->rets.size != OUTPUTS + SUMS) return failed(frame, "jaxoptim: another kernel");
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
   for (int at = 0; at < IN_PLACE; ++at)
     if (in[in_place[at][0]]->data != out[in_place[at][1]]->data) return failed(frame, "jaxoptim: not in place");
-  int64_t size = PARTS;
-  for (int64_t axis = 0; axis < out[0]->rank; ++axis) size *= out[0]->dims[axis];
-  Work *work = malloc(sizeof(Work));
+  int64_t size = PARTS, rows = 1;
+  if (PARTS) {
+    XLA_FFI_Buffer *like = in[FIRST];
+    for (int64_t axis = 0; axis < like->rank - 1; ++axis) rows *= like->dims[axis];
+    size *= like->dims[like->rank - 1];
+  }
+  int64_t chunks = (size + CHUNK - 1) / CHUNK, all = rows * chunks;
+  Work *work = calloc(1, sizeof(Work) + sizeof(double) * all * SUMS);
   if (!work) return failed(frame, "jaxoptim: no memory");
   work->size = size;
+  work->rows = rows;
+  work->chunks = chunks;
   for (int at = 0; at < INPUTS; ++at) work->in[at] = in[at]->data;
-  for (int at = 0; at < OUTPUTS; ++at) work->out[at] = out[at]->data;
-  int64_t others = threads(frame) - 1, chunks = (size + CHUNK - 1) / CHUNK;
-  if (others > chunks - 1) others = chunks - 1;
+  for (int at = 0; at < OUTPUTS + SUMS; ++at) work->out[at] = out[at]->data;
+  int64_t others = threads(frame) - 1;
+  if (others > all - 1) others = all - 1;
   if (others < 0) others = 0;
   atomic_init(&work->next, 0);
-  atomic_init(&work->left, size);
+  atomic_init(&work->left, all);
   atomic_init(&work->holders, 1 + (int)others);
   fegetenv(&work->mode);
   for (int64_t at = 0; at < others; ++at) {
@@ -92,6 +101,11 @@ XLA_FFI_Error *kernel(XLA_FFI_CallFrame *frame) {
   }
   take(work);
   while (atomic_load(&work->left) > 0) sched_yield();
+  for (int64_t row = 0; SUMS && row < rows; ++row) {
+    double *sums = work->sums + row * chunks * SUMS;
+    for (int64_t at = SUMS; at < chunks * SUMS; ++at) sums[at % (SUMS ? SUMS : 1)] += sums[at];
+    store(work->out, row, sums);
+  }
   drop(work);
   return NULL;
 }

@@ -24,7 +24,7 @@ class Config:
 
             - ``"auto"`` (default, or what the environment variable ``JAXOPTIM_NATIVE`` says): of arrays of at least
               131072 numbers, if the process has one device, a CPU, and a C compiler is on the path;
-            - ``"on"``: of arrays of any size, on CPUs;
+            - ``"on"``: of arrays of at least 16 numbers, on CPUs;
             - ``"off"``: XLA's code for all.
 
             Another choice drops all compiled programs of the process (``jax.clear_caches``), so that it holds from then

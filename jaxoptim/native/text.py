@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxoptim.native.elements import Element, Elements, kept_type, loaded, local_type, stored
+from jaxoptim.native.elements import Element, Elements, Line, kept_type, loaded, local_type, stored
 
 _CHUNK = 65536
 """Numbers of each array that a thread takes at a time: with fewer, it begins new pages too often."""
+
+_BLOCK = 256
+"""Numbers of each array that go through one part of a long loop after the other: what is between stays in the cache."""
+_LONG = 24
+"""Statements of a part. In a longer one a CPU sees too few numbers at a time to hide how long each operation takes."""
 
 _HEAD = """#include <fenv.h>
 #include <math.h>
@@ -33,6 +38,21 @@ static inline uint16_t to_bfloat16(float x) {
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
   return (uint16_t)(x != x ? quiet : rounded);
 }
+
+#define BITS(from, to) \\
+  static inline to bits_##from##_##to(from x) { to bits; memcpy(&bits, &x, sizeof bits); return bits; }
+BITS(float, uint32_t)
+BITS(float, int32_t)
+BITS(uint32_t, float)
+BITS(int32_t, float)
+BITS(uint32_t, int32_t)
+BITS(int32_t, uint32_t)
+BITS(double, uint64_t)
+BITS(double, int64_t)
+BITS(uint64_t, double)
+BITS(int64_t, double)
+BITS(uint64_t, int64_t)
+BITS(int64_t, uint64_t)
 """
 
 
@@ -49,11 +69,12 @@ def file_of(
     """The text of a kernel, and which of its operands have the memory of which of its results.
 
     Its operands are the vectors of ``elements.taken`` and the arrays that are read, whose numbers the statements call
-    ``v0``, ``v1``, ... A result has the memory of the array of its name and dtype.
+    ``v0``, ``v1``, ... Its results are the arrays that are written, and the sums. A result has the memory of the array
+    of its name and dtype. All may have leading axes, of rows.
 
     Args:
         elements: the statements of the loop.
-        read: the arrays that they read.
+        read: the arrays that they read, one at least.
         written: the arrays that are written, each with the number that is.
         parts: how many numbers of the loop a number of the arrays is, 2 for complex ones.
     """
@@ -62,52 +83,128 @@ def file_of(
     in_place = {first + at: places[array] for at, array in enumerate(read) if array in places}
     own = [at for at in range(len(written)) if at not in in_place.values()]
     # A number that is read within the loop would be read under a condition, and keep the compiler from using vectors.
-    vectors = [
-        f"const {local_type(dtype)} {dtype}_{place} = ((const {kept_type(dtype)} *)in[{at}])[{place}];"
+    lines = [
+        f"const {local_type(dtype)} {dtype}_{place} = "
+        f"((const {kept_type(dtype)} *)in[{at}])[row * {len(scalars)} + {place}];"
         for at, (dtype, scalars) in enumerate(elements.taken.items())
         for place in range(len(scalars))
     ]
-    arrays = [
-        f"{kept_type(dtype)} *restrict a{at} = out[{in_place[first + at]}]; /* {name} */"
-        if first + at in in_place
-        else f"const {kept_type(dtype)} *restrict a{at} = in[{first + at}]; /* {name} */"
-        for at, (name, dtype) in enumerate(read)
-    ]
-    arrays += [
-        f"{kept_type(written[at][0].dtype)} *restrict r{at} = out[{at}]; /* {written[at][0].name} */" for at in own
-    ]
-    loop = [f"{local_type(dtype)} v{at} = {loaded(f'a{at}[i]', dtype)};" for at, (_, dtype) in enumerate(read)]
-    loop += elements.lines
+    for at, (name, dtype) in enumerate(read):
+        where = f"out[{in_place[first + at]}]" if first + at in in_place else f"in[{first + at}]"
+        lines.append(_array(f"a{at}", where, dtype, name, first + at not in in_place))
+    lines += [_array(f"r{at}", f"out[{at}]", written[at][0].dtype, written[at][0].name, False) for at in own]
     target = {result: f"a{operand - first}" for operand, result in in_place.items()} | {at: f"r{at}" for at in own}
-    loop += [f"{target[at]}[i] = {stored(number.name, dtype)};" for at, ((_, dtype), number) in enumerate(written)]
-    body = f"""{_indented([*vectors, *arrays], 2)}
-  for (int64_t i = begin; i < end; ++i) {{
-    {_indented(loop, 4)}
-  }}"""
-    return _file(first + len(read), len(written), in_place, parts, body), in_place
+    ends = [f"{target[at]}[i] = {stored(number.name, dtype)};" for at, ((_, dtype), number) in enumerate(written)]
+    numbers = {
+        f"v{at}": f"{local_type(dtype)} v{at} = {loaded(f'a{at}[i]', dtype)};" for at, (_, dtype) in enumerate(read)
+    }
+    body = _loops(elements, numbers, ends, [number.name for _, number in written])
+    results = len(written)
+    sums = [kept_type(number.dtype) for number in elements.sums]
+    text = _file(first + len(read), results, in_place, parts, _indented([*lines, *body], 2), first, sums)
+    return text, in_place
+
+
+def _array(name: str, where: str, dtype: Any, of: str, is_read: bool) -> str:
+    kind = f"{'const ' * is_read}{kept_type(dtype)}"
+    return f"{kind} *restrict {name} = ({kind} *){where} + row * size; /* {of} */"
+
+
+def _loops(elements: Elements, numbers: dict[str, str], ends: Sequence[str], stored: Sequence[str]) -> list[str]:
+    """The loop over the places of a row; a long one in parts, which take a block of them in turn.
+
+    Args:
+        elements: the statements.
+        numbers: the statement that loads each number of an array.
+        ends: the statements that store.
+        stored: the names of the numbers that these store.
+    """
+    parts = _parts(elements.lines)
+    last = {name: at for at, lines in enumerate(parts) for line in lines for name in line.uses}
+    last |= dict.fromkeys(stored, len(parts) - 1)
+    made = {line.name: at for at, lines in enumerate(parts) for line in lines}
+    kept = {line.name: line.kind for line in elements.lines if last.get(line.name, 0) > made[line.name]}
+    sums = [number.name for number in elements.sums]
+    if len(parts) == 1 and not sums:
+        body = [*numbers.values(), *(f"{line.kind} {line.name} = {line.text};" for line in parts[0]), *ends]
+        return ["for (int64_t i = begin; i < end; ++i) {", *_inner(body), "}"]
+    loops: list[str] = []
+    for at, lines in enumerate(parts):
+        here = {line.name for line in lines}
+        added = [(number, name) for number, name in enumerate(sums) if made.get(name, len(parts) - 1) == at]
+        used = [name for line in lines for name in line.uses]
+        used += [name for _, name in added] + (list(stored) if at == len(parts) - 1 else [])
+        body = [numbers[name] for name in dict.fromkeys(used) if name in numbers]
+        body += [
+            f"{kept[name]} {name} = k_{name}[j];" for name in dict.fromkeys(used) if name in kept and name not in here
+        ]
+        body += [f"{line.kind} {line.name} = {line.text};" for line in lines]
+        body += [f"k_{line.name}[j] = {line.name};" for line in lines if line.name in kept]
+        body += [f"s{number} += {name};" for number, name in added]
+        body += ends if at == len(parts) - 1 else []
+        loops += [f"{local_type(elements.sums[number].dtype)} s{number} = 0;" for number, _ in added]
+        if added:
+            loops.append(f"#pragma omp simd reduction(+:{', '.join(f's{number}' for number, _ in added)})")
+        loops += ["for (int64_t j = 0; j < count; ++j) {", "  const int64_t i = at + j;", *_inner(body), "}"]
+        loops += [f"sums[{number}] += s{number};" for number, _ in added]
+    return [
+        *(f"{kind} k_{name}[{_BLOCK}];" for name, kind in kept.items()),
+        f"for (int64_t at = begin; at < end; at += {_BLOCK}) {{",
+        f"  const int64_t count = end - at < {_BLOCK} ? end - at : {_BLOCK};",
+        *_inner(loops),
+        "}",
+    ]
+
+
+def _parts(lines: Sequence[Line]) -> list[list[Line]]:
+    """The statements in parts of about the same length, cut where few numbers are still needed."""
+    last = {name: at for at, line in enumerate(lines) for name in line.uses}
+    made = {line.name: at for at, line in enumerate(lines)}
+    parts, start = [], 0
+    while len(lines) - start > _LONG + _LONG // 2:
+        cuts = range(start + _LONG // 2, start + _LONG + 1)
+        cut = min(cuts, key=lambda cut: (sum(at < cut <= last.get(name, -1) for name, at in made.items()), -cut))
+        parts.append(list(lines[start:cut]))
+        start = cut
+    return [*parts, list(lines[start:])]
 
 
 def barrier_of(count: int, others: int) -> tuple[str, dict[int, int]]:
     """The text of a kernel that leaves as many arrays as they are, and looks at no other operand."""
     in_place = {at: at for at in range(count)}
-    return _file(count + others, count, in_place, 0, ""), in_place
+    return _file(count + others, count, in_place, 0, "", 0, ()), in_place
 
 
-def _file(inputs: int, outputs: int, in_place: dict[int, int], parts: int, body: str) -> str:
+def _file(
+    inputs: int, outputs: int, in_place: dict[int, int], parts: int, body: str, first: int, sums: Sequence[str]
+) -> str:
     sizes = {"INPUTS": inputs, "OUTPUTS": outputs, "IN_PLACE": len(in_place), "PARTS": parts, "CHUNK": _CHUNK}
+    sizes |= {"FIRST": first, "SUMS": len(sums)}
     pairs = ", ".join(f"{{{operand}, {result}}}" for operand, result in in_place.items()) or "{0, 0}"
+    written = _indented(
+        [f"(({kind} *)out[{outputs + at}])[row] = ({kind})sums[{at}];" for at, kind in enumerate(sums)], 2
+    )
     return f"""{_HEAD}
 enum {{ {", ".join(f"{name} = {size}" for name, size in sizes.items())} }};
 static const int in_place[][2] = {{{pairs}}};
 
-static void run(void *const *in, void *const *out, int64_t begin, int64_t end) {{
+static void run(void *const *in, void *const *out, int64_t row, int64_t size, int64_t begin, int64_t end,
+                double *sums) {{
   {body}
+}}
+
+static void store(void *const *out, int64_t row, const double *sums) {{
+  {written}
 }}
 
 {_LOOP}"""
 
 
 _LOOP = Path(__file__).with_name("loop.c").read_text()
+
+
+def _inner(lines: Sequence[str]) -> list[str]:
+    return [line if line.startswith("#") else f"  {line}" for line in lines]
 
 
 def _indented(lines: Sequence[str], by: int) -> str:

@@ -58,6 +58,10 @@ class PosteriorSampler(Sampler):
     center: Any
     optimize_over: Any
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def init_shared(self) -> dict[str, Any]:
         names = COMPONENTS if self.metrics == "components" else ()
         return super().init_shared() | {name: jnp.zeros((), jnp.float32) for name in names}

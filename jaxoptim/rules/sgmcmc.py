@@ -106,6 +106,11 @@ class SGMCMC(PosteriorSampler):
     def _sketch_seed(self) -> Any:
         return 0 if self.sketch_seed is None else self.sketch_seed
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether there are no sketches, which look at the places of numbers."""
+        return self.sketch_dim is None
+
     def init_shared(self) -> dict[str, Any]:
         count = {} if self.metrics is None else {COUNT: jnp.zeros((), jnp.int32)}
         names = () if self.sketch_dim is None else SKETCHES
