@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from chips import SMALL, Cost, NotInstalled, cost, h100, tpu
 from recording import Recorder
@@ -39,10 +40,12 @@ CHIPS: dict[str, tuple[str, Callable[[], list[jax.Device]]]] = {
     "h100x8": ("8 H100s", lambda: h100(8)),
     "v5e": ("one chip of a TPU v5e", lambda: tpu("v5e:2x4")[:1]),
     "v5e:2x4": ("TPU v5e 2x4, 8 chips", lambda: tpu("v5e:2x4")),
+    "v5e:16x16": ("TPU v5e 16x16, 256 chips", lambda: tpu("v5e:16x16")),
     "v5p:8x8x8": ("TPU v5p 8x8x8, 512 chips", lambda: tpu("v5p:8x8x8")),
 }
 LARGE: Shapes = {f"p{i}": (1024, 1024) for i in range(4)}
 SPREAD: Shapes = {f"p{i}": (8192, 4096) for i in range(4)}
+HUGE: Shapes = {f"p{i}": (8192, 28672) for i in range(6)}
 ELEMENTWISE = ("SGD", "Adagrad", "RMSprop", "ASGD", "AdagradRMSProp", "Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 ELEMENTWISE += ("Adadelta", "Rprop", "ClippedAdam", "DCTAdam", "SGLD", "SGHMC", "PSGLD", "SGNHT")
 SOME = ("SGD", "Adam", "AdamW", "SGLD")
@@ -83,8 +86,9 @@ def rows(devices: list[jax.Device], recorder: Recorder, only: str) -> Iterator[R
         "many arrays": many,
         "training steps": training,
         "chains": chains,
+        "large matrices": huge,
     }
-    everywhere = (elementwise, by_shape, chains) if len(devices) == 1 else (elementwise, by_shape)
+    everywhere = (elementwise, by_shape, chains if len(devices) == 1 else huge)
     for title, make in tables.items():
         if only in title and (make in everywhere or (len(devices) == 1 and devices[0].platform == "gpu")):
             yield from (row._replace(table=title) for row in make(devices, recorder))
@@ -105,8 +109,16 @@ def by_shape(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
         trees["48 matrices of GPT-2 small"] = matrices
     for title, shapes in trees.items():
         for name in BY_SHAPE:
-            yield pure(name, shapes, devices)._replace(title=f"{name}, {title}")
+            made = pure if len(devices) == 1 else over_mesh
+            yield made(name, shapes, devices)._replace(title=f"{name}, {title}")
             yield with_optax(name, shapes, devices)._replace(title=f"optax: {name}, {title}")
+
+
+def huge(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
+    """Steps of large matrices on many chips."""
+    if len(devices) > 8:
+        for name in ("Adam", *BY_SHAPE):
+            yield over_mesh(name, HUGE, devices)._replace(title=f"{name}, 6 matrices of 8192 x 28672")
 
 
 def many(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
@@ -180,10 +192,31 @@ def pure(name: str, shapes: Shapes, devices: list[jax.Device], *, packed: bool =
         return jaxoptim.step(rule, params, grads, state)
 
     found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, params, state, grads)
-    floor = sum(3 * x.size * x.dtype.itemsize for x in grads.values())
+    return Row("", name, found, numbers_in(shapes), floor_of(grads, state) // len(devices))
+
+
+def over_mesh(name: str, shapes: Shapes, devices: list[jax.Device]) -> Row:
+    """A step of ``distributed.zero``, which is told how the parameters are sharded."""
+    import jaxoptim
+
+    grads, mesh = described(shapes), Mesh(devices, "chips")
+    rule = getattr(jaxoptim.rules, name)()
+    optimizer = jaxoptim.distributed.zero(rule, mesh, "chips", specs=PartitionSpec("chips"))
+    state = jax.eval_shape(lambda params: jaxoptim.init(rule, params), grads)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, grads, state, grads)
+    return Row("", name, found, numbers_in(shapes), floor_of(grads, state) // len(devices))
+
+
+def floor_of(grads: dict[str, Any], state: Any) -> int:
+    """The bytes that a step must move."""
     slots = [slot for name, slot in state.slots.items() if name != "initial_param"]  # which is read for metrics alone
-    floor += sum(2 * x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
-    return Row("", name, found, numbers_in(shapes), floor // len(devices))
+    ways = [(3, grads), (2, slots)]
+    return sum(times * x.size * x.dtype.itemsize for times, tree in ways for x in jax.tree.leaves(tree))
 
 
 def with_optax(name: str, shapes: Shapes, devices: list[jax.Device]) -> Row:
@@ -281,7 +314,7 @@ def written(chips: dict[str, list[Row]]) -> str:
 
 def devices_in(chip: str) -> int:
     """The number of devices that share the arrays."""
-    return {"h100x8": 8, "v5e:2x4": 8, "v5p:8x8x8": 512}.get(chip, 1)
+    return {"h100x8": 8, "v5e:2x4": 8, "v5e:16x16": 256, "v5p:8x8x8": 512}.get(chip, 1)
 
 
 def formatted(row: Row, devices: int) -> str:
