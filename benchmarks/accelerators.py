@@ -135,31 +135,67 @@ def many(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
 
 
 def training(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
-    """Loss, gradient and update of GPT-2 small in one program."""
-    import jaxoptim
-    from gpt2 import loss
+    """Loss, gradient and update of a network in one program, written by hand and by ``minimize``."""
+    import gpt2 as language
+    import resnet as vision
 
-    shapes, tokens = gpt2(), jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    images = jax.ShapeDtypeStruct((32, 3, 224, 224), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.int32)
+    small = jnp.zeros((2, 3, 32, 32)), jnp.zeros(2, jnp.int32)
+    for title, shapes, loss, batch, example in (
+        ("GPT-2 small", gpt2(), language.loss, (tokens,), (jnp.zeros((1, 8), jnp.int32),)),
+        ("ResNet-50", resnet50(), vision.loss, images, small),
+    ):
+        yield from trained(title, shapes, loss, batch, devices)
+        yield minimized(title, shapes, loss, batch, example, devices, recorder)
+
+
+def trained(
+    title: str, shapes: Shapes, loss: Callable[..., Any], batch: tuple[Any, ...], devices: list[jax.Device]
+) -> Iterator[Row]:
+    """Training steps by ``jaxoptim.step``, with parameters as they are and packed, and by optax."""
+    import jaxoptim
+
     params, rule, tx = described(shapes), jaxoptim.rules.AdamW(lr=1e-3), TWINS["AdamW"]
 
-    def step(params: Any, state: Any, tokens: Any) -> Any:
-        return jaxoptim.step(rule, params, jax.grad(loss)(params, tokens), state)
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        return jaxoptim.step(rule, params, jax.grad(loss)(params, *batch), state)
 
-    def packed(params: Any, state: Any, tokens: Any) -> Any:
-        return jaxoptim.step(rule, params, jax.grad(lambda p: loss(p.unpack(), tokens))(params), state)
+    def packed(params: Any, state: Any, *batch: Any) -> Any:
+        return jaxoptim.step(rule, params, jax.grad(lambda p: loss(p.unpack(), *batch))(params), state)
 
-    def twin(params: Any, state: Any, tokens: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+    def twin(params: Any, state: Any, *batch: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
         return optax.apply_updates(params, updates), state
 
     buffers = jax.eval_shape(jaxoptim.pack, params)
-    for title, function, tree, init in (
-        ("AdamW, GPT-2 small", step, params, lambda params: jaxoptim.init(rule, params)),
-        ("AdamW, GPT-2 small, packed", packed, buffers, lambda params: jaxoptim.init(rule, params)),
-        ("optax: AdamW, GPT-2 small", twin, params, tx.init),
+    for name, function, tree, init in (
+        (f"AdamW, {title}", step, params, lambda params: jaxoptim.init(rule, params)),
+        (f"AdamW, {title}, packed", packed, buffers, lambda params: jaxoptim.init(rule, params)),
+        (f"optax: AdamW, {title}", twin, params, tx.init),
     ):
-        found = cost(jax.jit(function, donate_argnums=(0, 1)), devices, tree, jax.eval_shape(init, tree), tokens)
-        yield Row("", title, found, numbers_in(shapes))
+        found = cost(jax.jit(function, donate_argnums=(0, 1)), devices, tree, jax.eval_shape(init, tree), *batch)
+        yield Row("", name, found, numbers_in(shapes))
+
+
+def minimized(
+    title: str,
+    shapes: Shapes,
+    loss: Callable[..., Any],
+    batch: tuple[Any, ...],
+    example: tuple[jax.Array, ...],
+    devices: list[jax.Device],
+    recorder: Recorder,
+) -> Row:
+    """A later ``minimize``, which is one program; it is run on a small example, and compiled for the batch."""
+    from jaxoptim import optim
+
+    optimizer = optim.AdamW(random_tree(shapes, 0), lr=1e-3)
+    optimizer.minimize(loss, *example)
+    [(program, args, kwargs)] = recorder.calls(lambda: optimizer.minimize(loss, *example))
+    whole = {(x.shape, x.dtype): like for x, like in zip(example, batch, strict=True)}
+    args = jax.tree.map(lambda x: whole.get((getattr(x, "shape", None), getattr(x, "dtype", None)), x), args)
+    return Row("", f"optim.AdamW, {title}, minimize", cost(program, devices, *args, **kwargs), numbers_in(shapes))
 
 
 def chains(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
@@ -177,6 +213,23 @@ def chains(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
     found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, params, state, params)
     numbers = 64 * numbers_in(shapes)
     yield Row("", "SGLD, one step of 64 chains of 4160 numbers", found, numbers, 12 * numbers)
+    yield sampled(rule, shapes, devices, recorder)
+
+
+def sampled(rule: Any, shapes: Shapes, devices: list[jax.Device], recorder: Recorder) -> Row:
+    """The chunk of draws that ``sample`` calls again and again, whose steps are a loop."""
+    from jaxoptim import sampling
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((jnp.tanh(batch @ params["w"] + params["b"]) - 1) ** 2)
+
+    params, data = random_tree(shapes, 0), jnp.ones((256, 64))
+    options = {"key": jax.random.key(0), "num_chains": 64, "num_draws": 100, "batch_size": 32, "chain_method": "vmap"}
+    calls = recorder.calls(lambda: sampling.sample(loss, params, rule, data, **options))
+    program, args, kwargs = next(call for call in calls if call[0].__name__ == "run_steps")
+    return Row(
+        "", "sample, 64 chains of 4160 numbers", cost(program, devices, *args, **kwargs), 64 * numbers_in(shapes)
+    )
 
 
 def pure(name: str, shapes: Shapes, devices: list[jax.Device], *, packed: bool = False, **options: Any) -> Row:
@@ -288,10 +341,12 @@ INTRODUCTION = """\
 Written by `make accelerators` with jax {version}, on a machine without any of these chips: XLA compiles for them ahead
 of time, and the compiled programs are counted. Nothing was run.
 
-A kernel is an operation of the entry computation; a small one moves less than {small} bytes. Bytes are those that
+A kernel is an operation of the entry computation or of the body of a loop, where it counts once; a small one moves
+less than {small} bytes. Bytes are those that
 kernels read and write in the memory of one device, for each of its numbers. The floor is what a step must move: values,
 gradients and state read once, values and state written once. Scratch is memory beside arguments and results. On several
-devices all arrays are spread along their first axis. Seconds are those of the compiler here. Parameters and state are
+devices all arrays are spread along their first axis, and rules that look at shapes are told so by `distributed.zero`.
+Seconds are those of the compiler here. Parameters and state are
 donated, and a buffer that is donated in vain is an error.
 """
 HEADER = """
