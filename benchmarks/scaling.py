@@ -232,7 +232,8 @@ WHY = """
 - **Adafactor** sends half a megabyte for its sums over rows. Its state is too small for ZeRO to save any of it.
 - **Muon** takes each matrix to a group of chips, with one all-to-all of bfloat16 numbers for all of them, and back.
   At every iteration the chips of a group sum the rows of a Gram matrix in float32, and gather them twice in bfloat16:
-  for these four square matrices each sends 10N (D-4)/D bytes in that way. Wider matrices send less for each number.
+  for these four square matrices each sends 15N (D-4)/D bytes in that way, as these compilers keep all-reduces here too
+  (10N with the reduce-scatters that H100s have). Wider matrices send less for each number.
 - **SGLD** sends nothing for its noise.
 """
 SHORT = {
