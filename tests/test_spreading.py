@@ -35,11 +35,13 @@ ROUNDING = 3 * 0.1 * 2**-8
 
 @pytest.fixture
 def divided(monkeypatch):
-    """A function that fixes the number of groups; compiled programs know theirs."""
+    """A function that fixes the number of groups, which compiled programs know, and returns for what it was asked."""
 
     def into(groups):
-        monkeypatch.setattr(muon, "_groups", lambda *args: groups)
+        asked = []
+        monkeypatch.setattr(muon, "_groups", lambda *args: asked.append(args) or groups)
         stacks._spread.clear_cache()
+        return asked
 
     yield into
     stacks._spread.clear_cache()
@@ -113,7 +115,6 @@ def test_devices_are_divided_by_what_is_computed_and_sent(height, rows, columns,
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_classes_divide_the_work_too(dtype, groups, divided):
     """Parameters that are sharded, and parameters that are whole with their state in parts."""
-    divided(groups)
     mesh, begin = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), matrices(3, (16, 40), dtype)
 
     def run(params, **more):
@@ -124,7 +125,10 @@ def test_classes_divide_the_work_too(dtype, groups, divided):
 
     expected = run(begin)
     sharded = jax.device_put(begin, NamedSharding(mesh, P("data")))
-    for found in (run(sharded), run(begin, mesh=mesh, zero="data")):
+    for params, more in ((sharded, {}), (begin, {"mesh": mesh, "zero": "data"})):
+        asked = divided(groups)
+        found = run(params, **more)
+        assert asked == [(3, 16, 40, 8, 5)]
         chex.assert_trees_all_close(found, expected, atol=ROUNDING if dtype == jnp.float32 else 2**-7)
 
 
