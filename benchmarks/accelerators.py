@@ -99,6 +99,8 @@ def elementwise(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
     names, shapes = (ELEMENTWISE, LARGE) if len(devices) == 1 else (SOME, SPREAD)
     for name in names:
         yield pure(name, shapes, devices, **OPTIONS.get(name, {}))
+    if len(devices) == 1:
+        yield pure("SGLD", shapes, devices, noise_impl="hash")._replace(title="SGLD, noise by a hash")
 
 
 def by_shape(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
