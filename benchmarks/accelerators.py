@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from chips import SMALL, Cost, NotInstalled, cost, h100, tpu
 from recording import Recorder
@@ -39,10 +40,12 @@ CHIPS: dict[str, tuple[str, Callable[[], list[jax.Device]]]] = {
     "h100x8": ("8 H100s", lambda: h100(8)),
     "v5e": ("one chip of a TPU v5e", lambda: tpu("v5e:2x4")[:1]),
     "v5e:2x4": ("TPU v5e 2x4, 8 chips", lambda: tpu("v5e:2x4")),
+    "v5e:16x16": ("TPU v5e 16x16, 256 chips", lambda: tpu("v5e:16x16")),
     "v5p:8x8x8": ("TPU v5p 8x8x8, 512 chips", lambda: tpu("v5p:8x8x8")),
 }
 LARGE: Shapes = {f"p{i}": (1024, 1024) for i in range(4)}
 SPREAD: Shapes = {f"p{i}": (8192, 4096) for i in range(4)}
+HUGE: Shapes = {f"p{i}": (8192, 28672) for i in range(6)}
 ELEMENTWISE = ("SGD", "Adagrad", "RMSprop", "ASGD", "AdagradRMSProp", "Adam", "AdamW", "NAdam", "RAdam", "Adamax")
 ELEMENTWISE += ("Adadelta", "Rprop", "ClippedAdam", "DCTAdam", "SGLD", "SGHMC", "PSGLD", "SGNHT")
 SOME = ("SGD", "Adam", "AdamW", "SGLD")
@@ -83,8 +86,9 @@ def rows(devices: list[jax.Device], recorder: Recorder, only: str) -> Iterator[R
         "many arrays": many,
         "training steps": training,
         "chains": chains,
+        "large matrices": huge,
     }
-    everywhere = (elementwise, by_shape, chains) if len(devices) == 1 else (elementwise, by_shape)
+    everywhere = (elementwise, by_shape, chains if len(devices) == 1 else huge)
     for title, make in tables.items():
         if only in title and (make in everywhere or (len(devices) == 1 and devices[0].platform == "gpu")):
             yield from (row._replace(table=title) for row in make(devices, recorder))
@@ -95,6 +99,8 @@ def elementwise(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
     names, shapes = (ELEMENTWISE, LARGE) if len(devices) == 1 else (SOME, SPREAD)
     for name in names:
         yield pure(name, shapes, devices, **OPTIONS.get(name, {}))
+    if len(devices) == 1:
+        yield pure("SGLD", shapes, devices, noise_impl="hash")._replace(title="SGLD, noise by a hash")
 
 
 def by_shape(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
@@ -105,8 +111,16 @@ def by_shape(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
         trees["48 matrices of GPT-2 small"] = matrices
     for title, shapes in trees.items():
         for name in BY_SHAPE:
-            yield pure(name, shapes, devices)._replace(title=f"{name}, {title}")
+            made = pure if len(devices) == 1 else over_mesh
+            yield made(name, shapes, devices)._replace(title=f"{name}, {title}")
             yield with_optax(name, shapes, devices)._replace(title=f"optax: {name}, {title}")
+
+
+def huge(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
+    """Steps of large matrices on many chips."""
+    if len(devices) > 8:
+        for name in ("Adam", *BY_SHAPE):
+            yield over_mesh(name, HUGE, devices)._replace(title=f"{name}, 6 matrices of 8192 x 28672")
 
 
 def many(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
@@ -123,31 +137,67 @@ def many(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
 
 
 def training(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
-    """Loss, gradient and update of GPT-2 small in one program."""
-    import jaxoptim
-    from gpt2 import loss
+    """Loss, gradient and update of a network in one program, written by hand and by ``minimize``."""
+    import gpt2 as language
+    import resnet as vision
 
-    shapes, tokens = gpt2(), jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    images = jax.ShapeDtypeStruct((32, 3, 224, 224), jnp.float32), jax.ShapeDtypeStruct((32,), jnp.int32)
+    small = jnp.zeros((2, 3, 32, 32)), jnp.zeros(2, jnp.int32)
+    for title, shapes, loss, batch, example in (
+        ("GPT-2 small", gpt2(), language.loss, (tokens,), (jnp.zeros((1, 8), jnp.int32),)),
+        ("ResNet-50", resnet50(), vision.loss, images, small),
+    ):
+        yield from trained(title, shapes, loss, batch, devices)
+        yield minimized(title, shapes, loss, batch, example, devices, recorder)
+
+
+def trained(
+    title: str, shapes: Shapes, loss: Callable[..., Any], batch: tuple[Any, ...], devices: list[jax.Device]
+) -> Iterator[Row]:
+    """Training steps by ``jaxoptim.step``, with parameters as they are and packed, and by optax."""
+    import jaxoptim
+
     params, rule, tx = described(shapes), jaxoptim.rules.AdamW(lr=1e-3), TWINS["AdamW"]
 
-    def step(params: Any, state: Any, tokens: Any) -> Any:
-        return jaxoptim.step(rule, params, jax.grad(loss)(params, tokens), state)
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        return jaxoptim.step(rule, params, jax.grad(loss)(params, *batch), state)
 
-    def packed(params: Any, state: Any, tokens: Any) -> Any:
-        return jaxoptim.step(rule, params, jax.grad(lambda p: loss(p.unpack(), tokens))(params), state)
+    def packed(params: Any, state: Any, *batch: Any) -> Any:
+        return jaxoptim.step(rule, params, jax.grad(lambda p: loss(p.unpack(), *batch))(params), state)
 
-    def twin(params: Any, state: Any, tokens: Any) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+    def twin(params: Any, state: Any, *batch: Any) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, *batch), state, params)
         return optax.apply_updates(params, updates), state
 
     buffers = jax.eval_shape(jaxoptim.pack, params)
-    for title, function, tree, init in (
-        ("AdamW, GPT-2 small", step, params, lambda params: jaxoptim.init(rule, params)),
-        ("AdamW, GPT-2 small, packed", packed, buffers, lambda params: jaxoptim.init(rule, params)),
-        ("optax: AdamW, GPT-2 small", twin, params, tx.init),
+    for name, function, tree, init in (
+        (f"AdamW, {title}", step, params, lambda params: jaxoptim.init(rule, params)),
+        (f"AdamW, {title}, packed", packed, buffers, lambda params: jaxoptim.init(rule, params)),
+        (f"optax: AdamW, {title}", twin, params, tx.init),
     ):
-        found = cost(jax.jit(function, donate_argnums=(0, 1)), devices, tree, jax.eval_shape(init, tree), tokens)
-        yield Row("", title, found, numbers_in(shapes))
+        found = cost(jax.jit(function, donate_argnums=(0, 1)), devices, tree, jax.eval_shape(init, tree), *batch)
+        yield Row("", name, found, numbers_in(shapes))
+
+
+def minimized(
+    title: str,
+    shapes: Shapes,
+    loss: Callable[..., Any],
+    batch: tuple[Any, ...],
+    example: tuple[jax.Array, ...],
+    devices: list[jax.Device],
+    recorder: Recorder,
+) -> Row:
+    """A later ``minimize``, which is one program; it is run on a small example, and compiled for the batch."""
+    from jaxoptim import optim
+
+    optimizer = optim.AdamW(random_tree(shapes, 0), lr=1e-3)
+    optimizer.minimize(loss, *example)
+    [(program, args, kwargs)] = recorder.calls(lambda: optimizer.minimize(loss, *example))
+    whole = {(x.shape, x.dtype): like for x, like in zip(example, batch, strict=True)}
+    args = jax.tree.map(lambda x: whole.get((getattr(x, "shape", None), getattr(x, "dtype", None)), x), args)
+    return Row("", f"optim.AdamW, {title}, minimize", cost(program, devices, *args, **kwargs), numbers_in(shapes))
 
 
 def chains(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
@@ -165,6 +215,23 @@ def chains(devices: list[jax.Device], recorder: Recorder) -> Iterator[Row]:
     found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, params, state, params)
     numbers = 64 * numbers_in(shapes)
     yield Row("", "SGLD, one step of 64 chains of 4160 numbers", found, numbers, 12 * numbers)
+    yield sampled(rule, shapes, devices, recorder)
+
+
+def sampled(rule: Any, shapes: Shapes, devices: list[jax.Device], recorder: Recorder) -> Row:
+    """The chunk of draws that ``sample`` calls again and again, whose steps are a loop."""
+    from jaxoptim import sampling
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((jnp.tanh(batch @ params["w"] + params["b"]) - 1) ** 2)
+
+    params, data = random_tree(shapes, 0), jnp.ones((256, 64))
+    options = {"key": jax.random.key(0), "num_chains": 64, "num_draws": 100, "batch_size": 32, "chain_method": "vmap"}
+    calls = recorder.calls(lambda: sampling.sample(loss, params, rule, data, **options))
+    program, args, kwargs = next(call for call in calls if call[0].__name__ == "run_steps")
+    return Row(
+        "", "sample, 64 chains of 4160 numbers", cost(program, devices, *args, **kwargs), 64 * numbers_in(shapes)
+    )
 
 
 def pure(name: str, shapes: Shapes, devices: list[jax.Device], *, packed: bool = False, **options: Any) -> Row:
@@ -180,10 +247,31 @@ def pure(name: str, shapes: Shapes, devices: list[jax.Device], *, packed: bool =
         return jaxoptim.step(rule, params, grads, state)
 
     found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, params, state, grads)
-    floor = sum(3 * x.size * x.dtype.itemsize for x in grads.values())
+    return Row("", name, found, numbers_in(shapes), floor_of(grads, state) // len(devices))
+
+
+def over_mesh(name: str, shapes: Shapes, devices: list[jax.Device]) -> Row:
+    """A step of ``distributed.zero``, which is told how the parameters are sharded."""
+    import jaxoptim
+
+    grads, mesh = described(shapes), Mesh(devices, "chips")
+    rule = getattr(jaxoptim.rules, name)()
+    optimizer = jaxoptim.distributed.zero(rule, mesh, "chips", specs=PartitionSpec("chips"))
+    state = jax.eval_shape(lambda params: jaxoptim.init(rule, params), grads)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found = cost(jax.jit(step, donate_argnums=(0, 1)), devices, grads, state, grads)
+    return Row("", name, found, numbers_in(shapes), floor_of(grads, state) // len(devices))
+
+
+def floor_of(grads: dict[str, Any], state: Any) -> int:
+    """The bytes that a step must move."""
     slots = [slot for name, slot in state.slots.items() if name != "initial_param"]  # which is read for metrics alone
-    floor += sum(2 * x.size * x.dtype.itemsize for x in jax.tree.leaves(slots))
-    return Row("", name, found, numbers_in(shapes), floor // len(devices))
+    ways = [(3, grads), (2, slots)]
+    return sum(times * x.size * x.dtype.itemsize for times, tree in ways for x in jax.tree.leaves(tree))
 
 
 def with_optax(name: str, shapes: Shapes, devices: list[jax.Device]) -> Row:
@@ -255,10 +343,12 @@ INTRODUCTION = """\
 Written by `make accelerators` with jax {version}, on a machine without any of these chips: XLA compiles for them ahead
 of time, and the compiled programs are counted. Nothing was run.
 
-A kernel is an operation of the entry computation; a small one moves less than {small} bytes. Bytes are those that
+A kernel is an operation of the entry computation or of the body of a loop, where it counts once; a small one moves
+less than {small} bytes. Bytes are those that
 kernels read and write in the memory of one device, for each of its numbers. The floor is what a step must move: values,
 gradients and state read once, values and state written once. Scratch is memory beside arguments and results. On several
-devices all arrays are spread along their first axis. Seconds are those of the compiler here. Parameters and state are
+devices all arrays are spread along their first axis, and rules that look at shapes are told so by `distributed.zero`.
+Seconds are those of the compiler here. Parameters and state are
 donated, and a buffer that is donated in vain is an error.
 """
 HEADER = """
@@ -281,7 +371,7 @@ def written(chips: dict[str, list[Row]]) -> str:
 
 def devices_in(chip: str) -> int:
     """The number of devices that share the arrays."""
-    return {"h100x8": 8, "v5e:2x4": 8, "v5p:8x8x8": 512}.get(chip, 1)
+    return {"h100x8": 8, "v5e:2x4": 8, "v5e:16x16": 256, "v5p:8x8x8": 512}.get(chip, 1)
 
 
 def formatted(row: Row, devices: int) -> str:

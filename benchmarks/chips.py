@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -69,7 +69,7 @@ class Cost:
     A kernel that reads or writes a part of a buffer counts with all of it, and one that calls others counts as one.
 
     Attributes:
-        kernels: of its entry computation.
+        kernels: of its entry computation, and of the bodies of loops.
         small: those of them that move little.
         moved: bytes that kernels read and write in main memory.
         scratch: bytes of memory beside arguments and results.
@@ -157,29 +157,46 @@ def cost(program: jax.stages.Wrapped, devices: list[jax.Device], *args: Any, **k
 
 
 def counted(text: str) -> Cost:
-    """Kernels, traffic and collectives of a compiled program, as its text shows them."""
-    entry = text[text.index("\nENTRY ") :].split("\n}")[0]
+    """Kernels, traffic and collectives of a compiled program, as its text shows them; what is in a loop counts once."""
+    moved = _moved(text[text.index("\nENTRY ") :].split("\n}")[0], text)
+    moves = COLLECTIVE.findall(text)
+    names = [operation for _, operation in moves]
+    return Cost(
+        kernels=len(moved.kernels),
+        small=sum(size < SMALL for size in moved.kernels),
+        moved=sum(moved.kernels) + moved.prefetched,
+        collectives={name: names.count(name) for name in dict.fromkeys(names)},
+        sent=sum(bytes_of(kind) for kind, _ in moves),
+    )
+
+
+class _Moved(NamedTuple):
+    """The bytes that each kernel of a computation moves, and those that are fetched ahead of them."""
+
+    kernels: list[int]
+    prefetched: int
+
+
+def _moved(computation: str, text: str) -> _Moved:
+    """What a computation of a program moves, with the bodies of its loops."""
     sizes: dict[str, int] = {}
     kernels: list[int] = []
     prefetched = 0
-    for line in entry.splitlines():
+    for line in computation.splitlines():
         if not (found := INSTRUCTION.match(line)):
             continue
         name, kind, operation, operands = found.groups()
         sizes[name] = bytes_of(kind)
         if operation in PREFETCH:
             prefetched += _size(*ARRAY.findall(kind)[PREFETCH[operation]][:3])
+        elif operation == "while":
+            body = re.search(r"body=(%[\w.-]+)", line)
+            inside = _moved(text[text.index(f"\n{body[1]} ") :].split("\n}")[0], text) if body else _Moved([], 0)
+            kernels += inside.kernels
+            prefetched += inside.prefetched
         elif operation not in FREE and not operation.endswith("-done") and "ConcatBitcast" not in line:
             kernels.append(sizes[name] + sum(sizes.get(x, 0) for x in re.findall(r"%([\w.-]+)", operands)))
-    moves = COLLECTIVE.findall(text)
-    names = [operation for _, operation in moves]
-    return Cost(
-        kernels=len(kernels),
-        small=sum(moved < SMALL for moved in kernels),
-        moved=sum(kernels) + prefetched,
-        collectives={name: names.count(name) for name in dict.fromkeys(names)},
-        sent=sum(bytes_of(kind) for kind, _ in moves),
-    )
+    return _Moved(kernels, prefetched)
 
 
 def bytes_of(kind: str) -> int:

@@ -63,5 +63,5 @@ class Recorder:
 def _description(x: Any) -> Any:
     """The shape and dtype of an array, which may be given away in the call; all else stays."""
     if isinstance(x, jax.Array):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))  # which keys lack
     return x

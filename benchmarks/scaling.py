@@ -84,8 +84,8 @@ def compiled(rule: str, layout: str, devices: list[jax.Device]) -> Row:
     whole, along = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     one = jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32, sharding=NamedSharding(mesh, spec))
     weights = {f"w{at}": one for at in range(MATRICES)}
-    if layout == "ZeRO":
-        optimizer = jaxoptim.distributed.zero(optimizer, mesh, "data")
+    if layout != "replicated":
+        optimizer = jaxoptim.distributed.zero(optimizer, mesh, "data", specs=spec)
     shardings = jaxoptim.distributed.state_shardings(optimizer, weights)
     state = jax.tree.map(
         lambda x, its: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=its),
@@ -136,16 +136,25 @@ def traffic(text: str, devices: int) -> tuple[dict[str, int], int]:
         if not (found := COLLECTIVE.search(line)):
             continue
         kind, operation = found.groups()
+        ring = ring_of(line, devices)
         size = bytes_of(re.sub(r"S\(\d+\)", "", kind))  # also of arrays that are in scratch memory
         if operation == "all-gather" and "-start(" in line:  # whose type has the operand too
-            size = size * devices // (devices + 1)
+            size = size * ring // (ring + 1)
         if "all-reduce-scatter" in inside:
             operation = "reduce-scatter"
         elif operation == "reduce-scatter":
-            size *= devices
+            size *= ring
         moves[operation] = moves.get(operation, 0) + 1
-        total += size * (2 if operation == "all-reduce" else 1) * (devices - 1) / devices
+        total += size * (2 if operation == "all-reduce" else 1) * (ring - 1) / ring
     return moves, round(total)
+
+
+def ring_of(line: str, devices: int) -> int:
+    """The number of devices that a collective is among: those of its groups, or all."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(found[1])
+    found = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return found[1].count(",") + 1 if found else devices
 
 
 def compile_for(devices: int, only: str) -> None:
@@ -218,11 +227,13 @@ WHY = """
 - **FSDP**: the weights are gathered in bfloat16, in which TPUs multiply unless they are told otherwise: half of the
   bytes. Gradients are all-reduced as with ZeRO, for twice the bytes; on 8 chips the two cancel.
 - **Memory of ZeRO and FSDP** above the formula is whole gradients, 1.07 GB for a matrix: one or two with Adam,
-  two to four with SGLD, four to six with Adafactor and with Muon, whose iterates are among them. Where gradients are
+  two to four with SGLD and with Muon, whose iterates are among them, four to six with Adafactor. Where gradients are
   all-reduced, the compiler is free to have all of them before the updates.
 - **Adafactor** sends half a megabyte for its sums over rows. Its state is too small for ZeRO to save any of it.
-- **Muon** multiplies matrices of which each chip has rows: on 8 chips a product in parts sends them around, on 512
-  sums are reduced, at every iteration. Whole matrices, each on chips of its own, would send 2N (D-1)/D bytes once.
+- **Muon** takes each matrix to a group of chips, with one all-to-all of bfloat16 numbers for all of them, and back.
+  At every iteration the chips of a group sum the rows of a Gram matrix in float32, and gather them twice in bfloat16:
+  for these four square matrices each sends 15N (D-4)/D bytes in that way, as these compilers keep all-reduces here too
+  (10N with the reduce-scatters that H100s have). Wider matrices send less for each number.
 - **SGLD** sends nothing for its noise.
 """
 SHORT = {

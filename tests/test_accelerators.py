@@ -57,6 +57,15 @@ def test_matrices_of_one_shape_are_one_batch():
     assert kernels["Muon, 48 matrices of GPT-2 small"] <= 125
 
 
+@pytest.mark.parametrize("chip", ["v5e:16x16", "v5p:8x8x8"])
+def test_muon_of_large_matrices_on_a_pod_takes_few_collectives_and_little_memory(chip):
+    costs = {row["title"]: row["cost"] for row in rows(chip, "large matrices")}
+    muon = costs["Muon, 6 matrices of 8192 x 28672"]
+    assert sum(muon["collectives"].values()) <= 20
+    assert muon["scratch"] <= 0.4e9
+    assert costs["Adam, 6 matrices of 8192 x 28672"]["collectives"] == {}
+
+
 def test_steps_over_eight_chips_send_and_hold_what_the_formula_says():
     found = {row["layout"]: row for row in printed_by("scaling.py", "--chips", "8", "--only", "Adam ")}
     numbers, part = 4 * 16384**2, 7 / 8

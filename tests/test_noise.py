@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from comparisons import assert_same
-from jaxoptim.core.noise import IMPLS, _gaussian, normal
+from jaxoptim.core.noise import IMPLS, _gaussian, normal, normals
 
 pytestmark = pytest.mark.numbers
 
@@ -80,6 +80,15 @@ def test_float64_without_x64_is_float32_and_warns():
 def test_key_of_another_implementation_gives_the_numbers_of_jax(impl):
     key = jax.random.key(5, impl=impl)
     assert_same(normal(key, (10,), "float32"), jax.random.normal(key, (10,)))
+
+
+@of_impl
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_arrays_drawn_together_have_the_numbers_of_each(count, impl, x64):
+    keys, forms = jax.random.split(typed(KEYS["any"]), count), [((5,), "float32"), ((3, 4), "float64"), ((), "float32")]
+    likes = [jax.ShapeDtypeStruct(*form) for form in forms[:count]]
+    for key, like, drawn in zip(keys, likes, normals(keys, likes, impl), strict=True):
+        assert_same(drawn, normal(key, like.shape, like.dtype, impl))
 
 
 @pytest.mark.slow

@@ -304,6 +304,12 @@ def first_pass(leaf: LeafUpdate, shared: dict[str, Any]) -> dict[str, jax.Array]
     return rule.first_pass(real, seen, param, leaf.step.astype(real.dtype), shared, **given)
 
 
+def seen_by_rule(leaf: LeafUpdate) -> tuple[Rule, jax.Array, Slots]:
+    """Return the rule of a leaf, its gradient and its slots, in the dtype that they are computed in."""
+    rule, real, seen, _, _ = _as_real(leaf.rule, leaf.grad, leaf.slots, leaf.param, {})
+    return rule, real, seen
+
+
 def _as_real(rule: Rule, grad: jax.Array, slots: Slots, param: Any, given: dict[str, Any]) -> tuple[Any, ...]:
     """Cast the rule and arrays to the computing dtype, complex arrays as pairs."""
     dtype = computing_dtype(grad.dtype if param is None else param.dtype)

@@ -21,8 +21,9 @@ IMPLS = ("key", "hash")
 _FEW, _MANY = 512, 2**32
 """The sizes between which random bits are materialized as an array on a CPU."""
 _PARTS = 8
-_Words = tuple[Any, Any]  # the high and the low 32 bits of a number of 64, as uint32
+_Words = tuple[Any, Any]  # the high and the low 32 bits of a number of 64, as uint32; None for high ones of zero
 _Key = tuple[Any, Any, Any]  # a key of threefry2x32, and the word that its rounds add
+_Lane = tuple[Any, Any, Any, Any]  # what is added to low words, mixed with high ones, the step, and the hash of zero
 
 
 def normal(key: Any, shape: tuple[int, ...], dtype: Any, impl: str = "key") -> jax.Array:
@@ -97,13 +98,12 @@ class Draw:
 
     def numbers(self) -> jax.Array:
         """Return the numbers, in the form that XLA compiles best."""
-        words = self.words if self.impl == "key" else jnp.stack(self.words)
-        return _of_words(words, self.shape, self.dtype, self.impl)
+        return _of_words(self.words, self.shape, self.dtype, self.impl)
 
     def numbers_in(self, shape: tuple[int, ...]) -> jax.Array:
         """Return the numbers in another shape of as many, each from its own offset alone."""
-        words = self.words if self.impl == "key" else jnp.stack(self.words)
-        return _gaussian(_bits(words, *offsets(shape), self.dtype, self.impl), self.dtype)
+        high, low = offsets(shape) if math.prod(shape) > 2**32 else (None, offset_in(shape, jnp.uint32))
+        return _gaussian(_bits(self.words, high, low, self.dtype, self.impl), self.dtype)
 
 
 def computed(noise: Any) -> Any:
@@ -131,13 +131,18 @@ def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[An
         True
     """
     forms = [(tuple(like.shape), np.dtype(like.dtype), impl) for like in likes]
-    if jax.random.key_impl(keys) != "threefry2x32":
+    if impl == "key" and jax.random.key_impl(keys) != "threefry2x32":
         return [_normal(key, *form) for key, form in zip(keys, forms, strict=True)]
-    data = jax.random.key_data(keys)
-    words: tuple[Any, ...] = (data[:, 0], data[:, 1])
-    if impl == "key":
-        words = lax.optimization_barrier(_scheduled(*words))  # by one operation, not one for each array
-    return [Draw(tuple(word[at] for word in words), *form) for at, form in enumerate(forms)]
+    if not forms:
+        return []
+    rows = jax.random.key_data(keys)
+    data = [rows[:, at] for at in range(rows.shape[1])]
+    if len(forms) == 1:  # TPUs fuse nothing that is done to single numbers; the compiler may not see that two are one
+        data = lax.optimization_barrier([jnp.broadcast_to(word, 2) for word in data])
+    dtypes = dict.fromkeys(dtype for _, dtype, _ in forms)
+    # By one operation, not one for each array.
+    words = {dtype: lax.optimization_barrier(_words_of(data, impl, dtype)) for dtype in dtypes}
+    return [Draw(jax.tree.map(operator.itemgetter(at), words[form[1]]), *form) for at, form in enumerate(forms)]
 
 
 def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl: str = "key") -> jax.Array:
@@ -168,9 +173,10 @@ def part_of_normal(key: Any, size: int, start: int, stop: int, dtype: Any, impl:
 
     def within() -> _Words:
         low = lax.iota(jnp.uint32, stop - start) + np.uint32(start)
-        return jnp.zeros_like(low), low
+        return None, low
 
-    return _numbers(_words_of(key, impl), within, jnp.zeros((), dtype).dtype, impl)
+    canonical = jnp.zeros((), dtype).dtype
+    return _numbers(_words_of(list(jax.random.key_data(key)), impl, canonical), within, canonical, impl)
 
 
 def fold_in(key: jax.Array, *data: Any) -> jax.Array:
@@ -224,7 +230,7 @@ def words(key: jax.Array, count: int) -> jax.Array:
     """
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (count,))
-    high, low = _threefry(_words_of(key, "key"), *offsets((count,)))
+    high, low = _threefry(_scheduled(*jax.random.key_data(key)), *offsets((count,)))
     return high ^ low
 
 
@@ -251,10 +257,12 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _words_of(key: jax.Array, impl: str) -> Any:
-    """Return the words that an implementation reads of a threefry2x32 key."""
-    words = jax.random.key_data(key)
-    return _scheduled(words[0], words[1]) if impl == "key" else words
+def _words_of(data: Sequence[jax.Array], impl: str, dtype: np.dtype) -> Any:
+    """Return the words that an implementation needs of the data of a key, or of a line of keys."""
+    if impl == "key":
+        return _scheduled(data[0], data[1])
+    # Arrays of both dtypes may be drawn with one key, but lanes differ.
+    return tuple(_lane(data, lane) for lane in ((0,) if dtype == jnp.float32 else (1, 2)))
 
 
 def _numbers(words: Any, offsets: Callable[[], _Words], dtype: np.dtype, impl: str) -> jax.Array:
@@ -268,16 +276,14 @@ def _numbers(words: Any, offsets: Callable[[], _Words], dtype: np.dtype, impl: s
     return _gaussian(lax.platform_dependent(words, cpu=_once(bits), default=bits), dtype)
 
 
-def _bits(words: Any, high: jax.Array, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
+def _bits(words: Any, high: jax.Array | None, low: jax.Array, dtype: np.dtype, impl: str) -> jax.Array:
     """Compute the random bits at some offsets, as many as a number of the dtype has."""
     if impl == "key":
-        high, low = _threefry(words, high, low)
+        high, low = _threefry(words, jnp.zeros_like(low) if high is None else high, low)
         # JAX makes 32 bits of the 64 that it has in this way.
         return high ^ low if dtype == jnp.float32 else _join(high, low)
-    # Arrays of both dtypes may be drawn with one key, but lanes differ.
-    lanes = (0, 0) if dtype == jnp.float32 else (1, 2)
-    high, low = (hashed(words, lane, high, low) for lane in lanes)
-    return high if dtype == jnp.float32 else _join(high, low)
+    drawn = [_hashed(lane, high, low) for lane in words]
+    return drawn[0] if dtype == jnp.float32 else _join(*drawn)
 
 
 def _once(bits: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
@@ -288,9 +294,9 @@ def _once(bits: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
     """
 
     def call(words: Any) -> jax.Array:
-        is_true = ((words[-1] & 1) + 2) // 2 == 1  # of any word
-        form = jax.eval_shape(bits, words)
-        return lax.cond(is_true, bits, lambda words: jnp.broadcast_to(words[-1].astype(form.dtype), form.shape), words)
+        word, form = jax.tree.leaves(words)[-1], jax.eval_shape(bits, words)
+        is_true = ((word & 1) + 2) // 2 == 1  # of any word
+        return lax.cond(is_true, bits, lambda words: jnp.broadcast_to(word.astype(form.dtype), form.shape), words)
 
     return call
 
@@ -299,20 +305,21 @@ def _once(bits: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     if impl == "key" and jax.random.key_impl(key) != "threefry2x32":
         return jax.random.normal(key, shape, dtype)
-    return _of_words(_words_of(key, impl), shape, dtype, impl)
+    return _of_words(_words_of(list(jax.random.key_data(key)), impl, dtype), shape, dtype, impl)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _of_words(words: Any, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     def at_once(words: Any) -> jax.Array:
-        return _numbers(words, lambda: offsets(shape), dtype, impl)
+        return _numbers(words, within, dtype, impl)
+
+    def within() -> _Words:
+        return offsets(shape) if size > 2**32 else (None, offset_in(shape, jnp.uint32))
 
     def in_parts(words: Any) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
         starts = lax.iota(jnp.uint32, _PARTS) * np.uint32(part.size)
-        parts = lax.map(
-            lambda start: _gaussian(_bits(words, jnp.zeros_like(part), start + part, dtype, impl), dtype), starts
-        )
+        parts = lax.map(lambda start: _gaussian(_bits(words, None, start + part, dtype, impl), dtype), starts)
         return parts.reshape(-1)[:size].reshape(shape)
 
     # XLA's loops on a CPU use vector instructions along the last axis only, and without them a number takes seven times
@@ -363,15 +370,26 @@ def hashed(words: jax.Array, lane: int, high: jax.Array, low: jax.Array) -> jax.
 
     Lanes are independent: 0 is of noise in float32, 1 and 2 of noise in float64, 3 of sketches.
     """
-    words = jnp.pad(words, (0, -words.size % 2)).reshape(-1, 2)
-    key = _scheduled(words[0, 0], words[0, 1])
-    for more in words[1:]:
-        key = _scheduled(*_threefry(key, more[0], more[1]))
+    return _hashed(_lane(list(words), lane), high, low)
+
+
+def _lane(words: Sequence[jax.Array], lane: int) -> _Lane:
+    """Return the words that a lane of hashes is keyed by, of a key or of a line of keys."""
+    pairs = [*words, *[jnp.zeros_like(words[0])] * (len(words) % 2)]
+    key = _scheduled(pairs[0], pairs[1])
+    for first, second in zip(pairs[2::2], pairs[3::2], strict=True):
+        key = _scheduled(*_threefry(key, first, second))
     # Keys that differ little, or are counted up, are worlds apart after this. JAX splits a key at counters near zero.
     a, b = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane))
     c, _ = _threefry(key, np.uint32(2**32 - 1), np.uint32(2 * lane + 1))
     # Two keys would give the same numbers at shifted offsets, were the step between the counters the same for both.
-    return mixed(mixed(low * (c | 1) + a) ^ mixed(high ^ b))
+    return a, b, c | 1, mixed(b)
+
+
+def _hashed(lane: _Lane, high: jax.Array | None, low: jax.Array) -> jax.Array:
+    """Return the hash of a counter in a lane."""
+    start, of_high, step, of_zero = lane
+    return mixed(mixed(low * step + start) ^ (of_zero if high is None else mixed(high ^ of_high)))
 
 
 def mixed(x: jax.Array) -> jax.Array:

@@ -49,9 +49,10 @@ def from_numbers(function: Callable[..., T], *numbers: Any) -> T:
         return function(*jax.tree.unflatten(treedef, merged))
 
     def twice(*arrays: jax.Array) -> T:
-        pairs = [jnp.broadcast_to(x, (2, *x.shape)) for x in arrays]
         # The compiler may not see that the two are one.
-        return jax.tree.map(lambda x: x[0], once(*jax.lax.optimization_barrier(pairs)))
+        ones = jax.lax.optimization_barrier({str(x.dtype): jnp.ones(2, x.dtype) for x in arrays})
+        pairs = [x * ones[str(x.dtype)].reshape(2, *[1] * x.ndim) for x in arrays]
+        return jax.tree.map(lambda x: x[0], once(*pairs))
 
     return jax.lax.platform_dependent(*arrays, tpu=twice, default=once)
 

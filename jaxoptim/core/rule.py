@@ -7,7 +7,7 @@ import dataclasses
 import math
 import operator
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import jax
@@ -375,6 +375,13 @@ class Rule(Hyperparameters, abc.ABC):
         Besides the slots it may return scalars by other names, whose sums over all arrays :meth:`update_shared` gets.
         """
         return self.update(grad, slots, param, step)
+
+    def spread(self, grads: Sequence[jax.Array], slots: Sequence[Slots], sharding: Any) -> list[dict[str, jax.Array]]:
+        """Return what the updates of matrices of one shape, which devices share alike, are to get by name.
+
+        It is for work on whole matrices, which the devices divide (:mod:`jaxoptim.core.spreading`).
+        """
+        return [{} for _ in grads]
 
     @property
     def two_pass(self) -> bool:

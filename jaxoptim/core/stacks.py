@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.sparse import BCOO
+from jax.sharding import NamedSharding
 
-from jaxoptim.core.leaf import Change, LeafUpdate, Wanted, update_dense, update_leaf, valued
+from jaxoptim.core.leaf import Change, LeafUpdate, Wanted, seen_by_rule, update_dense, update_leaf, valued
 from jaxoptim.core.one_pass import in_one_pass
 from jaxoptim.core.packing import is_sharded
 from jaxoptim.core.rule import Off, Rule, Slots, enabled
+from jaxoptim.core.spreading import devices_of, sharding_of
 
 _STACK = 2**25
 """The most elements in a stack, which takes memory beside the arrays: 128 MB in float32, and the rule's temporaries."""
@@ -45,6 +47,37 @@ def update_leaves(leaves: Sequence[LeafUpdate], shared: Sequence[dict[str, Any]]
     return [made[at] for at in range(len(leaves))]
 
 
+def spread_leaves(leaves: Sequence[LeafUpdate], names: Sequence[str]) -> list[LeafUpdate]:
+    """Do the work on whole matrices that are sharded, where a rule has such, for all of one shape together.
+
+    Args:
+        leaves: the arrays.
+        names: the names of their parameters.
+
+    Returns:
+        The leaves, with what their updates get of that by name.
+    """
+    kinds: dict[tuple[int, Hashable, Hashable, NamedSharding], list[int]] = {}
+    for at, (leaf, name) in enumerate(zip(leaves, names, strict=True)):
+        if leaf.rule.elementwise or leaf.given or isinstance(leaf.grad, BCOO):
+            continue
+        if (sharding := sharding_of(name, leaf.grad)) is not None:
+            kinds.setdefault((id(leaf.rule), _like(leaf.grad), _like(leaf.param), sharding), []).append(at)
+    done = list(leaves)
+    for (_, _, _, sharding), members in kinds.items():
+        like = leaves[members[0]].grad
+        for stack in _stacks(members, like, devices_of(sharding, *like.shape)):
+            for at, given in zip(stack, _spread([leaves[at] for at in stack], sharding), strict=True):
+                done[at] = done[at]._replace(given=given)
+    return done
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _spread(leaves: Sequence[LeafUpdate], sharding: NamedSharding) -> list[dict[str, jax.Array]]:
+    seen = [seen_by_rule(leaf) for leaf in leaves]
+    return seen[0][0].spread([grad for _, grad, _ in seen], [slots for *_, slots in seen], sharding)
+
+
 def _update_one(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Change:
     """Update one array."""
     done = None if isinstance(leaf.grad, BCOO) else in_one_pass(leaf, shared, wanted)
@@ -70,9 +103,13 @@ def _like(x: Any) -> Hashable:
     return None if x is None else (x.shape, x.dtype)
 
 
-def _stacks(members: list[int], like: Any) -> list[list[int]]:
-    """Divide arrays into as few stacks as memory allows, of about the same height."""
-    highest = max(1, _STACK // max(1, math.prod(like.shape)))
+def _stacks(members: list[int], like: Any, devices: int = 1) -> list[list[int]]:
+    """Divide arrays into as few stacks as memory allows, of about the same height.
+
+    On several devices the part of each may be as large as a square of the shorter side, which products have anyway.
+    """
+    most = _STACK if devices == 1 else devices * max(_STACK, min(like.shape) ** 2)
+    highest = max(1, most // max(1, math.prod(like.shape)))
     height = -(-len(members) // -(-len(members) // highest))
     return [members[start : start + height] for start in range(0, len(members), height)]
 

@@ -34,7 +34,7 @@ from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.restoring import restored
 from jaxoptim.core.rule import Hyperparameters, Off, Rule, Traced, assembled, is_tree
 from jaxoptim.core.signatures import bound
-from jaxoptim.core.stacks import update_leaves
+from jaxoptim.core.stacks import spread_leaves, update_leaves
 
 P = ParamSpec("P")
 
@@ -462,7 +462,8 @@ def _updated(
     todo: list[LeafUpdate] = []
     results: list[Any] = []
     new_own: list[Any] = []
-    for i, (name, grad, param) in enumerate(zip(trees.names(like), all_grads, all_params, strict=True)):
+    names = trees.names(like)
+    for i, (name, grad, param) in enumerate(zip(names, all_grads, all_params, strict=True)):
         if grad is None or (param is None and params is not None):
             results.append(skipped(grad, param))
             is_array = param is not None or (params is None and any(leaves[i] is not None for leaves in slots.values()))
@@ -489,6 +490,7 @@ def _updated(
     new_slots, sums = {key: list(leaves) for key, leaves in slots.items()}, []
     sizes = [0 if x is None else real_size(x) for x in (all_grads if params is None else all_params)]
     starts = list(itertools.accumulate(sizes, initial=0))
+    todo = spread_leaves(todo, [names[leaf.number] for leaf in todo])
     updated = update_leaves(todo, [rule.shared_at(starts[leaf.number], shared) for leaf in todo], wanted)
     for leaf, (rows, change, value, new) in zip(todo, updated, strict=True):
         results[leaf.number] = finish(leaf.grad, leaf.param, rows, change, value)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import transformation, trees
 from jaxoptim.core.shown import shown
+from jaxoptim.core.spreading import constrained
 
 Axes = tuple[str, ...]
 """Names of axes of a mesh."""
@@ -221,10 +222,7 @@ def laid_out(tree: Any, shardings: Sequence[NamedSharding | None]) -> Any:
     """Constrain the dense arrays of a pytree to shardings, which the compiler may not change."""
 
     def under(x: Any, sharding: NamedSharding | None) -> Any:
-        if sharding is None or trees.is_leaf(x):
-            return x
-        explicit = AxisType.Explicit in sharding.mesh.axis_types
-        return jax.reshard(x, sharding) if explicit else jax.lax.with_sharding_constraint(x, sharding)
+        return x if sharding is None or trees.is_leaf(x) else constrained(x, sharding)
 
     leaves, treedef = jax.tree.flatten(tree, is_leaf=trees.is_leaf)
     return jax.tree.unflatten(treedef, [under(x, its) for x, its in zip(leaves, shardings, strict=True)])

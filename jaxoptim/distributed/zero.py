@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxoptim.core import trees
+from jaxoptim.core.spreading import known_shardings
 from jaxoptim.distributed.layouts import (
     Axes,
     Held,
@@ -99,7 +100,8 @@ def zero(
         parts = layout.parts(held)
         grads = laid_out(grads, layout.placed(parts))
         params = None if params is None else laid_out(params, layout.placed(parts))
-        updates, state = inner.update(grads, state, params, **extra)
+        with known_shardings(layout.named(parts)):
+            updates, state = inner.update(grads, state, params, **extra)
         return laid_out(updates, layout.placed(held)), layout.state_laid_out(state, like, parts)
 
     return optax.GradientTransformationExtraArgs(layout, update)
@@ -157,6 +159,11 @@ class SpreadInit:
     def parts(self, held: Sequence[Placed | None]) -> list[Placed | None]:
         """Return the layouts of arrays partitioned over the data axes."""
         return [None if its is None else its._replace(spec=spread(its, self.mesh, self.axes)) for its in held]
+
+    def named(self, arrays: Sequence[Placed | None]) -> dict[str, NamedSharding]:
+        """Return the shardings of parameters by name."""
+        pairs = zip(arrays, self.placed(arrays), strict=True)
+        return {its.name: sharding for its, sharding in pairs if its is not None and sharding is not None}
 
     def placed(self, arrays: Sequence[Placed | Held | None]) -> list[NamedSharding | None]:
         """Return the shardings of arrays."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxoptim.core import Rule, as_jax, init
 from jaxoptim.core.numerics import placed_like
@@ -185,10 +186,13 @@ def _cells(
         row = None if isinstance(kind, _Alone) else row_shape(rule, shapes)
         of_each, times = tuple(at[members[index].group] for index in own), members[own[0]].times
         is_flat = rule.elementwise and len(at) == 1 and clip.is_off
-        parts = None
+        parts = sharding = None
         if isinstance(kind, _Alone):
-            parts = parts_of(records[kind.param].sharding, shapes[0], groups[members[own[0]].group].axes)
-        cells.append(Cell(len(cells), tuple(own), row, of_each, settings[groups_of[kind]], times, is_flat, parts))
+            whole = records[kind.param].sharding
+            parts = parts_of(whole, shapes[0], groups[members[own[0]].group].axes)
+            sharding = parts.parts if parts else whole if isinstance(whole, NamedSharding) else None
+        setting = settings[groups_of[kind]]
+        cells.append(Cell(len(cells), tuple(own), row, of_each, setting, times, is_flat, parts, sharding))
     return cells, [list(found) for found in settings], num_shared
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxoptim.core import Rule, trees
 from jaxoptim.core.packing import join, split
@@ -65,6 +66,7 @@ class Cell(NamedTuple):
         is_flat: whether the arrays of a slab are one long row each, which is faster for parameters that make the same
             steps under the same numbers; else the compiler repeats work for rows that it is to lay end to end.
         parts: where the parts of a single array are that is updated in parts over a data axis, None for others.
+        sharding: of a single array over a mesh while it is updated, None for others.
     """
 
     number: int
@@ -75,6 +77,7 @@ class Cell(NamedTuple):
     times: int = 1
     is_flat: bool = True
     parts: Parts | None = None
+    sharding: NamedSharding | None = None
 
     @property
     def is_slab(self) -> bool:

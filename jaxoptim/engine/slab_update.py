@@ -15,6 +15,7 @@ from jaxoptim.core import OptState, Rule, check_gradient, init, step, step_and_c
 from jaxoptim.core.clipping import squares
 from jaxoptim.core.loss import Evaluation
 from jaxoptim.core.sparse import rows_of
+from jaxoptim.core.spreading import known_shardings
 from jaxoptim.distributed.layouts import Parts, laid_out
 from jaxoptim.engine.contents import Contents
 from jaxoptim.engine.layout import Cell, Layout
@@ -204,19 +205,25 @@ def _in_parts(parts: Parts, slots: dict[str, Any]) -> dict[str, Any]:
     return laid_out(slots, [parts.slot(slots[name]) for name in sorted(slots)])
 
 
+def _while_updated(cell: Cell, x: Any) -> Any:
+    """The value or the gradient of a single array where it is updated."""
+    return x if cell.parts is None else laid_out([x], [cell.parts.parts])[0]
+
+
 def _alone_step(
     cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any, measured: bool
 ) -> tuple[Any, Any, Any]:
     """One step of an array that stands by itself, and its change."""
     if cell.parts is not None:
-        grad, value = laid_out([grad, value], [cell.parts.parts] * 2)
+        grad, value = _while_updated(cell, grad), _while_updated(cell, value)
         of_parts = cell._replace(parts=None)
         value, slots, change = _alone_step(of_parts, setting, value, slots, count, grad, measured)
         return *laid_out([value], [cell.parts.whole]), _in_parts(cell.parts, slots), change
     changes = []
     for _ in range(cell.times):
         state = OptState(count, slots, {})
-        value, change, (count, slots, *_) = _moved(setting.rule, value, setting.clip.clipped(grad), state, measured)
+        with known_shardings({} if cell.sharding is None else {"params": cell.sharding}):
+            value, change, (count, slots, *_) = _moved(setting.rule, value, setting.clip.clipped(grad), state, measured)
         changes.append(change)
     return value, slots, functools.reduce(jnp.add, changes) if measured else None
 
@@ -239,19 +246,25 @@ def _steps_together(
     alike: dict[int, list[int]] = {}
     for cell, grad, (_, slots) in zip(layout.cells, grads, contents.cells, strict=True):
         is_dense = grad is not None and slots is not None and not isinstance(grad, BCOO)
-        is_apart = cell.is_slab or cell.parts is not None or cell.times != 1 or settings[cell.setting].rule.elementwise
+        is_apart = cell.is_slab or cell.times != 1 or settings[cell.setting].rule.elementwise
         if is_dense and not is_apart:
             alike.setdefault(cell.setting, []).append(cell.number)
     stepped: dict[int, tuple[Any, Any, Any]] = {}
     for at, numbers in alike.items():
-        rule, clip = settings[at]
-        values, own = zip(*(contents.cells[number] for number in numbers), strict=True)
+        (rule, clip), cells = settings[at], [layout.cells[number] for number in numbers]
+        own = [contents.cells[number][1] for number in numbers]
         names = dict.fromkeys(name for slots in own for name in slots)
         slots = {name: [slots.get(name) for slots in own] for name in names}
-        clipped = [clip.clipped(grads[number]) for number in numbers]
-        new, changes, state = steps_and_changes(rule, list(values), clipped, OptState(contents.counts[0], slots, {}))
-        for place, number in enumerate(numbers):
-            stepped[number] = new[place], {name: state.slots[name][place] for name in own[place]}, changes[place]
+        values = [_while_updated(cell, contents.cells[cell.number][0]) for cell in cells]
+        clipped = [clip.clipped(_while_updated(cell, grads[cell.number])) for cell in cells]
+        known = {str(place): cell.sharding for place, cell in enumerate(cells) if cell.sharding is not None}
+        with known_shardings(known):
+            new, changes, state = steps_and_changes(rule, values, clipped, OptState(contents.counts[0], slots, {}))
+        for place, cell in enumerate(cells):
+            value, kept = new[place], {name: state.slots[name][place] for name in own[place]}
+            if cell.parts is not None:
+                [value], kept = laid_out([value], [cell.parts.whole]), _in_parts(cell.parts, kept)
+            stepped[cell.number] = value, kept, changes[place]
     return stepped
 
 

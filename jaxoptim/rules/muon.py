@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxoptim.core import Coefficient, NonNegative, OpenDecayRate, Rearrangement, Rule, Scalar, Slots, factory, rule
 from jaxoptim.core.numerics import with_replicated
 from jaxoptim.core.shown import shown
+from jaxoptim.core.spreading import ALONE, Group, devices_of, spread
 from jaxoptim.rules._terms import shrinkage, zeros
 
 
@@ -28,6 +31,11 @@ class Muon(Rule):
 
     where :math:`r` corrects the rate for the shape. The iteration runs in bfloat16, as in torch, whatever
     the parameter's dtype.
+
+    Matrices of one shape that are sharded over devices are orthogonalized together: an all-to-all takes each to a group
+    of devices, which share its longer side and the rows of :math:`A_k`, or to one device, where that is faster. The
+    numbers are those of one device, to rounding. Shardings are known over explicit axes, and over automatic ones from
+    :func:`jaxoptim.distributed.zero` with its ``specs``, and in :class:`jaxoptim.optim.Muon`.
 
     Args:
         lr: learning rate :math:`\gamma \ge 0` (default 1e-3).
@@ -119,15 +127,47 @@ class Muon(Rule):
         return zeros(param, "momentum_buffer")
 
     def update(self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array) -> tuple[jax.Array, Slots]:
-        buffer = self.momentum.ema(slots["momentum_buffer"], grad)
-        direction = grad + self.momentum.rate * (buffer - grad) if self.nesterov else buffer
-        orthogonal = with_replicated(self._orthogonalized_kernel, direction).astype(grad.dtype)
+        direction, buffer = self._direction(grad, slots)
+        return self._applied(grad, param, buffer, with_replicated(self._orthogonalized_kernel, direction))
+
+    def update_with(
+        self, grad: jax.Array, slots: Slots, param: Any, step: jax.Array, shared: dict[str, Any], **given: Any
+    ) -> tuple[jax.Array, Slots]:
+        if "orthogonal" not in given:
+            return self.update(grad, slots, param, step)
+        return self._applied(grad, param, self._direction(grad, slots)[1], given["orthogonal"])
+
+    def _applied(
+        self, grad: jax.Array, param: Any, buffer: jax.Array, orthogonal: jax.Array
+    ) -> tuple[jax.Array, Slots]:
+        """Return the change along an orthogonalized direction, and the new slots."""
         rows, columns = self._as_matrix(grad).shape
         if self.adjust_lr_fn == "match_rms_adamw":
             ratio = 0.2 * math.sqrt(max(rows, columns))
         else:
             ratio = math.sqrt(max(1, rows / columns))
-        return -self.lr * ratio * orthogonal - shrinkage(self, param), {"momentum_buffer": buffer}
+        return -self.lr * ratio * orthogonal.astype(grad.dtype) - shrinkage(self, param), {"momentum_buffer": buffer}
+
+    def spread(
+        self, grads: Sequence[jax.Array], slots: Sequence[Slots], sharding: NamedSharding
+    ) -> list[dict[str, jax.Array]]:
+        if self.flatten is not None:
+            return [{} for _ in grads]
+        directions = [self._direction(*own)[0].astype(jnp.float32) for own in zip(grads, slots, strict=True)]
+        stack = _bfloat16(jnp.stack(directions))  # which the iteration begins with
+        height, rows, columns = stack.shape
+
+        def orthogonalized(part: jax.Array, group: Group) -> jax.Array:
+            return _bfloat16(self.orthogonalized(part, group, tall=rows > columns))
+
+        groups = _groups(height, rows, columns, devices_of(sharding, rows, columns), self.ns_steps)
+        done = spread(orthogonalized, stack, sharding, groups)
+        return [{"orthogonal": done[at].astype(jnp.float32)} for at in range(height)]
+
+    def _direction(self, grad: jax.Array, slots: Slots) -> tuple[jax.Array, jax.Array]:
+        """Return what is orthogonalized, and the new momentum."""
+        buffer = self.momentum.ema(slots["momentum_buffer"], grad)
+        return grad + self.momentum.rate * (buffer - grad) if self.nesterov else buffer, buffer
 
     def _row_axes(self, kernel: jax.Array) -> tuple[int, ...]:
         return (0,) if self.flatten is None else tuple(axis % kernel.ndim for axis in self.flatten)
@@ -157,24 +197,54 @@ class Muon(Rule):
             )
         return {name: move(slot) for name, slot in slots.items()}
 
-    def orthogonalized(self, matrix: jax.Array) -> jax.Array:
+    def orthogonalized(self, matrix: jax.Array, group: Group = ALONE, *, tall: bool | None = None) -> jax.Array:
         """Bring the singular values of a matrix near one by Newton and Schulz's iteration.
 
-        A tall matrix is multiplied from the right, which is the iteration of its transpose.
+        A tall matrix is multiplied from the right, which is the iteration of its transpose. Where devices have parts
+        of the longer side, each computes its share of the Gram matrix's rows and of their polynomial.
         """
         a, b, c = (jnp.asarray(coefficient, jnp.float32) for coefficient in self.ns_coefficients)
-        tall = matrix.shape[0] > matrix.shape[1]
+        tall = matrix.shape[0] > matrix.shape[1] if tall is None else tall
         matrix = _rounded(matrix.astype(jnp.float32))
-        norm = _rounded(jnp.sqrt(jnp.sum(matrix * matrix)))
+        norm = _rounded(jnp.sqrt(group.total(jnp.sum(matrix * matrix))))
         x = matrix / jnp.maximum(norm, _rounded(jnp.asarray(self.eps, jnp.float32)))
         for _ in range(self.ns_steps):
             x = _bfloat16(x)
-            gram = jax.lax.optimization_barrier(jnp.matmul(x.T, x) if tall else jnp.matmul(x, x.T))
-            square = jax.lax.reduce_precision(c * _matmul(gram, gram), exponent_bits=8, mantissa_bits=23)
-            polynomial = _bfloat16(_fused_multiply_add(b, gram, square))
+            gram = _gram(x.T, x, group) if tall else _gram(x, x.T, group)
+            square = c * _matmul(gram, group.all_rows(gram))
+            square = jax.lax.reduce_precision(square, exponent_bits=8, mantissa_bits=23)
+            polynomial = group.all_rows(_bfloat16(_fused_multiply_add(b, gram, square)))
             product = _matmul(x, polynomial.T) if tall else _matmul(polynomial, x)
             x = _fused_multiply_add(a, x, product)
         return _rounded(x)
+
+
+def _gram(x: jax.Array, transpose: jax.Array, group: Group) -> jax.Array:
+    """Multiply a bfloat16 matrix by its transpose; return the rows of the product that are this device's share."""
+    if not group.members:
+        return jax.lax.optimization_barrier(jnp.matmul(x, transpose))
+    return _bfloat16(group.rows_of_total(_matmul(x, transpose)))
+
+
+_FLOPS, _START = 1000, 2**20
+"""What takes as long as to send a byte between chips: so many operations; and the bytes that go while one is begun."""
+
+
+def _groups(height: int, rows: int, columns: int, devices: int, steps: int) -> int:
+    """Return the number of groups of devices, each with a matrix at a time, for which an iteration is fastest.
+
+    A device alone sends nothing in the iteration. In a group each sends twice what it has of a Gram matrix in float32,
+    or as much: its rows are summed in float32, and gathered twice in bfloat16.
+    """
+    short, long = sorted((rows, columns))
+
+    def cost(groups: int) -> float:
+        parts, each = devices // groups, -(-height // groups)
+        products = each * (4 * short**2 * long + 2 * short**3) / parts
+        sent = 0.0 if parts == 1 else each * 8 * short**2 * (parts - 1) / parts + 3 * _START
+        return steps * (products / _FLOPS + sent)
+
+    return min((count for count in range(1, devices + 1) if devices % count == 0), key=cost)
 
 
 def _rounded(x: jax.Array) -> jax.Array:
