@@ -46,7 +46,7 @@ required = _Required()
 
 
 class Optimizer(Hooked):
-    r"""The base of the torch-style optimizers: what ``torch.optim.Optimizer`` is, over pytrees of JAX arrays.
+    r"""The base of the torch-style optimizers: ``torch.optim.Optimizer`` over pytrees of JAX arrays.
 
     A step takes the parameters :math:`\theta` of each group through the group's rule,
 
@@ -195,7 +195,7 @@ class Optimizer(Hooked):
             self._add(group)
 
     def _check_selected(self, options: dict[str, Any]) -> None:
-        """Raise for what is no option of this class; only torch's group dicts have keys of the user's own."""
+        """Raise for options that this class does not have; only torch's group dicts have keys of the user's own."""
         known = [*self.defaults, *self.unlisted, *[gradient_transforms.KEY] * self._storage.takes_transforms]
         option_names.check_all(type(self).__name__, options, known)
 
@@ -231,7 +231,7 @@ class Optimizer(Hooked):
 
     @property
     def parts(self) -> Parts | None:
-        """The module that the parameters came in, taken apart; None for other parameters, and with groups added to it.
+        """The module that the parameters came in, split into its parts; None for others, and with groups added to it.
 
         Cheaper than :attr:`params`, which joins the parts to a module of its own.
         """
@@ -297,7 +297,7 @@ class Optimizer(Hooked):
         self._storage.is_list = self._storage.is_list or len(self._storage.forest) > 1
 
     def _add(self, group: dict[str, Any]) -> None:
-        """Append a group of parameters that are in the forest, or will be."""
+        """Append a group of parameters that stand in the user's trees, or will."""
         self._storage.allowed = self.defaults.keys()
         self._storage.check_keys(type(self).__name__, group)
         gradient_transforms.check(group.get(gradient_transforms.KEY))
@@ -328,7 +328,7 @@ class Optimizer(Hooked):
         self.param_groups.append(group)
 
     def freeze(self, selectors: Selectors) -> None:
-        r"""Freeze parameters: steps leave them, their state and their counts as they are.
+        r"""Freeze parameters: steps leave them, their state and their counts unchanged.
 
         Their ``requires_grad`` is False then, which you may also set yourself. ``minimize`` does not differentiate by
         them, and so compiles once for each choice of frozen parameters; for ``step`` frozen parameters are data, unless
@@ -339,7 +339,7 @@ class Optimizer(Hooked):
                 below a path too: ``"encoder"``, ``r"blocks\.[0-5]"``.
 
         Raises:
-            ``ValueError`` for a selector that selects nothing, ``TypeError`` for what is no selector. Nothing is
+            ``ValueError`` for a selector that selects nothing, ``TypeError`` for anything but a selector. Nothing is
             changed then.
 
         Examples:
@@ -360,7 +360,7 @@ class Optimizer(Hooked):
         self._train(selectors, False, "freeze")
 
     def unfreeze(self, selectors: Selectors = ".*") -> None:
-        """Let steps update parameters again that :meth:`freeze` has frozen, with the state that they had.
+        """Unfreeze parameters that :meth:`freeze` has frozen; they continue with the state that they had.
 
         Args:
             selectors: see :meth:`freeze` (default: all parameters).
@@ -383,7 +383,7 @@ class Optimizer(Hooked):
                 param.requires_grad = is_trained
 
     def current_options(self) -> list[dict[str, Any]]:
-        """The options of each group as the next step uses them.
+        """Return the options of each group as the next step uses them.
 
         A schedule stands at its value for the parameter of the group that has made the most steps.
 
@@ -408,7 +408,7 @@ class Optimizer(Hooked):
         return options
 
     def describe(self) -> Table:
-        """What the next step does with each parameter.
+        """Return a table of what the next step does with each parameter.
 
         Returns:
             A tuple of rows ``(name, shape, dtype, group, rate, decay, trained)``, one for each leaf of the parameters,
@@ -468,7 +468,7 @@ class Optimizer(Hooked):
             raise TypeError(f"The gradient of {wrong[0]!r} is {wrong[1]}, no array. {trees.NONE_ELSE}") from None
 
     def _evaluated(self, grads: Any, closure: Callable[[], Any] | None) -> tuple[Any, Any]:
-        """What the closure returned, and the gradients of a step."""
+        """Return the result of the closure, and the gradients of a step."""
         if callable(grads) and jax.tree_util.all_leaves([grads]):
             if closure is not None:
                 raise TypeError("step takes gradients or a closure, but got two functions.")
@@ -592,7 +592,7 @@ class Optimizer(Hooked):
         return (value, aux) if has_aux else value
 
     def _of_module(self, loss: Loss, args: tuple[Any, ...], module: ModuleDef) -> tuple[Loss, tuple[Any, ...]]:
-        """The loss of a module as one of the parameters, and its arguments, the rest of the module among them."""
+        """Return the loss of a module as one of the parameters, and its arguments, with the rest of the module."""
         if self._storage.is_list:
             raise TypeError("A loss takes one module, but parameters were added to it with add_param_group.")
         changes = self._rest.changing is not None
@@ -607,11 +607,11 @@ class Optimizer(Hooked):
         return value, aux
 
     def _update(self, run: Callable[[], Any]) -> Any:
-        """Make one update; the place for what a class does to its options at each."""
+        """Make one update; classes that change their options at each step extend it."""
         return run()
 
     def _pure_rule(self, part: Part) -> Rule:
-        """The rule with which the pure face goes on from here."""
+        """Return the rule with which the pure face continues."""
         return part.rule
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -635,7 +635,7 @@ class Optimizer(Hooked):
     # The pure face.
 
     def to_functional(self) -> tuple[GradientTransformationExtraArgs, Any, Any]:
-        """Leave for the pure face: the transformation, the parameters and the state of this moment.
+        """Return the transformation, the parameters and the state of this moment, for the pure face.
 
         Returns:
             ``(transformation, params, state)``, ``params`` as :attr:`params`, of a module the tree of what is trained.
@@ -655,7 +655,7 @@ class Optimizer(Hooked):
         return functional.leave(self._storage, self._pure_rule)
 
     def from_functional(self, params: Any, state: Any) -> None:
-        """Return from the pure face.
+        """Take over parameters and state from the pure face.
 
         Args:
             params: a tree like that of :meth:`to_functional`.
@@ -672,7 +672,7 @@ class Optimizer(Hooked):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout.
+        """Return the state in torch's layout.
 
         Returns:
             ``{"state": {id: slots}, "param_groups": [options and the ids of "params"]}``, the ids counted over
@@ -692,7 +692,7 @@ class Optimizer(Hooked):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, keep: Collection[str] = ()) -> None:
-        """Load what :meth:`state_dict` gave, here or in torch. Options come from it too.
+        """Load the result of :meth:`state_dict`, of this class or of torch's. It brings options too.
 
         Slots keep the dtypes they have here. Where both sides name all parameters (``param_names``, the names of
         :class:`Parameter`, the paths of a pytree), they are matched by name, else by position: that of
@@ -723,7 +723,7 @@ class Optimizer(Hooked):
         self._load(state_dict, strict, keep=keep)
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
-        """Load what may have other names and axes; see :func:`state_dicts.to_load`."""
+        """Load a state dict that may have other names and axes; see :func:`state_dicts.to_load`."""
         state_checks.check_layout(state_dict)
         state_dict = state_dict.copy()
         for before in self._load_state_dict_pre_hooks.values():
@@ -734,18 +734,18 @@ class Optimizer(Hooked):
             after(self)
 
     def _transferred(self, state: Mapping[Any, Any], transfer: state_dicts.Transfer) -> Mapping[Any, Any]:
-        """State by parameter as the other side has it."""
+        """Return the state by parameter in the form of the other side."""
         return state_dicts.transferred(self, state, transfer)
 
     def _adopt(self, group: dict[str, Any]) -> None:
-        """Bring what a state dict says of a group into our form."""
+        """Convert a group of a state dict into our form."""
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""
         state_checks.check_slots(self, group, state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying keep: all but the hooks, as in torch."""
+        """Return the attributes to pickle and copy: all but the hooks, as in torch."""
         storage = self._storage
         state = self._storage.states() | self._storage.other_state
         return {

@@ -48,7 +48,7 @@ class MeasuredSampler(Sampler):
 
     @property
     def noise(self) -> dict[int, list[jax.Array]] | None:
-        """For each group the noise of its parameters in the last step, before the mask; None if it is not kept."""
+        """The noise of the parameters of each group in the last step, before the mask; None if it is not kept."""
         return dict(enumerate(self._of_each_group("noise"))) if self.save_noise else None
 
     @property
