@@ -113,7 +113,7 @@ class Form(NamedTuple):
 
 
 def common_forms(settings: Sequence[TakenApart]) -> list[Form]:
-    """For each setting a form that has the terms of the others of its rule too: fewer programs, and fewer kernels.
+    """Return a form for each setting that has the terms of the others of its rule too: fewer programs and kernels.
 
     A term whose coefficient is zero adds nothing. One that comes with a slot of its own stays out.
     """

@@ -60,7 +60,7 @@ class Owner:
 
     @property
     def published(self) -> Any:
-        """What the last step has published, until it is set to None."""
+        """The results that the last step has published, until this is set to None."""
         _, *published = self._history[-1]
         return published[0][0] if published else None
 
