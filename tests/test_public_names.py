@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import jaxoptim
-from jaxoptim import core, optim
+from jaxoptim import core, optim, sampling
 
 ROOT = Path(__file__).parent.parent
 PYTHON = Path(os.environ.get("DOCS", ROOT / ".venv-docs")) / "bin" / "python"
@@ -57,6 +57,15 @@ def test_help_lists_classes_and_no_internals():
     text = pydoc.plain(pydoc.render_doc(optim)).split("\nCLASSES\n")[1]
     listed = re.findall(r"^    class (\w+)", text, re.M)
     assert sorted(listed) == sorted(name for name in optim.__all__ if inspect.isclass(getattr(optim, name)))
+
+
+@pytest.mark.parametrize("module", [jaxoptim, optim, sampling], ids=lambda module: module.__name__)
+def test_help_says_what_is_internal_before_it_lists_all_files(module):
+    """Which files pydoc lists as contents of a package, no package can say."""
+    before, _ = pydoc.plain(pydoc.render_doc(module)).split("\nPACKAGE CONTENTS\n")
+    assert f"names are those that ``dir({module.__name__.rpartition('.')[2]})`` shows" in before
+    named = set(re.findall(r"``(?:jaxoptim\.)?(\w+)``", before))
+    assert {name for name in module.__all__ if inspect.ismodule(getattr(module, name))} - named == set()
 
 
 def named_in(tree):
