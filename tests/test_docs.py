@@ -27,6 +27,7 @@ from jaxoptim import (
     testing,
 )
 from jaxoptim.optim import lr_scheduler, swa_utils
+from parents import marks_of
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -140,7 +141,12 @@ def test_links_lead_somewhere(page):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("snippet", snippets(ROOT / "README.md"), ids=["torch", "pyro", "optax", "devinterp"])
+BLOCKS = dict(zip(["torch", "pyro", "optax", "devinterp"], snippets(ROOT / "README.md"), strict=True))
+
+
+@pytest.mark.parametrize(
+    "snippet", [pytest.param(text, id=name, marks=marks_of(text)) for name, text in BLOCKS.items()]
+)
 def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
     command = [sys.executable, "-W", "error", "-c", snippet]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -148,7 +154,10 @@ def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(x, id=x.name, marks=marks_of("".join(snippets(x)))) for x in PAGES if snippets(x)],
+)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
