@@ -3,6 +3,7 @@
 PYTHON3 ?= python3
 VENV ?= .venv
 DEV ?= .venv-dev
+OLDEST ?= .venv-oldest
 ACCELERATORS ?= .venv-accelerators
 DOCS ?= .venv-docs
 PYTHON := $(VENV)/bin/python
@@ -13,7 +14,7 @@ TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo test test-slow test-pure lint bench accelerators docs parity stub clean
+.PHONY: demo test test-slow test-pure oldest lint bench accelerators docs parity stub clean
 
 demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
@@ -30,6 +31,12 @@ test-slow: $(VENV)/.test
 test-pure: $(DEV)/.installed
 	$(DEV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and numbers"
 	$(QUICK) $(DEV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not numbers"
+
+# Imports and quick tests with the oldest versions of what the library depends on.
+oldest: $(OLDEST)/.installed
+	$(QUICK) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not numbers" \
+		tests/test_rule.py tests/test_transform.py tests/test_stacks.py tests/test_llc_cases.py \
+		jaxoptim/averaging.py jaxoptim/core jaxoptim/distributed jaxoptim/optim jaxoptim/rules jaxoptim/schedules
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .
@@ -67,7 +74,7 @@ stub: $(VENV)/.test
 	$(PYTHON) tests/stub.py
 
 clean:
-	rm -rf $(VENV) $(DEV) $(ACCELERATORS) $(DOCS)
+	rm -rf $(VENV) $(DEV) $(OLDEST) $(ACCELERATORS) $(DOCS)
 
 %/bin/python:
 	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
@@ -84,6 +91,13 @@ $(VENV)/.test: pyproject.toml | $(PYTHON)
 
 $(DEV)/.installed: pyproject.toml | $(DEV)/bin/python
 	$(DEV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*(x.replace(">=", "==") for x in project["dependencies"]), sep="\n")' > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable . --requirement $(OLDEST)/oldest.txt \
+		chex hypothesis matplotlib pytest pytest-xdist safetensors
 	touch $@
 
 $(DOCS)/.installed: pyproject.toml | $(DOCS)/bin/python

@@ -34,6 +34,23 @@ def test_the_workflow_runs_ci_on_every_python_that_is_named():
     assert job["steps"][-1] == {"run": ".ci/run"}
 
 
+def test_the_other_jobs_are_commands_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    runs = {name: job["steps"][-1]["run"] for name, job in WORKFLOW["jobs"].items() if name != "ci"}
+    assert runs == {"pure": "make test-pure", "oldest": "make oldest", "docs": "make docs"}
+    assert {run.removeprefix("make ") for run in runs.values()} <= targets
+
+
+def test_a_dependency_has_one_bound():
+    """However many extras name it."""
+    named = [*PROJECT["dependencies"], *(x for extra in PROJECT["optional-dependencies"].values() for x in extra)]
+    bounds = {}
+    for line in named:
+        bounds.setdefault(re.match(r"[\w-]+", line)[0], set()).add(line)
+    assert {name: lines for name, lines in bounds.items() if len(lines) > 1 and name != "jaxoptim"} == {}
+
+
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
 
 
