@@ -28,7 +28,7 @@ def apart(move: Callable[..., Any], always: jax.Array, leaves: Any, loss: jax.Ar
     Args:
         move: makes the update; returns the new leaves first.
         always: the value True.
-        leaves: what is replaced by the update.
+        leaves: the arrays that the update replaces.
         loss: the loss.
         grads: the gradients.
 

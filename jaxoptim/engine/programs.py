@@ -152,8 +152,8 @@ def minimized(
         leaves: values and state of each owner, which :func:`minimize` destroys.
         held: values of parameters that stay, by name.
         args: the other arguments of the loss.
-        always: the value True, where the update is to be made apart from the evaluation (None: as the compiler likes).
-        elsewhere: values of parameters that somebody else updates, by name; a step is skipped for their gradient too.
+        always: the value True, to make the update apart from the evaluation (None: as the compiler likes).
+        elsewhere: values of parameters that others update, by name; a step is skipped for their gradient too.
 
     Returns:
         For each owner the leaves of its new contents and what it publishes; the loss, nan for a step that is skipped;

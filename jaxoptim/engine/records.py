@@ -72,9 +72,9 @@ class Record:
         count: its steps, :data:`NOT_STARTED` without state.
         slots: its arrays by name, those of terms that are switched off, and a user's own, among them.
         sharding: where it is.
-        keeper: what the array was read from, None if it is nobody's.
+        keeper: the owner that the array was read from, None without one.
         index: the number of the parameter there.
-        is_edited: whether the slots, the count among them, are what a user has made of them.
+        is_edited: whether a user has edited the slots, the count among them.
     """
 
     value: Any

@@ -69,7 +69,7 @@ class Store:
         """Put the parameters of some groups into slabs; the others stay as they are.
 
         Args:
-            groups: the parameters and what they follow.
+            groups: the parameters and their settings.
             labels: their names in messages.
             view: the structure in which gradients come, or the list of the parameters in their order.
 

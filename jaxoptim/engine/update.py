@@ -17,7 +17,7 @@ class Updated(NamedTuple):
 
     Attributes:
         contents: the new contents.
-        published: what the owner publishes besides, None for most.
+        published: the results that the owner publishes, None for most.
         changes: what was added to the values, before they were rounded; None where that is not measured, or is the
             difference of the values.
     """
@@ -60,7 +60,7 @@ class Update(Static):
             grads: a tree of gradients like the one that the user sees.
 
         Returns:
-            The new contents, and what the owner publishes besides, None for most.
+            The new contents, and the results that the owner publishes, None for most.
         """
         raise NotImplementedError
 

@@ -54,7 +54,7 @@ def described(storage: Storage, options: Sequence[dict[str, Any]], with_none: bo
     Args:
         storage: its groups.
         options: those of each group at the next step.
-        with_none: whether what is None in the tree is a parameter that is frozen, not a part of a module that is none.
+        with_none: whether None in the tree is a frozen parameter, and not a part of a module that is no parameter.
     """
     tree = storage.tree()
     group_of = {param: at for at, group in reversed([*enumerate(storage.groups)]) for param in group["params"]}

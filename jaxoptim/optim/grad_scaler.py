@@ -15,9 +15,9 @@ from jaxoptim.core.loss_scale import LossScale, ScaleState
 class GradScaler:
     """The dynamic factor on the loss of a run in float16, as ``torch.amp.GradScaler``.
 
-    Give it to :meth:`Optimizer.minimize`, which scales the loss, divides the gradient, clips it, leaves out a step
-    whose gradient is not finite, and lets the factor follow. ``opt.last.skipped`` says whether a step was left out.
-    In a loop that is written out, call :meth:`scale`, :meth:`step` and :meth:`update`, as in torch.
+    Give it to :meth:`Optimizer.minimize`, which scales the loss, divides the gradient by the factor, clips it, skips a
+    step whose gradient is not finite, and updates the factor. ``opt.last.skipped`` says whether a step was skipped.
+    In a loop of your own, call :meth:`scale`, :meth:`step` and :meth:`update`, as in torch.
 
     Args:
         init_scale: see :class:`jaxoptim.LossScale`, as the others.

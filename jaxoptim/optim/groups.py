@@ -173,7 +173,7 @@ def chosen(selectors: Selectors, tree: Any, paths: Sequence[str], what: str) -> 
     """Return a mask of the parameters that at least one of some selectors selects.
 
     Args:
-        selectors: one or several; a regular expression selects what lies below a path too.
+        selectors: one or several; a regular expression also selects everything below a path.
         tree: the parameters.
         paths: their names, in the order of the tree's leaves.
         what: who asks, for messages.

@@ -59,24 +59,27 @@ class Optimizer(Hooked):
     hyperparameters of the rule after ``params``.
 
     Args:
-        params: a pytree of arrays; a module of equinox, whose inexact arrays are trained, or of nnx, whose
-            ``nnx.Param`` are; linen's variables, whose ``"params"`` are, if there are ``"batch_stats"``; an iterable of
-            :class:`Parameter` or of ``(name, Parameter)``; or torch's list of group dicts, whose ``"params"`` is a
-            tree or an iterable. Arrays are copied: yours stay yours.
+        params: one of these. Arrays are copied: yours stay yours.
+
+            - a pytree of arrays;
+            - a module of equinox (its inexact arrays are trained) or of nnx (its ``nnx.Param`` are trained);
+            - linen's variables with ``"batch_stats"`` (their ``"params"`` are trained);
+            - an iterable of :class:`Parameter` or of ``(name, Parameter)``;
+            - torch's list of group dicts, whose ``"params"`` is a tree or an iterable.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
             regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), a predicate of the
             path or of ``(path, array)``, or a tree of bools like ``params``, or a prefix of one. A parameter
-            follows the first that selects it. The groups stand in this
-            order; one for all other parameters comes last (default None: one group).
+            belongs to the first group that selects it. A last group takes all other parameters (default None: one
+            group).
         frozen: a selector, or a list of them, of parameters that :meth:`freeze` freezes at once (default None: none).
-        wrt: a filter of nnx, which variables of an nnx module are trained, such as ``nnx.LoRAParam`` or
-            ``nnx.All(nnx.Param, nnx.PathContains("head"))`` (default None: ``nnx.Param``). The others are kept, and are
-            no parameters; what a loss changes in an ``nnx.Param`` among them is dropped.
-        gradient_transform: a transformation of optax that the gradients of all parameters go through before each step,
-            after the clipping of :meth:`minimize`; one with this key in a group sees those of the group, after that of
-            all. A gradient that is missing is zero for it. Its state is a further entry of :meth:`state_dict`; where
-            parameters come or go it begins afresh (default None: none). Samplers and L-BFGS take none.
+        wrt: a filter of nnx for the variables of an nnx module that are trained, such as ``nnx.LoRAParam`` or
+            ``nnx.All(nnx.Param, nnx.PathContains("head"))`` (default None: ``nnx.Param``). The other variables are kept
+            as they are; if a loss changes an ``nnx.Param`` among them, the change is dropped.
+        gradient_transform: a transformation of optax for the gradients of all parameters (default None: none). It is
+            applied before each step, after the clipping of :meth:`minimize`. A group may have one too, under this key,
+            which is applied afterwards. A missing gradient counts as zero. :meth:`state_dict` has its state as one more
+            entry; the state begins afresh if parameters are added or removed. Samplers and L-BFGS take none.
         master_weights: keep the values of float16 and bfloat16 parameters in float32 too (default False); this and the
             next two are those of :meth:`jaxoptim.Rule.with_precision`. Samplers and L-BFGS have none of the three.
         rounding: of float16 and bfloat16 parameters and state, ``"nearest"`` (default) or ``"stochastic"``.
@@ -92,15 +95,14 @@ class Optimizer(Hooked):
             :class:`Parameter`. What you write there takes effect at the next step.
         state: the slots of each parameter, ``state[param]["exp_avg"]``: a live view, by torch's names.
         defaults: as given.
-        last: what the last call of :meth:`minimize` that measures has measured, arrays on the device: ``grad_norm``
+        last: the measurements of the last call of :meth:`minimize` that measures, arrays on the device: ``grad_norm``
             (before clipping), ``update_norm``, ``skipped``, ``num_skipped`` (so far) and ``loss_scale``; None before.
 
     Raises:
-        Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
-        parameter of torch, and for an option that does not exist,
-        ``ValueError`` for an empty list, an option out of range, a parameter in two groups, an axis that ``mesh``
-        lacks; ``TypeError`` for ``wrt`` where ``params`` is no nnx module, and for ``zero`` without ``mesh``.
-        A call that raises leaves parameters, state and counts as they were.
+        The errors of torch, with the name of the parameter: ``TypeError`` for objects that cannot be optimized, such as
+        a parameter of torch, and for an option that does not exist; ``ValueError`` for an empty list, an option out of
+        range, a parameter in two groups, or an axis that ``mesh`` lacks. ``TypeError`` also for ``wrt`` without an nnx
+        module, and for ``zero`` without ``mesh``. A call that raises leaves parameters, state and counts as they were.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -241,7 +243,7 @@ class Optimizer(Hooked):
 
     @property
     def wrt(self) -> Any:
-        """The predicate of nnx for what is trained of an nnx module; None where ``params`` is something else."""
+        """The predicate of nnx for the trained variables of an nnx module; None for other ``params``."""
         return getattr(self._module, "wrt", None)
 
     @property
@@ -271,11 +273,10 @@ class Optimizer(Hooked):
                 torch it is completed in place: ``"params"`` becomes a list, missing options are filled in.
 
         Raises:
-            ``TypeError`` for what is not a dict, holds what cannot be optimized, or has an option misspelt (keys less
-            like an option are the user's own, as in torch); ``ValueError`` for a missing
-            required option, an option out of range, names for some parameters only, or a parameter that is in
-            another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice; of
-            samplers and L-BFGS a ``ValueError``.
+            ``TypeError`` for anything but a dict, for objects in it that cannot be optimized, and for a misspelt option
+            (other unknown keys are the user's own, as in torch). ``ValueError`` for a missing required option, an
+            option out of range, names for some parameters only, or a parameter of another group. ``KeyError`` without
+            ``"params"``. A parameter that is given twice is a warning; for samplers and L-BFGS a ``ValueError``.
 
         Examples:
             >>> from jaxoptim import optim
@@ -385,7 +386,7 @@ class Optimizer(Hooked):
     def current_options(self) -> list[dict[str, Any]]:
         """Return the options of each group as the next step uses them.
 
-        A schedule stands at its value for the parameter of the group that has made the most steps.
+        A schedule is replaced by its value at the largest count of steps in the group.
 
         Returns:
             For each group a dict of its options and the keys of your own, without its parameters.
@@ -520,10 +521,9 @@ class Optimizer(Hooked):
 
         Args:
             loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has
-                the structure of :attr:`params`. What it changes in an nnx module (batch statistics, random counts) is
-                kept, and so are linen's collections if they are its auxiliary output, as ``apply(..., mutable=)``
-                gives them; from one micro-batch to the next too. L-BFGS keeps what the first evaluation of a step
-                leaves.
+                the structure of :attr:`params`. Its changes of an nnx module (batch statistics, random counts) are
+                kept, and so are linen's collections if they are its auxiliary output, which ``apply(..., mutable=)``
+                returns. They go from one micro-batch to the next. L-BFGS keeps those of the first evaluation of a step.
             args: pytrees of arrays of JAX, NumPy or torch.
             has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
             clip_norm: :math:`c \ge 0`, a bound on the norm of the gradient of all parameters (default None: none).

@@ -33,7 +33,7 @@ class Parameter:
         dtype: of the value.
         had_grad: whether a gradient was ever assigned.
         dct_dim: the axis, negative, along which a Pyro-style ``DCTAdam`` transforms the gradient (default None).
-        subsample: what the next gradient is about, to a Pyro-style ``DCTAdam`` that is aware of subsamples: a
+        subsample: the indices that the next gradient belongs to, for a Pyro-style ``DCTAdam`` with subsamples: a
             dict of negative axis to indices along it (default None: everything).
 
     Raises:

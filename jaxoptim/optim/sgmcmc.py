@@ -124,7 +124,7 @@ class SGMCMC(Sampler):
         sketch_seed: an int in :math:`[0, 2^{32})` (default 0). Sketches can be compared if parameters of the same
             shapes in the same groups were sketched with the same ``sketch_dim`` and seed.
         key: a typed JAX key (default None: ``jax.random.key(0)``), in the place of torch's generator.
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
         groups: see :class:`Optimizer`. A group may have its own ``prior``, ``mask``, ``preconditioner`` and
             ``preconditioner_kwargs``, and keeps them as ``weight_decay``, ``localization``, ``optimize_over``,
             ``alpha``, ``eps`` and ``diffusion_factor``, which may be changed at any time.

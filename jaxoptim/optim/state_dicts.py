@@ -113,7 +113,7 @@ def to_load(
     """Return the state and the groups of a state dict, checked, with the optimizer's own parameters.
 
     Args:
-        optimizer: what is to be loaded.
+        optimizer: the optimizer that loads.
         state_dict: in torch's layout.
         strict: see ``Optimizer.load_state_dict``.
         names: for each group of the state dict what its parameters are called in the optimizer's labels (default
@@ -122,7 +122,7 @@ def to_load(
         keep: see ``Optimizer.load_state_dict``.
 
     Raises:
-        ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
+        ``KeyError`` and ``ValueError`` for entries that do not fit; they name the parameter.
     """
     if isinstance(keep, str):
         raise TypeError(f"keep takes a list of options, but got {shown(keep)}. Give [{keep!r}].")

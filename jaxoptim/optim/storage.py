@@ -50,8 +50,8 @@ class Storage:
         labels: a unique name for each parameter.
         allowed: the names of the options of a group.
         unlisted: those that a group has only where they are given.
-        other_state: what the user filed under other keys than parameters.
-        gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
+        other_state: the entries under keys that are no parameters, the user's own.
+        gradient_transform: the transformation of the gradients of all parameters before a step, None for none.
         precision: how arrays of few bits are kept.
         axes: the data axes over whose devices state is in parts.
         loaded_transform_state: the state of the transformations from the next step on, None for that which they have.
