@@ -106,4 +106,4 @@ __all__ = [
 ]
 __dir__ = listing(__all__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

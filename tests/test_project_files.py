@@ -10,7 +10,9 @@ import yaml
 import jaxoptim
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+RELEASES = re.findall(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
 
 
@@ -22,8 +24,19 @@ def test_the_citation_is_of_this_version_and_licence():
         PROJECT["license"],
     )
     assert cited["cff-version"] == "1.2.0"
+    assert str(cited["date-released"]) == RELEASES[0][1]
     assert cited["message"]
     assert cited["authors"]
+
+
+def test_the_version_is_that_of_the_newest_release():
+    """The package has it, pyproject.toml reads it there; only what is not yet released stands above."""
+    assert RELEASES[0][0] == jaxoptim.__version__
+    assert "version" not in PROJECT
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "jaxoptim/__init__.py"
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert [line.partition(" (")[0] for line in headings if line != "Unreleased"] == [name for name, _ in RELEASES]
+    assert "Unreleased" not in headings[1:]
 
 
 def test_the_workflow_runs_ci_on_every_python_that_is_named():
