@@ -2,6 +2,8 @@
 # Tests that stand together share compiled programs: worksteal leaves them to one worker as far as it can.
 PYTHON3 ?= python3
 VENV ?= .venv
+DEV ?= .venv-dev
+OLDEST ?= .venv-oldest
 ACCELERATORS ?= .venv-accelerators
 DOCS ?= .venv-docs
 PYTHON := $(VENV)/bin/python
@@ -12,7 +14,7 @@ TESTS := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1"
 
-.PHONY: demo test test-slow lint bench accelerators docs parity stub clean
+.PHONY: demo test test-slow test-pure oldest lint bench accelerators docs parity stub clean
 
 demo: $(VENV)/.examples
 	$(PYTHON) examples/train_digits.py
@@ -24,6 +26,17 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(TESTS) -m "slow and numbers"
 	$(QUICK) $(TESTS) -m "slow and not numbers"
+
+# The fast tests that compare with none of torch, Pyro, numpyro and devinterp, where none of them is installed.
+test-pure: $(DEV)/.installed
+	$(DEV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and numbers"
+	$(QUICK) $(DEV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not numbers"
+
+# Imports and quick tests with the oldest versions of what the library depends on.
+oldest: $(OLDEST)/.installed
+	$(QUICK) $(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not numbers" \
+		tests/test_rule.py tests/test_transform.py tests/test_stacks.py tests/test_llc_cases.py \
+		jaxoptim/averaging.py jaxoptim/core jaxoptim/distributed jaxoptim/optim jaxoptim/rules jaxoptim/schedules
 
 lint: $(VENV)/.test
 	$(PYTHON) -m ruff check .
@@ -61,7 +74,7 @@ stub: $(VENV)/.test
 	$(PYTHON) tests/stub.py
 
 clean:
-	rm -rf $(VENV) $(ACCELERATORS) $(DOCS)
+	rm -rf $(VENV) $(DEV) $(OLDEST) $(ACCELERATORS) $(DOCS)
 
 %/bin/python:
 	@$(PYTHON3) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
@@ -75,6 +88,17 @@ $(VENV)/.examples: pyproject.toml | $(PYTHON)
 $(VENV)/.test: pyproject.toml | $(PYTHON)
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.examples
+
+$(DEV)/.installed: pyproject.toml | $(DEV)/bin/python
+	$(DEV)/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*(x.replace(">=", "==") for x in project["dependencies"]), sep="\n")' > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable . --requirement $(OLDEST)/oldest.txt \
+		chex hypothesis matplotlib pytest pytest-xdist safetensors
+	touch $@
 
 $(DOCS)/.installed: pyproject.toml | $(DOCS)/bin/python
 	$(DOCS)/bin/python -m pip install --quiet --editable '.[docs]'

@@ -3,7 +3,6 @@
 Sphinx, because it renders the mathematics, the sections and the cross-references of the docstrings as they are written.
 """
 
-import os
 from typing import Any
 
 import jaxoptim
@@ -13,6 +12,7 @@ author = "The authors of jaxoptim"
 release = version = jaxoptim.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions += ["sphinx-mathjax-offline"]  # MathJax in the site itself, which needs no network then
 exclude_patterns = []
 nitpicky = True
 # Functions, classes and types of other libraries, and the objects behind the public names, have no page here.
@@ -31,9 +31,6 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # The house writes these as prose; the fields that Napoleon makes of them would break at every line and colon.
 napoleon_custom_sections = ["Raises", "Returns", "Slots", "State", "Memory", "Differences from devinterp"]
-
-# A copy of MathJax, for a site without a network: MATHJAX=path/to/tex-chtml.js make docs
-mathjax_path = os.environ.get("MATHJAX", "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml.js")
 
 html_theme = "furo"
 html_title = f"jaxoptim {release}"

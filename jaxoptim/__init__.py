@@ -1,10 +1,14 @@
 """torch's optimizers, Pyro's optimizer interfaces and posterior samplers, in JAX.
 
 The pure face: every optimizer is a function that returns an optax transformation, built from a rule, the
-mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``.
-``jaxoptim.optim`` has the same optimizers as torch-style classes, ``jaxoptim.groups`` lists of their groups,
-``jaxoptim.pyro`` in Pyro's interface, ``jaxoptim.sampling`` chains of samplers, ``jaxoptim.distributed`` state over
-many devices, ``jaxoptim.checkpoint`` files, and ``jaxoptim.interop`` the way to torch and back, and to numpyro.
+mathematics of one array. ``jaxoptim.rules`` has the rules, for use with ``init``, ``update`` and ``step``,
+``jaxoptim.core`` what a rule of one's own is made of, ``jaxoptim.schedules`` learning rates and ``jaxoptim.averaging``
+averages as pure functions. ``jaxoptim.optim`` has the same optimizers as torch-style classes, ``jaxoptim.groups`` lists
+of their groups, ``jaxoptim.pyro`` in Pyro's interface, ``jaxoptim.sampling`` chains of samplers,
+``jaxoptim.distributed`` state over many devices, ``jaxoptim.checkpoint`` files, and ``jaxoptim.interop`` the way to
+torch and back, and to numpyro.
+
+The public names are those that ``dir(jaxoptim)`` shows; ``engine`` and ``native`` are internal.
 """
 
 from jaxoptim import averaging, checkpoint, core, distributed, groups, interop, optim, pyro, rules, sampling, schedules
@@ -102,4 +106,4 @@ __all__ = [
 ]
 __dir__ = listing(__all__)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -136,9 +136,6 @@ def swa() -> Averaging:
     .. math::
         \bar\theta_{n+1} = \bar\theta_n + \frac{\theta - \bar\theta_n}{n + 1}
 
-    Args:
-        None: it has no options.
-
     Returns:
         An :class:`Averaging`: ``init(params) -> state``, ``update(state, params) -> state``; ``state.average`` is
         the mean, ``state.n_averaged`` the count. Averages are kept in at least float32; integers are copied.

@@ -16,12 +16,19 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import jax
 import pytest
-import torch
 
-torch.set_num_threads(1)
-# oneDNN sums products of bfloat16 in another order on each kind of CPU, so that torch's Muon differs from machine to
-# machine by a unit in the last place of bfloat16 in one number of thousands. torch's own order is the same on all.
-torch.backends.mkldnn.enabled = False
+from parents import MISSING, left_out, used_in
+
+if "torch" not in MISSING:
+    import torch
+
+    torch.set_num_threads(1)
+    # oneDNN sums products of bfloat16 in another order on each kind of CPU, so that torch's Muon differs from machine
+    # to machine by a unit in the last place of bfloat16 in one number of thousands. torch's own order is the same
+    # on all.
+    torch.backends.mkldnn.enabled = False
+
+collect_ignore = left_out()
 
 # A program is compiled once for all tests, workers and sessions: most of the time of a test is that of its compiler.
 PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "programs"
@@ -37,16 +44,30 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 def pytest_configure(config):
     """Begin anew, once for all workers, when there are more programs on disk than a session has."""
+    if MISSING:
+        config.option.doctest_ignore_import_errors = True
     is_worker = hasattr(config, "workerinput")
     if not is_worker and PROGRAMS.exists() and sum(x.stat().st_size for x in PROGRAMS.iterdir()) > PROGRAMS_BYTES:
         shutil.rmtree(PROGRAMS)
 
 
+def pytest_report_header():
+    """Say which files of tests are left out because they compare with what is not installed."""
+    if not MISSING:
+        return []
+    return [f"without {', '.join(sorted(MISSING))}: {len(collect_ignore)} files of tests are left out"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave all but the first case of a costly test to the slow suite."""
+    """Leave all but the first case of a costly test to the slow suite; skip what needs a parent that is missing."""
     seen = set()
     for item in items:
+        marks = [mark.args[0] for mark in item.iter_markers("needs")]
+        if isinstance(item, pytest.DoctestItem):
+            marks += used_in("".join(example.source for example in item.dtest.examples))
+        for name in MISSING.intersection(marks):
+            item.add_marker(pytest.mark.skip(reason=f"needs {name}, which is not installed"))
         if item.get_closest_marker("costly") and not item.get_closest_marker("slow"):
             test = item.nodeid.partition("[")[0]
             if test in seen:

@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_base
 from jaxoptim import optim
 from table import ROWS
 
-TORCH = [row for row in ROWS if row.parent.__module__.startswith("torch.")]
+TORCH = [row for row in ROWS if row.path.startswith("torch.")]
 OURS = {
     "groups": None,
     "frozen": None,
@@ -27,8 +27,6 @@ OURS = {
     "zero": None,
 }
 """Arguments that every class has besides the parent's, and their defaults."""
-OWN_OPTIONS = {"DCTAdam": ["dct_dim", "subsample"], "Muon": ["flatten"]}
-"""Options of groups that the parent does not have."""
 
 
 class Ours:

@@ -1,5 +1,6 @@
 """The documents: every public name is documented in full, and the README's code runs."""
 
+import ast
 import doctest
 import inspect
 import re
@@ -26,6 +27,7 @@ from jaxoptim import (
     testing,
 )
 from jaxoptim.optim import lr_scheduler, swa_utils
+from parents import marks_of
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -47,6 +49,7 @@ PUBLIC = {
     for name in module.__all__
     if inspect.isroutine(getattr(module, name)) or inspect.isclass(getattr(module, name))
 }
+NEVER_RAISE = ("pyro.optim.is_scheduler",)
 IN_A_LINE = ("core.enabled", "core.is_known", "core.sqrt")
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -62,11 +65,31 @@ def test_public_names_are_documented(name):
     is_class = isinstance(PUBLIC[name], type) and not issubclass(PUBLIC[name], core.Hyperparameters)
     is_result = is_class and "Attributes:" in text and "Args:" not in text  # shown where it is made
     sections = [] if is_result else ["Examples:"]
-    sections += (
-        [] if is_class else ["Args:" if PUBLIC[name] not in (core.Rule, core.Hyperparameters) else "Raises:", "Raises:"]
-    )
+    if not is_class:
+        is_base = PUBLIC[name] in (core.Rule, core.Hyperparameters)  # whose fields are those of its subclasses
+        sections += ["Args:"] if inspect.signature(PUBLIC[name]).parameters and not is_base else []
+        sections += ["Raises:"] if name not in NEVER_RAISE else []
     for section in sections:
         assert re.search(rf"^ *{section}", text, re.MULTILINE), f"{name} has no section {section}"
+
+
+def documented(node, prefix=""):
+    """Each docstring of a module and of what is not private in it, by name."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+            yield f"{prefix}{child.name}", ast.get_docstring(child) or ""
+            yield from documented(child, f"{prefix}{child.name}.")
+
+
+FILES = sorted((ROOT / "jaxoptim").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_first_lines_say_first_what_a_thing_is_or_does(path):
+    tree = ast.parse(path.read_text())
+    texts = {"module": ast.get_docstring(tree) or "", **dict(documented(tree))}
+    beside_the_point = re.compile("(What|How|Which|Where|When|As|From|For|If|In|Of|By|With|Those|Everything) ")
+    assert {name: text for name, text in texts.items() if beside_the_point.match(text)} == {}
 
 
 TORCH_STYLE = {name: getattr(optim, name) for name in optim.__all__ if callable(getattr(optim, name))}
@@ -118,7 +141,12 @@ def test_links_lead_somewhere(page):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("snippet", snippets(ROOT / "README.md"), ids=["torch", "pyro", "optax", "devinterp"])
+BLOCKS = dict(zip(["torch", "pyro", "optax", "devinterp"], snippets(ROOT / "README.md"), strict=True))
+
+
+@pytest.mark.parametrize(
+    "snippet", [pytest.param(text, id=name, marks=marks_of(text)) for name, text in BLOCKS.items()]
+)
 def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
     command = [sys.executable, "-W", "error", "-c", snippet]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -126,7 +154,10 @@ def test_a_block_of_the_readme_runs_alone(snippet, tmp_path):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(x, id=x.name, marks=marks_of("".join(snippets(x)))) for x in PAGES if snippets(x)],
+)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}

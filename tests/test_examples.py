@@ -389,6 +389,8 @@ def test_two_processes_train_and_one_goes_on(tmp_path):
     assert float(accuracy) > 94
 
 
+@pytest.mark.needs("torch")
+@pytest.mark.needs("numpyro")
 def test_a_wrong_option_is_one_line(tmp_path):
     wrong = {
         ("beta_vae_digits", "--epochs", "none"): "argument --epochs: 'none' is not a number of epochs",

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,10 +300,13 @@ def test_a_term_that_another_group_has_compiles_nothing(cls):
             face.step(GRADS)
 
 
+@pytest.mark.needs("torch")
 @pytest.mark.costly
 @pytest.mark.numbers
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "Adadelta", "SGD"])
 def test_terms_that_some_groups_have_are_torchs(kind):
+    import torch
+
     start = {name: np.random.default_rng(at).normal(size=(3, 5)) for at, name in enumerate("abcd")}
     decays = dict(zip(start, (0.0, 0.3, 0.0, 0.1), strict=True))
     params = {name: Parameter(jnp.asarray(x, "float32"), name) for name, x in start.items()}

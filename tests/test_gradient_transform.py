@@ -178,6 +178,7 @@ def test_a_run_that_is_resumed_goes_on(resumed, tmp_path):
     chex.assert_trees_all_close(opt.params, theirs.params, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.needs("torch")
 def test_state_dicts_have_torchs_keys_but_for_the_state():
     plain, opt = optim.AdamW(START), optim.AdamW(START, gradient_transform=optax.clip(1.0))
     assert opt.state_dict().keys() == plain.state_dict().keys() == {"state", "param_groups"}

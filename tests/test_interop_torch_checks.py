@@ -118,7 +118,7 @@ def test_without_names_on_both_sides_position_counts(there, here_):
         np.testing.assert_array_equal(new.state_dict()["state"][i]["exp_avg"], expected)
 
 
-TORCH_CASES = {case.row.name: case for case in FIRST if case.row.parent.__module__.startswith("torch.")}
+TORCH_CASES = {case.row.name: case for case in FIRST if case.row.path.startswith("torch.")}
 NAMED = [*TORCH_CASES, "LBFGS"]
 
 

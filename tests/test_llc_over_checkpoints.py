@@ -374,6 +374,7 @@ def test_the_table():
     assert lines[5].split()[:2] == ["200", "out"]
 
 
+@pytest.mark.needs("numpyro")
 def test_the_numbers_are_those_of_each_and_a_name_is_needed():
     found = over()
     for name in ("mean", "mcse", "rhat", "std", "per_chain", "effective_sample_size", "trace"):

@@ -72,6 +72,7 @@ def test_each_reason_is_warned_of_once(start, sampler, changes, expected):
         assert len(text) <= 300
 
 
+@pytest.mark.needs("numpyro")
 def test_the_messages_say_what_was_found_and_what_to_do():
     llc, messages = warned(quadratic, jnp.ones(3), SGLD, **LONG)
     norm = np.linalg.norm(H)
@@ -166,6 +167,7 @@ def estimate(loss, names=None, diverged=None):
     return sampling.LLC(loss, 0.0, 2.0, diverged, {}, names)
 
 
+@pytest.mark.needs("numpyro")
 def test_repr_has_three_digits():
     loss = np.random.default_rng(0).normal(10.0, 1.0, (4, 500))
     llc = estimate(loss)

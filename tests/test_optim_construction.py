@@ -23,7 +23,6 @@ from comparisons import assert_same
 from jaxoptim import optim
 from optim_sides import (
     OURS,
-    OWN_OPTIONS,
     SIDES,
     TORCH,
     Ours,
@@ -38,6 +37,7 @@ from optim_sides import (
     run_with,
     steps,
 )
+from table import OWN_OPTIONS
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -9,9 +9,8 @@ from jax.experimental.sparse import BCOO
 
 import parity
 from jaxoptim import optim, rules
-from optim_sides import OWN_OPTIONS
 from parity import ROWS_TOUCHED, SLOPE, TORCH_DTYPES, distance, problem, rms_error
-from table import CASES, FIRST, SPARSE, STATES, Case, of_numbers_if_muon
+from table import CASES, FIRST, OWN_OPTIONS, SPARSE, STATES, Case, of_numbers_if_muon
 
 STEPS = 60
 ADDED, FROZEN, CHANGED = 15, range(24, 36), 30

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from jax.experimental.sparse import BCOO
 
 import jaxoptim
@@ -167,7 +166,10 @@ def test_classes(cls, options):
     assert "master_weights" not in states["full"]
 
 
+@pytest.mark.needs("torch")
 def test_a_state_of_torch_goes_on_with_master_weights():
+    import torch
+
     values = RNG.normal(size=(3, 2)).astype(np.float32)
     theirs = torch.nn.Parameter(torch.tensor(values).bfloat16())
     their_optimizer = torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
@@ -181,11 +183,14 @@ def test_a_state_of_torch_goes_on_with_master_weights():
     chex.assert_trees_all_close(state["master_weights"], jnp.full((3, 2), 1 - 0.19))
 
 
+@pytest.mark.needs("torch")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"master_weights": True}, {"rounding": "stochastic"}, {"state_dtype": jnp.bfloat16}], ids=str
 )
 def test_the_pure_face_goes_to_torch_and_back(how):
+    import torch
+
     shapes = [(3, 2), (4,)]
     rule, params = rules.AdamW(lr=0.1).with_precision(**how), start(shapes, jnp.bfloat16)
     state = jaxoptim.init(rule, params)

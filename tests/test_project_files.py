@@ -10,7 +10,9 @@ import yaml
 import jaxoptim
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+RELEASES = re.findall(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
 
 
@@ -22,8 +24,19 @@ def test_the_citation_is_of_this_version_and_licence():
         PROJECT["license"],
     )
     assert cited["cff-version"] == "1.2.0"
+    assert str(cited["date-released"]) == RELEASES[0][1]
     assert cited["message"]
     assert cited["authors"]
+
+
+def test_the_version_is_that_of_the_newest_release():
+    """The package has it, pyproject.toml reads it there; only what is not yet released stands above."""
+    assert RELEASES[0][0] == jaxoptim.__version__
+    assert "version" not in PROJECT
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "jaxoptim/__init__.py"
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert [line.partition(" (")[0] for line in headings if line != "Unreleased"] == [name for name, _ in RELEASES]
+    assert "Unreleased" not in headings[1:]
 
 
 def test_the_workflow_runs_ci_on_every_python_that_is_named():
@@ -32,6 +45,23 @@ def test_the_workflow_runs_ci_on_every_python_that_is_named():
     assert job["strategy"]["matrix"]["python"] == named
     assert PROJECT["requires-python"] == f">={named[0]}"
     assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_the_other_jobs_are_commands_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split())
+    runs = {name: job["steps"][-1]["run"] for name, job in WORKFLOW["jobs"].items() if name != "ci"}
+    assert runs == {"pure": "make test-pure", "oldest": "make oldest", "docs": "make docs"}
+    assert {run.removeprefix("make ") for run in runs.values()} <= targets
+
+
+def test_a_dependency_has_one_bound():
+    """However many extras name it."""
+    named = [*PROJECT["dependencies"], *(x for extra in PROJECT["optional-dependencies"].values() for x in extra)]
+    bounds = {}
+    for line in named:
+        bounds.setdefault(re.match(r"[\w-]+", line)[0], set()).add(line)
+    assert {name: lines for name, lines in bounds.items() if len(lines) > 1 and name != "jaxoptim"} == {}
 
 
 HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]

@@ -36,6 +36,7 @@ CASES = {
 }
 
 
+@pytest.mark.needs("numpyro")
 @pytest.mark.parametrize("name", CASES)
 def test_best(name):
     given, lr = CASES[name]
@@ -52,6 +53,7 @@ def test_best_of_two_localizations():
     assert several.best[:3] == (1e-1, 5.0, 2.15)
 
 
+@pytest.mark.needs("numpyro")
 def test_chains_that_have_not_mixed_are_left_out():
     given = sweep(RISING)
     given.trace[3, 0, :2] += 5.0

@@ -196,6 +196,7 @@ def test_an_llc_refuses_an_observable_by_a_name_of_its_own():
         llc.to_xarray()
 
 
+@pytest.mark.needs("numpyro")
 @pytest.mark.filterwarnings("ignore::jaxoptim.sampling.LLCWarning")
 def test_arviz_has_the_error_and_the_r_hat_of_an_llc():
     arviz = pytest.importorskip("arviz")

@@ -1,4 +1,4 @@
-"""An update that is not compiled into one with the evaluation of the loss before it."""
+"""Compile an update apart from the evaluation of the loss before it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SMALL = 2**16  # bytes
 
 @functools.cache
 def true() -> jax.Array:
-    """Return the array True, which a program does not know to be."""
+    """Return the array True in a form that the compiler cannot fold as a constant."""
     return jnp.array(True)
 
 
 def apart(move: Callable[..., Any], always: jax.Array, leaves: Any, loss: jax.Array, grads: Any) -> Any:
-    """Make an update after an evaluation, to the last bit as in a loop that is written out.
+    """Make an update after an evaluation, with the same bits as in a loop that calls one program for each.
 
     There the two are programs of their own. Here the compiler would fuse them, and round otherwise; it does not fuse
     across a condition that it cannot foresee. (An ``optimization_barrier`` it drops on CPUs.) All that is done with
@@ -28,7 +28,7 @@ def apart(move: Callable[..., Any], always: jax.Array, leaves: Any, loss: jax.Ar
     Args:
         move: makes the update; returns the new leaves first.
         always: the value True.
-        leaves: what is replaced by the update.
+        leaves: the arrays that the update replaces.
         loss: the loss.
         grads: the gradients.
 
@@ -39,7 +39,7 @@ def apart(move: Callable[..., Any], always: jax.Array, leaves: Any, loss: jax.Ar
     form = jax.eval_shape(move, leaves, loss, grads)
 
     def never(leaves: Any, loss: Any, grads: Any) -> Any:
-        """The same arrays where their shapes are the same, so that they can be replaced in place; else zeros."""
+        """Return the arrays themselves where shapes allow them to be replaced in place; else zeros."""
         olds = iter(jax.tree.leaves(leaves))
         return jax.tree.map(lambda new: _like(new, next(olds, None)), form)
 
@@ -47,7 +47,7 @@ def apart(move: Callable[..., Any], always: jax.Array, leaves: Any, loss: jax.Ar
 
 
 def waits(leaves: Any) -> bool:
-    """Whether the loss has to be one of the results of the update, which then waits for it.
+    """Return whether the loss has to be a result of the update, which then waits for it.
 
     For a loss that need not be ready when the update begins, the compiler keeps a copy of the old values. Of small ones
     it costs less than to hand the loss over.

@@ -1,4 +1,4 @@
-"""The arrays of a store: what a compiled step takes, donated, and returns."""
+"""The arrays of a store: donated to a compiled step, and returned by it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Contents:
 
     @property
     def cells(self) -> list[tuple[Any, Any]]:
-        """For each cell its value and its slots."""
+        """The value and the slots of each cell."""
         return jax.tree.unflatten(self.form.content[0], self.leaves)[1]
 
     @property
@@ -43,12 +43,12 @@ class Contents:
         return [value for value, _ in self.cells]
 
     def tree_flatten(self) -> tuple[Sequence[Any], Static]:
-        """The arrays and their structure."""
+        """Return the arrays and their structure."""
         return self.leaves, self.form
 
     @classmethod
     def tree_unflatten(cls, form: Static, leaves: Sequence[Any]) -> Contents:
-        """Other arrays in the same structure."""
+        """Return contents of the same structure with other arrays."""
         new = object.__new__(cls)
         new.form, new.leaves = form, leaves
         return new

@@ -1,4 +1,4 @@
-"""From records to slabs: which parameters share a slab, and their arrays, made without a compiled program."""
+"""Put records into slabs: group parameters that share a slab, and make its arrays without a compiled program."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def frozen(
         groups: the parameters and their settings.
         labels: a name for each parameter, for messages.
         view: the structure in which gradients come.
-        records: what is known of each parameter.
+        records: the record of each parameter.
         alone: parameters that stand by themselves because their gradients are sparse.
 
     Raises:
@@ -119,7 +119,7 @@ def frozen(
 
 
 class _Member(NamedTuple):
-    """A parameter that is to find its cell."""
+    """A parameter that has yet to be given a cell."""
 
     param: Any
     group: int
@@ -127,7 +127,7 @@ class _Member(NamedTuple):
 
 
 class _Alone(NamedTuple):
-    """The kind of a parameter that stands by itself."""
+    """The kind of a parameter that has a cell to itself."""
 
     param: Any
 
@@ -139,7 +139,7 @@ def _kinds(
     records: Mapping[Any, Record],
     alone: set[Any],
 ) -> list[Hashable]:
-    """For each parameter what it has in common with those of its cell."""
+    """Return a key for each parameter; parameters of equal keys share a cell."""
     kinds: list[Hashable] = []
     for param, at, times in members:
         apart, sharding = groups[at].apart, records[param].sharding
@@ -167,7 +167,7 @@ def _kinds(
 def _cells(
     members: Sequence[_Member], groups: Sequence[Group], kinds: Sequence[Hashable], records: Mapping[Any, Record]
 ) -> tuple[list[Cell], list[list[int]], int]:
-    """The cells, the groups of each setting that they follow, and how many of these are those of slabs.
+    """Return the cells, the groups of each setting that they follow, and the number of settings that slabs follow.
 
     Cells of the same groups share a setting, so that what depends on it alone is computed once.
     """
@@ -197,7 +197,7 @@ def _cells(
 
 
 def _is_even(layout: Layout, rules: Sequence[Rule], states: Sequence[_State]) -> bool:
-    """Whether all parameters have made the same steps, those without state aside."""
+    """Return whether all parameters with state have made the same number of steps."""
     counts = {max(count, 0) for _, count, _ in states}
     if len(counts) > 1 or any(cell.times != 1 for cell in layout.cells):
         return False
@@ -213,7 +213,7 @@ def _is_even(layout: Layout, rules: Sequence[Rule], states: Sequence[_State]) ->
 def _arrays(
     layout: Layout, cell: Cell, rule: Rule, states: Sequence[_State], sharding: Any
 ) -> tuple[jax.Array, dict[str, Any] | None]:
-    """The value of a cell and its slots."""
+    """Return the value and the slots of a cell."""
     own = [states[member] for member in cell.members]
     if not cell.is_slab:
         value, _, slots = own[0]
@@ -240,7 +240,7 @@ def _arrays(
 
 
 def _slots_beside(rule: Rule, value: jax.Array, slots: dict[str, Any], parts: Parts | None) -> dict[str, Any]:
-    """The slots of a single array where they belong."""
+    """Return the slots of a single array, placed on its devices."""
     slots = {name: None if x is None else as_jax(x) for name, x in slots.items()}
     if parts is not None:
         return {name: None if x is None else placed(x, parts.slot(x)) for name, x in slots.items()}
@@ -259,7 +259,7 @@ def _init(rule: Any, value: jax.Array) -> dict[str, Any]:
 def _joined(
     layout: Layout, cell: Cell, arrays: Sequence[Any], sharding: Any, row: Any, padded: bool = True
 ) -> jax.Array:
-    """Arrays of all parameters of a slab as one, flat or by rows of a shape."""
+    """Return the arrays of all parameters of a slab as one, flat or as rows of a given shape."""
     parts = []
     for x, rows in zip(arrays, layout.rows[cell.number], strict=True):
         flat = np.asarray(x).reshape(-1)

@@ -1,4 +1,4 @@
-"""Which rows of which slab are whose: the static half of a store's arrays."""
+"""The assignment of parameters to rows of slabs: the static half of a store's arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MANY_SHAPES = 32
 
 
 class Struct(NamedTuple):
-    """A parameter as compiled programs know it.
+    """The name, shape and dtype of a parameter, as compiled programs know it.
 
     Attributes:
         name: in messages.
@@ -49,7 +49,7 @@ class Struct(NamedTuple):
 
     @property
     def like(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype for abstract evaluation."""
+        """Return shape and dtype for abstract evaluation."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 
@@ -81,17 +81,17 @@ class Cell(NamedTuple):
 
     @property
     def is_slab(self) -> bool:
-        """Whether the parameters are rows of a matrix."""
+        """Whether the parameters are rows of a slab."""
         return self.row is not None
 
     @property
     def width(self) -> int:
-        """The numbers in a row."""
+        """The number of elements of a row."""
         return math.prod(self.row or ())
 
 
 class Layout(Static):
-    """How parameters, in the structure that a user sees, are spread over cells.
+    """The cells of parameters that stand in the user's tree.
 
     Args:
         treedef: the structure of the tree that the user sees.
@@ -113,15 +113,15 @@ class Layout(Static):
 
     @functools.cached_property
     def are_rows(self) -> list[bool]:
-        """Which parameters are rows of a slab."""
+        """A bool for each parameter: whether it is rows of a slab."""
         return [self.places[index][0].is_slab for index in range(len(self.structs))]
 
     def tree(self, values: Mapping[str, Any]) -> Any:
-        """The tree that the user sees, of the values of all parameters by name."""
+        """Return the user's tree, filled with the values of all parameters, given by name."""
         return jax.tree.unflatten(self.treedef, [values[self.structs[number].name] for number in self.order])
 
     def once(self, leaves: Sequence[Any]) -> Any:
-        """The tree that the user sees, of what there is for each parameter; None where one stands a second time."""
+        """Return the user's tree with one item for each parameter; None where a parameter stands a second time."""
         seen: set[int] = set()
         tree = []
         for number in self.order:
@@ -130,11 +130,11 @@ class Layout(Static):
         return jax.tree.unflatten(self.treedef, tree)
 
     def names_of(self, members: Iterable[int]) -> frozenset[str]:
-        """The names of some parameters."""
+        """Return the names of parameters, given by their numbers."""
         return frozenset(self.structs[member].name for member in members)
 
     def leaves(self, tree: Any, what: str = "grads") -> list[Any]:
-        """What a tree has for each parameter, None included; of one that stands at several places the sum."""
+        """Return the leaf of a tree for each parameter, None included; a sum for one that stands at several places."""
         like = jax.tree.unflatten(self.treedef, [self.structs[number].name for number in self.order])
         wanted = jax.tree.leaves(like, is_leaf=trees.is_leaf)
         given = zip(trees.leaves_like(tree, like, what), wanted, strict=True)
@@ -149,29 +149,29 @@ class Layout(Static):
 
     @functools.cached_property
     def owners(self) -> list[np.ndarray]:
-        """For each slab the parameter of each row, by its place in the cell."""
+        """Return, for each slab, the parameter of each row as its place in the cell."""
         return [np.repeat(np.arange(len(rows)), rows).astype(np.int32) for rows in self.rows]
 
     @functools.cached_property
     def sizes(self) -> list[int]:
-        """For each slab the number of its elements."""
+        """The number of elements of each slab."""
         return [sum(rows) * cell.width for rows, cell in zip(self.rows, self.cells, strict=True)]
 
     @functools.cached_property
     def first_rows(self) -> list[list[int]]:
-        """For each slab the first row of each parameter."""
+        """The first row of each parameter in its slab, for each slab."""
         return [[0, *np.cumsum(rows[:-1]).tolist()] for rows in self.rows]
 
     @functools.cached_property
     def value_places(self) -> list[list[tuple[tuple[int, ...], int]]]:
-        """For each slab the shape of each parameter, and where it begins among the values."""
+        """The shape of each parameter and the start of its values, for each slab."""
         return [
             [(self.structs[member].shape, row * cell.width) for member, row in zip(cell.members, first, strict=False)]
             for cell, first in zip(self.cells, self.first_rows, strict=True)
         ]
 
     def joined(self, cell: Cell, arrays: Sequence[jax.Array]) -> jax.Array:
-        """Arrays of all parameters of a slab as one flat array."""
+        """Return the arrays of all parameters of a slab as one flat array."""
         parts = []
         for x, member, rows in zip(arrays, cell.members, self.rows[cell.number], strict=True):
             padding = rows * cell.width - self.structs[member].size
@@ -181,7 +181,7 @@ class Layout(Static):
         return join(parts)
 
     def parted(self, cell: Cell, values: jax.Array, offsets: Sequence[Any] | None) -> list[jax.Array]:
-        """The arrays of all parameters of a slab.
+        """Split the values of a slab into the arrays of its parameters.
 
         Args:
             cell: the slab.
@@ -210,7 +210,7 @@ class Layout(Static):
 
 
 def row_shape(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a row for parameters of these shapes that is cheapest; theirs, if the rule looks at shapes."""
+    """Return the cheapest shape of a row for parameters of these shapes; theirs, if the rule looks at shapes."""
     if not rule.elementwise:
         return shapes[0]
     sizes = Counter(math.prod(shape) for shape in shapes)

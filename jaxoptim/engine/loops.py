@@ -1,4 +1,4 @@
-"""Many steps in one compiled call, each along the gradient of a loss at the values that the one before has left."""
+"""Many steps in one compiled call, each along the gradient of a loss at the values that the step before has left."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ Losses leave it in blocks of that size."""
 
 
 class Changes(Exception):
-    """A step returns other shapes or structures than it was given, so that no loop can go on from them."""
+    """Raised where a step returns other shapes or structures than it was given, so that no loop can go on from them."""
 
 
 class Turn(Static):
-    """How the arguments of a loss follow from one step to the next; it is fixed in a compiled program."""
+    """The way in which the arguments of a loss follow from one step to the next; fixed in a compiled program."""
 
     def arguments(self, at: Any, carried: Any, given: Any) -> tuple[Any, ...]:
-        """What the loss takes at a step.
+        """Return the arguments of the loss at a step.
 
         Args:
             at: the number of the step within this call.
-            carried: what the step before has left.
-            given: what all steps are given.
+            carried: the values that the step before has left.
+            given: the inputs that all steps share.
         """
         raise NotImplementedError
 
     def following(self, value: jax.Array, aux: Any, carried: Any) -> Any:
-        """What a step leaves for the next.
+        """Return the values that a step leaves for the next.
 
         Args:
             value: the loss, nan for a step that was skipped.
-            aux: what the loss function has returned besides.
-            carried: what the step before had left.
+            aux: the auxiliary output of the loss.
+            carried: the values that the step before had left.
         """
         raise NotImplementedError
 
 
 class Course(NamedTuple):
-    """What the steps of one call are about.
+    """The inputs of a call that makes several steps.
 
     Attributes:
         turn: how arguments follow.
-        carried: what the first step is left.
-        given: what all steps are given.
+        carried: the values that the first step starts with.
+        given: the inputs that all steps share.
         num_steps: how many, at most ``CAPACITY``.
     """
 
@@ -80,14 +80,14 @@ def _many(
     num_steps: Any,
     always: jax.Array,
 ) -> tuple[list[Any], Any, jax.Array, jax.Array]:
-    """Make steps of one or more owners, as :func:`~jaxoptim.engine.programs.minimize` makes one.
+    """Make steps of one or more owners, each like that of :func:`~jaxoptim.engine.programs.minimize`.
 
     Args:
         updates: how the parameters of each owner are updated.
         loss: the loss, which takes a dict by name.
-        options: what a step does besides.
+        options: the other options of a step.
         turn: see :class:`Course`.
-        data: what each update reads.
+        data: the data that each update reads.
         series: for each owner a tree like its data, with None for what stays; the others have a first axis of steps
             that are not skipped.
         leaves: values and state of each owner, which are donated.
@@ -189,5 +189,5 @@ def _is_none(x: Any) -> bool:
 
 
 def _form(x: Any) -> Any:
-    """What of an array a loop cannot change."""
+    """Return the part of an array that must not change within a loop."""
     return x.shape, x.dtype

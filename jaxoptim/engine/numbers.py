@@ -19,14 +19,14 @@ from jaxoptim.engine.static import Static
 
 
 class Setting(NamedTuple):
-    """What the parameters of a group follow: their rule, and how their gradients are clipped. A pytree of numbers."""
+    """The rule of the parameters of a group, and the bounds that clip their gradients. A pytree of numbers."""
 
     rule: Rule
     clip: Clip = Clip()
 
 
 class TakenApart:
-    """A setting as its structure and its leaves.
+    """A setting, split into its structure and its leaves.
 
     Args:
         form: the structure, which decides what is compiled.
@@ -45,13 +45,13 @@ class TakenApart:
 
     @property
     def setting(self) -> Setting:
-        """The whole."""
+        """The setting, put together again."""
         if self._setting is None:
             self._setting = jax.tree.unflatten(self.form, self.leaves)
         return self._setting
 
     def with_number(self, name: str, value: float) -> TakenApart | None:
-        """The setting with another number for one hyperparameter; None where more than a number may change.
+        """Return the setting with another number for a hyperparameter; None where more than a number may change.
 
         Raises:
             What the rule says of numbers that are wrong together.
@@ -64,14 +64,14 @@ class TakenApart:
         return new
 
     def place_of(self, name: str) -> int | None:
-        """Which leaf is a hyperparameter; None if it is no number, or more than a number to the rule."""
+        """Return the leaf that is a hyperparameter; None if it is no number, or more than one to the rule."""
         spec = self.setting.rule.specs.get(name)
         if not isinstance(spec, Numeric) or spec.decay or spec.zero_is_off:
             return None
         return _places(self.form, type(self.setting.rule)).get(name)
 
     def with_leaf(self, place: int, value: float) -> TakenApart:
-        """The setting with another number, which is not checked, at one of the leaves."""
+        """Return the setting with another number at one of the leaves, which is not checked."""
         leaves = self.leaves.copy()
         leaves[place] = value
         return TakenApart(self.form, leaves)
@@ -79,20 +79,20 @@ class TakenApart:
 
 @functools.lru_cache(maxsize=256)
 def _places(form: Any, kind: type[Rule]) -> dict[str, int]:
-    """Which leaf of a setting is which hyperparameter of its rule, for those of one leaf."""
+    """Return the place of each hyperparameter among the leaves of a setting, for those of one leaf."""
     paths = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(form, range(form.num_leaves)))[0]
     return {path[1].name: leaf for path, leaf in paths if len(path) == 2 and path[0].name == "rule"}
 
 
 def taken_apart(setting: Setting) -> TakenApart:
-    """The structure and the leaves of a setting."""
+    """Split a setting into its structure and its leaves."""
     leaves, form = jax.tree.flatten(setting)
     leaves = [float(np.asarray(x).item()) if _is_number(x) else x for x in leaves]
     return TakenApart(form, leaves, setting)
 
 
 class Form(NamedTuple):
-    """The structure in which a setting stands with others.
+    """The common structure of settings that stand in one vector.
 
     Attributes:
         treedef: the structure.
@@ -103,17 +103,17 @@ class Form(NamedTuple):
     sources: tuple[int | None, ...]
 
     def places(self) -> np.ndarray:
-        """Where the leaves of the setting are."""
+        """The places of the leaves of the setting."""
         places = {source: place for place, source in enumerate(self.sources) if source is not None}
         return np.array([places[source] for source in range(len(places))], int)
 
     def leaves(self, apart: TakenApart) -> list[Any]:
-        """The leaves of a setting, and zeros."""
+        """Return the leaves of a setting, with zeros for the terms that it lacks."""
         return [0.0 if source is None else apart.leaves[source] for source in self.sources]
 
 
 def common_forms(settings: Sequence[TakenApart]) -> list[Form]:
-    """For each setting a form that has the terms of the others of its rule too: fewer programs, and fewer kernels.
+    """Return a form for each setting that has the terms of the others of its rule too: fewer programs and kernels.
 
     A term whose coefficient is zero adds nothing. One that comes with a slot of its own stays out.
     """
@@ -126,7 +126,7 @@ def common_forms(settings: Sequence[TakenApart]) -> list[Form]:
 
 
 def _terms(rule: Rule) -> list[str]:
-    """The coefficients that switch a term of the rule on."""
+    """Return the coefficients that switch a term of the rule on."""
     return [
         name
         for name, spec in rule.specs.items()
@@ -150,7 +150,7 @@ _ZERO = object()
 
 
 def together(settings: Sequence[TakenApart], forms: Sequence[Form]) -> Any:
-    """The settings of several groups as one whose leaves are vectors over the groups; of a single one, as it is."""
+    """Join the settings of groups into one whose leaves are vectors over the groups; a single one stays as it is."""
     leaves = [form.leaves(apart) for form, apart in zip(forms, settings, strict=True)]
     if len(settings) == 1:
         return jax.tree.unflatten(forms[0].treedef, leaves[0])
@@ -185,18 +185,18 @@ class Numbers:
         self.form = Static(treedef, shapes)
 
     def of(self, numbers: np.ndarray) -> Numbers:
-        """The same trees with other numbers, a vector in the order of the leaves."""
+        """Return the same trees with other numbers, given as a vector in the order of the leaves."""
         return self._of(jnp.asarray(numbers.astype(jnp.result_type(float))))  # half the time of jax.device_put
 
     def of_one_step(self, numbers: np.ndarray) -> Numbers:
-        """As :meth:`of`, for numbers that change at every step: they come to the device with the call."""
+        """Return the same trees with numbers that change at every step: they come to the device with the call."""
         return self._of(numbers.astype(self.arrays[0].dtype))
 
     def _of(self, vector: Any) -> Numbers:
         return Numbers.tree_unflatten(self.form, (vector, *self.arrays[1:]))
 
     def each(self) -> list[Any]:
-        """The trees, each with its numbers."""
+        """Return the trees, each with its numbers."""
         treedef, shapes = self.form.content
         vector, *others = self.arrays
         leaves, arrays, position = [], iter(others), 0
@@ -207,12 +207,12 @@ class Numbers:
         return jax.tree.unflatten(treedef, leaves)
 
     def tree_flatten(self) -> tuple[Any, Static]:
-        """The arrays, and how trees are made of them."""
+        """Return the arrays and the structure of the trees."""
         return self.arrays, self.form
 
     @classmethod
     def tree_unflatten(cls, form: Static, children: Any) -> Numbers:
-        """The trees of other arrays."""
+        """Return the trees of other arrays."""
         new = object.__new__(cls)
         new.form, new.arrays = form, tuple(children)
         return new
@@ -223,7 +223,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _shape_of_numbers(x: Any) -> tuple[int, ...] | None:
-    """The shape in which a leaf comes out of the array of numbers; None for what stays by itself."""
+    """Return the shape that a leaf takes in the array of numbers; None for a leaf that stays by itself."""
     if isinstance(x, float):
         return ()
     if not jnp.issubdtype(x.dtype, jnp.floating):

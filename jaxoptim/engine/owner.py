@@ -1,4 +1,4 @@
-"""The arrays that compiled steps destroy and replace, and who answers for them."""
+"""The owner of arrays that compiled steps destroy and replace."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Owner:
 
     @property
     def leaves(self) -> Sequence[Any]:
-        """The arrays, as the last program has returned them."""
+        """The arrays that the last program has returned."""
         return self._history[-1][0][0]
 
     @property
@@ -60,7 +60,7 @@ class Owner:
 
     @property
     def published(self) -> Any:
-        """What the last step has published, until it is set to None."""
+        """The results that the last step has published, until this is set to None."""
         _, *published = self._history[-1]
         return published[0][0] if published else None
 
@@ -69,7 +69,7 @@ class Owner:
         self._history[-1] = self._history[-1][:1]
 
     def read(self, index: int) -> Any:
-        """The value of one parameter, the same array until the next step."""
+        """Return the value of one parameter, the same array until the next step."""
         raise NotImplementedError
 
     def read_all(self) -> None:
@@ -80,7 +80,7 @@ class Owner:
         raise NotImplementedError
 
     def taken(self) -> Sequence[Any]:
-        """The arrays for a compiled program, which destroys them: copies of those that somebody else holds too.
+        """Return the arrays for a compiled program, which destroys them; those that others hold are copied first.
 
         On CPUs a copy that is donated costs less than a result in fresh memory.
         """
@@ -128,7 +128,7 @@ class Owner:
         """Make one step along the gradient of a loss, in one compiled call.
 
         Returns:
-            The loss before the step, what the loss function returns besides, and what was measured.
+            The loss before the step, the auxiliary output of the loss, and what was measured.
         """
         loss, args, options, numbers = job
         kinds = (*map(kind_of, jax.tree.leaves(args)), *(number is None for number in numbers))
@@ -138,12 +138,12 @@ class Owner:
 
 
 class Minimization(NamedTuple):
-    """What one call of ``minimize`` is about.
+    """The checked arguments of one call of ``minimize``.
 
     Attributes:
         loss: the loss.
-        args: what it takes besides the parameters.
-        options: what the step does besides.
+        args: its arguments besides the parameters.
+        options: the other options of the step.
         numbers: of these options.
     """
 
@@ -154,7 +154,7 @@ class Minimization(NamedTuple):
 
 
 def _references(arrays: Sequence[Any]) -> list[int]:
-    """How many references there are to each array."""
+    """Return the number of references to each array."""
     return [sys.getrefcount(x) for x in arrays]
 
 
@@ -163,5 +163,5 @@ _OURS = _references((object(),))[0]
 
 
 def kind_of(x: Any) -> Any:
-    """What of an argument decides which program runs."""
+    """Return the part of an argument that decides which program runs."""
     return (x.shape, x.dtype) if hasattr(x, "shape") else type(x)

@@ -33,7 +33,7 @@ def advance(update: Update, data: Any, leaves: Arrays, grads: Any) -> tuple[list
 
     Args:
         update: how they are updated.
-        data: what the update reads.
+        data: the data that the update reads.
         leaves: values and state, which are donated.
         grads: a tree like the one that the user sees.
 
@@ -49,7 +49,7 @@ def advance(update: Update, data: Any, leaves: Arrays, grads: Any) -> tuple[list
 
 
 class StepOptions(NamedTuple):
-    """What a step does besides an evaluation and an update; it decides what is compiled.
+    """The options of a step besides its evaluation and update; they decide what is compiled.
 
     Attributes:
         accumulate: into how many micro-batches the batch is cut, None for a loss that takes it whole.
@@ -68,7 +68,7 @@ class StepOptions(NamedTuple):
 
     @property
     def may_skip(self) -> bool:
-        """Whether a step may be left out."""
+        """Whether a step may be skipped."""
         return self.skip_nonfinite or self.loss_scale is not None
 
 
@@ -89,7 +89,7 @@ class StepNumbers(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a step has measured, on the device.
+    """The measurements of a step, on the device.
 
     Attributes:
         grad_norm: the norm of the whole gradient before clipping.
@@ -106,14 +106,14 @@ class Measured(NamedTuple):
     loss_scale: ScaleState | None = None
 
     def after(self, last: Measured | None) -> Measured:
-        """The same after an earlier step. What a program that leaves out no step need not return is filled in."""
+        """Return the measurements after an earlier step; what a program that skips no step omits is filled in."""
         if self.skipped is not None:
             return self
         return Measured(self.grad_norm, self.update_norm, _false(), num_skipped(last))
 
 
 def num_skipped(last: Measured | None) -> jax.Array:
-    """How many steps were left out so far."""
+    """Return the number of steps that were skipped so far."""
     return _zero() if last is None else last.num_skipped
 
 
@@ -146,18 +146,18 @@ def minimized(
         updates: how the parameters of each owner are updated.
         layout: makes the tree that the loss takes (None: it takes a dict by name).
         loss: the loss.
-        options: what the step does besides.
+        options: the other options of the step.
         numbers: of the options.
-        data: what each update reads.
+        data: the data that each update reads.
         leaves: values and state of each owner, which :func:`minimize` destroys.
         held: values of parameters that stay, by name.
-        args: what the loss takes besides.
-        always: the value True, where the update is to be made apart from the evaluation (None: as the compiler likes).
-        elsewhere: values of parameters that somebody else updates, by name; a step is skipped for their gradient too.
+        args: the other arguments of the loss.
+        always: the value True, to make the update apart from the evaluation (None: as the compiler likes).
+        elsewhere: values of parameters that others update, by name; a step is skipped for their gradient too.
 
     Returns:
         For each owner the leaves of its new contents and what it publishes; the loss, nan for a step that is skipped;
-        what the loss returns besides; what was measured, if that is asked for.
+        the auxiliary output of the loss; what was measured, if that is asked for.
     """
     elsewhere = elsewhere or {}
     values, still, own = dict(elsewhere), dict(held), list[list[str]]()
@@ -189,7 +189,7 @@ def minimized(
 
 
 def _after(data: tuple[Any, ...], found: Evaluation) -> tuple[Any, ...]:
-    """What updates read, their numbers once the evaluation has read the parameters, which kernels then replace."""
+    """Return the data of the updates, held until the evaluation has read the parameters, which kernels replace."""
     if not any(is_native(getattr(grad, "size", 0)) for grad in found.grads.values()):
         return data
     leaves, form = jax.tree.flatten(data)
@@ -207,7 +207,7 @@ _FEW = 4096
 
 
 class _Moved(NamedTuple):
-    """What :func:`minimized` makes of an evaluation."""
+    """The result of an update along an evaluated loss."""
 
     new: list[Any]
     published: list[Any]
@@ -227,7 +227,7 @@ def _moved(
     value: jax.Array,
     by_name: dict[str, jax.Array],
 ) -> _Moved:
-    """Update along the gradients of a loss, as :func:`minimized` is asked to."""
+    """Update along the gradients of a loss, with the options of :func:`minimized`."""
     if options.loss_scale is not None and numbers.loss_scale is not None:
         by_name = options.loss_scale.unscaled(by_name, numbers.loss_scale)
     found = found._replace(loss=value, grads=by_name)
@@ -277,15 +277,15 @@ minimize = jax.jit(minimized, static_argnames=("updates", "layout", "loss", "opt
 
 
 def _as_seen(layout: Layout | None, values: dict[str, jax.Array]) -> Any:
-    """All values in the structure that the loss takes."""
+    """Return all values in the structure that the loss takes."""
     return values if layout is None else layout.tree(values)
 
 
 def sum_of_squares(tree: Any) -> jax.Array:
-    """The sum of the squared absolute values of all numbers of a tree, in float32 at least."""
+    """Return the sum of the squared absolute values of all numbers of a tree, in float32 at least."""
     return functools.reduce(jnp.add, map(squares, jax.tree.leaves(tree)), jnp.zeros(()))
 
 
 def _returned(update: Update, new: Contents) -> Any:
-    """The leaves of new contents; the contents themselves where their structure is another one."""
+    """Return the leaves of new contents; the contents themselves where their structure has changed."""
     return list(new.leaves) if new.form is update.form else new  # a list always: a tuple would be another program

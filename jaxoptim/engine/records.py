@@ -1,4 +1,4 @@
-"""Parameters one by one: the form in which a store's arrays are edited."""
+"""Records of single parameters: the form in which a store's arrays are edited."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ COUNT = "step"
 
 
 class Keeper(Protocol):
-    """What keeps the values of parameters."""
+    """The protocol of an owner of values."""
 
     outdated: set[int]
     held: set[int]
 
     def read(self, index: int) -> Any:
-        """The value of one parameter."""
+        """Return the value of one parameter."""
 
 
 class Variable(Protocol):
-    """A parameter, as far as a store knows it."""
+    """The protocol of a parameter, as a store knows it."""
 
     name: str | None
     value: Any
@@ -46,7 +46,7 @@ class Variable(Protocol):
 
 
 class Group(NamedTuple):
-    """Parameters that follow one setting.
+    """The parameters that follow one setting.
 
     Attributes:
         apart: the setting.
@@ -65,16 +65,16 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass
 class Record:
-    """One parameter by itself.
+    """The value and the state of a single parameter.
 
     Attributes:
         value: its array, None if the parameter has it.
         count: its steps, :data:`NOT_STARTED` without state.
         slots: its arrays by name, those of terms that are switched off, and a user's own, among them.
         sharding: where it is.
-        keeper: what the array was read from, None if it is nobody's.
+        keeper: the owner that the array was read from, None without one.
         index: the number of the parameter there.
-        is_edited: whether the slots, the count among them, are what a user has made of them.
+        is_edited: whether a user has edited the slots, the count among them.
     """
 
     value: Any
@@ -86,25 +86,25 @@ class Record:
     is_edited: bool = False
 
     def steps(self, names: Sequence[str]) -> int:
-        """The count, from the slots where a user has made them; ``names`` are those of the rule."""
+        """Return the count of steps, from the slots where a user has set them; ``names`` are those of the rule."""
         if not self.is_edited:
             return self.count
         state = {name: slot for name, slot in self.slots.items() if slot is not None}
         return count_in(state) if COUNT in state or state.keys() & set(names) else NOT_STARTED
 
     def current(self, param: Variable) -> Any:
-        """The value, whoever has it."""
+        """Return the value, whoever has it."""
         is_stale = self.keeper is not None and self.index in self.keeper.outdated
         return param.value if self.value is None or is_stale else self.value
 
 
 def count_in(state: Mapping[str, Any]) -> int:
-    """The steps that a parameter's state has seen; state without a count is past its first step."""
+    """Return the steps that a parameter's state has seen; state without a count is past its first step."""
     return int(np.max(np.asarray(state.get(COUNT, 1))))  # of NumPy, which compiles nothing; DCTAdam counts each number
 
 
 def complete(record: Record, group: Group, label: str, param: Variable) -> tuple[Any, int, dict[str, Any] | None]:
-    """The value of a parameter, its count, and all slots of its rule, None before the first update.
+    """Return the value of a parameter, its count, and all slots of its rule, None before the first update.
 
     Raises:
         ``ValueError`` for a slot of another shape.
@@ -136,13 +136,13 @@ def complete(record: Record, group: Group, label: str, param: Variable) -> tuple
 
 
 def other_slots(record: Record, group: Group) -> dict[str, Any]:
-    """The entries of a record that its rule does not keep."""
+    """Return the entries of a record that its rule does not keep."""
     names = (*slot_names(group.apart.setting.rule), COUNT)
     return {name: x for name, x in record.slots.items() if name not in names}
 
 
 def placed(array: Any, sharding: Any) -> Any:
-    """An array of JAX where it belongs."""
+    """Return an array of JAX on the devices where it belongs."""
     return placed_like(as_jax(array), _At(sharding))
 
 

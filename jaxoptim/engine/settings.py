@@ -12,7 +12,7 @@ from jaxoptim.engine.static import Static
 
 
 class Spots(NamedTuple):
-    """Where some numbers are in one of the arrays of the settings.
+    """The places of some numbers in one of the arrays of the settings.
 
     Attributes:
         number: of the array.
@@ -67,7 +67,7 @@ class Settings:
         self.arrays = [numbers.arrays for numbers in self.numbers]
 
     def _find_spots(self) -> None:
-        """Keep the numbers on the host too: leaf after leaf of a setting, each for all of its groups."""
+        """Keep the numbers on the host too, leaf by leaf of a setting, each for all of its groups."""
         self._vectors: list[np.ndarray] = []
         self._spots: dict[int, list[tuple[int, np.ndarray]]] = {at: [] for at in range(len(self._aparts))}
         for number, bundle in enumerate(self._bundles):
@@ -90,7 +90,7 @@ class Settings:
         return tuple(numbers.form for numbers in self.numbers)
 
     def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
-        """Take other numbers for some groups; False where more than numbers differ, and then nothing is done."""
+        """Take other numbers for some groups; return False, and do nothing, where more than numbers differ."""
         new = {at: apart for at, apart in changed.items() if apart is not self._aparts[at]}
         if not all(apart.is_numeric and apart.form == self._aparts[at].form for at, apart in new.items()):
             return False
@@ -107,7 +107,7 @@ class Settings:
         return True
 
     def spots(self, groups: Sequence[int], leaves: Sequence[int]) -> list[Spots] | None:
-        """Where a number in the setting of each of these groups is; None where settings are not numbers alone."""
+        """Return the places of a number in the settings of some groups; None where settings are not numbers alone."""
         if not self._is_numeric:
             return None
         found: dict[int, list[tuple[int, int]]] = {}
@@ -118,11 +118,11 @@ class Settings:
 
     @property
     def size(self) -> int:
-        """How many numbers there are."""
+        """The number of numbers."""
         return sum(map(len, self._vectors))
 
     def series(self, spots: Sequence[Spots], rows: np.ndarray) -> list[tuple[Any, ...]]:
-        """The arrays for steps that take other numbers at these places, a row for each; None for what stays."""
+        """Return the arrays of steps whose numbers at some places change, a row for each step; None for what stays."""
         found: list[tuple[Any, ...]] = [(None,) * len(arrays) for arrays in self.arrays]
         for of in spots:
             vectors = np.tile(self._vectors[of.number], (len(rows), 1))
@@ -132,7 +132,7 @@ class Settings:
         return found
 
     def write(self, spots: Sequence[Spots], numbers: np.ndarray) -> None:
-        """Take other numbers at these places for the next step; the settings of the groups stay behind."""
+        """Write other numbers at some places for the next step; the settings of the groups stay behind."""
         for of in spots:
             vector = self._vectors[of.number]
             vector[of.places] = numbers[of.own]

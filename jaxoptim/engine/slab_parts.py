@@ -20,24 +20,24 @@ _FEW_SHAPES = 16
 
 
 def place_of(layout: Layout, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> int:
-    """Where the part of a parameter, of this shape, begins in an array of a slab."""
+    """Return the start of the part of a parameter of a given shape in an array of a slab."""
     first, size = layout.first_rows[cell.number][at], math.prod(shape)
     is_like_values = array.size == layout.sizes[cell.number] and size == layout.structs[cell.members[at]].size
     return first * (cell.width if is_like_values else size)
 
 
 def part_of(layout: Layout, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
-    """The part of one parameter; all of a single array."""
+    """Return the part of one parameter; all of a single array."""
     return part(array, place_of(layout, cell, at, array, shape), shape, is_whole=True) if cell.is_slab else array
 
 
 def values_of(layout: Layout, cell: Cell, array: Any) -> list[Any]:
-    """The values of all parameters of a cell."""
+    """Return the values of all parameters of a cell."""
     return _all_parts(array, layout.value_places[cell.number]) if cell.is_slab else [array]
 
 
 def parts_of(layout: Layout, cell: Cell, array: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The parts of all parameters of a cell."""
+    """Return the parts of all parameters of a cell."""
     if not cell.is_slab:
         return [array]
     return _all_parts(array, [(shape, place_of(layout, cell, at, array, shape)) for at, shape in enumerate(shapes)])
@@ -55,7 +55,7 @@ def _all_parts(array: Any, places: list[tuple[tuple[int, ...], int]]) -> list[An
 
 
 def host_part_of(layout: Layout, cell: Cell, at: int, array: Any, shape: tuple[int, ...]) -> Any:
-    """The part of one parameter of an array on the host, flat if it is that of a slab."""
+    """Return the part of one parameter of an array on the host, flat if the array is that of a slab."""
     if not cell.is_slab:
         return array
     begin = place_of(layout, cell, at, array, shape)
@@ -63,7 +63,7 @@ def host_part_of(layout: Layout, cell: Cell, at: int, array: Any, shape: tuple[i
 
 
 def with_values(layout: Layout, cell: Cell, array: Any, values: Mapping[int, Any]) -> Any:
-    """The values of a cell with those of some parameters replaced, by their places in it."""
+    """Return the values of a cell with those of some parameters replaced, by their places in it."""
     if not cell.is_slab:
         return values[0]
     if len(values) < FEW_PARTS:

@@ -27,11 +27,11 @@ from jaxoptim.engine.update import Update, Updated
 
 
 class MissingGradient(Exception):
-    """A parameter in a slab has no gradient, which takes a mask."""
+    """Raised where a parameter in a slab has no gradient, so that the step needs a mask."""
 
 
 class SparseGradient(Exception):
-    """A parameter in a slab has a sparse gradient, for which it must stand by itself."""
+    """Raised where a parameter in a slab has a sparse gradient, so that it must stand by itself."""
 
 
 class SlabUpdate(Update):
@@ -126,7 +126,7 @@ class SlabUpdate(Update):
         return self._stepped(data, leaves, grads, measured)
 
     def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any], measured: bool) -> Updated:
-        """Values, slots and counts after one step along the gradient of each cell; changes if they are measured."""
+        """Return values, slots and counts after one step along the gradient of each cell, and measured changes."""
         layout, (_, _, mask), contents = self.layout, data, self.contents(leaves)
         counts, settings, new, changes = contents.counts, _each(self._numbers(data)), [], []
         together = _steps_together(layout, settings, contents, grads) if self.even else {}
@@ -179,12 +179,12 @@ def start(layout: Layout, alone: frozenset[int], numbers: Sequence[Numbers], con
 
 
 def _each(numbers: Sequence[Numbers]) -> list[Setting]:
-    """The settings that the cells follow."""
+    """Return the settings that the cells follow."""
     return [setting for some in numbers for setting in some.each()]
 
 
 def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any) -> jax.Array:
-    """The counts after one step of the cells that have a gradient, for parameters in the mask."""
+    """Return the counts after one step of the cells that have a gradient, for parameters in the mask."""
     more = [0] * len(layout.structs)
     for cell, grad in zip(layout.cells, grads, strict=True):
         for member in cell.members:
@@ -194,14 +194,14 @@ def _counted(layout: Layout, counts: jax.Array, grads: Sequence[Any], mask: Any)
 
 
 def _alone_slots(cell: Cell, rule: Rule, value: Any) -> dict[str, Any]:
-    """The slots of an array that stands by itself before the first update."""
+    """Return the slots of an array that stands by itself before the first update."""
     if cell.parts is None:
         return init(rule, value).slots
     return _in_parts(cell.parts, init(rule, *laid_out([value], [cell.parts.parts])).slots)
 
 
 def _in_parts(parts: Parts, slots: dict[str, Any]) -> dict[str, Any]:
-    """Slots over the devices of a data axis."""
+    """Spread slots over the devices of a data axis."""
     return laid_out(slots, [parts.slot(slots[name]) for name in sorted(slots)])
 
 
@@ -213,7 +213,7 @@ def _while_updated(cell: Cell, x: Any) -> Any:
 def _alone_step(
     cell: Cell, setting: Setting, value: Any, slots: Any, count: Any, grad: Any, measured: bool
 ) -> tuple[Any, Any, Any]:
-    """One step of an array that stands by itself, and its change."""
+    """Make one step of an array that stands by itself; return its change too."""
     if cell.parts is not None:
         grad, value = _while_updated(cell, grad), _while_updated(cell, value)
         of_parts = cell._replace(parts=None)
@@ -229,7 +229,7 @@ def _alone_step(
 
 
 def _moved(rule: Rule, value: Any, grad: Any, state: OptState, measured: bool) -> tuple[Any, Any, OptState]:
-    """One array after one update, its change, None if it is not measured, and the new state."""
+    """Return one array after one update, its change, None if it is not measured, and the new state."""
     if measured:
         return step_and_change(rule, value, grad, state)
     value, state = step(rule, value, grad, state)
@@ -239,7 +239,7 @@ def _moved(rule: Rule, value: Any, grad: Any, state: OptState, measured: bool) -
 def _steps_together(
     layout: Layout, settings: Sequence[Setting], contents: Contents, grads: Sequence[Any]
 ) -> dict[int, tuple[Any, Any, Any]]:
-    """One step of the arrays that stand by themselves because their rule looks at shapes: values, slots and changes.
+    """Make one step of the arrays that stand by themselves because their rule looks at shapes.
 
     Those of one shape and setting go through the rule as one stack, if all parameters have made the same steps.
     """
@@ -269,7 +269,7 @@ def _steps_together(
 
 
 def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any, measured: bool) -> tuple[Any, Any, Any]:
-    """One step of parameters that have made the same steps under the same numbers: of one long array."""
+    """Make one step of parameters with the same steps and numbers, as one long array."""
     scalar = scalar_slots(setting.rule)
     one = {name: slot[0] if name in scalar else slot for name, slot in slots.items()}
     value, change, state = _moved(setting.rule, value, grad, OptState(count, one, {}), measured)
@@ -283,7 +283,7 @@ def _flat_step(setting: Setting, value: Any, slots: Any, count: Any, grad: Any, 
 def _row_step(
     layout: Layout, cell: Cell, setting: Setting, value: Any, slots: Any, counts: Any, grad: Any, mask: Any
 ) -> tuple[Any, Any, Any]:
-    """One step of the rows of a slab, each with the numbers and the count of its parameter."""
+    """Make one step of the rows of a slab, each with the numbers and the count of its parameter."""
     owners = jnp.array(layout.owners[cell.number])
     counts, of_count = (counts[owners], 0) if counts.ndim else (counts, None)
     on = None if mask is None else mask[owners]
@@ -308,12 +308,12 @@ def _row_step(
 
 
 def _as_kept(cell: Cell, arrays: Any) -> Any:
-    """The arrays of a slab by rows, as they are kept."""
+    """Return the arrays of a slab, given by rows, in the form in which they are kept."""
     return jax.tree.map(lambda x: x.reshape(-1), arrays) if cell.is_flat else arrays
 
 
 def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting, Rule]:
-    """The settings of the rows of a slab, the axis of its numbers along them (None: one for all), and a row's rule."""
+    """Return the settings of the rows of a slab, the axis of their numbers (None: one for all), and a row's rule."""
     if len(set(cell.groups)) == 1:
         return None, setting, setting.rule
     rows = np.array(cell.groups)[layout.owners[cell.number]]
@@ -326,13 +326,13 @@ def _by_rows(layout: Layout, cell: Cell, setting: Setting) -> tuple[Any, Setting
 
 
 def _squares_by_row(layout: Layout, cell: Cell, owners: jax.Array, grads: jax.Array) -> jax.Array:
-    """For each row of gradients the squared norm of the whole gradient that it is a part of."""
+    """Return, for each row of gradients, the squared norm of the whole gradient that it is a part of."""
     sums = jax.ops.segment_sum(jax.vmap(squares)(grads), owners, len(cell.members), indices_are_sorted=True)
     return sums[owners]
 
 
 def _first_slots(layout: Layout, cell: Cell, setting: Setting, value: Any) -> Any:
-    """The slots of all rows of a slab before the first update."""
+    """Return the slots of all rows of a slab before the first update."""
     of_row, setting, _ = _by_rows(layout, cell, setting)
     made = jax.vmap(lambda setting, param: init(setting.rule, param).slots, in_axes=(of_row, 0))(
         setting,
@@ -342,18 +342,18 @@ def _first_slots(layout: Layout, cell: Cell, setting: Setting, value: Any) -> An
 
 
 def _shaped(cell: Cell, rule: Rule, dtype: Any, slots: Any) -> Any:
-    """The slots of a slab row by row."""
+    """Return the slots of a slab row by row."""
     like = abstract_slots(rule, jax.ShapeDtypeStruct(cell.row or (), dtype))
     return {name: None if x is None else x.reshape((-1, *like[name].shape)) for name, x in slots.items()}
 
 
 def _by_row(layout: Layout, cell: Cell, of_each: jax.Array) -> jax.Array:
-    """For each row of a slab what its parameter has in a vector over all parameters."""
+    """Return, for each row of a slab, the entry of its parameter in a vector over all parameters."""
     return of_each[jnp.array(cell.members)][jnp.array(layout.owners[cell.number])]
 
 
 def _chosen(rows: jax.Array, new: Any, old: Any) -> Any:
-    """The rows of one slot from ``new`` where they are chosen."""
+    """Return the rows of one slot, from ``new`` where they are chosen."""
     if new is None:
         return None
     per_row = new.size // rows.size

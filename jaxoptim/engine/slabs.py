@@ -35,13 +35,13 @@ _FEW_KERNELS = 4
 
 
 class Slabs(Owner):
-    """Values, slots and counts of parameters, as compiled steps take them.
+    """The values, slots and counts of parameters, as compiled steps take them.
 
     Args:
         groups: the parameters and their settings.
         labels: a name for each parameter, for messages.
         view: the structure in which gradients come.
-        records: what is known of each parameter.
+        records: the record of each parameter.
         alone: parameters that stand by themselves because their gradients are sparse.
 
     Attributes:
@@ -77,7 +77,7 @@ class Slabs(Owner):
         super().__init__(made.params, made.contents)
 
     def renumber(self, changed: Mapping[int, TakenApart]) -> bool:
-        """Take other numbers for some groups; False where more than numbers differ, and then nothing is done."""
+        """Take other numbers for some groups; return False, and do nothing, where more than numbers differ."""
         if not self.settings.renumber(changed):
             return False
         for at, apart in changed.items():
@@ -90,7 +90,7 @@ class Slabs(Owner):
         return not self._unstarted
 
     def group_of(self, param: Any) -> int:
-        """The number of the group of a parameter."""
+        """Return the number of the group of a parameter."""
         return self._groups_of[self.index[param]]
 
     # What is there now.
@@ -102,7 +102,7 @@ class Slabs(Owner):
         return self._counts
 
     def read(self, index: int) -> jax.Array:
-        """The value of one parameter, the same array until the next step."""
+        """Return the value of one parameter, the same array until the next step."""
         if index not in self._read:
             if len(self._read) >= FEW_PARTS:
                 self.read_all()
@@ -121,7 +121,7 @@ class Slabs(Owner):
                 self._read.setdefault(member, x)
 
     def slots_of(self, index: int) -> dict[str, Any]:
-        """The slots of one parameter by name, without those it lacks."""
+        """Return the slots of one parameter by name, without those it lacks."""
         cell, at = self.layout.places[index]
         _, slots = self.contents.cells[cell.number]
         if slots is None or self.counts()[index] == NOT_STARTED:
@@ -134,7 +134,7 @@ class Slabs(Owner):
         }
 
     def all_slots(self) -> list[dict[str, Any]]:
-        """The slots of every parameter, as :meth:`slots_of` gives them."""
+        """Return the slots of every parameter, as :meth:`slots_of` gives them."""
         found: list[dict[str, Any]] = [{} for _ in self.params]
         counts = self.counts()
         for cell, (_, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
@@ -153,7 +153,7 @@ class Slabs(Owner):
         return abstract_slots(self.groups[self._groups_of[index]].apart.setting.rule, self.layout.structs[index].like)
 
     def records(self) -> dict[Any, Record]:
-        """Everything, parameter by parameter, read without a compiled program."""
+        """Return a record of each parameter, read without a compiled program."""
         self.publish()
         counts, found = self.counts(), {}
         for cell, (value, slots) in zip(self.layout.cells, self.contents.cells, strict=True):
@@ -192,7 +192,7 @@ class Slabs(Owner):
         self.replace(Contents(self.leaves[0], [tuple(cell) for cell in cells]))
 
     def taken(self) -> Sequence[Any]:
-        """The arrays for a compiled program, which destroys them."""
+        """Return the arrays for a compiled program, which destroys them."""
         self._forget_read()
         return super().taken()
 
@@ -221,7 +221,7 @@ class Slabs(Owner):
     def update(
         self, even: bool, names: tuple[str, ...] | None = None, held: frozenset[str] = frozenset()
     ) -> SlabUpdate:
-        """The update of these parameters, or of some of them by name, where some may be held."""
+        """Return the update of these parameters, or of some of them by name, where some may be held."""
         key = (self.form, even, names, held)
         if key not in self._updates:
             self._updates[key] = self._update(*key)
@@ -234,7 +234,7 @@ class Slabs(Owner):
 
     @functools.cached_property
     def offsets(self) -> list[Any] | None:
-        """Where each small array begins, as numbers on the device; None where fixed places are better."""
+        """Return the start of each small array, as numbers on the device; None where fixed places are better."""
         small = [member for cell in self.layout.cells if cell.is_slab for member in cell.members]
         shapes = {self.layout.structs[member].shape for member in small}
         if len(small) - len(shapes) <= _FEW_KERNELS or len(self.params) > _TRACED_OFFSETS:
@@ -247,7 +247,7 @@ class Slabs(Owner):
         return found
 
     def advance(self, grads: Any) -> None:
-        """One step along a tree of gradients.
+        """Make one step along a tree of gradients.
 
         Raises:
             What ``jaxoptim.step`` raises for gradients that do not fit their parameters.
@@ -258,22 +258,22 @@ class Slabs(Owner):
         self._advance_some(self._without_held(self.layout.leaves(grads)), grads)
 
     def advance_leaves(self, grads: list[Any]) -> None:
-        """One step along a list of gradients, one for each parameter in their order."""
+        """Make one step along a list of gradients, one for each parameter in their order."""
         if self._unstarted or self.held or any(map(operator.is_, grads, itertools.repeat(None))):
             self._advance_some(self._without_held(grads), grads)
         else:
             self._advance_all(grads)
 
     def _without_held(self, leaves: list[Any]) -> list[Any]:
-        """Gradients, None for parameters that stay as they are."""
+        """Return the gradients, None for parameters that stay as they are."""
         return [None if index in self.held else leaf for index, leaf in enumerate(leaves)] if self.held else leaves
 
     def _advance_all(self, grads: Any) -> None:
-        """One step of all parameters, which have state."""
+        """Make one step of all parameters, which have state."""
         self._run(self._even, grads, None if self._even else self._all)
 
     def _advance_some(self, leaves: Sequence[Any], grads: Any) -> None:
-        """One step of which some parameters have no gradient, or no state yet."""
+        """Make one step in which some parameters have no gradient, or no state yet."""
         here = np.array([leaf is not None for leaf in leaves]) & self._updated
         self._has_gaps = not here[self._updated].all()
         if not here.any():
@@ -289,7 +289,7 @@ class Slabs(Owner):
             self._run(False, self.layout.once(filled), here)
 
     def check_leaves(self, grads: list[Any]) -> None:
-        """Raise what the first step along these gradients would, without a step."""
+        """Raise what the first step along these gradients would raise, without a step."""
         if self._ran:
             return
 
@@ -303,7 +303,7 @@ class Slabs(Owner):
 
     @functools.cached_property
     def _updated(self) -> np.ndarray:
-        """Which parameters a step updates if they have a gradient."""
+        """Return a mask of the parameters that a step updates if they have a gradient."""
         return np.array([self.layout.places[index][0].times > 0 for index in range(len(self.params))])
 
     @functools.cached_property
@@ -312,7 +312,7 @@ class Slabs(Owner):
 
     @contextlib.contextmanager
     def _started(self, here: np.ndarray) -> Iterator[None]:
-        """Make the state of these parameters if they have none; they lose it again if what follows fails."""
+        """Create the state of parameters that have none, and take it away again if what follows fails."""
         new = self.start(here)
         try:
             yield
@@ -322,7 +322,7 @@ class Slabs(Owner):
             raise
 
     def start(self, here: np.ndarray | None = None) -> list[int]:
-        """Make the state of these parameters, or of all, if they have none; which of them had none."""
+        """Create the state of these parameters, or of all, if they have none; return which of them had none."""
         new = [index for index in self._unstarted if here is None or here[index]]
         if not new:
             return []
@@ -335,11 +335,11 @@ class Slabs(Owner):
         return new
 
     def _alone_of(self, mask: np.ndarray) -> frozenset[int]:
-        """The cells of single arrays in the mask that have no slots."""
+        """Return the cells of single arrays in the mask that have no slots."""
         return frozenset(cell.number for cell in self.layout.cells if not cell.is_slab and mask[cell.members[0]])
 
     def lose(self, members: Sequence[int]) -> None:
-        """Take the state of parameters away that was made for a step that failed."""
+        """Take away the state of parameters that was made for a step that failed."""
         counts = np.array(self.leaves[0])
         if counts[members].any():
             return  # the step was made before it was interrupted
@@ -357,7 +357,7 @@ class Slabs(Owner):
         self.run(programs.advance, (update, mask is None), (update, data, self.taken(), grads))
 
     def _transformed(self, update: Update, data: Any) -> tuple[Update, Any]:
-        """The update, and what it reads, with the transformation of the gradients in front."""
+        """Return the update and its data, with the transformation of the gradients in front."""
         if self.transform is None:
             return update, data
         self.publish()
@@ -399,5 +399,5 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _flat(array: jax.Array) -> np.ndarray:
-    """The numbers of an array, one after the other, on the host."""
+    """Return the numbers of an array, one after the other, on the host."""
     return np.asarray(array).reshape(-1)

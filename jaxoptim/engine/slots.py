@@ -1,4 +1,4 @@
-"""What a rule keeps of an array, found without any computation."""
+"""The slots that a rule keeps of an array, found without any computation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _known: dict[Any, dict[str, Any]] = {}
 
 
 def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """The shapes and dtypes of the slots of one array, None where it lacks one, in the rule's order."""
+    """Return the shapes and dtypes of the slots of one array, None where it lacks one, in the rule's order."""
     try:
         key = (jax.tree.structure(rule), param.shape, param.dtype, jnp.result_type(float))
         hash(key)
@@ -31,18 +31,18 @@ def abstract_slots(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
 
 
 def slot_names(rule: Rule) -> list[str]:
-    """The names of a rule's slots, in its order."""
+    """Return the names of a rule's slots, in its order."""
     names = list(abstract_slots(rule, _EXAMPLE))
     return [*names, MASTER] if rule.precision.master_weights else names
 
 
 def scalar_slots(rule: Rule) -> set[str]:
-    """The slots of a rule that are one number for each parameter."""
+    """Return the slots of a rule that are one number for each parameter."""
     return {name for name, slot in abstract_slots(rule, _EXAMPLE).items() if slot is not None and slot.shape == ()}
 
 
 def has_slots_of(rule: Rule, other: Rule) -> bool:
-    """Whether a rule keeps what another does."""
+    """Return whether a rule keeps the same slots as another."""
     return abstract_slots(rule, _EXAMPLE) == abstract_slots(other, _EXAMPLE)
 
 

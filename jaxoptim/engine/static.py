@@ -1,4 +1,4 @@
-"""What is fixed in a compiled program."""
+"""Values that are fixed in a compiled program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _known: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 class Static:
-    """Something fixed in a compiled program: what is made of equal content is one object.
+    """A value that is fixed in a compiled program; values of equal content are one object.
 
     So a compiled call, which hashes and compares it, does that by identity.
     """

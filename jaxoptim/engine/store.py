@@ -56,7 +56,7 @@ class Store:
         return self.units[0] if self.units else None
 
     def has(self, param: Any) -> bool:
-        """Whether a parameter is in a slab."""
+        """Return whether a parameter is in a slab."""
         return param in self._unit_of
 
     def thaw(self) -> None:
@@ -69,7 +69,7 @@ class Store:
         """Put the parameters of some groups into slabs; the others stay as they are.
 
         Args:
-            groups: the parameters and what they follow.
+            groups: the parameters and their settings.
             labels: their names in messages.
             view: the structure in which gradients come, or the list of the parameters in their order.
 
@@ -99,7 +99,7 @@ class Store:
             self._take([*self.units, slabs])
 
     def is_quiet(self) -> bool:
-        """Whether there are newcomers that are to join the others."""
+        """Whether there are newcomers that are due to join the others."""
         new = len(self.units) - 1
         return new > 0 and (self._steps_since >= _QUIET or new >= max(_MANY_NEWCOMERS, len(self.units[0].params)))
 
@@ -115,7 +115,7 @@ class Store:
         self._unit_of = {param: slabs for slabs in units for param in slabs.params}
 
     def record_of(self, param: Any) -> Record:
-        """What is known of a parameter that is in no slab."""
+        """Return the record of a parameter that is in no slab."""
         if param in self.records:
             return self.records[param]
         return Record(None, NOT_STARTED, {}, param.value.sharding)
@@ -123,7 +123,7 @@ class Store:
     # State by parameter.
 
     def state_of(self, param: Any) -> State:
-        """The steps of a parameter, below zero without any, and its entries, those that a user has edited as they are.
+        """Return the steps of a parameter, below zero without any, and its entries; edited ones stay as they are.
 
         These have their count among them.
         """
@@ -138,13 +138,13 @@ class Store:
         return record.count, {name: _as_read(x) for name, x in record.slots.items() if x is not None}
 
     def count_of(self, param: Any, names: Sequence[str]) -> int:
-        """The steps of a parameter, whose rule has slots of these names; below zero without any."""
+        """Return the steps of a parameter whose rule has slots of these names; below zero without any."""
         if (slabs := self._unit_of.get(param)) is not None:
             return int(slabs.counts()[slabs.index[param]])
         return self.record_of(param).steps(names)
 
     def states(self) -> dict[Any, State]:
-        """The state of all parameters that are known."""
+        """Return the state of all parameters that are known."""
         found = {param: self.state_of(param) for param in self.records}
         for slabs in self.units:
             for param, count, slots in zip(slabs.params, slabs.counts().tolist(), slabs.all_slots(), strict=True):
@@ -163,7 +163,7 @@ class Store:
         self.records[param] = dataclasses.replace(record, count=count, slots=record.slots | slots, is_edited=False)
 
     def known(self) -> list[Any]:
-        """All parameters that may have state."""
+        """Return all parameters that may have state."""
         return [*self._unit_of, *self.records]
 
     # Settings.
@@ -186,7 +186,7 @@ class Store:
     # Steps.
 
     def advance(self, grads: Any, refreeze: Callable[[], None]) -> None:
-        """One step of all parameters along a tree of gradients.
+        """Make one step of all parameters along a tree of gradients.
 
         Args:
             grads: the tree.
@@ -201,7 +201,7 @@ class Store:
             self.units[0].advance(grads)
 
     def advance_some(self, params: Sequence[Any], grads: Sequence[Any], refreeze: Callable[[], None]) -> None:
-        """One step of some parameters; those whose gradient is None stay.
+        """Make one step of some parameters; those whose gradient is None stay.
 
         Args:
             params: the parameters.
@@ -239,5 +239,5 @@ class Store:
 
 
 def _as_read(x: Any) -> Any:
-    """An entry of a record: an array of JAX for one of NumPy."""
+    """Return an entry of a record, as an array of JAX if it is one of NumPy."""
     return as_jax(x) if isinstance(x, np.ndarray | np.generic) else x

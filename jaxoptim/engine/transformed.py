@@ -57,7 +57,7 @@ class TransformedUpdate(Update):
         return self.update.unchanged(data[0], published[0]), data[1]
 
     def _transformed(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> tuple[list[Any], Any]:
-        """The gradient of each parameter after the transformation, and its new state."""
+        """Return the gradient of each parameter after the transformation, and its new state."""
         structs, values = self.layout.structs, self.update.values(data[0], leaves)
         for struct, grad in zip(structs, grads, strict=True):
             if isinstance(grad, BCOO):

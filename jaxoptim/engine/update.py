@@ -1,4 +1,4 @@
-"""How the parameters of one owner are updated within a compiled step."""
+"""The update of the parameters of one owner within a compiled step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxoptim.engine.static import Static
 
 
 class Updated(NamedTuple):
-    """What an update makes of its owner.
+    """The result of an update.
 
     Attributes:
         contents: the new contents.
-        published: what the owner publishes besides, None for most.
+        published: the results that the owner publishes, None for most.
         changes: what was added to the values, before they were rounded; None where that is not measured, or is the
             difference of the values.
     """
@@ -30,8 +30,8 @@ class Updated(NamedTuple):
 class Update(Static):
     """The update of one owner's parameters, a pure function that is fixed in a compiled program.
 
-    In all of its methods ``data`` is what the update reads (numbers, masks), ``leaves`` are the owner's arrays, which
-    come without their structure because a call would spend more time on it than on a small network's arrays.
+    In all methods ``data`` are the inputs of the update (numbers, masks), and ``leaves`` the owner's arrays, which come
+    without their structure because a call would spend more time on it than on a small network's arrays.
     """
 
     form: Static
@@ -44,7 +44,7 @@ class Update(Static):
     """Whether the update needs second derivatives of the loss."""
 
     def contents(self, leaves: Sequence[Any]) -> Contents:
-        """The arrays as values and state."""
+        """Return the arrays as values and state."""
         return Contents.tree_unflatten(self.form, leaves)
 
     def values(self, data: Any, leaves: Sequence[Any]) -> dict[str, jax.Array]:
@@ -60,12 +60,12 @@ class Update(Static):
             grads: a tree of gradients like the one that the user sees.
 
         Returns:
-            The new contents, and what the owner publishes besides, None for most.
+            The new contents, and the results that the owner publishes, None for most.
         """
         raise NotImplementedError
 
     def gathered(self, grads: dict[str, jax.Array]) -> Any:
-        """Gradients by name in the form in which :meth:`after` takes them, a tree of as few arrays as can be."""
+        """Return gradients, given by name, in the form that :meth:`after` takes: a tree of as few arrays as can be."""
         return grads
 
     def after(self, data: Any, leaves: Sequence[Any], evaluation: Evaluation, measured: bool) -> Updated:

@@ -1,4 +1,4 @@
-"""Parameters whose optimizer sees many at once: samplers, L-BFGS, transformations of other libraries."""
+"""Parameters of optimizers that see many at once: samplers, L-BFGS, transformations of other libraries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Whole(Owner):
         self.replace(contents(self.values, states))
 
     def read(self, index: int) -> jax.Array:
-        """The value of one parameter."""
+        """Return the value of one parameter."""
         return self.leaves[index]
 
     def update_outdated(self) -> None:
@@ -59,7 +59,7 @@ class Whole(Owner):
 
 
 def contents(values: Sequence[Any], states: Sequence[Any]) -> Contents:
-    """Values and states as compiled programs take them; the values are the first leaves."""
+    """Return values and states as compiled programs take them; the values are the first leaves."""
     return Contents(None, [(tuple(values), tuple(states))])
 
 
@@ -120,7 +120,7 @@ class SharedUpdate(Update):
         return Numbers.tree_unflatten(self.rules, data[0]).each()
 
     def _stepped(self, data: Any, leaves: Sequence[Any], grads: Sequence[Any]) -> tuple[Contents, Any]:
-        """All groups after one step, and what the rule of each shares; those without any gradient as they were."""
+        """Return all groups after one step, and what the rule of each shares; those without any gradient stay."""
         (_, common, noise), (values, states) = data, self.contents(leaves).cells[0]
         drawn = None if noise is None else self.layout.leaves(noise, "noise")
         values, new, shares = list(values), [], []
@@ -146,10 +146,10 @@ class SharedUpdate(Update):
 
 
 def named(layout: Layout, cell: Cell, leaves: Sequence[Any]) -> OrderedDict[str, Any]:
-    """What there is for the parameters of a cell, by their names."""
+    """Return the entries of the parameters of a cell, by their names."""
     return OrderedDict((layout.structs[member].name, leaves[member]) for member in cell.members)
 
 
 def bare(state: Any) -> Any:
-    """A state without what the group publishes."""
+    """Return a state without the entries that the group publishes."""
     return state._replace(step=None, shared={}, counts=None)

@@ -1,4 +1,4 @@
-"""Arrays that are ready when another one is, also for XLA on CPUs."""
+"""A barrier between arrays: some are ready only when another one is, also for XLA on CPUs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxoptim.native.text import barrier_of
 
 
 def after(arrays: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-    """Arrays as they are, each of them once all of them and the others are there.
+    """Return the arrays as they are, each of them only once all of them and the others are there.
 
     XLA drops an ``optimization_barrier`` on CPUs. Where it does not know that what reads an array comes before what
     replaces it, it makes a copy.

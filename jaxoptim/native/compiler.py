@@ -1,4 +1,4 @@
-"""The system's C compiler, and the folder of what it has made."""
+"""The system's C compiler, and the folder of compiled libraries."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _FLAGS = (
 
 
 class CannotCompile(Exception):
-    """There is no compiler that makes a library of the text; the message says why."""
+    """Raised where no compiler makes a library of the text; the message says why."""
 
 
 @functools.cache
 def compiler() -> str | None:
-    """The path of a C compiler: that which ``CC`` names, else ``cc``, ``gcc`` or ``clang``; None without one."""
+    """Return the path of a C compiler: that which ``CC`` names, else ``cc``, ``gcc`` or ``clang``; None without one."""
     if os.name != "posix":
         return None
     found = (shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
@@ -43,7 +43,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def library(text: str) -> ctypes.CDLL:
-    """The library that a C file makes, from the folder of such libraries or compiled.
+    """Return the library of a C file, from the folder of compiled ones or newly compiled.
 
     Args:
         text: the C file.
@@ -65,7 +65,7 @@ def library(text: str) -> ctypes.CDLL:
 
 
 def _digest(text: str, cc: str) -> str:
-    """A name that only this text, compiler, flags, and kind of CPU have."""
+    """Return a name that only this text, compiler, flags, and kind of CPU have."""
     stat = os.stat(cc)
     of_compiler = (os.path.realpath(cc), stat.st_size, stat.st_mtime_ns)
     return hashlib.sha256(repr((text, of_compiler, _FLAGS, _cpu(), jax.__version__)).encode()).hexdigest()[:32]
@@ -73,7 +73,7 @@ def _digest(text: str, cc: str) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """What a compiler that makes code for this CPU alone looks at."""
+    """Return a description of the CPU that a compiler with ``-march=native`` depends on."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text().splitlines() if listed.exists() else []
     kinds = ("model name", "flags", "Features", "CPU part")
@@ -82,7 +82,7 @@ def _cpu() -> str:
 
 @functools.cache
 def _folder() -> Path | None:
-    """The user's folder of compiled kernels, which nobody else may write to; None, with a warning, if there is none."""
+    """Return the user's folder of kernels, which nobody else may write to; None, with a warning, if there is none."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "jaxoptim" / "native"
     try:
@@ -105,7 +105,7 @@ def _folder() -> Path | None:
 
 @functools.cache
 def _own_folder() -> Path:
-    """A folder of this process, for as long as it runs."""
+    """Return a folder of this process, which is removed at its end."""
     folder = tempfile.TemporaryDirectory(prefix="jaxoptim-native-")
     _KEPT.append(folder)
     return Path(folder.name)
@@ -115,13 +115,13 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file or folder is this user's, and no other may write to it."""
+    """Return whether a file or folder is this user's, and no other may write to it."""
     stat = path.stat()
     return stat.st_uid == os.getuid() and not stat.st_mode & 0o022
 
 
 def _loaded(path: Path) -> ctypes.CDLL | None:
-    """A library of the folder, if it is whole and this user's own."""
+    """Load a library of the folder; None unless it is whole and this user's own."""
     try:
         if not _is_own(path):
             return None

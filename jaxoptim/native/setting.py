@@ -1,4 +1,4 @@
-"""When functions of single numbers are made into code of their own."""
+"""The setting that decides when functions of single numbers become kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHOICES = ("auto", "off", "on")
 
 
 class Config:
-    """Settings of this process, ``jaxoptim.config``.
+    """The settings of this process, ``jaxoptim.config``.
 
     Attributes:
         native: whether the updates of arrays on CPUs are loops in C, derived from the text of the rule and compiled
@@ -47,7 +47,7 @@ class Config:
 
     @property
     def native(self) -> str:
-        """When updates of arrays on CPUs are loops in C."""
+        """The choice of when updates of arrays on CPUs are loops in C."""
         return self._native
 
     @native.setter
@@ -67,7 +67,7 @@ config = Config()
 
 
 def is_native(size: int) -> bool:
-    """Whether an array of ``size`` numbers goes through a kernel on CPUs."""
+    """Return whether an array of ``size`` numbers goes through a kernel on CPUs."""
     if config.native == "off" or compiler() is None:
         return False
     if config.native == "on":

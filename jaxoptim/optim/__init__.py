@@ -1,4 +1,12 @@
-"""torch's optimizers over parameter pytrees: ``from jaxoptim import optim`` in place of ``from torch import optim``."""
+"""torch's optimizers over parameter pytrees: ``from jaxoptim import optim`` in place of ``from torch import optim``.
+
+Every class takes a pytree of arrays, a module, a list of :class:`Parameter`, or torch's list of group dicts, and steps
+by ``step(grads)``, or by ``minimize(loss_fn, *args)``, which finds the gradient itself in one compiled program.
+``lr_scheduler`` has torch's schedulers, ``swa_utils`` its averages, ``utils`` the clipping of gradients, ``prior`` the
+priors of :class:`SGMCMC`; a subclass of :class:`Optimizer` that names a rule is a new optimizer.
+
+The public names are those that ``dir(optim)`` shows; other files of this package are internal.
+"""
 
 from jaxoptim.core.names import listing
 from jaxoptim.optim import lr_scheduler, prior, swa_utils, utils

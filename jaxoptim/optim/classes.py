@@ -1,4 +1,4 @@
-"""The torch-style optimizers: which rule each follows, and its options in the order of its parent.
+"""The torch-style optimizers: the rule of each, and its options in the order of its parent.
 
 The rest is made of the rule by :mod:`jaxoptim.optim.subclass`, which says what the entries mean. The stub beside this
 file has the signatures in full, for editors and type checkers.

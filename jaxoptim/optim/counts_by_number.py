@@ -19,7 +19,7 @@ class CountsByNumber(DecayingRate):
     may_lack: ClassVar[frozenset[str]] = frozenset(("dct_dim", "subsample"))
 
     def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
-        """The state with a count for each number, where Pyro has one for all until it meets a subsample."""
+        """Return the state with a count for each number, where Pyro has one for all until it meets a subsample."""
         new = dict(super()._transferred(state, transfer))
         for group in [group for group in transfer.groups if group.get("subsample_aware")]:
             rule = self._storage.rule_of(group)

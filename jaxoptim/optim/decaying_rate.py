@@ -12,7 +12,7 @@ from jaxoptim.optim.part import Part
 
 
 class DecayingRate(Optimizer):
-    """An optimizer that, as Pyro's, multiplies the learning rate of each group by its ``lrd`` at every step.
+    """An optimizer that multiplies the learning rate of each group by its ``lrd`` at every step, as Pyro's does.
 
     It does so for all parameters of a group, those without a gradient included; a rule by itself counts the
     steps of each parameter.
@@ -49,7 +49,7 @@ class DecayingRate(Optimizer):
             group["lr"] = group["lr"] * group["lrd"] ** (after[id(group)] - before[id(group)])
 
     def _counts(self) -> dict[int, int]:
-        """The most steps that a parameter of each group has made."""
+        """Return the most steps that a parameter of each group has made."""
         self._storage.settle()
         counts: dict[int, int] = {}
         for part in self._storage.parts():

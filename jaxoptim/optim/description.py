@@ -1,4 +1,4 @@
-"""What an optimizer does with each parameter, as a table."""
+"""A table of what an optimizer does with each parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxoptim.optim.storage import Storage, labelled
 
 
 class Row(NamedTuple):
-    """One parameter.
+    """The entry of one parameter.
 
     Attributes:
         name: its name, or its path.
@@ -42,19 +42,19 @@ class Table(tuple[Row, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        """The rows as aligned text."""
+        """Return the rows as aligned text."""
         return aligned([Row._fields, *(tuple(map(_shown, row)) for row in self)], left=True)
 
     __repr__ = __str__
 
 
 def described(storage: Storage, options: Sequence[dict[str, Any]], with_none: bool) -> Table:
-    """The parameters of an optimizer in the order of its tree.
+    """Return the entries of all parameters of an optimizer, in the order of its tree.
 
     Args:
         storage: its groups.
         options: those of each group at the next step.
-        with_none: whether what is None in the tree is a parameter that is frozen, not a part of a module that is none.
+        with_none: whether None in the tree is a frozen parameter, and not a part of a module that is no parameter.
     """
     tree = storage.tree()
     group_of = {param: at for at, group in reversed([*enumerate(storage.groups)]) for param in group["params"]}
@@ -72,7 +72,7 @@ def described(storage: Storage, options: Sequence[dict[str, Any]], with_none: bo
 
 
 def options_at(group: dict[str, Any], step: int) -> dict[str, Any]:
-    """The options of a group, every schedule replaced by its value at a step."""
+    """Return the options of a group, with every schedule replaced by its value at a step."""
 
     def now(option: Any) -> Any:
         if isinstance(option, tuple):
@@ -84,7 +84,7 @@ def options_at(group: dict[str, Any], step: int) -> dict[str, Any]:
 
 
 def has_schedule(group: dict[str, Any]) -> bool:
-    """Whether an option of a group depends on the step."""
+    """Return whether an option of a group depends on the step."""
     options = [x for name, x in group.items() if name not in ("params", gradient_transforms.KEY)]
     return any(map(callable, jax.tree.leaves(options, is_leaf=callable)))
 

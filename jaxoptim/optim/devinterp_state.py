@@ -14,7 +14,7 @@ _IDLE = (_PLACE, "thermostat", "momentum")
 
 
 def with_places(state_dict: Any) -> Any:
-    """A state dict with the place of each parameter in its group, by which devinterp finds its mask."""
+    """Return a state dict with the place of each parameter in its group, by which devinterp finds its mask."""
     for group in state_dict["param_groups"]:
         for place, number in enumerate(group["params"]):
             state_dict["state"].setdefault(number, {})[_PLACE] = place
@@ -22,7 +22,7 @@ def with_places(state_dict: Any) -> Any:
 
 
 def read(state_dict: Any, aside: tuple[str, ...]) -> Any:
-    """A state dict of devinterp or of ours in the terms of the rule, not changed itself.
+    """Return a state dict, of devinterp or of this library, in the terms of the rule; it is not changed itself.
 
     Args:
         state_dict: in torch's layout.
@@ -43,7 +43,7 @@ def read(state_dict: Any, aside: tuple[str, ...]) -> Any:
 
 
 def _group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group, with numbers for the objects of devinterp."""
+    """Return the options of a group, with numbers for the objects of devinterp."""
     if isinstance(group.get("preconditioner"), str):
         return dict(group)
     objects = ("prior", "preconditioner", "mask", "metrics")
@@ -61,7 +61,7 @@ def _group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prior(prior: Any) -> Prior | None:
-    """A prior of devinterp as one of ours; where its center is, the state says."""
+    """Return a prior of devinterp as one of ours; the state says where its center is."""
     if prior is None or hasattr(prior, "box_size"):
         return None
     if hasattr(prior, "priors"):
@@ -72,7 +72,7 @@ def _prior(prior: Any) -> Prior | None:
 
 
 def _preconditioner(preconditioner: Any) -> dict[str, Any]:
-    """The options of a preconditioner of devinterp."""
+    """Return the options of a preconditioner of devinterp."""
     if hasattr(preconditioner, "preconditioners"):
         parts = [_preconditioner(part) for part in preconditioner.preconditioners]
         return {name: x for part in parts for name, x in part.items()}

@@ -1,4 +1,4 @@
-"""Leaving for the pure face in the middle of training, and coming back."""
+"""Conversion to the pure face in the middle of training, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RuleOf = Callable[[Part], Rule]
 
 
 def leave(storage: Storage, rule_of: RuleOf) -> tuple[optax.GradientTransformationExtraArgs, Any, Any]:
-    """The transformation, the parameters and the state of this moment."""
+    """Return the transformation, the parameters and the state of this moment."""
     storage.settle()
     parts, tree = storage.parts(), storage.tree()
     params = jax.tree.map(lambda param: param.value, tree)
@@ -42,7 +42,7 @@ def leave(storage: Storage, rule_of: RuleOf) -> tuple[optax.GradientTransformati
 
 
 def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
-    """Take parameters and state over, after both were checked."""
+    """Take over parameters and state, after both were checked."""
     storage.settle()
     parts, tree = storage.parts(), storage.tree()
     cells = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
@@ -78,7 +78,7 @@ def enter(storage: Storage, rule_of: RuleOf, params: Any, state: Any) -> None:
 
 
 def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.GradientTransformationExtraArgs:
-    """The rule of the only part, or a partition of the tree into all of them."""
+    """Return the rule of the only part, or a partition of the tree into all of them."""
     if any(part.times > 1 for part in parts):
         raise ValueError("A parameter stands twice in its group, which the pure face has no form for.")
     if any(part.times and not all(param.requires_grad for param in part.params) for part in parts):
@@ -94,12 +94,12 @@ def _transformation(parts: Sequence[Part], tree: Any, rule_of: RuleOf) -> optax.
 
 
 def _state_of(parts: Sequence[Part], state: Any, index: int) -> OptState:
-    """The state of one part within the state of the transformation."""
+    """Return the state of one part within the state of the transformation."""
     return state if len(parts) == 1 else state.inner_states[str(index)].inner_state
 
 
 def _with_state(parts: Sequence[Part], state: Any, index: int, new: OptState) -> Any:
-    """The state of the transformation with that of one part replaced."""
+    """Return the state of the transformation with that of one part replaced."""
     if len(parts) == 1:
         return new
     inner = state.inner_states[str(index)]._replace(inner_state=new)
@@ -107,7 +107,7 @@ def _with_state(parts: Sequence[Part], state: Any, index: int, new: OptState) ->
 
 
 def _without_counts(state: Any) -> Any:
-    """A state as it is before any gradient was missing."""
+    """Return a state as it was before any gradient was missing."""
     return jax.tree.map(
         lambda x: x._replace(counts=None) if isinstance(x, OptState) else x,
         state,
@@ -116,7 +116,7 @@ def _without_counts(state: Any) -> Any:
 
 
 def _counts_of(tree: Any, part: Part, counts: Any) -> dict[Parameter, Any]:
-    """The counts of those parameters of a part that have missed an update."""
+    """Return the counts of those parameters of a part that have missed an update."""
     if counts is None:
         return {}
     inside = set(part.params)
@@ -127,12 +127,12 @@ def _counts_of(tree: Any, part: Part, counts: Any) -> dict[Parameter, Any]:
 
 
 def _in_tree_order(tree: Any, part: Part) -> list[int]:
-    """The indices of a part's parameters in the order of the leaves of the user's tree."""
+    """Return the indices of a part's parameters in the order of the leaves of the user's tree."""
     place: dict[Parameter, int] = {param: index for index, param in enumerate(part.params)}
     return [place[leaf] for leaf in jax.tree.leaves(tree) if leaf in place]
 
 
 def _slot_names(part: Part, index: int) -> set[str]:
-    """The slots that one parameter has."""
+    """Return the names of the slots that one parameter has."""
     slots = abstract_slots(part.rule, part.params[index].struct)
     return {name for name, slot in slots.items() if slot is not None}

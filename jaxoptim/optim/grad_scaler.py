@@ -13,11 +13,11 @@ from jaxoptim.core.loss_scale import LossScale, ScaleState
 
 
 class GradScaler:
-    """The dynamic factor on the loss of a run in float16: what ``torch.amp.GradScaler`` is.
+    """The dynamic factor on the loss of a run in float16, as ``torch.amp.GradScaler``.
 
-    Give it to :meth:`Optimizer.minimize`, which scales the loss, divides the gradient, clips it, leaves out a step
-    whose gradient is not finite, and lets the factor follow. ``opt.last.skipped`` says whether a step was left out.
-    In a loop that is written out, call :meth:`scale`, :meth:`step` and :meth:`update`, as in torch.
+    Give it to :meth:`Optimizer.minimize`, which scales the loss, divides the gradient by the factor, clips it, skips a
+    step whose gradient is not finite, and updates the factor. ``opt.last.skipped`` says whether a step was skipped.
+    In a loop of your own, call :meth:`scale`, :meth:`step` and :meth:`update`, as in torch.
 
     Args:
         init_scale: see :class:`jaxoptim.LossScale`, as the others.
@@ -56,7 +56,7 @@ class GradScaler:
         self._is_finite: bool | None = None  # the gradients of the last step, until the update
 
     def get_scale(self) -> float:
-        """The factor, read from the device.
+        """Return the factor, read from the device.
 
         Examples:
             See :class:`GradScaler`.
@@ -64,7 +64,7 @@ class GradScaler:
         return float(self.state.scale)
 
     def scale(self, loss: Any) -> jax.Array:
-        """The loss times the factor.
+        """Return the loss times the factor.
 
         Args:
             loss: a scalar; of a compiled function the factor is an argument: ``scaler.state.scale``.
@@ -77,7 +77,7 @@ class GradScaler:
         return self.loss_scale.scaled(jnp.asarray(loss), self.state)
 
     def step(self, optimizer: Any, grads: Any) -> Any:
-        """Make a step along gradients of the scaled loss, if all are finite, which waits for them.
+        """Make a step along gradients of the scaled loss, if all are finite; the call waits for them.
 
         Args:
             optimizer: a torch-style optimizer.
@@ -113,7 +113,7 @@ class GradScaler:
         self.state, self._is_finite = self.loss_scale.updated(self.state, self._is_finite), None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout.
+        """Return the state in torch's layout.
 
         Examples:
             >>> from jaxoptim import optim
@@ -130,7 +130,7 @@ class GradScaler:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, here or in torch.
+        """Load the result of :meth:`state_dict`, of this class or of torch's.
 
         Args:
             state_dict: in torch's layout.

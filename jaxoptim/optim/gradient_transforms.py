@@ -1,4 +1,4 @@
-"""Transformations of optax that gradients go through before a step: one for all parameters, and those of groups."""
+"""Transformations of optax that gradients pass before a step: one for all parameters, and those of groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY = "gradient_transform"
 
 
 def check(tx: Any) -> None:
-    """Raise for what is no transformation."""
+    """Raise for an object that is no transformation."""
     if tx is not None and not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         raise TypeError(
             f"{KEY} takes a transformation of optax, such as optax.clip_by_global_norm(1.0), but got {shown(tx)}."
@@ -26,7 +26,7 @@ def check(tx: Any) -> None:
 
 
 def combined(whole: Any, of_groups: Sequence[tuple[Any, frozenset[Parameter]]], tree: Any) -> Any:
-    """All transformations as one of the whole tree: that of all parameters first, then those of groups.
+    """Join all transformations into one of the whole tree: that of all parameters first, then those of groups.
 
     Args:
         whole: of all parameters, None for none.
@@ -39,12 +39,12 @@ def combined(whole: Any, of_groups: Sequence[tuple[Any, frozenset[Parameter]]], 
 
 
 def saved(state: Any) -> dict[str, Any]:
-    """The arrays of a state by their paths."""
+    """Return the arrays of a state by their paths."""
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def loaded(given: Mapping[str, Any], like: Any, strict: bool) -> Any:
-    """A state from what :func:`saved` has given; where not strict, with what is there already for what is missing.
+    """Return a state made of the result of :func:`saved`; where not strict, missing arrays stay as they are.
 
     Raises:
         ``ValueError`` for other paths or shapes.

@@ -1,4 +1,4 @@
-"""From what a user gives to an optimizer to groups of parameters."""
+"""Conversion of a user's parameters into groups."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Selectors = Selector | Sequence[Selector]
 
 
 def is_named_pair(x: Any) -> bool:
-    """Whether ``x`` is ``(name, parameter)``."""
+    """Return whether ``x`` is ``(name, parameter)``."""
     return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)
 
 
 def is_group(x: Any) -> bool:
-    """Whether ``x`` is one of torch's group dicts."""
+    """Return whether ``x`` is one of torch's group dicts."""
     return isinstance(x, dict) and "params" in x
 
 
 def listed(params: Any) -> Any:
-    """What was given, iterators read out; raises for what no optimizer can take."""
+    """Return the parameters that were given, iterators read out; raise for a type that no optimizer takes."""
     check_not_trained_by_torch("params", params)
     if isinstance(params, Parameter):
         raise TypeError(
@@ -63,7 +63,7 @@ def listed(params: Any) -> Any:
 
 
 def parameters_in(params: Any) -> tuple[Any, list[str] | None]:
-    """The parameters of one group as a tree of :class:`Parameter`, and their names if they came as pairs.
+    """Return the parameters of a group as a tree of :class:`Parameter`, and their names if they came as pairs.
 
     Args:
         params: a pytree of arrays or of parameters; an iterable of either; or of ``(name, parameter)``.
@@ -111,7 +111,7 @@ def selected(
     groups: Sequence[tuple[Selector, dict[str, Any]]],
     check: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """The groups that selectors make of a tree of parameters: the first that matches, or a last one for the rest.
+    """Return the groups that selectors make of a tree: the first that matches, or a last one for the rest.
 
     Selectors see the names of the parameters if they were given, else their paths. ``check`` raises for options that
     are not allowed.
@@ -142,7 +142,7 @@ def selected(
 
 
 def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]:
-    """Which parameters a selector selects.
+    """Return a mask of the parameters that a selector selects.
 
     Args:
         selector: see :data:`Selector`. A predicate that requires two positional arguments gets the array too.
@@ -150,8 +150,8 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
         paths: their names, in the order of the tree's leaves.
 
     Raises:
-        ``TypeError`` for what is no selector; ``ValueError`` for a regular expression that does not compile, and for
-        a mask of another structure.
+        ``TypeError`` for anything but a selector; ``ValueError`` for a regular expression that does not compile, and
+        for a mask of another structure.
     """
     if is_mask(selector):  # before what can be called: a module of bools can
         parts = zip(trees.spread(selector, tree, "the mask of groups"), _with_none(tree), strict=True)
@@ -170,10 +170,10 @@ def selection(selector: Selector, tree: Any, paths: Sequence[str]) -> list[bool]
 
 
 def chosen(selectors: Selectors, tree: Any, paths: Sequence[str], what: str) -> list[bool]:
-    """Which parameters are selected by one of some selectors.
+    """Return a mask of the parameters that at least one of some selectors selects.
 
     Args:
-        selectors: one or several; a regular expression selects what lies below a path too.
+        selectors: one or several; a regular expression also selects everything below a path.
         tree: the parameters.
         paths: their names, in the order of the tree's leaves.
         what: who asks, for messages.
@@ -201,10 +201,11 @@ def _nothing_selected(what: str, selector: Selector, paths: Sequence[str]) -> Va
 
 
 def predicate(selector: Selector) -> Callable[[str], Any]:
-    """Whether a selector selects a path.
+    """Return whether a selector selects a path.
 
     Raises:
-        ``TypeError`` for what is no selector of paths; ``ValueError`` for a regular expression that does not compile.
+        ``TypeError`` for anything but a selector of paths; ``ValueError`` for a regular expression that does not
+        compile.
     """
     if isinstance(selector, str | re.Pattern):
         try:
@@ -217,13 +218,13 @@ def predicate(selector: Selector) -> Callable[[str], Any]:
 
 
 def is_mask(selector: Any) -> bool:
-    """Whether a selector is a tree of bools."""
+    """Return whether a selector is a tree of bools."""
     leaves = jax.tree.leaves(selector)
     return bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
 
 
 def _takes_two(predicate: Any) -> bool:
-    """Whether a predicate requires a path and an array."""
+    """Return whether a predicate requires a path and an array."""
     try:
         parameters = inspect.signature(predicate).parameters.values()
     except ValueError:  # of some functions that are written in C
@@ -249,7 +250,7 @@ def _named(value: Any, name: str) -> Parameter:
 
 
 def _made(value: Any, name: str) -> Parameter:
-    """An array as a parameter."""
+    """Return an array as a parameter."""
     check_not_trained_by_torch(f"One of the params, {name!r},", value)
     if isinstance(value, int | float | complex) or hasattr(value, "__array__"):
         return Parameter(value, name)

@@ -29,7 +29,7 @@ class Hooks(OrderedDict[int, Callable[..., Any]]):
 
 
 class RemovableHandle:
-    """What registering a hook returns: ``remove()`` takes the hook out again, also at the end of a ``with``.
+    """The handle of a registered hook: ``remove()``, or the end of a ``with``, takes the hook out again.
 
     Args:
         hooks: the registry that holds the hook.
@@ -102,7 +102,7 @@ def register_optimizer_step_post_hook(hook: Callable[..., None]) -> RemovableHan
 
 
 def hooked(step: F) -> F:
-    """A method that makes a step, with the hooks around it: global, the instance's, the step, and back."""
+    """Wrap a method that makes a step in its hooks: global ones, the instance's, the step, and back."""
     if getattr(step, "hooked", False):
         return step
 
@@ -150,7 +150,7 @@ class Hooked:
 
     @property
     def _has_step_hooks(self) -> bool:
-        """Whether functions run before or after a step."""
+        """Return whether functions run before or after a step."""
         return any((_before_every_step, self._step_pre_hooks, self._step_post_hooks, _after_every_step))
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:

@@ -45,7 +45,7 @@ _VECTORS = ("d", "prev_flat_grad", "old_dirs", "old_stps")
 
 
 class FlatStorage(WholeStorage):
-    """The parameters of the only group as one vector, whose state torch files under the first of them."""
+    """The parameters of the only group as one vector; torch files its state under the first of them."""
 
     def check_param(self, rule: Any, name: str, param: Parameter) -> None:
         """Accept all: a vector is made of any parameters."""
@@ -53,7 +53,7 @@ class FlatStorage(WholeStorage):
     # State.
 
     def fresh(self, at: int) -> OptState:
-        """The state before the first step."""
+        """Return the state before the first step."""
         return self._placed(jnp.zeros((), jnp.int32), self._first())
 
     def _placed(self, count: jax.Array, shared: Any) -> OptState:
@@ -63,7 +63,7 @@ class FlatStorage(WholeStorage):
         return _init(self.rule_at(0), _vector(self.layout, self._owner().values))
 
     def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> OptState | None:
-        """The state of the vector from that of its first parameter."""
+        """Return the state of the vector, from that of its first parameter."""
         section = self.sections[at]
         state = states[section.params[0]] if section.times else {}
         if not state:
@@ -71,11 +71,11 @@ class FlatStorage(WholeStorage):
         return self._placed(jnp.zeros((), jnp.int32), _loaded(self.rule_at(at), self._first(), state))
 
     def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
-        """Take state that was kept elsewhere; all of it is shared."""
+        """Take over state that was kept elsewhere; all of it is shared."""
         self.replace_state(0, self._placed(jnp.asarray(part.count, jnp.int32), part.shared or {}))
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
-        """The state by torch's names, a new dict; empty for all but the first parameter."""
+        """Return the state by torch's names in a new dict; empty for all but the first parameter."""
         if param in self._edited:
             return dict(self._edited[param])
         if self._place_of.get(param) != (0, 0) or (kept := self.state_at(0)) is None:
@@ -120,7 +120,7 @@ class FlatStorage(WholeStorage):
 
     @property
     def _shardings(self) -> tuple[Any, ...]:
-        """Where values are that are on several devices, None for others: the compiler would choose by the vector."""
+        """The shardings of values on several devices, None for others: the compiler would choose by the vector."""
         shardings = [x.sharding for x in self._owner().values]
         return tuple(x if isinstance(x, NamedSharding) and x.mesh.size > 1 else None for x in shardings)
 
@@ -179,12 +179,12 @@ class FlatStorage(WholeStorage):
 
 
 def _vector(layout: Layout, values: Sequence[Any]) -> OrderedDict[str, Any]:
-    """The values of the parameters in the vector, by name."""
+    """Return the values of the parameters in the vector, by name."""
     return named(layout, layout.cells[0], values)
 
 
 def _with_vector(layout: Layout, places: tuple[Any, ...], values: Sequence[Any], x: jax.Array) -> list[Any]:
-    """All values, those of the vector from it."""
+    """Return all values, with those of the vector taken from it."""
     own = unflatten(x, _vector(layout, values))
     return laid_out([own.get(struct.name, old) for struct, old in zip(layout.structs, values, strict=True)], places)
 
@@ -203,7 +203,7 @@ def _minimize(
     loss: Loss,
     args: tuple[Any, ...],
 ) -> tuple[list[Any], list[Any], Any, Any, jax.Array]:
-    """One step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
+    """Make one step, line search included, in the form of :func:`jaxoptim.engine.programs.minimize`.
 
     The auxiliary output is that of the first evaluation. What comes last says whether the step ended at a loss that is
     not finite.
@@ -229,7 +229,7 @@ def _minimize(
 
 @functools.partial(jax.jit, static_argnames="layout")
 def _begin(layout: Layout, numbers: Numbers, kept: Contents) -> Any:
-    """A search that shares no memory with the optimizer, which keeps what it has until the step succeeds."""
+    """Begin a search that shares no memory with the optimizer, which keeps its state until the step succeeds."""
     values, (state, *_) = kept.cells[0]
     return numbers.each()[0].start(state.shared, flatten(_vector(layout, values)))
 
@@ -238,7 +238,7 @@ def _begin(layout: Layout, numbers: Numbers, kept: Contents) -> Any:
 def _observe(
     layout: Layout, places: tuple[Any, ...], numbers: Numbers, search: Any, kept: Contents, loss: Any, grads: Any
 ) -> tuple[Any, Any]:
-    """The search after an evaluation, and the values to evaluate next."""
+    """Return the search after an evaluation, and the values to evaluate next."""
     values, _ = kept.cells[0]
     search = numbers.each()[0].observe(search, loss, flatten_like(grads, _vector(layout, values)))
     return search, _with_vector(layout, places, values, search.point)
@@ -246,7 +246,7 @@ def _observe(
 
 @functools.partial(jax.jit, static_argnames=("layout", "places"))
 def _finish(layout: Layout, places: tuple[Any, ...], numbers: Numbers, search: Any, kept: Contents) -> Contents:
-    """The values and the state at the end of a step."""
+    """Return the values and the state at the end of a step."""
     values, (state, *others) = kept.cells[0]
     _, x, shared = numbers.each()[0].finish(search)
     return contents(_with_vector(layout, places, values, x), _stepped(state, shared, others))
@@ -256,7 +256,7 @@ _init = jax.jit(lambda rule, values: rule.init(flatten(values)))
 
 
 def _loaded(rule: Any, shared: dict[str, jax.Array], state: dict[str, Any]) -> dict[str, jax.Array]:
-    """The state with torch's entries in it."""
+    """Return the state with torch's entries in it."""
     given = {name: state[name] for name in shared if name in state and name not in _HISTORY}
     shared = shared | {name: jnp.asarray(x, shared[name].dtype) for name, x in given.items()}
     return rule.with_history(shared, *(list(state.get(name) or []) for name in _HISTORY))
@@ -329,7 +329,7 @@ class LBFGS(Optimizer):
         super().add_param_group(param_group)
 
     def _transferred(self, state: Mapping[Any, Any], transfer: Transfer) -> Mapping[Any, Any]:
-        """The state with its vectors in another order of the parameters."""
+        """Return the state with its vectors in another order of the parameters."""
         _, given, wanted, moves = transfer
         if list(given) == list(wanted) and not moves:
             return state

@@ -1,4 +1,4 @@
-"""Which parameter of a state dict is which parameter here."""
+"""The match between the parameters of a state dict and those of an optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Names = Sequence[Sequence[Any]]
 
 
 def by_name(groups: list[dict[str, Any]], there: Names, here: Names, strict: bool) -> list[dict[str, Any]]:
-    """The groups of a state dict in the order of the optimizer's, and the parameters in each too.
+    """Return the groups of a state dict, and the parameters in each, in the optimizer's order.
 
     Where one side has no names, or two parameters of one name, both are taken to have one order already.
 
@@ -41,7 +41,7 @@ def by_name(groups: list[dict[str, Any]], there: Names, here: Names, strict: boo
 
 
 def matched(groups: list[dict[str, Any]], there: Names, here: Names) -> list[dict[str, Any]]:
-    """The same where all names are different; arguments and errors as :func:`by_name`."""
+    """Match by name where all names are different; arguments and errors as :func:`by_name`."""
     places = {
         name: (index, key)
         for index, names in enumerate(there)
@@ -71,7 +71,7 @@ def matched(groups: list[dict[str, Any]], there: Names, here: Names) -> list[dic
 
 
 def _are_unique(names: Names) -> bool:
-    """Whether every parameter has a name of its own."""
+    """Return whether every parameter has a name of its own."""
     flat = [name for group in names for name in group]
     return bool(flat) and None not in flat and len(set(flat)) == len(flat)
 

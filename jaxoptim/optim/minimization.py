@@ -1,4 +1,4 @@
-"""What ``minimize`` is asked to do, checked and in the form of the compiled step."""
+"""The arguments of ``minimize``, checked and in the form of the compiled step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def loss_of(
 
 
 def _names(static: Any) -> tuple[str, ...]:
-    """The names of arguments that are fixed, as one or several were given."""
+    """Return the names of arguments that are fixed, as one or several were given."""
     names = (static,) if isinstance(static, str) else static
     if not isinstance(names, Collection) or isinstance(names, Mapping):
         raise TypeError(
@@ -67,7 +67,7 @@ def _names(static: Any) -> tuple[str, ...]:
 
 
 def _check_data(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> None:
-    """Raise for what a compiled program cannot be given: text, functions and other objects."""
+    """Raise for values that a compiled program cannot be given: text, functions and other objects."""
     if all(isinstance(leaf, jax.Array) or trees.no_data(leaf) is None for leaf in jax.tree.leaves((args, kwargs))):
         return
     places = {f"number {at}": value for at, value in enumerate(args, 1)}
@@ -83,7 +83,7 @@ def _check_data(kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> None:
 
 
 def undecidable(args: tuple[Any, ...], kwargs: Mapping[str, Any], static: Collection[str]) -> TypeError | None:
-    """What to say of a loss that decides by a number which was passed as one of Python; None if there is none."""
+    """Return the message for a loss that branches on a number given as one of Python; None if there is none."""
     named = {name: x for name, x in kwargs.items() if name not in _names(static) and isinstance(x, int)}
     numbered = {f"number {at}": x for at, x in enumerate(args, 1) if isinstance(x, int)}
     if not named and not numbered:
@@ -108,11 +108,11 @@ def minimization(
     last: Measured | None,
     scaler: GradScaler | None,
 ) -> Minimization:
-    """Return what one call is about.
+    """Return the checked arguments of one call.
 
     Raises:
         ValueError: for a bound that is negative, and for fewer than one micro-batch.
-        TypeError: for what is no scaler.
+        TypeError: for anything but a scaler.
     """
     given = (clip_norm, clip_value, accumulate, scaler)
     if all(option is None for option in given) and not skip_nonfinite and not measure:
@@ -145,7 +145,7 @@ def _asked(
     loss_scale: LossScale | None,
     is_double: bool,
 ) -> tuple[StepOptions, StepNumbers]:
-    """The options, checked, and the bounds on the device."""
+    """Return the options, checked, and the bounds on the device."""
     if accumulate is not None and (accumulate := operator.index(accumulate)) < 1:
         raise ValueError(f"accumulate is the number of micro-batches, at least 1, but got {accumulate}.")
     clip, dtype = Clip(clip_norm=clip_norm, clip_value=clip_value), jnp.float64 if is_double else jnp.float32

@@ -46,7 +46,7 @@ required = _Required()
 
 
 class Optimizer(Hooked):
-    r"""The base of the torch-style optimizers: what ``torch.optim.Optimizer`` is, over pytrees of JAX arrays.
+    r"""The base of the torch-style optimizers: ``torch.optim.Optimizer`` over pytrees of JAX arrays.
 
     A step takes the parameters :math:`\theta` of each group through the group's rule,
 
@@ -59,24 +59,27 @@ class Optimizer(Hooked):
     hyperparameters of the rule after ``params``.
 
     Args:
-        params: a pytree of arrays; a module of equinox, whose inexact arrays are trained, or of nnx, whose
-            ``nnx.Param`` are; linen's variables, whose ``"params"`` are, if there are ``"batch_stats"``; an iterable of
-            :class:`Parameter` or of ``(name, Parameter)``; or torch's list of group dicts, whose ``"params"`` is a
-            tree or an iterable. Arrays are copied: yours stay yours.
+        params: one of these. Arrays are copied: yours stay yours.
+
+            - a pytree of arrays;
+            - a module of equinox (its inexact arrays are trained) or of nnx (its ``nnx.Param`` are trained);
+            - linen's variables with ``"batch_stats"`` (their ``"params"`` are trained);
+            - an iterable of :class:`Parameter` or of ``(name, Parameter)``;
+            - torch's list of group dicts, whose ``"params"`` is a tree or an iterable.
         defaults: the options of groups that do not give their own.
         groups: options for some parameters of one pytree, ``[(selector, {"lr": 0.1}), ...]``. A selector is a
             regular expression that matches the whole dotted path (``"encoder\\..*\\.bias"``), a predicate of the
             path or of ``(path, array)``, or a tree of bools like ``params``, or a prefix of one. A parameter
-            follows the first that selects it. The groups stand in this
-            order; one for all other parameters comes last (default None: one group).
+            belongs to the first group that selects it. A last group takes all other parameters (default None: one
+            group).
         frozen: a selector, or a list of them, of parameters that :meth:`freeze` freezes at once (default None: none).
-        wrt: a filter of nnx, which variables of an nnx module are trained, such as ``nnx.LoRAParam`` or
-            ``nnx.All(nnx.Param, nnx.PathContains("head"))`` (default None: ``nnx.Param``). The others are kept, and are
-            no parameters; what a loss changes in an ``nnx.Param`` among them is dropped.
-        gradient_transform: a transformation of optax that the gradients of all parameters go through before each step,
-            after the clipping of :meth:`minimize`; one with this key in a group sees those of the group, after that of
-            all. A gradient that is missing is zero for it. Its state is a further entry of :meth:`state_dict`; where
-            parameters come or go it begins afresh (default None: none). Samplers and L-BFGS take none.
+        wrt: a filter of nnx for the variables of an nnx module that are trained, such as ``nnx.LoRAParam`` or
+            ``nnx.All(nnx.Param, nnx.PathContains("head"))`` (default None: ``nnx.Param``). The other variables are kept
+            as they are; if a loss changes an ``nnx.Param`` among them, the change is dropped.
+        gradient_transform: a transformation of optax for the gradients of all parameters (default None: none). It is
+            applied before each step, after the clipping of :meth:`minimize`. A group may have one too, under this key,
+            which is applied afterwards. A missing gradient counts as zero. :meth:`state_dict` has its state as one more
+            entry; the state begins afresh if parameters are added or removed. Samplers and L-BFGS take none.
         master_weights: keep the values of float16 and bfloat16 parameters in float32 too (default False); this and the
             next two are those of :meth:`jaxoptim.Rule.with_precision`. Samplers and L-BFGS have none of the three.
         rounding: of float16 and bfloat16 parameters and state, ``"nearest"`` (default) or ``"stochastic"``.
@@ -92,15 +95,14 @@ class Optimizer(Hooked):
             :class:`Parameter`. What you write there takes effect at the next step.
         state: the slots of each parameter, ``state[param]["exp_avg"]``: a live view, by torch's names.
         defaults: as given.
-        last: what the last call of :meth:`minimize` that measures has measured, arrays on the device: ``grad_norm``
+        last: the measurements of the last call of :meth:`minimize` that measures, arrays on the device: ``grad_norm``
             (before clipping), ``update_norm``, ``skipped``, ``num_skipped`` (so far) and ``loss_scale``; None before.
 
     Raises:
-        Those of torch, with the name of the parameter: ``TypeError`` for what cannot be optimized, such as a
-        parameter of torch, and for an option that does not exist,
-        ``ValueError`` for an empty list, an option out of range, a parameter in two groups, an axis that ``mesh``
-        lacks; ``TypeError`` for ``wrt`` where ``params`` is no nnx module, and for ``zero`` without ``mesh``.
-        A call that raises leaves parameters, state and counts as they were.
+        The errors of torch, with the name of the parameter: ``TypeError`` for objects that cannot be optimized, such as
+        a parameter of torch, and for an option that does not exist; ``ValueError`` for an empty list, an option out of
+        range, a parameter in two groups, or an axis that ``mesh`` lacks. ``TypeError`` also for ``wrt`` without an nnx
+        module, and for ``zero`` without ``mesh``. A call that raises leaves parameters, state and counts as they were.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -195,7 +197,7 @@ class Optimizer(Hooked):
             self._add(group)
 
     def _check_selected(self, options: dict[str, Any]) -> None:
-        """Raise for what is no option of this class; only torch's group dicts have keys of the user's own."""
+        """Raise for options that this class does not have; only torch's group dicts have keys of the user's own."""
         known = [*self.defaults, *self.unlisted, *[gradient_transforms.KEY] * self._storage.takes_transforms]
         option_names.check_all(type(self).__name__, options, known)
 
@@ -231,7 +233,7 @@ class Optimizer(Hooked):
 
     @property
     def parts(self) -> Parts | None:
-        """The module that the parameters came in, taken apart; None for other parameters, and with groups added to it.
+        """The module that the parameters came in, split into its parts; None for others, and with groups added to it.
 
         Cheaper than :attr:`params`, which joins the parts to a module of its own.
         """
@@ -241,7 +243,7 @@ class Optimizer(Hooked):
 
     @property
     def wrt(self) -> Any:
-        """The predicate of nnx for what is trained of an nnx module; None where ``params`` is something else."""
+        """The predicate of nnx for the trained variables of an nnx module; None for other ``params``."""
         return getattr(self._module, "wrt", None)
 
     @property
@@ -271,11 +273,10 @@ class Optimizer(Hooked):
                 torch it is completed in place: ``"params"`` becomes a list, missing options are filled in.
 
         Raises:
-            ``TypeError`` for what is not a dict, holds what cannot be optimized, or has an option misspelt (keys less
-            like an option are the user's own, as in torch); ``ValueError`` for a missing
-            required option, an option out of range, names for some parameters only, or a parameter that is in
-            another group; ``KeyError`` without ``"params"``. A warning for a parameter given twice; of
-            samplers and L-BFGS a ``ValueError``.
+            ``TypeError`` for anything but a dict, for objects in it that cannot be optimized, and for a misspelt option
+            (other unknown keys are the user's own, as in torch). ``ValueError`` for a missing required option, an
+            option out of range, names for some parameters only, or a parameter of another group. ``KeyError`` without
+            ``"params"``. A parameter that is given twice is a warning; for samplers and L-BFGS a ``ValueError``.
 
         Examples:
             >>> from jaxoptim import optim
@@ -297,7 +298,7 @@ class Optimizer(Hooked):
         self._storage.is_list = self._storage.is_list or len(self._storage.forest) > 1
 
     def _add(self, group: dict[str, Any]) -> None:
-        """Append a group of parameters that are in the forest, or will be."""
+        """Append a group of parameters that stand in the user's trees, or will."""
         self._storage.allowed = self.defaults.keys()
         self._storage.check_keys(type(self).__name__, group)
         gradient_transforms.check(group.get(gradient_transforms.KEY))
@@ -328,7 +329,7 @@ class Optimizer(Hooked):
         self.param_groups.append(group)
 
     def freeze(self, selectors: Selectors) -> None:
-        r"""Freeze parameters: steps leave them, their state and their counts as they are.
+        r"""Freeze parameters: steps leave them, their state and their counts unchanged.
 
         Their ``requires_grad`` is False then, which you may also set yourself. ``minimize`` does not differentiate by
         them, and so compiles once for each choice of frozen parameters; for ``step`` frozen parameters are data, unless
@@ -339,7 +340,7 @@ class Optimizer(Hooked):
                 below a path too: ``"encoder"``, ``r"blocks\.[0-5]"``.
 
         Raises:
-            ``ValueError`` for a selector that selects nothing, ``TypeError`` for what is no selector. Nothing is
+            ``ValueError`` for a selector that selects nothing, ``TypeError`` for anything but a selector. Nothing is
             changed then.
 
         Examples:
@@ -360,7 +361,7 @@ class Optimizer(Hooked):
         self._train(selectors, False, "freeze")
 
     def unfreeze(self, selectors: Selectors = ".*") -> None:
-        """Let steps update parameters again that :meth:`freeze` has frozen, with the state that they had.
+        """Unfreeze parameters that :meth:`freeze` has frozen; they continue with the state that they had.
 
         Args:
             selectors: see :meth:`freeze` (default: all parameters).
@@ -383,9 +384,9 @@ class Optimizer(Hooked):
                 param.requires_grad = is_trained
 
     def current_options(self) -> list[dict[str, Any]]:
-        """The options of each group as the next step uses them.
+        """Return the options of each group as the next step uses them.
 
-        A schedule stands at its value for the parameter of the group that has made the most steps.
+        A schedule is replaced by its value at the largest count of steps in the group.
 
         Returns:
             For each group a dict of its options and the keys of your own, without its parameters.
@@ -408,7 +409,7 @@ class Optimizer(Hooked):
         return options
 
     def describe(self) -> Table:
-        """What the next step does with each parameter.
+        """Return a table of what the next step does with each parameter.
 
         Returns:
             A tuple of rows ``(name, shape, dtype, group, rate, decay, trained)``, one for each leaf of the parameters,
@@ -468,7 +469,7 @@ class Optimizer(Hooked):
             raise TypeError(f"The gradient of {wrong[0]!r} is {wrong[1]}, no array. {trees.NONE_ELSE}") from None
 
     def _evaluated(self, grads: Any, closure: Callable[[], Any] | None) -> tuple[Any, Any]:
-        """What the closure returned, and the gradients of a step."""
+        """Return the result of the closure, and the gradients of a step."""
         if callable(grads) and jax.tree_util.all_leaves([grads]):
             if closure is not None:
                 raise TypeError("step takes gradients or a closure, but got two functions.")
@@ -520,10 +521,9 @@ class Optimizer(Hooked):
 
         Args:
             loss_fn: ``loss_fn(params, *args, **kwargs)`` returns a real scalar, or ``(scalar, aux)``; ``params`` has
-                the structure of :attr:`params`. What it changes in an nnx module (batch statistics, random counts) is
-                kept, and so are linen's collections if they are its auxiliary output, as ``apply(..., mutable=)``
-                gives them; from one micro-batch to the next too. L-BFGS keeps what the first evaluation of a step
-                leaves.
+                the structure of :attr:`params`. Its changes of an nnx module (batch statistics, random counts) are
+                kept, and so are linen's collections if they are its auxiliary output, which ``apply(..., mutable=)``
+                returns. They go from one micro-batch to the next. L-BFGS keeps those of the first evaluation of a step.
             args: pytrees of arrays of JAX, NumPy or torch.
             has_aux: whether ``loss_fn`` returns an auxiliary output too (default False).
             clip_norm: :math:`c \ge 0`, a bound on the norm of the gradient of all parameters (default None: none).
@@ -592,7 +592,7 @@ class Optimizer(Hooked):
         return (value, aux) if has_aux else value
 
     def _of_module(self, loss: Loss, args: tuple[Any, ...], module: ModuleDef) -> tuple[Loss, tuple[Any, ...]]:
-        """The loss of a module as one of the parameters, and its arguments, the rest of the module among them."""
+        """Return the loss of a module as one of the parameters, and its arguments, with the rest of the module."""
         if self._storage.is_list:
             raise TypeError("A loss takes one module, but parameters were added to it with add_param_group.")
         changes = self._rest.changing is not None
@@ -607,11 +607,11 @@ class Optimizer(Hooked):
         return value, aux
 
     def _update(self, run: Callable[[], Any]) -> Any:
-        """Make one update; the place for what a class does to its options at each."""
+        """Make one update; classes that change their options at each step extend it."""
         return run()
 
     def _pure_rule(self, part: Part) -> Rule:
-        """The rule with which the pure face goes on from here."""
+        """Return the rule with which the pure face continues."""
         return part.rule
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -635,7 +635,7 @@ class Optimizer(Hooked):
     # The pure face.
 
     def to_functional(self) -> tuple[GradientTransformationExtraArgs, Any, Any]:
-        """Leave for the pure face: the transformation, the parameters and the state of this moment.
+        """Return the transformation, the parameters and the state of this moment, for the pure face.
 
         Returns:
             ``(transformation, params, state)``, ``params`` as :attr:`params`, of a module the tree of what is trained.
@@ -655,7 +655,7 @@ class Optimizer(Hooked):
         return functional.leave(self._storage, self._pure_rule)
 
     def from_functional(self, params: Any, state: Any) -> None:
-        """Return from the pure face.
+        """Take over parameters and state from the pure face.
 
         Args:
             params: a tree like that of :meth:`to_functional`.
@@ -672,7 +672,7 @@ class Optimizer(Hooked):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in torch's layout.
+        """Return the state in torch's layout.
 
         Returns:
             ``{"state": {id: slots}, "param_groups": [options and the ids of "params"]}``, the ids counted over
@@ -692,7 +692,7 @@ class Optimizer(Hooked):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, keep: Collection[str] = ()) -> None:
-        """Load what :meth:`state_dict` gave, here or in torch. Options come from it too.
+        """Load the result of :meth:`state_dict`, of this class or of torch's. It brings options too.
 
         Slots keep the dtypes they have here. Where both sides name all parameters (``param_names``, the names of
         :class:`Parameter`, the paths of a pytree), they are matched by name, else by position: that of
@@ -723,7 +723,7 @@ class Optimizer(Hooked):
         self._load(state_dict, strict, keep=keep)
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
-        """Load what may have other names and axes; see :func:`state_dicts.to_load`."""
+        """Load a state dict that may have other names and axes; see :func:`state_dicts.to_load`."""
         state_checks.check_layout(state_dict)
         state_dict = state_dict.copy()
         for before in self._load_state_dict_pre_hooks.values():
@@ -734,18 +734,18 @@ class Optimizer(Hooked):
             after(self)
 
     def _transferred(self, state: Mapping[Any, Any], transfer: state_dicts.Transfer) -> Mapping[Any, Any]:
-        """State by parameter as the other side has it."""
+        """Return the state by parameter in the form of the other side."""
         return state_dicts.transferred(self, state, transfer)
 
     def _adopt(self, group: dict[str, Any]) -> None:
-        """Bring what a state dict says of a group into our form."""
+        """Convert a group of a state dict into our form."""
 
     def _check_state(self, group: dict[str, Any], state: Mapping[Any, Any]) -> None:
         """Raise for state that this class could not have made with the options of a group."""
         state_checks.check_slots(self, group, state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickling and copying keep: all but the hooks, as in torch."""
+        """Return the attributes to pickle and copy: all but the hooks, as in torch."""
         storage = self._storage
         state = self._storage.states() | self._storage.other_state
         return {

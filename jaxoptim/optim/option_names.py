@@ -1,4 +1,4 @@
-"""The names of options, and those that are taken for them by mistake."""
+"""The names of options, and the check for misspelt ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LIKENESS = 0.78
 
 
 def meant(name: Any, options: Collection[str]) -> str | None:
-    """The option that was probably meant by a name that is none; None for a key of the user's own.
+    """Return the option that an unknown name probably means; None for a key of the user's own.
 
     ``lr_scale``, ``fix_lr`` and the like are no slips, however close.
     """
@@ -39,7 +39,7 @@ def meant(name: Any, options: Collection[str]) -> str | None:
 
 
 def check_own(owner: str, names: Iterable[Any], options: Collection[str]) -> None:
-    """Raise for a key of torch's group dicts that is an option misspelt; users may have keys of their own there."""
+    """Raise for a key of torch's group dicts that is a misspelt option; users may have keys of their own there."""
     for name in names:
         if name not in options and (option := meant(name, options)) is not None:
             raise TypeError(

@@ -16,7 +16,7 @@ from jaxoptim.engine.records import Keeper
 
 
 class Parameter:
-    """An array that changes its value: what torch's ``Parameter`` is to an optimizer.
+    """An array that changes its value, as torch's ``Parameter``.
 
     Args:
         value: a floating or complex array, or a number. It is copied.
@@ -33,7 +33,7 @@ class Parameter:
         dtype: of the value.
         had_grad: whether a gradient was ever assigned.
         dct_dim: the axis, negative, along which a Pyro-style ``DCTAdam`` transforms the gradient (default None).
-        subsample: what the next gradient is about, to a Pyro-style ``DCTAdam`` that is aware of subsamples: a
+        subsample: the indices that the next gradient belongs to, for a Pyro-style ``DCTAdam`` with subsamples: a
             dict of negative axis to indices along it (default None: everything).
 
     Raises:
@@ -165,14 +165,14 @@ class Parameter:
 
 
 def zeros_like(grad: Any) -> Any:
-    """A gradient of zeros, of the same kind: a sparse one of zeros has no rows."""
+    """Return a gradient of zeros, of the same kind: a sparse one of zeros has no rows."""
     if not isinstance(grad, BCOO):
         return jnp.zeros_like(grad)
     return BCOO((grad.data[:0], grad.indices[:0]), shape=grad.shape)
 
 
 def _copied(value: Any, name: str | None) -> jax.Array:
-    """An array of our own: optimizers donate what they hold, and NumPy arrays may change."""
+    """Return a copy of an array: optimizers donate the arrays that they hold, and NumPy arrays may change."""
     if isinstance(value, jax.Array):
         is_here = isinstance(value, jax.core.Tracer) or value.is_fully_addressable  # and not with other processes too
         array = strong(jax.device_put(value, may_alias=False) if is_here else jnp.copy(value))

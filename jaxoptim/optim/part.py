@@ -20,7 +20,7 @@ class Part(NamedTuple):
         times: how often one step updates them.
         count: the steps that they have made, None without state.
         slots: the state of each.
-        shared: what belongs to all of them.
+        shared: the entries that belong to all of them.
     """
 
     group: dict[str, Any]

@@ -18,19 +18,19 @@ from jaxoptim.optim.storage import Storage
 
 
 def checked(mesh: Any, zero: Any) -> Mesh | None:
-    """The mesh of an optimizer; raises for what is none."""
+    """Return the mesh of an optimizer; raise for anything else."""
     if zero is not None and mesh is None:
         raise TypeError(f"zero={shown(zero)} names an axis of a mesh, but no mesh was given. Give mesh= too.")
     return check_mesh(mesh)
 
 
 def data_axes(mesh: Any, zero: Any) -> layouts.Axes:
-    """The axes over which state is in parts."""
+    """Return the axes over which state is in parts."""
     return () if zero is None else layouts.check_axes("zero=", mesh, zero)
 
 
 def place(params: Iterable[Parameter], mesh: Mesh | None) -> None:
-    """Put parameters on all devices of a mesh but for those that are sharded over these."""
+    """Put parameters on all devices of a mesh, except those that are sharded over these."""
     if mesh is None:
         return
     devices = set(mesh.devices.flat)

@@ -98,7 +98,7 @@ class CompositePrior:
             as one of the strength :math:`\gamma = \sum_i \gamma_i` around :math:`\sum_i \gamma_i c_i / \gamma`.
 
     Raises:
-        ``TypeError`` for what is no Gaussian or flat prior, ``ValueError`` for two centers.
+        ``TypeError`` for anything but a Gaussian or flat prior, ``ValueError`` for two centers.
 
     Examples:
         >>> from jaxoptim.optim.prior import CompositePrior, GaussianPrior
@@ -142,7 +142,7 @@ class Terms(NamedTuple):
 
 
 def terms_of(prior: Any, strength: Any = 1.0) -> Terms:
-    """The terms of what devinterp's ``SGMCMC`` takes as a prior.
+    """Return the terms of a prior that devinterp's ``SGMCMC`` takes.
 
     Args:
         prior: a prior; a number, its strength around the initial parameters; its center, ``"initial"`` or a tree; or
@@ -167,14 +167,14 @@ def terms_of(prior: Any, strength: Any = 1.0) -> Terms:
 
 
 def centers_of(center: Any, params: Sequence[Parameter]) -> list[jax.Array]:
-    """A center for each parameter of a group.
+    """Return a center for each parameter of a group.
 
     Args:
         center: a number, a list in the order of the parameters, or a tree that has their names.
         params: the parameters.
 
     Raises:
-        ``ValueError`` for another number of arrays, another name or shape; ``TypeError`` for what is no array.
+        ``ValueError`` for another number of arrays, another name or shape; ``TypeError`` for anything but an array.
     """
     if _is_number(center):
         return [jnp.full(param.shape, center, param.dtype) for param in params]

@@ -1,4 +1,4 @@
-"""The base of the torch-style samplers: what a rule shares between parameters is kept in the group."""
+"""The base of the torch-style samplers, which keep the shared state of a rule in the group."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Common = tuple[jax.Array, dict[str, jax.Array]]
 
 
 class SamplerStorage(WholeStorage):
-    """The parameters of a sampler, which have one count of steps in each group, whether or not each has a gradient.
+    """The parameters of a sampler; a group has one count of steps, whether or not each parameter has a gradient.
 
     The count and what the rule shares (its key, a thermostat, metrics) are entries of the group, where the user reads
     and writes them.
@@ -91,7 +91,7 @@ class SamplerStorage(WholeStorage):
         super()._arrange()
 
     def _update(self) -> tuple[SharedUpdate, list[Common]]:
-        """The update of all sections, and what they have now, keys as their numbers."""
+        """Return the update of all sections, and their current state, keys as their numbers."""
         common, keys = list[Common](), list[Any]()
         for at in range(len(self.sections)):
             count, shared = self._common_of(at)
@@ -106,7 +106,7 @@ class SamplerStorage(WholeStorage):
         return self._made, common
 
     def _raw_key(self, at: int, name: str, key: jax.Array) -> tuple[jax.Array, Any]:
-        """The numbers of a key, and its implementation."""
+        """Return the numbers of a key, and its implementation."""
         known, raw = self._raw.get((at, name), (None, None))
         if known is not key:
             raw = (jax.random.key_data(key), jax.random.key_impl(key))
@@ -121,14 +121,14 @@ class SamplerStorage(WholeStorage):
         return step if _is_count(step) else jnp.asarray(step, jnp.int32), arrays
 
     def _publish(self) -> None:
-        """Put what the last step has published into the groups, if that has not happened."""
+        """Put the results that the last step has published into the groups, unless that was done."""
         if self.whole is not None and (published := self.whole.published) is not None:
             for at, common in enumerate(published):
                 self._put(at, common)
             self.whole.published = None
 
     def _put(self, at: int, common: Common) -> None:
-        """Put the count, and what the rule shares, into the group of a section."""
+        """Put the count and the shared state of the rule into the group of a section."""
         (count, shared), group = common, self.sections[at].group
         for name, x in shared.items():
             was: Any = group.get(name)
@@ -140,7 +140,7 @@ class SamplerStorage(WholeStorage):
     # State by parameter.
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
-        """The state of a parameter by torch's names, a new dict."""
+        """Return the state of a parameter by torch's names, a new dict."""
         if param in self._edited:
             return dict(self._edited[param])
         if param not in self._place_of:
@@ -148,7 +148,7 @@ class SamplerStorage(WholeStorage):
         return self.slots_of(*self._place_of[param]) | self._others.get(param, {})
 
     def slots_of(self, at: int, place: int) -> dict[str, Any]:
-        """The slots of one parameter of a section, without those it lacks; empty before the first update."""
+        """Return the slots of one parameter of a section, without those it lacks; empty before the first update."""
         state = super().state_at(at)
         slots = {} if state is None else state.slots
         label = self.labels[self.sections[at].params[place]]
@@ -157,7 +157,7 @@ class SamplerStorage(WholeStorage):
         return {name: slot for name, slot in found.items() if slot is not None}
 
     def state_at(self, at: int) -> OptState | None:
-        """The state of a section with what its group has, None before its first update."""
+        """Return the state of a section with the entries of its group, None before its first update."""
         state = super().state_at(at)
         if state is None:
             return None
@@ -166,11 +166,11 @@ class SamplerStorage(WholeStorage):
         return state._replace(step=step, shared=shared)
 
     def fresh(self, at: int) -> OptState:
-        """The state of a section before its first update."""
+        """Return the state of a section before its first update."""
         return self._bared(at, _init(self.rule_at(at), self._values(at)))
 
     def _bared(self, at: int, state: OptState) -> OptState:
-        """A state whose count, and what the rule shares, have gone into the group."""
+        """Return a state without the count and the shared entries, which are in the group."""
         self._names[at] = (slot_names(self.rule_at(at)), tuple(state.shared))
         self._put(at, (state.step, state.shared))
         return bare(state)
@@ -179,7 +179,7 @@ class SamplerStorage(WholeStorage):
         return named(self.layout, self.layout.cells[at], self._owner().values)
 
     def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> OptState | None:
-        """The state of a section from those of its parameters; None if there is none."""
+        """Return the state of a section from those of its parameters; None if there is none."""
         self._names.pop(at, None)
         rule, section = self.rule_at(at), self.sections[at]
         names, slots = set(slot_names(rule)), []
@@ -196,12 +196,12 @@ class SamplerStorage(WholeStorage):
         return self._loaded(at, group.get("step", 0), slots, shared)
 
     def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
-        """Take state that was kept elsewhere; all parameters have the count of the group."""
+        """Take over state that was kept elsewhere; all parameters have the count of the group."""
         at, _ = self._place_of[part.params[0]]
         self.replace_state(at, self._loaded(at, part.count, part.slots, part.shared))
 
     def _loaded(self, at: int, count: Any, slots: Sequence[dict[str, Any]], shared: Any) -> OptState:
-        """The state of a section from the slots of each parameter that has them, and the rest."""
+        """Return the state of a section from the slots of each parameter that has them, and the rest."""
         made = _init(self.rule_at(at), self._values(at)).slots
         for param, given in zip(self.sections[at].params, slots, strict=True):
             label = self.labels[param]
@@ -220,11 +220,11 @@ class SamplerStorage(WholeStorage):
         self.numbers = Numbers([assembled(type(rule), vars(rule) | {"key": None}) for rule in rules])
 
     def rule_at(self, at: int) -> Rule:
-        """The rule that a section follows, its masks and its center by the names of the parameters."""
+        """Return the rule of a section, with masks and center by the names of the parameters."""
         return _by_name(super().rule_at(at), [self.labels[param] for param in self.sections[at].params])
 
     def _option(self, group: Group, name: str) -> Any:
-        """What a group says of a hyperparameter; a metric that has a value is switched on."""
+        """Return the value of a hyperparameter in a group; a metric that has a value is switched on."""
         option = super()._option(group, name)
         return True if name in self._switches and isinstance(option, jax.Array) else option
 
@@ -237,18 +237,18 @@ def _is_count(step: Any) -> bool:
 
 
 def _by_name(rule: Rule, names: Sequence[str]) -> Rule:
-    """A rule whose masks, and whose center, are a dict by names if there is one for each parameter."""
+    """Return a rule whose masks and center are a dict by names, where there is one for each parameter."""
     own = {name: _each_by_name(rule, name, names) for name in _by_leaf_fields(rule)}
     return assembled(type(rule), vars(rule) | own)
 
 
 def _by_leaf_fields(rule: Rule | type[Rule]) -> list[str]:
-    """The hyperparameters that may be a tree like the parameters."""
+    """Return the hyperparameters that may be a tree like the parameters."""
     return [name for name, spec in rule.specs.items() if isinstance(spec, Traced) and spec.by_leaf]
 
 
 def _each_by_name(rule: Rule, field: str, names: Sequence[str]) -> Any:
-    """A hyperparameter as a dict by the names of the parameters, unless it is one for all of them."""
+    """Return a hyperparameter as a dict by the names of the parameters, unless it is one for all of them."""
     value = getattr(rule, field)
     is_leaf = jax.tree_util.all_leaves([value])
     if value is None or (is_leaf and not rule.specs[field].is_value):
@@ -273,7 +273,7 @@ def _each_by_name(rule: Rule, field: str, names: Sequence[str]) -> Any:
 
 
 def warn_user(message: str) -> None:
-    """Warn at the line outside of this library that the call came from."""
+    """Warn at the line outside of this library that made the call."""
     level = 1
     while sys._getframe(level).f_globals.get("__name__", "").startswith("jaxoptim."):
         level += 1
@@ -369,7 +369,7 @@ class Sampler(Optimizer):
         super()._add(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; see :meth:`Optimizer.add_param_group`. Its initial parameters are those of now."""
+        """Add a group; see :meth:`Optimizer.add_param_group`. Its initial parameters are the current ones."""
         super().add_param_group(param_group)
         self._storage.start()
         self._warn_of_rounding()

@@ -48,7 +48,7 @@ class MeasuredSampler(Sampler):
 
     @property
     def noise(self) -> dict[int, list[jax.Array]] | None:
-        """For each group the noise of its parameters in the last step, before the mask; None if it is not kept."""
+        """The noise of the parameters of each group in the last step, before the mask; None if it is not kept."""
         return dict(enumerate(self._of_each_group("noise"))) if self.save_noise else None
 
     @property
@@ -82,10 +82,10 @@ def warn_of_settings(name: str, noise_level: Any, nbeta: Any, prefix: str = "War
     """Warn, as devinterp does, of noise that is not the posterior's, and of a temperature that is the default.
 
     Args:
-        name: what messages call the sampler.
+        name: the name of the sampler in messages.
         noise_level: the factor of its noise.
         nbeta: its inverse temperature.
-        prefix: what messages begin with, in devinterp 1.
+        prefix: the beginning of messages, in devinterp 1.
     """
     if isinstance(noise_level, int | float) and noise_level != 1.0:
         warn_user(f"{prefix}noise_level in {name} is unequal to one, this removes SGLD posterior sampling guarantees.")

@@ -35,7 +35,7 @@ _ASIDE = (*_MEASURED, *SKETCHES, "sketch_start")
 
 
 class Metrics(NamedTuple):
-    r"""What a step was made of: :math:`\Delta w = -(\text{grad} + \text{localization} + \text{decay}) + \text{noise}`.
+    r"""The parts of a step: :math:`\Delta w = -(\text{grad} + \text{localization} + \text{decay}) + \text{noise}`.
 
     The first six are norms, the next three scalar products of the parts. devinterp has a norm of the prior too, the
     root of the sum of two squares, which is none where both terms are on.
@@ -124,7 +124,7 @@ class SGMCMC(Sampler):
         sketch_seed: an int in :math:`[0, 2^{32})` (default 0). Sketches can be compared if parameters of the same
             shapes in the same groups were sketched with the same ``sketch_dim`` and seed.
         key: a typed JAX key (default None: ``jax.random.key(0)``), in the place of torch's generator.
-        noise_impl: what makes noise of it (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
+        noise_impl: the generator of the noise (default ``"key"``; see :func:`jaxoptim.core.noise.normal`).
         groups: see :class:`Optimizer`. A group may have its own ``prior``, ``mask``, ``preconditioner`` and
             ``preconditioner_kwargs``, and keeps them as ``weight_decay``, ``localization``, ``optimize_over``,
             ``alpha``, ``eps`` and ``diffusion_factor``, which may be changed at any time.
@@ -435,7 +435,7 @@ class SGMCMC(Sampler):
 
     @classmethod
     def get_method(cls, method: str) -> Callable[..., Self]:
-        """The one of the three that has this name.
+        """Return the factory of this name, one of the three.
 
         Args:
             method: ``"sgld"``, ``"rmsprop_sgld"`` or ``"sgnht"``.
@@ -460,7 +460,7 @@ class SGMCMC(Sampler):
     # Metrics.
 
     def get_metrics(self) -> Metrics:
-        """What the last step was made of, over all groups.
+        """Return the metrics of the last step, over all groups.
 
         Returns:
             :class:`Metrics`, of numbers; zeros before the first step.
@@ -480,7 +480,7 @@ class SGMCMC(Sampler):
         return Metrics._make(math.hypot(*x) if name.endswith("_norm") else sum(x) for name, x in columns)
 
     def iter_group_metrics(self) -> Iterator[Metrics]:
-        """What the last step was made of, for each group in turn; see :meth:`get_metrics`."""
+        """Yield the metrics of the last step, group by group; see :meth:`get_metrics`."""
         self._storage.start()  # groups that were just loaded have none
         for group in self.param_groups:
             if rules.COUNT not in group:
@@ -488,7 +488,7 @@ class SGMCMC(Sampler):
             yield Metrics._make(group[name].item() for name in _MEASURED)
 
     def get_sketches(self) -> Sketches:
-        r"""The parts of the last step as sketches, over all groups, whose products are nearly those of the parts.
+        r"""Return sketches of the parts of the last step, over all groups; they keep products nearly.
 
         With all parameters in one vector, group after group, that of a part v is :math:`S v` for a random matrix S that
         is the same in all steps and all chains. Over seeds
@@ -520,7 +520,7 @@ class SGMCMC(Sampler):
         return Sketches._make(sum(group[name] for group in self.param_groups) for name in SKETCHES)
 
     def get_params(self) -> Iterator[Parameter]:
-        """Each parameter in turn, in the order of the groups."""
+        """Yield each parameter, in the order of the groups."""
         for group in self.param_groups:
             yield from group["params"]
 
@@ -578,9 +578,7 @@ class SGMCMC(Sampler):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in devinterp's layout, which has the place of each parameter in its group too; see
-        :meth:`Optimizer.state_dict`.
-        """
+        """Return the state in devinterp's layout, with the places of parameters; see :meth:`Optimizer.state_dict`."""
         return devinterp_state.with_places(super().state_dict())
 
     def _load(self, state_dict: dict[str, Any], strict: bool, **correspondence: Any) -> None:
@@ -588,23 +586,23 @@ class SGMCMC(Sampler):
 
 
 def _sketch_end(group: Mapping[str, Any]) -> int:
-    """The place after the last number of a group in the vector that is sketched."""
+    """Return the place after the last number of a group in the vector that is sketched."""
     return group.get("sketch_start", 0) + sum(real_size(param.value) for param in group["params"])
 
 
 def _prior(weight_decay: float, localization: float) -> Prior:
-    """The prior of the factories: devinterp makes a member for each strength that is not zero."""
+    """Return the prior of the factories: devinterp makes a member for each strength that is not zero."""
     members = [GaussianPrior(weight_decay, center=None), GaussianPrior(localization)]
     return CompositePrior([member for member in members if member.localization])
 
 
 def _of_prior(terms: Terms) -> dict[str, Any]:
-    """A prior in the terms of the rule, without its center."""
+    """Return a prior in the terms of the rule, without its center."""
     return {"weight_decay": terms.weight_decay, "localization": terms.localization, "center_slot": terms.slot}
 
 
 def _conditioner(kind: str | None, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A preconditioner and its options in the terms of the rule."""
+    """Return a preconditioner and its options in the terms of the rule."""
     kind, options = kind or "identity", dict(kwargs or {})
     allowed = _KWARGS.get(kind, ())  # of others the rule tells
     if kind in _KWARGS and (unknown := [name for name in options if name not in allowed]):

@@ -11,7 +11,7 @@ from jaxoptim.optim.sgld import warn_of_settings
 
 
 class ThermostatSampler(Sampler):
-    """A sampler that warns, as devinterp does, of what it does not keep."""
+    """A sampler that warns, as devinterp does, of metrics that it does not keep."""
 
     may_lack: ClassVar[frozenset[str]] = Sampler.may_lack | {"weight_decay", "localization", "optimize_over", "order"}
 

@@ -22,7 +22,7 @@ class ParameterState(MutableMapping[str, Any]):
         self._own: dict[str, Any] | None = None
 
     def detach(self) -> None:
-        """Keep what is there now, and follow the parameter no longer."""
+        """Keep the current entries, and stop following the parameter."""
         self._own = self._now()
 
     def _now(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class State(MutableMapping[Any, Any]):
     # Only state[param] makes an entry where there is none.
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """The entry of a key, or the default."""
+        """Return the entry of a key, or the default."""
         if key not in self:
             return default
         return self[key]
@@ -108,7 +108,7 @@ class State(MutableMapping[Any, Any]):
         return entry
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """The entry of a key, which is the default if it had none."""
+        """Return the entry of a key, which is set to the default if it had none."""
         if key not in self:
             self[key] = default
         return self[key]

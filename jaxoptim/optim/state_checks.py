@@ -1,4 +1,4 @@
-"""What a state dict must be to be loaded: the right parameters, options and slots."""
+"""Checks of a state dict before it is loaded: parameters, options and slots."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _COUNT = jax.ShapeDtypeStruct((), jnp.float32)
 
 
 class Loadable(Protocol):
-    """An optimizer, as far as its state dict is concerned."""
+    """The protocol of an optimizer, as far as its state dict is concerned."""
 
     defaults: dict[str, Any]
     _storage: Storage
 
     @property
     def rule(self) -> type[Any]:
-        """What computes the update of one parameter."""
+        """The class of the rule that computes the update of one parameter."""
 
     @property
     def step_type(self) -> type | None:
-        """How the state shows the count of steps."""
+        """The type in which the state shows the count of steps."""
 
     @property
     def may_lack(self) -> frozenset[str]:
@@ -56,7 +56,7 @@ class Loadable(Protocol):
 
 
 def check_layout(state_dict: Any) -> None:
-    """Raise for what is no state dict of an optimizer."""
+    """Raise for an object that is no state dict of an optimizer."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"A state dict is expected, which an optimizer's state_dict() gives, but got {type(state_dict).__name__}."
@@ -77,17 +77,17 @@ def check_class(optimizer: Loadable, state_dict: Mapping[str, Any]) -> None:
 
 
 def names_of(group: Mapping[str, Any]) -> list[str | None]:
-    """The names of the parameters of a group, as the user gave them if they were given."""
+    """Return the names of the parameters of a group, if the user gave them."""
     return list(group["param_names"]) if "param_names" in group else [param.name for param in group["params"]]
 
 
 def labels(group: Mapping[str, Any]) -> list[str]:
-    """What the parameters of a group are called in messages."""
+    """Return the names of the parameters of a group for messages."""
     return [repr(name or f"params[{index}]") for index, name in enumerate(names_of(group))]
 
 
 def check_size(index: int, group: Mapping[str, Any], mine: Mapping[str, Any], names: Sequence[str | None]) -> None:
-    """Raise for groups of different size, by way of the first parameter that has no counterpart."""
+    """Raise for groups of different size, and name the first parameter that has no counterpart."""
     there, here = len(group["params"]), len(mine["params"])
     if there == here:
         return
@@ -159,7 +159,7 @@ def check_slots(optimizer: Loadable, group: dict[str, Any], state: Mapping[Any, 
 
 
 def check_array(slot: str, label: str, given: Any, wanted: Any) -> None:
-    """Raise for a slot that has not the shape, or is complex and must not be."""
+    """Raise for a slot of another shape, or a complex one that must be real."""
     if np.shape(given) != wanted.shape:
         raise ValueError(
             f"loaded state dict has {slot!r} of shape {np.shape(given)} for the parameter {label}, "
@@ -173,7 +173,7 @@ def check_array(slot: str, label: str, given: Any, wanted: Any) -> None:
 
 
 def _dormant(rule: Rule) -> set[str]:
-    """The slots of terms that are switched off, which state keeps, as in torch, from the time when they were on."""
+    """Return the slots of terms that are switched off; state keeps them, as in torch, since the time of the terms."""
     names: set[str] = set()
     for field in dataclasses.fields(rule):  # type: ignore[arg-type]
         value = getattr(rule, field.name)

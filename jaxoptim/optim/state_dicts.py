@@ -22,7 +22,7 @@ from jaxoptim.optim.subclass import TORCH_FLAGS
 
 
 class Transfer(NamedTuple):
-    """What changes between the state dict of one optimizer and that of another.
+    """The differences between the state dicts of two optimizers.
 
     Attributes:
         groups: the options, with the parameters of the optimizer here.
@@ -39,7 +39,7 @@ class Transfer(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class StateDict(dict[Any, Any]):
-    """A state dict that says what torch's leaves out: whose it is, and the names of the parameters.
+    """A state dict that has the owner and the names of the parameters, which torch's leaves out.
 
     It has torch's keys, and ``"gradient_transform"`` where the optimizer has such a state. Checkpoints keep what it
     says; ``load_state_dict`` checks it.
@@ -54,20 +54,20 @@ class StateDict(dict[Any, Any]):
         self.made_by, self.names = made_by, names
 
     def copy(self) -> StateDict:
-        """A shallow copy."""
+        """Return a shallow copy."""
         return StateDict(self, made_by=self.made_by, names=self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _state_dict, (dict(self), self.made_by, self.names)
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        """The entries and their keys."""
+        """Return the entries and their keys."""
         about = (tuple(self), self.made_by, tuple(map(tuple, self.names)))
         return [(jax.tree_util.DictKey(key), value) for key, value in self.items()], about
 
     @classmethod
     def tree_unflatten(cls, about: Any, entries: Iterable[Any]) -> StateDict:
-        """Other entries under the same keys."""
+        """Return a state dict of other entries under the same keys."""
         keys, made_by, names = about
         return cls(zip(keys, entries, strict=True), made_by=made_by, names=[list(of) for of in names])
 
@@ -77,7 +77,7 @@ def _state_dict(items: dict[Any, Any], made_by: str, names: list[list[str | None
 
 
 def saved(optimizer: Loadable) -> StateDict:
-    """The state and the groups of an optimizer, with numbers for parameters."""
+    """Return the state and the groups of an optimizer, with numbers for parameters."""
     ids: dict[Parameter, int] = {}
     position, aside = 0, ("params", gradient_transforms.KEY)
     for group in optimizer.param_groups:
@@ -110,10 +110,10 @@ def to_load(
     moves: Mapping[Parameter, Rearrangement] | None = None,
     keep: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The state and the groups that a state dict describes, with the optimizer's own parameters; checked.
+    """Return the state and the groups of a state dict, checked, with the optimizer's own parameters.
 
     Args:
-        optimizer: what is to be loaded.
+        optimizer: the optimizer that loads.
         state_dict: in torch's layout.
         strict: see ``Optimizer.load_state_dict``.
         names: for each group of the state dict what its parameters are called in the optimizer's labels (default
@@ -122,7 +122,7 @@ def to_load(
         keep: see ``Optimizer.load_state_dict``.
 
     Raises:
-        ``KeyError`` and ``ValueError`` for what does not fit, which name the parameter.
+        ``KeyError`` and ``ValueError`` for entries that do not fit; they name the parameter.
     """
     if isinstance(keep, str):
         raise TypeError(f"keep takes a list of options, but got {shown(keep)}. Give [{keep!r}].")
@@ -182,7 +182,7 @@ def _in_our_order(
     strict: bool,
     are_labels: bool,
 ) -> list[dict[str, Any]]:
-    """The groups, and the parameters in each, as the optimizer has them."""
+    """Return the groups, and the parameters in each, in the optimizer's order."""
     here = optimizer.param_groups
     if not are_labels:
         return by_name(groups, names, [state_checks.names_of(group) for group in here], strict)
@@ -192,7 +192,7 @@ def _in_our_order(
 
 
 def names_in(state_dict: Mapping[str, Any]) -> list[list[str | None]]:
-    """For each group of a state dict the names of its parameters, None for those that have none."""
+    """Return the names of the parameters of each group of a state dict, None for those that have none."""
     if isinstance(state_dict, StateDict):
         return state_dict.names
     found = []
@@ -203,7 +203,7 @@ def names_in(state_dict: Mapping[str, Any]) -> list[list[str | None]]:
 
 
 def _complete(optimizer: Loadable, group: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Complete a group that was saved before torch had some of its options: what is missing is off.
+    """Complete a group that was saved before torch had some of its options: missing ones are off.
 
     What the parent never had stays as it is here.
     """
@@ -227,7 +227,7 @@ def _keep(group: dict[str, Any], mine: dict[str, Any], keep: Collection[str]) ->
 
 
 def _copied(value: Any, param: Parameter | None, axes: tuple[str, ...]) -> Any:
-    """An entry with arrays of our own in the place of those of NumPy and torch, which may change.
+    """Return an entry with copied JAX arrays in the place of those of NumPy and torch, which may change.
 
     Those of the shape of a parameter on several devices go there, one by one: all may be too much for one device.
     """
@@ -254,7 +254,7 @@ def _own(x: Any) -> Any:
 
 
 def transferred(optimizer: Loadable, state: Mapping[Any, Any], transfer: Transfer) -> dict[Any, Any]:
-    """State by parameter, with the numbers of some moved.
+    """Return state by parameter, with the numbers of some moved.
 
     Raises:
         ``ValueError`` that names a parameter with which the rule does not go along.

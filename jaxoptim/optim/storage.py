@@ -1,4 +1,4 @@
-"""What belongs to a torch-style optimizer: its groups, and the store that keeps their parameters."""
+"""The groups of a torch-style optimizer, and the store that keeps their parameters."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Storage:
         labels: a unique name for each parameter.
         allowed: the names of the options of a group.
         unlisted: those that a group has only where they are given.
-        other_state: what the user filed under other keys than parameters.
-        gradient_transform: what the gradients of all parameters go through before a step, None for nothing.
+        other_state: the entries under keys that are no parameters, the user's own.
+        gradient_transform: the transformation of the gradients of all parameters before a step, None for none.
         precision: how arrays of few bits are kept.
         axes: the data axes over whose devices state is in parts.
         loaded_transform_state: the state of the transformations from the next step on, None for that which they have.
@@ -91,11 +91,11 @@ class Storage:
         return list(dict.fromkeys(param for group in self.groups for param in group["params"]))
 
     def known(self) -> list[Parameter]:
-        """All parameters that may have state: those of the groups, and others that were there before."""
+        """Return all parameters that may have state: those of the groups, and others that were there before."""
         return list(dict.fromkeys([*self.parameters(), *self.store.known()]))
 
     def tree(self) -> Any:
-        """The parameters in the structure that the user gave; a list at the end for those only put into a group."""
+        """Return the parameters in the user's structure; at the end a list of those that were only put into a group."""
         if self._is_loose() or self._groups_changed():
             given, inside = set(jax.tree.leaves(self.forest)), set(self.parameters())
             self._strays = [
@@ -106,11 +106,11 @@ class Storage:
         return self.forest if self.is_list else self.forest[0]
 
     def _is_loose(self) -> bool:
-        """Whether parameters may have come or gone since the last step."""
+        """Return whether parameters may have come or gone since the last step."""
         return self.store.slabs is None
 
     def own_gradients(self) -> Any:
-        """The tree of each parameter's ``grad``, None where a parameter stands a second time."""
+        """Return the tree of each parameter's ``grad``, None where a parameter stands a second time."""
         leaves, treedef = jax.tree.flatten(self.tree())
         grads = {param: param.grad for param in leaves}
         if len(grads) == len(leaves):
@@ -118,7 +118,7 @@ class Storage:
         return jax.tree.unflatten(treedef, [grads.pop(param, None) for param in leaves])
 
     def rule_of(self, group: Group) -> Rule:
-        """The rule with the options of a group."""
+        """Return the rule with the options of a group."""
         fields = [name for name in self._fields if name in group or name not in self.unlisted]
         if missing := [name for name in fields if name not in group]:
             raise KeyError(
@@ -147,7 +147,7 @@ class Storage:
         return rule
 
     def _option(self, group: Group, name: str) -> Any:
-        """What a group says of a hyperparameter."""
+        """Return the value of a hyperparameter in a group."""
         return group.get(name, _MISSING)
 
     def check_param(self, rule: Rule, name: str, param: Parameter) -> None:
@@ -163,28 +163,28 @@ class Storage:
             self.store.slabs.read_all()
 
     def values(self) -> Any:
-        """The values of all parameters, in the structure of :meth:`tree`."""
+        """Return the values of all parameters, in the structure of :meth:`tree`."""
         self.read_all()
         return jax.tree.map(lambda param: param.value, self.tree())
 
     # State by parameter.
 
     def has_state(self, param: Parameter) -> bool:
-        """Whether ``state`` has an entry for the parameter."""
+        """Return whether ``state`` has an entry for the parameter."""
         return bool(self.state_of(param))
 
     def state_of(self, param: Parameter) -> dict[str, Any]:
-        """The state of a parameter by torch's names, a new dict."""
+        """Return the state of a parameter by torch's names, a new dict."""
         return self._as_shown(self.store.state_of(param), {})
 
     def states(self) -> dict[Parameter, dict[str, Any]]:
-        """The state of all parameters that have some."""
+        """Return the state of all parameters that have some."""
         counts: dict[int, Any] = {}
         states = {param: self._as_shown(state, counts) for param, state in self.store.states().items()}
         return {param: states[param] for param in self.known() if states.get(param)}
 
     def _as_shown(self, state: State, counts: dict[int, Any]) -> dict[str, Any]:
-        """The entries of torch's state, the count of steps first, if it has one."""
+        """Return the entries of torch's state, the count of steps first, if it has one."""
         count, entries = state
         if self.step_type is None or count == NOT_STARTED:
             return dict(entries)
@@ -201,7 +201,7 @@ class Storage:
     # A step.
 
     def advance(self, grads: Any) -> None:
-        """One update of all parameters that have a gradient."""
+        """Make one update of all parameters that have a gradient."""
         if not self.groups:
             return  # as torch
         self.settle()
@@ -212,13 +212,13 @@ class Storage:
         return self.slabs().minimize(job)
 
     def start(self) -> None:
-        """Make the state of all parameters now instead of at their first update."""
+        """Create the state of all parameters now instead of at their first update."""
         self.slabs().start()
 
     # The pure face.
 
     def parts(self) -> list[Part]:
-        """The parameters as the pure face has them: by group, and by the steps that they have made."""
+        """Return the parameters as the pure face has them: by group, and by the steps that they have made."""
         groups, states = self.slabs().groups, self.store.states()
         found: list[Part] = []
         for at, members in enumerate(groups):
@@ -233,7 +233,7 @@ class Storage:
         return found
 
     def load_part(self, part: Part, counts: Mapping[Parameter, Any]) -> None:
-        """Take state that was kept elsewhere; ``counts`` are of the parameters that have missed an update."""
+        """Take over state that was kept elsewhere; ``counts`` are of the parameters that have missed an update."""
         for param, slots in zip(part.params, part.slots, strict=True):
             steps, (before, _) = int(counts.get(param, part.count)), self.store.state_of(param)
             if steps or before != NOT_STARTED or param not in counts:
@@ -242,7 +242,7 @@ class Storage:
     # What the user has changed since the last step.
 
     def slabs(self) -> Slabs:
-        """The arrays, up to date with groups, options, and assigned values."""
+        """Return the arrays, up to date with groups, options, and assigned values."""
         self.settle()
         return self.store.slabs  # type: ignore[return-value]
 
@@ -288,7 +288,7 @@ class Storage:
         self._transform_key, self.loaded_transform_state = key, None
 
     def transform(self) -> Transform | None:
-        """The transformation of gradients, with its state of now; None if there is none."""
+        """Return the transformation of gradients, with its current state; None if there is none."""
         keys = (group.get(gradient_transforms.KEY) for group in self.groups)
         if not self.groups or (self.gradient_transform is None and all(tx is None for tx in keys)):
             return None
@@ -297,7 +297,7 @@ class Storage:
         return slabs.transform
 
     def transform_state(self) -> Any:
-        """The state of the transformation of gradients, None without one."""
+        """Return the state of the transformation of gradients, None without one."""
         transform = self.transform()
         return None if transform is None else transform.state
 
@@ -308,14 +308,14 @@ class Storage:
         self._check_names()
 
     def _check_names(self) -> None:
-        """Raise if a new key of a group is an option misspelt."""
+        """Raise if a new key of a group is a misspelt option."""
         if (number := sum(map(len, self.groups))) != self._num_keys:
             for group in self.groups:
                 self.check_keys(self.rule.__name__, group)
             self._num_keys = number
 
     def check_keys(self, owner: str, group: Group) -> None:
-        """Raise for a key of a group that is an option misspelt, or that this optimizer has no use for."""
+        """Raise for a key of a group that is a misspelt option, or that this optimizer does not use."""
         option_names.check_own(owner, group, self.allowed)
         if group.get(gradient_transforms.KEY) is not None:
             self.check_transforms(owner)
@@ -329,7 +329,7 @@ class Storage:
             )
 
     def _groups_changed(self) -> bool:
-        """Whether the slabs were made of other groups or other parameters."""
+        """Return whether the slabs were made of other groups or other parameters."""
         seen, groups = self._seen, self.groups
         return len(seen) != len(groups) or any(
             old is not new or params != new["params"] for (old, params), new in zip(seen, groups, strict=True)
@@ -358,7 +358,7 @@ class Storage:
             self.store.renumber({at: settings[place] for at, place in enumerate(self._places)})
 
     def _setting_after(self, before: Any, setting: TakenApart | None, now: list[Any], group: Group) -> TakenApart:
-        """The setting of a group, from what it was before."""
+        """Return the setting of a group, given its previous one."""
         if setting is not None and _same(now, before):
             return setting
         if setting is not None:
@@ -397,7 +397,7 @@ class Storage:
 
 
 def labelled(tree: Any) -> dict[Parameter, str]:
-    """A unique name for each parameter: its own, or its path where others have that name too."""
+    """Return a unique name for each parameter: its own, or its path where others have that name too."""
     leaves = jax.tree.leaves(tree, is_leaf=trees.is_leaf)
     paths = {leaf: path for path, leaf in zip(trees.names(tree), leaves, strict=True) if leaf is not None}
     shared = Counter(param.name for param in paths)
@@ -411,12 +411,12 @@ def labelled(tree: Any) -> dict[Parameter, str]:
 
 
 def _plain(x: Any) -> Any:
-    """An option, a NumPy array of one element as a number."""
+    """Return an option, a NumPy array of one element as a number."""
     return x.item() if isinstance(x, np.ndarray) and x.size == 1 else x
 
 
 def _same(options: Any, others: Any) -> bool:
-    """Whether no option has changed; arrays that are not the same object count as changed."""
+    """Return whether no option has changed; arrays that are not the same object count as changed."""
     try:
         return options == others
     except ValueError:

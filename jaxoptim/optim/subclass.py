@@ -1,4 +1,4 @@
-"""What a class gets that names its rule: a constructor, and the rule's documentation.
+"""The constructor and the docstring of a class that names its rule.
 
 The constructor takes the hyperparameters of the rule, and the groups keep them. A class may say otherwise for itself:
 
@@ -45,7 +45,7 @@ _EXAMPLE = """Examples:
 
 
 def complete(cls: Any) -> None:
-    """Give an optimizer what it does not have of its own."""
+    """Give an optimizer class a constructor and a docstring where it has none of its own."""
     if "__init__" not in vars(cls):
         _construct(cls)
     if "Args:" not in (vars(cls).get("__doc__") or ""):
@@ -53,7 +53,7 @@ def complete(cls: Any) -> None:
 
 
 def check_rule(cls: Any) -> None:
-    """Raise for what is no class of rules."""
+    """Raise for an object that is no class of rules."""
     if not (isinstance(cls.rule, type) and issubclass(cls.rule, Hyperparameters)):
         kind = cls.rule.__name__ if isinstance(cls.rule, type) else type(cls.rule).__name__
         raise TypeError(
@@ -63,7 +63,7 @@ def check_rule(cls: Any) -> None:
 
 
 def _construct(cls: Any) -> None:
-    """Give the class a constructor, which hands its options to that of the base class."""
+    """Give the class a constructor, which passes its options to that of the base class."""
     own = _hyperparameters(cls.rule)
     signature = inspect.Signature(_options(cls, own))
     taken = signature.parameters
@@ -105,7 +105,7 @@ def _construct(cls: Any) -> None:
 
 
 def _options(cls: Any, own: dict[str, inspect.Parameter]) -> list[inspect.Parameter]:
-    """What the constructor takes after ``params``, but for ``groups``; ``own`` are the rule's."""
+    """Return the constructor's parameters after ``params``, except ``groups``; ``own`` are the rule's."""
     if "_arguments" not in vars(cls):
         return list(own.values())
     known = {**inspect.signature(super(cls, cls).__init__).parameters, **_FLAGS, **own}
@@ -114,7 +114,7 @@ def _options(cls: Any, own: dict[str, inspect.Parameter]) -> list[inspect.Parame
 
 
 def _hyperparameters(rule: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of a rule, numbers annotated as what a torch-style class takes."""
+    """Return the parameters of a rule, with numbers annotated by the type that a torch-style class takes."""
     return {
         name: x.replace(annotation=_annotation(rule.specs[name])) if name in rule.specs else x
         for name, x in inspect.signature(rule).parameters.items()

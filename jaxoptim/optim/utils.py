@@ -28,7 +28,7 @@ __dir__ = listing(__all__)
 def get_total_norm(
     tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
 ) -> jax.Array:
-    r"""The norm of all arrays of a tree together.
+    r"""Return the norm of all arrays of a tree together.
 
     .. math::
         \Bigl\lVert \bigl( \lVert g_1 \rVert_p, \lVert g_2 \rVert_p, \dots \bigr) \Bigr\rVert_p
@@ -134,7 +134,7 @@ def clip_grad_value_(parameters: Any, clip_value: float, foreach: bool | None = 
 
 
 def _own_tree(given: Any) -> Any:
-    """What was given as a tree, an iterator read out."""
+    """Return the arguments as a tree, an iterator read out."""
     if isinstance(given, Iterator):
         given = list(given)
         if not given:
@@ -199,7 +199,7 @@ def _bounded(tree: Any, bound: Any) -> Any:
 
 
 def _on_numbers(function: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-    """A tree with its numbers changed, those of rows after they were summed."""
+    """Return a tree with its numbers changed, those of rows after they were summed."""
 
     def changed(grad: Any) -> Any:
         if not isinstance(grad, BCOO):

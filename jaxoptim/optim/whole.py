@@ -60,20 +60,20 @@ class WholeStorage(Storage, abc.ABC):
 
     @abc.abstractmethod
     def fresh(self, at: int) -> Any:
-        """The state of a section before its first update."""
+        """Return the state of a section before its first update."""
 
     @abc.abstractmethod
     def restored(self, at: int, states: Mapping[Parameter, dict[str, Any]], began: bool) -> Any:
-        """The state of a section from those of its parameters; None if there is none."""
+        """Return the state of a section from those of its parameters; None if there is none."""
 
     # State by parameter.
 
     def known(self) -> list[Parameter]:
-        """All parameters that may have state: those of the groups, and others that were there before."""
+        """Return all parameters that may have state: those of the groups, and others that were there before."""
         return list(dict.fromkeys([*self.parameters(), *self._place_of, *self._edited]))
 
     def states(self) -> dict[Parameter, dict[str, Any]]:
-        """The state of all parameters that have some."""
+        """Return the state of all parameters that have some."""
         return {param: state for param in self.known() if (state := self.state_of(param))}
 
     def set_state(self, param: Parameter, state: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class WholeStorage(Storage, abc.ABC):
         self._edited[param] = state
 
     def state_at(self, at: int) -> Any:
-        """The state of a section, None before its first update."""
+        """Return the state of a section, None before its first update."""
         return None if self.whole is None else self.whole.states[at]
 
     def replace_state(self, at: int, state: Any) -> None:
@@ -101,7 +101,7 @@ class WholeStorage(Storage, abc.ABC):
         """Do nothing: every value is an array of its own."""
 
     def parts(self) -> list[Part]:
-        """The parameters as the pure face has them."""
+        """Return the parameters as the pure face has them."""
         return [self._part(at, section) for at, section in enumerate(self.sections)]
 
     def _part(self, at: int, section: Section) -> Part:
@@ -111,20 +111,20 @@ class WholeStorage(Storage, abc.ABC):
         return Part(section.group, self.rule_at(at), section.params, labels, section.times, count, slots, shared)
 
     def slots_of(self, at: int, place: int) -> dict[str, Any]:
-        """The slots of one parameter of a section."""
+        """Return the slots of one parameter of a section."""
         return {}
 
     # A step.
 
     def start(self) -> None:
-        """Make the state of all parameters now instead of at their first update."""
+        """Create the state of all parameters now instead of at their first update."""
         self.settle()
         with self._started():
             pass
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[None]:
-        """Make the state of sections that have none; they lose it again if what follows fails."""
+        """Create the state of sections that have none, and take it away again if what follows fails."""
         new = self._unstarted
         try:
             for at in new:
@@ -136,20 +136,20 @@ class WholeStorage(Storage, abc.ABC):
             raise
 
     def _owner(self) -> Whole:
-        """What keeps the parameters, up to date with groups, options, and assigned values."""
+        """Return the owner of the parameters, up to date with groups, options, and assigned values."""
         if self.whole is None:
             self._arrange()
         return self.whole  # type: ignore[return-value]
 
     def rule_at(self, at: int) -> Rule:
-        """The rule that a section follows."""
+        """Return the rule of a section."""
         settings = zip(self._settings, self.groups, strict=True)
         # Parameters that the user took out of all groups are not updated by any.
         own = self.sections[at].group
         return next((apart for apart, group in settings if group is own), self._settings[0]).setting.rule
 
     def check_repeated(self, params: Sequence[Parameter]) -> None:
-        """Raise for a parameter that stands in a group more than once: what it shares, such as a key, has one step."""
+        """Raise for a parameter that stands in a group more than once: shared state, such as a key, has one step."""
         if repeated := [param for param, times in Counter(params).items() if times > 1]:
             name = repeated[0].name or f"params[{params.index(repeated[0])}]"
             raise ValueError(
@@ -209,7 +209,7 @@ class WholeStorage(Storage, abc.ABC):
         self._find_unstarted()
 
     def _sections(self, labels: Mapping[Parameter, str]) -> list[Section]:
-        """The parameters of each group, and those that stand in none at the end."""
+        """Return the parameters of each group, and those that stand in none at the end."""
         inside = set(self.parameters())
         for group in self.groups:
             self.check_repeated(group["params"])

@@ -1,4 +1,10 @@
-"""Posterior samplers: many chains in one compiled program, and local learning coefficients."""
+"""Posterior samplers: many chains in one compiled program, and local learning coefficients.
+
+:func:`sample` runs chains of a sampler, :func:`estimate_llc` estimates a local learning coefficient, :func:`calibrate`
+compares the settings of a sampler, and :func:`llc_over_checkpoints` follows a training.
+
+The public names are those that ``dir(sampling)`` shows; other files of this package are internal.
+"""
 
 from jaxoptim.core.names import listing
 from jaxoptim.sampling.calibration import Calibration, calibrate

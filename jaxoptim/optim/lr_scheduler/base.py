@@ -1,4 +1,4 @@
-"""The base of the schedulers, and how they read and write the options of an optimizer's groups."""
+"""The base of the schedulers, and the access to the options of an optimizer's groups."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EPOCH_DEPRECATION_WARNING = (
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raise for what is not one of our optimizers, or has no rate to change."""
+    """Raise for an object that is none of this library's optimizers, or has no rate to change."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an Optimizer")
     for index, lr in enumerate(values(optimizer, "lr")):
@@ -39,7 +39,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
-    """One value for each group: those of a list, or the same for all."""
+    """Return one value for each group: those of a list, or the same for all."""
     groups = len(optimizer.param_groups)
     if not isinstance(value, list | tuple):
         return [value] * groups
@@ -52,17 +52,17 @@ def per_group(name: str, optimizer: Optimizer, value: Any) -> list[Any]:
 
 
 def values(optimizer: Optimizer, key: str) -> list[Any]:
-    """An option of every group."""
+    """Return an option of every group."""
     return [group[key] for group in optimizer.param_groups]
 
 
 def number(x: Any) -> float:
-    """A number, or an array of one element, as a float."""
+    """Return a number, or an array of one element, as a float."""
     return float(x.reshape(()) if hasattr(x, "reshape") else x)
 
 
 def write(group: dict[str, Any], key: str, value: Any) -> None:
-    """Set an option of a group; what was an array stays one, of its shape and dtype."""
+    """Set an option of a group; an array stays one, of its shape and dtype."""
     old = group[key]
     group[key] = jnp.full_like(old, value) if isinstance(old, jax.Array) else value
 
@@ -72,12 +72,12 @@ _TELLING = ("_schedulers", "_milestones")
 
 
 def warn(message: str, depth: int = 3) -> None:
-    """A warning that points to the user's line, ``depth`` frames away."""
+    """Warn at the user's line, ``depth`` frames away."""
     warnings.warn(message, UserWarning, stacklevel=depth)
 
 
 class LRScheduler:
-    r"""The base of the schedulers: what ``torch.optim.lr_scheduler.LRScheduler`` is.
+    r"""The base of the schedulers, as ``torch.optim.lr_scheduler.LRScheduler``.
 
     A scheduler writes ``group["lr"]``; the optimizer reads it at its next step, without compiling again. A
     subclass defines :meth:`get_lr`, and may define ``_get_closed_form_lr``:
@@ -97,7 +97,7 @@ class LRScheduler:
         last_epoch: how often the scheduler was stepped.
 
     Raises:
-        ``TypeError`` for what is not an optimizer, ``KeyError`` for ``last_epoch`` with groups that have no
+        ``TypeError`` for anything but an optimizer, ``KeyError`` for ``last_epoch`` with groups that have no
         ``initial_lr``, ``ValueError`` if groups were added that the scheduler does not know.
 
     Examples:
@@ -158,12 +158,12 @@ class LRScheduler:
                 )
 
     def _to_initial_lr(self) -> None:
-        """Give every group the rate that it started with."""
+        """Give every group its initial rate."""
         for group in self.optimizer.param_groups:
             write(group, "lr", group["initial_lr"])
 
     def _initial_step(self) -> None:
-        """Come to epoch 0."""
+        """Move to epoch 0."""
         self._step_count = 0
         self._is_initial = True
         try:
@@ -172,28 +172,28 @@ class LRScheduler:
             self._is_initial = False
 
     def _repeat(self, steps: int) -> None:
-        """Make the steps of an earlier run, which had steps of the optimizer between them."""
+        """Repeat the steps of an earlier run, which had steps of the optimizer between them."""
         called, self.optimizer._opt_called = self.optimizer._opt_called, True
         for _ in range(steps):
             self.step()
         self.optimizer._opt_called = called
 
     def _begin(self) -> None:
-        """Come to epoch 0 in the midst of a sequence, where the rate is what another scheduler has left."""
+        """Move to epoch 0 in the midst of a sequence, where the rate is what another scheduler has left."""
         self._step_count = 1
         self._update_lr(0)
 
     def _restart(self) -> None:
-        """Come to epoch 0 from the initial rate."""
+        """Move to epoch 0 from the initial rate."""
         self._reset()
         self._initial_step()
 
     def _reset(self) -> None:
-        """Go back to before the initial step."""
+        """Return to before the initial step."""
         self.last_epoch = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer: torch's keys.
+        """Return everything but the optimizer, under torch's keys.
 
         Returns:
             A dict, to be saved together with the optimizer's.
@@ -201,7 +201,7 @@ class LRScheduler:
         return {key: value for key, value in vars(self).items() if key not in ("optimizer", "_is_resumed")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, here or in torch. The rates come with the optimizer's state.
+        """Load the result of :meth:`state_dict`, here or from torch. The rates come with the optimizer's state.
 
         Args:
             state_dict: it is not changed.
@@ -219,7 +219,7 @@ class LRScheduler:
         self._restore(state)
 
     def _check_saved(self, state: Mapping[str, Any]) -> None:
-        """Raise for what another class has saved: torch keeps no name of it, but the options differ."""
+        """Raise for the state of another class: torch saves no name of it, but the options differ."""
         ours = self.state_dict()
         lacking = [name for name in inspect.signature(type(self)).parameters if name in ours.keys() - state.keys()]
         unknown = [name for name in state if name not in ours and (name in _TELLING or not name.startswith("_"))]
@@ -239,11 +239,11 @@ class LRScheduler:
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """Take over a state dict that was checked."""
+        """Load a state dict that was checked."""
         vars(self).update(state)
 
     def get_last_lr(self) -> list[Any]:
-        """The rate of each group after the last step.
+        """Return the rate of each group after the last step.
 
         Returns:
             A list with the type of each group's ``lr``.
@@ -251,13 +251,13 @@ class LRScheduler:
         return self._last_lr
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group at ``last_epoch``; for subclasses to define, and for :meth:`step` to call."""
+        """Return the rate of each group at ``last_epoch``; subclasses define it, and :meth:`step` calls it."""
         raise NotImplementedError(
             f"{type(self).__name__} has no get_lr. Define it to return the rate of each group at self.last_epoch."
         )
 
     def step(self, epoch: Any = None) -> None:
-        """Go to the next epoch; to be called after the optimizer's step.
+        """Move to the next epoch; call it after the optimizer's step.
 
         Args:
             epoch: deprecated, as in torch: go to this epoch, by the closed form if there is one.
@@ -283,7 +283,7 @@ class LRScheduler:
             self._update_lr(epoch)
 
     def _refuse_tracing(self) -> None:
-        """Raise inside of compiled functions, which a scheduler would leave as soon as they are traced."""
+        """Raise within compiled functions, where a scheduler would step once, while tracing, and never again."""
         if not self._is_initial:  # the first epoch, of a scheduler that is made there
             refuse_tracing(f"{type(self).__name__}.step", "use a schedule of jaxoptim.schedules as the learning rate")
 
@@ -323,7 +323,7 @@ class LRScheduler:
             raise
 
     def _all(self) -> Iterator[LRScheduler]:
-        """This scheduler and those that it steps."""
+        """Return this scheduler and those that it steps."""
         yield self
 
     @contextlib.contextmanager
@@ -335,7 +335,7 @@ class LRScheduler:
             self._get_lr_called_within_step = False
 
     def _is_overridden(self) -> bool:
-        """Whether the user has put another ``step`` in the place of the optimizer's since the scheduler was made."""
+        """Return whether the user has replaced the optimizer's ``step`` since the scheduler was made."""
         step = vars(self.optimizer).get("step", self.optimizer.step)
         return step is not self.optimizer._step_at_scheduling and not getattr(step, "hooked", False)
 
@@ -346,7 +346,7 @@ class LRScheduler:
 
 
 def own(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A shallow copy of a state dict with JAX arrays in the place of torch's."""
+    """Return a shallow copy of a state dict with JAX arrays in the place of torch's."""
 
     def convert(x: Any) -> Any:
         return as_jax(x) if hasattr(x, "__array__") and not isinstance(x, np.generic) else x

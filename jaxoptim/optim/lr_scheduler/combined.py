@@ -65,14 +65,14 @@ class _Composite(LRScheduler):
 
 
 def _optimizer_of(owner: LRScheduler, index: int, scheduler: Any) -> Optimizer:
-    """The optimizer of a scheduler; raises for what is none."""
+    """Return the optimizer of a scheduler; raise for anything else."""
     if not hasattr(scheduler, "optimizer"):
         raise TypeError(f"{type(owner).__name__} at index {index} should have `optimizer` as its attribute.")
     return scheduler.optimizer
 
 
 class SequentialLR(_Composite):
-    r"""One scheduler after the other.
+    r"""Follow several schedulers, one after the other.
 
     .. math::
         \eta_n = s_i(n - m_i), \qquad i = |\{m \,:\, m \le n\}|, \quad m_0 = 0
@@ -89,7 +89,7 @@ class SequentialLR(_Composite):
             to the one after it.
 
     Raises:
-        ``TypeError`` for what is no scheduler; ``ValueError`` for none at all, for a wrong number of milestones,
+        ``TypeError`` for anything but a scheduler; ``ValueError`` for none at all, for a wrong number of milestones,
         for schedulers of another optimizer and for a ``ReduceLROnPlateau``.
 
     Examples:
@@ -147,7 +147,7 @@ class SequentialLR(_Composite):
             sched.last_epoch -= 1
 
     def step(self) -> None:  # type: ignore[override]
-        """Go to the next epoch; to be called after the optimizer's step."""
+        """Move to the next epoch; call it after the optimizer's step."""
         self._refuse_tracing()
         with self._all_or_nothing():
             self.last_epoch += 1
@@ -171,7 +171,7 @@ class SequentialLR(_Composite):
 
 
 class ChainedScheduler(_Composite):
-    r"""Several schedulers, stepped one after the other at each epoch.
+    r"""Step several schedulers at each epoch, one after the other.
 
     .. math::
         \eta_n = (s_k \circ \dots \circ s_1)(\eta_{n-1})
@@ -181,7 +181,7 @@ class ChainedScheduler(_Composite):
         optimizer: that optimizer (default None: the first scheduler's).
 
     Raises:
-        ``TypeError`` for what is no scheduler; ``ValueError`` for none at all, for schedulers of another
+        ``TypeError`` for anything but a scheduler; ``ValueError`` for none at all, for schedulers of another
         optimizer and for a ``ReduceLROnPlateau``.
 
     Examples:
@@ -208,7 +208,7 @@ class ChainedScheduler(_Composite):
         self._last_lr = values(optimizer, "lr")
 
     def step(self) -> None:  # type: ignore[override]
-        """Step every scheduler; to be called after the optimizer's step."""
+        """Step every scheduler; call it after the optimizer's step."""
         self._refuse_tracing()
         with self._all_or_nothing():
             for scheduler in self._schedulers:

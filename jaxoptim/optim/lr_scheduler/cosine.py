@@ -13,7 +13,7 @@ from jaxoptim.schedules.arithmetic import one_minus_cos, one_plus_cos
 
 
 class CosineAnnealingLR(LRScheduler):
-    r"""A cosine down to a minimum and up again.
+    r"""Move the rate down to a minimum and up again, along a cosine.
 
     .. math::
         \eta_n = \eta_{\min} + \tfrac12 (\eta_0 - \eta_{\min}) \left( 1 + \cos \frac{\pi n}{T} \right)
@@ -63,7 +63,7 @@ class CosineAnnealingLR(LRScheduler):
 
 
 class CosineAnnealingWarmRestarts(LRScheduler):
-    r"""A cosine down to a minimum, over and over.
+    r"""Move the rate down to a minimum along a cosine, over and over.
 
     .. math::
         \eta_n = \eta_{\min} + \tfrac12 (\eta_0 - \eta_{\min}) \left( 1 + \cos \frac{\pi t}{T_i} \right),
@@ -109,7 +109,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         return [cosine(self.T_cur, lr, self.T_i, self.eta_min) for lr in self.base_lrs]
 
     def step(self, epoch: Any = None) -> None:
-        """Go to the next epoch, or to any other.
+        """Move to the next epoch, or to any other.
 
         Args:
             epoch: a number >= 0, not necessarily whole (default None: the next).

@@ -46,7 +46,7 @@ class _WithMomentum(LRScheduler):
 
 
 class CyclicLR(_WithMomentum):
-    r"""Up and down between two rates along lines, and the momentum the other way.
+    r"""Move the rate up and down between two bounds along lines, and the momentum the other way.
 
     .. math::
         \eta_n = \eta_{\mathrm{base}} + (\eta_{\max} - \eta_{\mathrm{base}}) \, h(n) \, s, \qquad
@@ -149,7 +149,7 @@ class CyclicLR(_WithMomentum):
         return rates
 
     def scale_fn(self, x: Any) -> Any:
-        """The height of the maximum in a cycle, or at an epoch, as ``scale_mode`` says."""
+        """Return the height of the maximum in a cycle, or at an epoch, as ``scale_mode`` says."""
         if self._scale_fn_custom is not None:
             return self._scale_fn_custom(x)
         return amplitude(x, self.mode, self.gamma)
@@ -167,7 +167,7 @@ class CyclicLR(_WithMomentum):
 
 
 class OneCycleLR(_WithMomentum):
-    r"""One cycle, up to a maximum and down to nearly nothing, and the momentum the other way.
+    r"""Move the rate up to a maximum and down to nearly nothing, and the momentum the other way.
 
     From :math:`\eta_{\max} / d` up to :math:`\eta_{\max}`, then down to :math:`\eta_{\max} / (d f)`; in three
     phases, down to where it began in as many steps as up, and then to the least. In a phase from :math:`a` to
@@ -279,7 +279,7 @@ class OneCycleLR(_WithMomentum):
         return [self._through(group, "lr") for group in self.optimizer.param_groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state dict; see :meth:`LRScheduler.load_state_dict`. Those of torch 2.0 and before will do."""
+        """Load a state dict; see :meth:`LRScheduler.load_state_dict`. Those of torch 2.0 and before will do."""
         if isinstance(state_dict, Mapping) and "anneal_func" in state_dict:  # the function, now its name
             others = {key: value for key, value in state_dict.items() if key != "anneal_func"}
             named = "cos" if "cos" in state_dict["anneal_func"].__name__ else "linear"
@@ -287,7 +287,7 @@ class OneCycleLR(_WithMomentum):
         super().load_state_dict(state_dict)
 
     def _through(self, group: dict[str, Any], what: str) -> Any:
-        """The rate or momentum of a group."""
+        """Return the rate or momentum of a group."""
         phases = [
             (phase["end_step"], group[phase[f"start_{what}"]], group[phase[f"end_{what}"]])
             for phase in self._schedule_phases

@@ -16,7 +16,7 @@ Lambda = Callable[[int], float]
 
 
 class _WithLambdas(LRScheduler):
-    """A scheduler of user's functions, of which only the state of callable objects is saved, as in torch."""
+    """A scheduler of user's functions; it saves the state of callable objects only, as torch does."""
 
     def __init__(self, optimizer: Optimizer, lr_lambda: Lambda | Sequence[Lambda], last_epoch: int = -1) -> None:
         groups = len(optimizer.param_groups)
@@ -42,7 +42,7 @@ class _WithLambdas(LRScheduler):
 
 
 def state_of(function: Any) -> dict[str, Any] | None:
-    """The attributes of a callable object; None for a function, which has no state."""
+    """Return the attributes of a callable object; None for a function, which has no state."""
     return None if isinstance(function, types.FunctionType) else dict(vars(function))
 
 
@@ -53,7 +53,7 @@ def load_state_of(function: Any, state: dict[str, Any] | None) -> None:
 
 
 class LambdaLR(_WithLambdas):
-    r"""The initial rate times a function of the epoch.
+    r"""Set the rate to the initial one times a function of the epoch.
 
     .. math::
         \eta_n = \eta_0 \, \lambda(n)
@@ -64,7 +64,7 @@ class LambdaLR(_WithLambdas):
         last_epoch: see :class:`LRScheduler` (default -1).
 
     Raises:
-        ``ValueError`` for another number of functions than groups, ``TypeError`` for what is no function.
+        ``ValueError`` for another number of functions than groups, ``TypeError`` for anything but a function.
 
     Examples:
         >>> from jaxoptim import optim
@@ -85,7 +85,7 @@ class LambdaLR(_WithLambdas):
 
 
 class MultiplicativeLR(_WithLambdas):
-    r"""The rate times a function of the epoch, at every epoch but the first.
+    r"""Multiply the rate by a function of the epoch, at every epoch but the first.
 
     .. math::
         \eta_n = \eta_{n-1} \, \lambda(n)
@@ -96,7 +96,7 @@ class MultiplicativeLR(_WithLambdas):
         last_epoch: see :class:`LRScheduler` (default -1).
 
     Raises:
-        ``ValueError`` for another number of functions than groups, ``TypeError`` for what is no function.
+        ``ValueError`` for another number of functions than groups, ``TypeError`` for anything but a function.
 
     Examples:
         >>> from jaxoptim import optim
@@ -117,7 +117,7 @@ class MultiplicativeLR(_WithLambdas):
 
 
 class _Recursive(LRScheduler):
-    """A scheduler that makes the next rate of a group's current one, the same way for every group."""
+    """A scheduler that computes the next rate of a group from the current one, the same way for every group."""
 
     def get_lr(self) -> list[Any]:
         self._warn_outside_step()
@@ -127,16 +127,16 @@ class _Recursive(LRScheduler):
         return [self._at(self.last_epoch, lr) for lr in self.base_lrs]
 
     def _next(self, lr: Any) -> Any:
-        """The rate at ``last_epoch``, if it was ``lr`` before."""
+        """Return the rate at ``last_epoch`` that follows ``lr``."""
         raise NotImplementedError
 
     def _at(self, epoch: int, lr: Any) -> Any:
-        """The rate at an epoch, if it began with ``lr``."""
+        """Return the rate at an epoch, if it began with ``lr``."""
         raise NotImplementedError
 
 
 class StepLR(_Recursive):
-    r"""A factor every ``step_size`` epochs.
+    r"""Multiply the rate by a factor every ``step_size`` epochs.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^{\lfloor n / s \rfloor}
@@ -173,7 +173,7 @@ class StepLR(_Recursive):
 
 
 class MultiStepLR(_Recursive):
-    r"""A factor at each milestone.
+    r"""Multiply the rate by a factor at each milestone.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^{|\{m \,:\, m \le n\}|}
@@ -214,7 +214,7 @@ class MultiStepLR(_Recursive):
 
 
 class ConstantLR(_Recursive):
-    r"""A factor for the first epochs.
+    r"""Multiply the rate by a factor during the first epochs.
 
     .. math::
         \eta_n = \begin{cases} \eta_0 f & n < T \\ \eta_0 & n \ge T \end{cases}
@@ -264,7 +264,7 @@ class ConstantLR(_Recursive):
 
 
 class LinearLR(_Recursive):
-    r"""A factor that goes from one number to another in equal steps.
+    r"""Multiply the rate by a factor that goes from one number to another in equal steps.
 
     .. math::
         \eta_n = \eta_0 \left( f_0 + (f_1 - f_0) \frac{\min(n, T)}{T} \right)
@@ -315,7 +315,7 @@ class LinearLR(_Recursive):
 
 
 class ExponentialLR(_Recursive):
-    r"""A factor at every epoch.
+    r"""Multiply the rate by a factor at every epoch.
 
     .. math::
         \eta_n = \eta_0 \, \gamma^n
@@ -350,7 +350,7 @@ class ExponentialLR(_Recursive):
 
 
 class PolynomialLR(_Recursive):
-    r"""A power of the part of the epochs that is left.
+    r"""Multiply the initial rate by a power of the part of the epochs that is left.
 
     .. math::
         \eta_n = \eta_0 \left( 1 - \frac{\min(n, T)}{T} \right)^p

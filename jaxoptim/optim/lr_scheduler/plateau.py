@@ -42,7 +42,7 @@ class ReduceLROnPlateau(LRScheduler):
         eps: the smallest reduction that is made, a number (default 1e-8).
 
     Raises:
-        ``TypeError`` for what is not an optimizer; ``ValueError`` for an unknown mode, a factor >= 1 or a list of
+        ``TypeError`` for anything but an optimizer; ``ValueError`` for an unknown mode, a factor >= 1 or a list of
         the wrong length; ``RuntimeError`` if groups were added since and ``min_lr`` is a list.
 
     Examples:
@@ -100,7 +100,7 @@ class ReduceLROnPlateau(LRScheduler):
 
     @property
     def in_cooldown(self) -> bool:
-        """Whether metrics are passed over."""
+        """Whether metrics are ignored."""
         return self.cooldown_counter > 0
 
     def step(self, metrics: SupportsFloat, epoch: Any = None) -> None:  # type: ignore[override]

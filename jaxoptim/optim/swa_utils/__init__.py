@@ -1,4 +1,4 @@
-"""Averages of the parameters and their learning rate: what ``torch.optim.swa_utils`` is."""
+"""Averages of the parameters and their learning rate, as ``torch.optim.swa_utils``."""
 
 from jaxoptim.core.names import listing
 from jaxoptim.optim.swa_utils.averaged_model import (

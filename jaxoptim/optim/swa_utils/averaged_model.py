@@ -1,4 +1,4 @@
-"""The average of a model's parameters, and the functions that make it."""
+"""The average of a model's parameters, and the functions that compute it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MultiAvgFn = Callable[[list[Any], list[Any], Any], list[Any]]
 
 
 def get_swa_avg_fn() -> AvgFn:
-    r"""The function for the mean, of one array.
+    r"""Return the function for the mean of one array.
 
     .. math::
         \bar\theta + \frac{\theta - \bar\theta}{n + 1}
@@ -49,7 +49,7 @@ def get_swa_avg_fn() -> AvgFn:
 
 
 def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
-    r"""The function for the exponential moving average, of one array.
+    r"""Return the function for the exponential moving average of one array.
 
     .. math::
         \bar\theta + (1 - \beta) (\theta - \bar\theta)
@@ -72,7 +72,7 @@ def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
 
 
 def get_swa_multi_avg_fn() -> MultiAvgFn:
-    """The function for the mean, of a list of arrays; see :func:`get_swa_avg_fn`.
+    """Return the function for the mean of a list of arrays; see :func:`get_swa_avg_fn`.
 
     Returns:
         ``multi_avg_fn(averaged_params, current_params, num_averaged) -> averaged_params``.
@@ -86,7 +86,7 @@ def get_swa_multi_avg_fn() -> MultiAvgFn:
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
-    r"""The function for the exponential moving average, of a list of arrays; see :func:`get_ema_avg_fn`.
+    r"""Return the function for the exponential moving average of a list of arrays; see :func:`get_ema_avg_fn`.
 
     Args:
         decay: :math:`\beta`, in [0, 1] (default 0.999).
@@ -110,7 +110,7 @@ def _each(avg_fn: AvgFn, averaged: Sequence[Any], current: Sequence[Any], num_av
 
 
 def _is_elementwise(function: Any) -> bool:
-    """Whether an averaging function is one of ours, which may be applied to packed parameters."""
+    """Return whether an averaging function is one of ours, which may be applied to packed parameters."""
     if not isinstance(function, Partial):
         return False
     return function.func in (swa_step, ema_step) or (function.func is _each and _is_elementwise(function.args[0]))
@@ -179,23 +179,23 @@ class AveragedModel:
         self._fill([first_average(x) for x in jax.tree.leaves(tree)])
 
     def _fill(self, leaves: Sequence[jax.Array]) -> None:
-        """Go on from these arrays, which are ours, in the dtypes of the average."""
+        """Continue from these arrays, which are ours, in the dtypes of the average."""
         average, self._buffers = self._parted(leaves)
         self._average: Any = pack(average) if _is_elementwise(self._function) else average
         self._module: Any = None
 
     def _parted(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Those of the leaves that are averaged, and the others."""
+        """Return the leaves that are averaged, and the others."""
         pairs = list(zip(self._averaged, leaves, strict=True))
         return [x for averaged, x in pairs if averaged], [x for averaged, x in pairs if not averaged]
 
     def _leaves(self) -> list[jax.Array]:
-        """Averages and buffers in the order of the tree; some are ours and will be donated."""
+        """Return averages and buffers in the order of the tree; some are ours and will be donated."""
         average, buffers = iter(unpacked(self._average)), iter(self._buffers)
         return [next(average if averaged else buffers) for averaged in self._averaged]
 
     def _copies(self) -> list[jax.Array]:
-        """The same for others to hold."""
+        """Return copies of averages and buffers for others to hold."""
         ours = {id(x) for x in jax.tree.leaves((self._average, self._buffers))}
         return [copied(x) if id(x) in ours else x for x in self._leaves()]
 
@@ -255,7 +255,7 @@ class AveragedModel:
         self._fill([*known, *map(first_average, new)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The average in torch's layout.
+        """Return the average in torch's layout.
 
         Returns:
             ``{"n_averaged": count, "module.<path>": array, ...}``, with the dotted path of each array; averages in
@@ -267,7 +267,7 @@ class AveragedModel:
         return [f"module.{name}" for name in trees.array_names(self._like)]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Take over what :meth:`state_dict` gave, or torch's where the names are the same.
+        """Load the result of :meth:`state_dict`, or torch's where the names are the same.
 
         Args:
             state_dict: it is not changed.
@@ -311,12 +311,12 @@ class AveragedModel:
 
 
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """An array in a dtype, which keys have already."""
+    """Return an array in a dtype, which keys have already."""
     return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
-    """The parts of a module, None for anything else, and the arrays of a model as a tree."""
+    """Return the parts of a module, None for anything else, and the arrays of a model as a tree."""
     is_optimizer = isinstance(model, Optimizer)
     parts = model.parts if is_optimizer and wrt is not None and model.wrt == wrt else None
     if parts is None:
@@ -329,7 +329,7 @@ def _tree(model: Any, wrt: Any) -> tuple[Parts | None, Any]:
 
 
 def _added(tree: Any, like: Any) -> list[Any]:
-    """What ``add_param_group`` has put behind a tree, or behind a list of trees."""
+    """Return the trees that ``add_param_group`` has put behind a tree, or behind a list of trees."""
     for known in ([like], like):
         if isinstance(tree, list) and isinstance(known, list) and 0 < len(known) < len(tree):
             structures: list[Any] = [jax.tree.structure(x) for x in (tree[: len(known)], known)]
@@ -339,14 +339,14 @@ def _added(tree: Any, like: Any) -> list[Any]:
 
 
 def _joined(parts: Parts, tree: Any) -> Any:
-    """The module with the arrays of a tree."""
+    """Return the module with the arrays of a tree."""
     if parts.rest.changing is None:
         return parts.definition.joined(tree, parts.rest)
     return parts.definition.joined(tree["params"], parts.rest._replace(changing=tree["rest"]))
 
 
 def _are_buffers(tree: Any) -> list[bool]:
-    """Which arrays of a tree are no parameters."""
+    """Return a mask of the arrays of a tree that are no parameters."""
     is_variables = isinstance(tree, Mapping) and "params" in tree
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     inside = [not is_variables or path[0] == jax.tree_util.DictKey("params") for path, _ in leaves]
@@ -357,7 +357,7 @@ def _are_buffers(tree: Any) -> list[bool]:
 def _update(
     average: Any, function: MultiAvgFn, num_averaged: jax.Array, params: list[Any], buffers: list[Any]
 ) -> tuple[Any, list[Any], jax.Array]:
-    """The average, the buffers and the count after one more set of parameters."""
+    """Return the average, the buffers and the count after one more set of parameters."""
     old, treedef = jax.tree.flatten(average)
     current = jax.tree.leaves(average.pack(params) if isinstance(average, Packed) else params)
     new: list[Any] = [None] * len(old)
@@ -372,7 +372,7 @@ def _update(
 
 
 def _check_results(results: Any, params: Sequence[jax.Array]) -> None:
-    """Raise for what a user's averaging function must not return."""
+    """Raise for results that a user's averaging function must not return."""
     if not isinstance(results, list | tuple) or len(results) != len(params):
         raise TypeError(
             f"multi_avg_fn must return the new averages, a list of {len(params)} arrays, but it returned "

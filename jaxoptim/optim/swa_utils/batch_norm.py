@@ -19,7 +19,7 @@ from jaxoptim.optim.swa_utils.averaged_model import AveragedModel
 def update_bn(
     loader: Iterable[Any], averaged: AveragedModel, apply_fn: Callable[[Any, Any], Any], batch_stats: Any = None
 ) -> Any:
-    r"""Compute the batch statistics of the averaged parameters: the mean of those of all batches.
+    r"""Compute the batch statistics of the averaged parameters: the mean over all batches.
 
     .. math::
         s = \frac{1}{N} \sum_{i=1}^{N} s_i
@@ -81,7 +81,7 @@ def update_bn(
 
 
 def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, values: list[Any], batch: Any) -> list[Any]:
-    """The statistics, as a list, after a batch that found these values there."""
+    """Return the statistics, as a list, after a batch that found these values there."""
     old = variables["batch_stats"]
     given = jax.tree.unflatten(jax.tree.structure(old), values)
     updates = apply_fn({**variables, "batch_stats": given}, batch)[1]["batch_stats"]
@@ -91,7 +91,7 @@ def _statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, values: lis
 
 @functools.partial(jax.jit, static_argnames="apply_fn", donate_argnames="total")
 def _add_statistics(apply_fn: Callable[[Any, Any], Any], variables: Any, total: list[Any], batch: Any) -> list[Any]:
-    """The sum of statistics with those of one more batch."""
+    """Return the sum of statistics with those of one more batch."""
     given = [jnp.zeros_like(x) if floating(x) else x for x in total]  # integers count on
     new = _statistics(apply_fn, variables, given, batch)
     return [x + y if floating(x) else y for x, y in zip(total, new, strict=True)]
@@ -102,7 +102,7 @@ def _divided(x: jax.Array, divisor: float) -> jax.Array:
 
 
 def _probes(old: list[Any]) -> list[float]:
-    """For each running statistic a value beside which that of a batch vanishes, also after a tiny momentum."""
+    """Return, for each running statistic, a value beside which that of a batch vanishes, also after a tiny momentum."""
 
     def probe(dtype: Any) -> float:
         limit = int(jnp.finfo(dtype).maxexp)
@@ -113,7 +113,7 @@ def _probes(old: list[Any]) -> list[float]:
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
 def _probed(apply_fn: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list[Any]:
-    """What becomes of the probes, less what becomes of zeros."""
+    """Return the statistics after a batch that began at the probes, less those that began at zero."""
     old = jax.tree.leaves(variables["batch_stats"])
     given = [jnp.full_like(x, probe) for x, probe in zip(old, _probes(old), strict=True)]
     high = _statistics(apply_fn, variables, given, batch)
@@ -126,7 +126,7 @@ _NOTHING = 2.0**-60
 
 
 def _momentum(probe: float, probed: jax.Array) -> float:
-    """The momentum that has made ``probed`` of the probe: the shortest decimal that is this number in its dtype."""
+    """Return the momentum that has made ``probed`` of the probe: the shortest decimal that equals it in its dtype."""
     found = np.unique(np.asarray(probed) / np.asarray(probe, probed.dtype))
     if np.abs(found).max() < _NOTHING:
         return 0.0

@@ -11,7 +11,7 @@ from jaxoptim.schedules.annealing import anneal_fraction, weight
 
 
 class SWALR(LRScheduler):
-    r"""From the current rate to that of weight averaging, which then stays.
+    r"""Move the rate from the current one to that of weight averaging, and keep it there.
 
     .. math::
         \eta_n = \alpha \, \eta_{\mathrm{swa}} + (1 - \alpha) \, \eta_0, \qquad
@@ -25,7 +25,7 @@ class SWALR(LRScheduler):
         last_epoch: see :class:`~jaxoptim.optim.lr_scheduler.LRScheduler` (default -1).
 
     Raises:
-        ``TypeError`` for what is not an optimizer, ``ValueError`` for an argument out of range.
+        ``TypeError`` for anything but an optimizer, ``ValueError`` for an argument out of range.
 
     References:
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018.
@@ -57,7 +57,7 @@ class SWALR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[Any]:
-        """The rate of each group, from the one before."""
+        """Return the rate of each group, given the one before."""
         self._warn_outside_step()
         step = self._step_count - 1
         before, now = self._alpha(step - 1), self._alpha(step)
@@ -67,10 +67,10 @@ class SWALR(LRScheduler):
         ]
 
     def _alpha(self, step: int) -> float:
-        """The weight of the final rate."""
+        """Return the weight of the final rate."""
         return weight(max(0, anneal_fraction(step, self.anneal_epochs)), self._anneal_strategy)
 
 
 def _start_of(lr: Any, swa_lr: Any, alpha: float) -> Any:
-    """The rate from which ``lr`` has come a part ``alpha`` of the way."""
+    """Return the rate from which ``lr`` has come a part ``alpha`` of the way."""
     return swa_lr if alpha == 1 else (lr - alpha * swa_lr) / (1 - alpha)

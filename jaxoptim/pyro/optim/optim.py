@@ -43,7 +43,7 @@ DIVIDER = "$$$"
 
 
 def is_scheduler(optimizer: Any) -> bool:
-    """Whether an object schedules the learning rate of an optimizer.
+    """Return whether an object schedules the learning rate of an optimizer.
 
     Args:
         optimizer: anything.
@@ -51,9 +51,6 @@ def is_scheduler(optimizer: Any) -> bool:
     Returns:
         True for a :class:`PyroLRScheduler` (where Pyro's function says False) and for a scheduler of
         ``jaxoptim.optim.lr_scheduler``.
-
-    Raises:
-        None.
 
     Examples:
         >>> from jaxoptim.pyro import optim
