@@ -56,12 +56,18 @@ def _pays(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> bool:
     """Whether a kernel pays: the array is large, not split over devices, and its rule pointwise."""
     rule, param, slots = leaf.rule, leaf.param, [slot for slot in leaf.slots.values() if slot is not None]
     like = leaf.grad if param is None else param
-    if not is_native(real_size(like)) or like.ndim == 0 or not 0 < like.size < 2**31 or type(rule) in _refused:
+    given = [x for x in leaf.given.values() if not isinstance(x, Draw)]
+    is_drawn = len(given) < len(leaf.given)
+    if (
+        not is_native(real_size(like), is_drawn)
+        or like.ndim == 0
+        or not 0 < like.size < 2**31
+        or type(rule) in _refused
+    ):
         return False
     if not rule.pointwise or any(jnp.ndim(number) for number in jax.tree.leaves(shared)):
         return False
     own = [x for x in jax.tree.leaves(rule) if jnp.ndim(x)]
-    given = [x for x in leaf.given.values() if not isinstance(x, Draw)]
     arrays = [x for x in (leaf.grad, param, *slots, *own, *given) if x is not None and x.shape == like.shape]
     is_low = any(precision.is_low(x.dtype) for x in arrays)
     if is_low and (rule.precision.rounding == "stochastic" or (wanted == "change" and rule.precision.keeps_values)):

@@ -11,6 +11,8 @@ from jaxoptim.native.compiler import compiler
 
 _LEAST = 2**17
 """Numbers in an array below which a call of the kernel costs what it saves."""
+_LEAST_DRAWN = 2**14
+"""The same where the kernel draws noise, which saves more."""
 
 _CHOICES = ("auto", "off", "on")
 
@@ -23,7 +25,7 @@ class Config:
             when they are first needed, which read and write each array once:
 
             - ``"auto"`` (default, or what the environment variable ``JAXOPTIM_NATIVE`` says): of arrays of at least
-              131072 numbers, if the process has one device, a CPU, and a C compiler is on the path;
+              131072 numbers, for samplers 16384, if the process has one device, a CPU, and a C compiler is on the path;
             - ``"on"``: of arrays of at least 16 numbers, on CPUs;
             - ``"off"``: XLA's code for all.
 
@@ -66,10 +68,11 @@ def _checked(what: str, choice: Any) -> str:
 config = Config()
 
 
-def is_native(size: int) -> bool:
-    """Return whether an array of ``size`` numbers goes through a kernel on CPUs."""
+def is_native(size: int, is_drawn: bool = False) -> bool:
+    """Whether an array of ``size`` numbers goes through a kernel on CPUs; ``is_drawn``: one that draws noise."""
     if config.native == "off" or compiler() is None:
         return False
     if config.native == "on":
         return True
-    return size >= _LEAST and jax.default_backend() == "cpu" and jax.device_count() == 1
+    least = _LEAST_DRAWN if is_drawn else _LEAST
+    return size >= least and jax.default_backend() == "cpu" and jax.device_count() == 1
