@@ -23,8 +23,6 @@ from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.rules import LBFGS
 
-pytestmark = pytest.mark.numbers
-
 TOLERANCE = 1e-8
 STATE = ("d", "t", "H_diag", "prev_flat_grad", "prev_loss")
 HISTORY = ("old_dirs", "old_stps", "ro")
