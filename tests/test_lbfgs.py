@@ -199,6 +199,7 @@ def test_every_step_asks_for_torchs_points_and_leaves_torchs_state(search, probl
         compare_states(rule, state, parent.state)
 
 
+@pytest.mark.numbers
 @pytest.mark.costly
 @pytest.mark.parametrize(
     ("problem", "search", "options"),
