@@ -54,12 +54,13 @@ def touched_rows(shapes: tuple[tuple[int, ...], ...]) -> Arrays:
     return [rng.integers(0, shape[0], size=(STEPS, ROWS_TOUCHED)) for shape in shapes]
 
 
+# The numbers of a rule are arguments: option sets that differ in numbers alone share a program.
 @functools.partial(jax.jit, static_argnames=("advance", "slope"))
-def _scan(advance: Callable[..., Any], params: Any, state: Any, noises: Any, slope: float) -> Any:
+def _scan(advance: Callable[..., Any], rule: Any, params: Any, state: Any, noises: Any, slope: float) -> Any:
     def body(carry: Any, noise: Any) -> tuple[Any, None]:
         params, state = carry
         grads = [n + slope * p for n, p in zip(noise, params, strict=True)] if slope else noise
-        return advance(params, grads, state), None
+        return advance(rule, params, grads, state), None
 
     return jax.lax.scan(body, (params, state), noises)[0]
 
@@ -74,23 +75,20 @@ def _as_numpy(params: Any) -> Arrays:
 def run_ours(rule: jaxoptim.Rule, start: Arrays, noise: Arrays, dtype: str, slope: float) -> Arrays:
     """The parameters after all steps of ``jaxoptim.step``, in one compiled scan."""
     params = [jnp.asarray(x, dtype) for x in start]
-
-    def advance(params: Any, grads: Any, state: Any) -> Any:
-        return jaxoptim.step(rule, params, grads, state)
-
     state = jaxoptim.init(rule, params)
-    return _as_numpy(_scan(advance, params, state, [jnp.asarray(x, dtype) for x in noise], slope)[0])
+    return _as_numpy(_scan(jaxoptim.step, rule, params, state, [jnp.asarray(x, dtype) for x in noise], slope)[0])
 
 
 def run_optax(tx: optax.GradientTransformation, start: Arrays, noise: Arrays, dtype: str, slope: float) -> Arrays:
     """The parameters after all steps of an optax transformation."""
     params = [jnp.asarray(x, dtype) for x in start]
 
-    def advance(params: Any, grads: Any, state: Any) -> Any:
+    def advance(_: None, params: Any, grads: Any, state: Any) -> Any:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return _as_numpy(_scan(advance, params, tx.init(params), [jnp.asarray(x, dtype) for x in noise], slope)[0])
+    noises = [jnp.asarray(x, dtype) for x in noise]
+    return _as_numpy(_scan(advance, None, params, tx.init(params), noises, slope)[0])
 
 
 def run_parent(case: Case, start: Arrays, noise: Arrays, dtype: str, slope: float) -> Arrays:
@@ -105,6 +103,12 @@ def run_parent(case: Case, start: Arrays, noise: Arrays, dtype: str, slope: floa
     return [param.to(torch.promote_types(param.dtype, torch.float64)).numpy() for param in params]
 
 
+def _sparse_step(rule: jaxoptim.Rule, params: Any, grads: Any, state: Any) -> Any:
+    values, indices = grads
+    sparse = [BCOO((v, i[:, None]), shape=p.shape) for v, i, p in zip(values, indices, params, strict=True)]
+    return jaxoptim.step(rule, params, sparse, state)
+
+
 def run_sparse(case: Case, dtype: str) -> tuple[Arrays, Arrays]:
     """The parameters of ours and of the parent after all steps with sparse gradients."""
     shapes = case.row.shapes if case.row.sparse else ((12, 4), (9,), (7, 2, 3))
@@ -112,14 +116,9 @@ def run_sparse(case: Case, dtype: str) -> tuple[Arrays, Arrays]:
     noise = problem(tuple((ROWS_TOUCHED, *shape[1:]) for shape in shapes))[1]
     rule = case.ours()
 
-    def advance(params: Any, grads: Any, state: Any) -> Any:
-        values, indices = grads
-        sparse = [BCOO((v, i[:, None]), shape=p.shape) for v, i, p in zip(values, indices, params, strict=True)]
-        return jaxoptim.step(rule, params, sparse, state)
-
     params = [jnp.asarray(x, dtype) for x in start]
     noises = ([jnp.asarray(x, dtype) for x in noise], [jnp.asarray(x) for x in rows])
-    ours = _as_numpy(_scan(advance, params, jaxoptim.init(rule, params), noises, 0.0)[0])
+    ours = _as_numpy(_scan(_sparse_step, rule, params, jaxoptim.init(rule, params), noises, 0.0)[0])
 
     tensors = [torch.tensor(x, dtype=TORCH_DTYPES[dtype]) for x in start]
     optimizer = case.parents(tensors)

@@ -335,16 +335,13 @@ e.main()
 
 
 @pytest.mark.slow
-def test_three_transformers_learn_and_the_example_fails_if_networks_or_runs_differ(tmp_path):
-    cases = {"e.main()": "well", OTHER_EPSILON: r"The losses without dropout differ by \S+, more than 1e-11\."}
+def test_the_example_of_transformers_fails_if_networks_or_runs_differ(tmp_path):
+    cases = {OTHER_EPSILON: r"The losses without dropout differ by \S+, more than 1e-11\."}
     for without in ("optimizer", "scheduler", "averaged"):
         cases[f"without = {without!r}" + LOADED_WITHOUT] = (
             r"The run in nnx and the one that goes on from its file differ by \S+, more than 0e\+00\."
         )
-    printed, said = exits([("transformer", code) for code in cases], "--epochs", 2, "--out", tmp_path)
-    rows = check_transformers(printed[0], tmp_path)
-    assert list(rows) == ["nnx", "equinox", "pytrees"]
-    assert all(last > 45 and average > 45 for last, average in rows.values()), rows
+    _, said = exits([("transformer", code) for code in cases], "--epochs", 1, "--out", tmp_path)
     for expected, found in zip(cases.values(), said, strict=True):
         assert re.fullmatch(expected, found)
 

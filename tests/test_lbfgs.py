@@ -23,8 +23,6 @@ from jaxoptim.core import trees
 from jaxoptim.core.flat import flatten, flatten_like, unflatten
 from jaxoptim.rules import LBFGS
 
-pytestmark = pytest.mark.numbers
-
 TOLERANCE = 1e-8
 STATE = ("d", "t", "H_diag", "prev_flat_grad", "prev_loss")
 HISTORY = ("old_dirs", "old_stps", "ro")
@@ -201,6 +199,7 @@ def test_every_step_asks_for_torchs_points_and_leaves_torchs_state(search, probl
         compare_states(rule, state, parent.state)
 
 
+@pytest.mark.numbers
 @pytest.mark.costly
 @pytest.mark.parametrize(
     ("problem", "search", "options"),

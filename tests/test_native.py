@@ -16,7 +16,7 @@ from jaxoptim.core import Rule, Scalar, rule
 from jaxoptim.native import compiler
 from jaxoptim.native.normal import erf_inv
 from jaxoptim.rules.sgmcmc import SGMCMC
-from table import CASES
+from table import CASES, STATES
 
 pytestmark = pytest.mark.numbers
 
@@ -88,12 +88,19 @@ def test_a_step_is_that_of_xla_to_a_unit_in_the_last_place(case):
 
 
 @pytest.mark.costly
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
-@pytest.mark.parametrize("case", [case for case in RULES if not case.options or "lr" in case.options], ids=str)
-def test_other_dtypes_too(case, dtype):
-    if dtype == "complex64" and not case.row.complex:
-        pytest.skip("it takes no complex parameters")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", [case for case in RULES if case in STATES], ids=str)
+def test_few_bits(case, dtype):
+    # Computed in float32, whose text has a test for every option set: what differs is the kept state.
     check_steps(case, jnp.dtype(dtype))
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(
+    "case", [case for case in RULES if case.row.complex and (not case.options or "lr" in case.options)], ids=str
+)
+def test_complex_numbers(case):
+    check_steps(case, jnp.complex64)
 
 
 @pytest.mark.costly

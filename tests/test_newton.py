@@ -95,18 +95,10 @@ def reference(g, H, radius):
 
 class TestAgainstPyro:
     @pytest.mark.costly
-    @pytest.mark.numbers
     @by_radius
     @by_curvature
     @pytest.mark.parametrize("size", [1, 2, 3])
-    @pytest.mark.parametrize(
-        "batch",
-        [
-            pytest.param((), marks=slow, id="single"),
-            pytest.param((5,), marks=slow, id="5"),
-            pytest.param((3, 2), id="3x2"),
-        ],
-    )
+    @pytest.mark.parametrize("batch", [pytest.param((), marks=slow, id="single"), pytest.param((3, 2), id="3x2")])
     def test_steps(self, x64, size, batch, curvature, radius):
         if size == 1 and curvature == "negative" and radius is None:
             pytest.skip("a step of 1e8")
@@ -118,7 +110,6 @@ class TestAgainstPyro:
             close(mode, expected_mode, 1e-12)
             close(cov, expected_cov, 1e-12)
 
-    @pytest.mark.numbers
     @pytest.mark.slow
     @by_radius
     @by_curvature

@@ -477,10 +477,10 @@ def test_statistics_of_one_array(generate, check):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", OF_MANY, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("generate", GENERATORS.values(), ids=GENERATORS)
-def test_statistics_of_many_keys(generate, family, check):
-    assert check(matrix(generate, family)) < 1
+@pytest.mark.parametrize(("impl", "family"), [("key", "steps"), *(("hash", family) for family in FAMILIES)])
+def test_statistics_of_many_keys(impl, family, check):
+    # The numbers of "key" are JAX's own to the last bit: one family shows that the checks let good numbers pass.
+    assert check(matrix(GENERATORS[impl], family)) < 1
 
 
 @pytest.mark.slow

@@ -25,8 +25,6 @@ from jaxoptim.rules._components import COMPONENTS
 from parity import TORCH_DTYPES, rms_error
 from test_parity import CHANCE
 
-pytestmark = pytest.mark.numbers
-
 STEPS = 300
 SHAPES = ((6, 4), (3, 4), (4,))
 WIDE = ((48, 40), (600,))
@@ -200,6 +198,20 @@ OPTION_SETS = [
 ]
 
 
+WATCHING = METRICS.keys() | {"save_noise", "save_mala_vars"}
+"""Options that change nothing of the way."""
+
+
+def moving():
+    """The option sets, without those that go the way of another one and only watch more of it."""
+    ways = {}
+    for param in OPTION_SETS:
+        rule, options = param.values
+        ways.setdefault((rule, str({name: x for name, x in options.items() if name not in WATCHING})), param)
+    return list(ways.values())
+
+
+@pytest.mark.numbers
 @pytest.mark.slow
 @pytest.mark.parametrize(("rule", "options"), OPTION_SETS)
 def test_float64_agrees_with_devinterp(rule, options, x64):
@@ -223,7 +235,7 @@ def test_the_optax_form_agrees_with_the_exact_form(rule, options, x64):
 
 @pytest.mark.slow
 @pytest.mark.numbers
-@pytest.mark.parametrize(("rule", "options"), OPTION_SETS)
+@pytest.mark.parametrize(("rule", "options"), moving())
 def test_low_precision_is_no_worse_than_devinterp(rule, options):
     if "optimize_over" in options:
         options = options | {"optimize_over": [np.arange(1920).reshape(48, 40) % 3 > 0, None]}
@@ -293,6 +305,7 @@ def test_an_update_without_any_gradient_changes_nothing():
         run_both(rules.SGNHT, {}, np.ones(3, np.float32), [None])
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_a_box_of_size_zero_is_no_box(sampler, x64):
@@ -301,6 +314,7 @@ def test_a_box_of_size_zero_is_no_box(sampler, x64):
     assert (with_zero["params"][0] == without["params"][0]).all()
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_every_number_may_be_a_schedule(sampler):
@@ -578,6 +592,7 @@ def assert_close(a, b):
     chex.assert_trees_all_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_noise_is_that_of_the_key_the_step_and_the_array(sampler):
@@ -642,6 +657,7 @@ def test_noise_by_hash_is_other_noise():
     assert (seen[0] != seen[1]).all()
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_low_precision_parameters_have_noise_of_full_precision(sampler):
@@ -826,6 +842,7 @@ def test_changing_any_number_or_the_key_compiles_nothing_new(sampler):
     assert len(compiled) == 1
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_packed_parameters_have_the_same_numbers(sampler):
@@ -922,6 +939,7 @@ def test_sharded_parameters_have_the_same_numbers(sampler, axis_type):
     assert_close(new, expected)
 
 
+@pytest.mark.numbers
 @pytest.mark.slow
 @of_sampler
 def test_a_saved_state_continues_to_the_last_bit(sampler, tmp_path):

@@ -80,7 +80,6 @@ def test_a_part_of_the_noise_is_that_part(impl, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.numbers
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "method"),

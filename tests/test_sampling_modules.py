@@ -136,7 +136,6 @@ def same(ours, theirs):
 
 
 @pytest.mark.slow
-@pytest.mark.numbers
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_of_a_module_is_that_of_its_arrays(kind):
     of = case(kind)

@@ -202,10 +202,14 @@ def test_every_value_in_float32_of_schedules_that_the_compiler_knows(rows):
         assert_single(values, parents(name, STEPS), name)
 
 
+# The others of thousands of steps have come to their end within ten thousand.
+A_MILLION = [row for row in LONG if row.name.startswith(("Step", "Cosine", "Cyclic"))] + LONGER
+
+
 @functools.cache
 def long_values(steps, double):
     with jax.enable_x64(double):
-        return values_of_arguments(LONG if steps == MANY else [*LONG, *LONGER], steps)
+        return values_of_arguments(LONG if steps == MANY else A_MILLION, steps)
 
 
 def documented(row):
@@ -231,7 +235,7 @@ def test_ten_thousand_values_in_float32(row):
 
 @pytest.mark.numbers
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [*LONG, *LONGER], ids=str)
+@pytest.mark.parametrize("row", A_MILLION, ids=str)
 def test_a_million_values(row):
     parent = run_parent(row, row.values(MILLION))  # once for both precisions, and not kept
     assert_double(long_values(MILLION, True)[row.id], parent, documented(row))
