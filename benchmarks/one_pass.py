@@ -1,4 +1,4 @@
-"""Steps of one large array by kernels of one pass, by XLA's code, and by torch, in turn: ``make bench``.
+"""Steps of one large array by kernels of one pass, by XLA's code, and by torch or devinterp, in turn: ``make bench``.
 
 ``python benchmarks/one_pass.py --plot docs/images/one_pass.png`` draws them.
 """
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import devinterp.optim
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,15 @@ RULES: dict[str, dict[str, Any]] = {
     "Adadelta": {},
     "ASGD": {},
     "Rprop": {},
+    "SGLD": {"nbeta": 10.0, "localization": 1.0},
+    "SGLD, metrics": {
+        "nbeta": 10.0,
+        "localization": 1.0,
+        **dict.fromkeys(("noise_norm", "grad_norm", "weight_norm", "distance"), True),
+    },
+    "SGNHT": {"nbeta": 10.0},
 }
-"""The options of each optimizer, beside the learning rate."""
+"""The options of each optimizer and sampler, beside the learning rate; those of devinterp have the same names."""
 FUSED = ("Adam", "AdamW", "SGD", "Adagrad")
 """Those of which torch has a fused kernel."""
 ONE_PASS, XLA, TORCH = "one pass", "XLA", "torch"
@@ -40,7 +48,7 @@ ONE_PASS, XLA, TORCH = "one pass", "XLA", "torch"
 def ours(mode: str, name: str, gradient: np.ndarray) -> Callable[[], None]:
     """A step of ours, compiled under a setting."""
     jaxoptim.config.native = mode
-    rule = getattr(jaxoptim.rules, name)(lr=1e-3, **RULES[name])
+    rule = getattr(jaxoptim.rules, kind(name))(lr=1e-3, **RULES[name])
     grads, params = jnp.asarray(gradient), jnp.ones(gradient.shape)
     held = [params, jaxoptim.init(rule, params)]
     step = jax.jit(jaxoptim.step, donate_argnums=(1, 3)).lower(rule, params, grads, held[1]).compile()
@@ -52,12 +60,18 @@ def ours(mode: str, name: str, gradient: np.ndarray) -> Callable[[], None]:
     return run
 
 
+def kind(name: str) -> str:
+    """The class of a row."""
+    return name.partition(",")[0]
+
+
 def torchs(name: str, gradient: np.ndarray) -> Callable[[], None]:
-    """A step of torch's, fused if it can be."""
+    """A step of torch's, fused if it can be; of devinterp's for samplers."""
     param = torch.nn.Parameter(torch.ones(gradient.shape))
     param.grad = torch.from_numpy(gradient.copy())
     flags = {"fused": True} if name in FUSED else {}
-    optimizer: Any = getattr(torch.optim, name)([param], lr=1e-3, **RULES[name], **flags)
+    library: Any = torch.optim if hasattr(torch.optim, kind(name)) else devinterp.optim
+    optimizer: Any = getattr(library, kind(name))([param], lr=1e-3, **RULES[name], **flags)
     return lambda: optimizer.step()
 
 
@@ -94,12 +108,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=25_000_000, help="numbers in the array")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", default="", help="only rows whose name has this")
     parser.add_argument("--plot", help="where to draw them")
     options = parser.parse_args()
     gradient = np.random.default_rng(0).normal(size=options.size).astype(np.float32)
     print(f"{'ms a step':12}{ONE_PASS:>10}{XLA:>10}{TORCH:>10}{'/ torch':>10}{'/ XLA':>10}")
     measured = {}
-    for name in RULES:
+    for name in (name for name in RULES if options.only in name):
         runs = {ONE_PASS: ours("on", name, gradient), XLA: ours("off", name, gradient), TORCH: torchs(name, gradient)}
         times = measured[name] = timed(runs, options.rounds)
         ratios = times[ONE_PASS] / times[TORCH], times[ONE_PASS] / times[XLA]

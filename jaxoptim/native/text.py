@@ -1,4 +1,4 @@
-"""The C file of a kernel: a loop over the places of its arrays, and how it is run."""
+"""The C file of a kernel: its operands, the loop over the places of their numbers, and how it is run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxoptim.native.elements import Element, Elements, Line, kept_type, loaded, local_type, stored
+from jaxoptim.native.elements import Element, Elements, kept_type, loaded, local_type, stored
+from jaxoptim.native.loops import loops
 
 _CHUNK = 65536
 """Numbers of each array that a thread takes at a time: with fewer, it begins new pages too often."""
-
-_BLOCK = 256
-"""Numbers of each array that go through one part of a long loop after the other: what is between stays in the cache."""
-_LONG = 24
-"""Statements of a part. In a longer one a CPU sees too few numbers at a time to hide how long each operation takes."""
 
 _HEAD = """#include <fenv.h>
 #include <math.h>
@@ -98,7 +94,7 @@ def file_of(
     numbers = {
         f"v{at}": f"{local_type(dtype)} v{at} = {loaded(f'a{at}[i]', dtype)};" for at, (_, dtype) in enumerate(read)
     }
-    body = _loops(elements, numbers, ends, [number.name for _, number in written])
+    body = loops(elements, numbers, ends, [number.name for _, number in written])
     results = len(written)
     sums = [kept_type(number.dtype) for number in elements.sums]
     text = _file(first + len(read), results, in_place, parts, _indented([*lines, *body], 2), first, sums)
@@ -108,65 +104,6 @@ def file_of(
 def _array(name: str, where: str, dtype: Any, of: str, is_read: bool) -> str:
     kind = f"{'const ' * is_read}{kept_type(dtype)}"
     return f"{kind} *restrict {name} = ({kind} *){where} + row * size; /* {of} */"
-
-
-def _loops(elements: Elements, numbers: dict[str, str], ends: Sequence[str], stored: Sequence[str]) -> list[str]:
-    """The loop over the places of a row; a long one in parts, which take a block of them in turn.
-
-    Args:
-        elements: the statements.
-        numbers: the statement that loads each number of an array.
-        ends: the statements that store.
-        stored: the names of the numbers that these store.
-    """
-    parts = _parts(elements.lines)
-    last = {name: at for at, lines in enumerate(parts) for line in lines for name in line.uses}
-    last |= dict.fromkeys(stored, len(parts) - 1)
-    made = {line.name: at for at, lines in enumerate(parts) for line in lines}
-    kept = {line.name: line.kind for line in elements.lines if last.get(line.name, 0) > made[line.name]}
-    sums = [number.name for number in elements.sums]
-    if len(parts) == 1 and not sums:
-        body = [*numbers.values(), *(f"{line.kind} {line.name} = {line.text};" for line in parts[0]), *ends]
-        return ["for (int64_t i = begin; i < end; ++i) {", *_inner(body), "}"]
-    loops: list[str] = []
-    for at, lines in enumerate(parts):
-        here = {line.name for line in lines}
-        added = [(number, name) for number, name in enumerate(sums) if made.get(name, len(parts) - 1) == at]
-        used = [name for line in lines for name in line.uses]
-        used += [name for _, name in added] + (list(stored) if at == len(parts) - 1 else [])
-        body = [numbers[name] for name in dict.fromkeys(used) if name in numbers]
-        body += [
-            f"{kept[name]} {name} = k_{name}[j];" for name in dict.fromkeys(used) if name in kept and name not in here
-        ]
-        body += [f"{line.kind} {line.name} = {line.text};" for line in lines]
-        body += [f"k_{line.name}[j] = {line.name};" for line in lines if line.name in kept]
-        body += [f"s{number} += {name};" for number, name in added]
-        body += ends if at == len(parts) - 1 else []
-        loops += [f"{local_type(elements.sums[number].dtype)} s{number} = 0;" for number, _ in added]
-        if added:
-            loops.append(f"#pragma omp simd reduction(+:{', '.join(f's{number}' for number, _ in added)})")
-        loops += ["for (int64_t j = 0; j < count; ++j) {", "  const int64_t i = at + j;", *_inner(body), "}"]
-        loops += [f"sums[{number}] += s{number};" for number, _ in added]
-    return [
-        *(f"{kind} k_{name}[{_BLOCK}];" for name, kind in kept.items()),
-        f"for (int64_t at = begin; at < end; at += {_BLOCK}) {{",
-        f"  const int64_t count = end - at < {_BLOCK} ? end - at : {_BLOCK};",
-        *_inner(loops),
-        "}",
-    ]
-
-
-def _parts(lines: Sequence[Line]) -> list[list[Line]]:
-    """The statements in parts of about the same length, cut where few numbers are still needed."""
-    last = {name: at for at, line in enumerate(lines) for name in line.uses}
-    made = {line.name: at for at, line in enumerate(lines)}
-    parts, start = [], 0
-    while len(lines) - start > _LONG + _LONG // 2:
-        cuts = range(start + _LONG // 2, start + _LONG + 1)
-        cut = min(cuts, key=lambda cut: (sum(at < cut <= last.get(name, -1) for name, at in made.items()), -cut))
-        parts.append(list(lines[start:cut]))
-        start = cut
-    return [*parts, list(lines[start:])]
 
 
 def barrier_of(count: int, others: int) -> tuple[str, dict[int, int]]:
@@ -201,10 +138,6 @@ static void store(void *const *out, int64_t row, const double *sums) {{
 
 
 _LOOP = Path(__file__).with_name("loop.c").read_text()
-
-
-def _inner(lines: Sequence[str]) -> list[str]:
-    return [line if line.startswith("#") else f"  {line}" for line in lines]
 
 
 def _indented(lines: Sequence[str], by: int) -> str:
