@@ -58,12 +58,10 @@ def _pays(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> bool:
     like = leaf.grad if param is None else param
     given = [x for x in leaf.given.values() if not isinstance(x, Draw)]
     is_drawn = len(given) < len(leaf.given)
-    if (
-        not is_native(real_size(like), is_drawn)
-        or like.ndim == 0
-        or not 0 < like.size < 2**31
-        or type(rule) in _refused
-    ):
+    size = real_size(like)
+    if not is_native(size, is_drawn) or like.ndim == 0 or size == 0 or type(rule) in _refused:
+        return False
+    if is_drawn and size > 2**32:  # places of two words
         return False
     if not rule.pointwise or any(jnp.ndim(number) for number in jax.tree.leaves(shared)):
         return False
