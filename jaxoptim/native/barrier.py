@@ -28,4 +28,4 @@ def after(arrays: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
 
 def _by_call(arrays: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
     text, in_place = barrier_of(len(arrays), len(others))
-    return call(text, in_place, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], [*arrays, *others])
+    return call(text, in_place, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays], [*arrays, *others], 0)

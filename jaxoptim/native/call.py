@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxoptim.native.compiler import library
 
 
-def call(text: str, in_place: dict[int, int], results: Sequence[Any], operands: Sequence[jax.Array]) -> list[jax.Array]:
+def call(
+    text: str, in_place: dict[int, int], results: Sequence[Any], operands: Sequence[jax.Array], axes: int
+) -> list[jax.Array]:
     """Call the kernel of a C file. Under ``vmap`` its operands and results have leading axes.
 
     Args:
@@ -20,9 +23,10 @@ def call(text: str, in_place: dict[int, int], results: Sequence[Any], operands: 
         in_place: which operands have the memory of which results.
         results: the shapes and dtypes of what it returns.
         operands: what it takes.
+        axes: the number of axes of its arrays, without those of ``vmap``.
     """
     target = jax.ffi.ffi_call(_target(text), results, input_output_aliases=in_place, vmap_method="broadcast_all")
-    return list(target(*operands))
+    return list(target(*operands, axes=np.int64(axes)))
 
 
 @functools.cache

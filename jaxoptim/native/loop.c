@@ -65,15 +65,15 @@ XLA_FFI_Error *kernel(XLA_FFI_CallFrame *frame) {
     metadata->api_version.minor_version = XLA_FFI_API_MINOR;
     return NULL;
   }
-  if (frame->args.size != INPUTS || frame->rets.size != OUTPUTS + SUMS) return failed(frame, "jaxoptim: another kernel");
+  if (frame->attrs.size != 1 || frame->args.size != INPUTS || frame->rets.size != OUTPUTS + SUMS) return failed(frame, "jaxoptim: another kernel");
   XLA_FFI_Buffer **in = (XLA_FFI_Buffer **)frame->args.args, **out = (XLA_FFI_Buffer **)frame->rets.rets;
   for (int at = 0; at < IN_PLACE; ++at)
     if (in[in_place[at][0]]->data != out[in_place[at][1]]->data) return failed(frame, "jaxoptim: not in place");
   int64_t size = PARTS, rows = 1;
   if (PARTS) {
     XLA_FFI_Buffer *like = in[FIRST];
-    for (int64_t axis = 0; axis < like->rank - 1; ++axis) rows *= like->dims[axis];
-    size *= like->dims[like->rank - 1];
+    int64_t axes = *(int64_t *)((XLA_FFI_Scalar *)frame->attrs.attrs[0])->value;
+    for (int64_t axis = 0; axis < like->rank; ++axis) *(axis < like->rank - axes ? &rows : &size) *= like->dims[axis];
   }
   int64_t chunks = (size + CHUNK - 1) / CHUNK, all = rows * chunks;
   Work *work = calloc(1, sizeof(Work) + sizeof(double) * all * SUMS);

@@ -75,15 +75,16 @@ def _by_loop(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, 
     read = [Array(name, numbers[name].dtype) for name in sorted(arrays)]
     written = [(Array(name, dtypes[name]), loops[name]) for name in sorted(loops)]
     text, in_place = file_of(elements, read, written, 2 if is_complex else 1)
-    flat = (math.prod(shape),)
+    # Arrays keep their axes: XLA makes copies of what it reshapes, and there would be no memory to be given.
     results = [
-        jax.ShapeDtypeStruct(flat, jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype)
+        jax.ShapeDtypeStruct(shape, jnp.promote_types(dtype, jnp.complex64) if is_complex else dtype)
         for (_, dtype), _ in written
     ]
     results += [jax.ShapeDtypeStruct((), number.dtype) for number in elements.sums]
     vectors = [jnp.stack([jnp.asarray(x).astype(dtype) for x in own]) for dtype, own in elements.taken.items()]
-    made_here = call(text, in_place, results, [*vectors, *(arrays[name].reshape(flat) for name in sorted(arrays))])
-    new = {name: x.reshape(shape) for name, x in zip(sorted(loops), made_here, strict=False)}
+    operands = [*vectors, *(arrays[name] for name in sorted(arrays))]
+    made_here = call(text, in_place, results, operands, len(shape))
+    new = dict(zip(sorted(loops), made_here, strict=False))
     for name, x in made.items():
         if isinstance(x, Uniform):
             new[name] = jnp.broadcast_to(jnp.asarray(x.value, dtypes[name]), shape)
