@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxoptim.core.numerics import is_complex, view_as_complex
 from jaxoptim.core.shown import shown
 
 IMPLS = ("key", "hash")
@@ -102,13 +103,13 @@ class Draw:
 
     def numbers_in(self, shape: tuple[int, ...]) -> jax.Array:
         """Return the numbers in another shape of as many, each from its own offset alone."""
-        high, low = offsets(shape) if math.prod(shape) > 2**32 else (None, offset_in(shape, jnp.uint32))
-        return _gaussian(_bits(self.words, high, low, self.dtype, self.impl), self.dtype)
+        return _gaussian(_bits(self.words, *_places(shape), self.dtype, self.impl), self.dtype)
 
 
-def computed(noise: Any) -> Any:
-    """Return the numbers of a draw, and an array as it is."""
-    return noise.numbers() if isinstance(noise, Draw) else noise
+def drawn_for(like: Any, noise: Any) -> jax.Array:
+    """Return noise, an array or a :class:`Draw`, for an array like another: complex numbers take one for each part."""
+    numbers = noise.numbers() if isinstance(noise, Draw) else noise
+    return view_as_complex(numbers) if is_complex(like) else numbers
 
 
 def normals(keys: jax.Array, likes: Sequence[Any], impl: str = "key") -> list[Any]:
@@ -311,10 +312,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], dtype: np.dtype, impl: str) 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _of_words(words: Any, shape: tuple[int, ...], dtype: np.dtype, impl: str) -> jax.Array:
     def at_once(words: Any) -> jax.Array:
-        return _numbers(words, within, dtype, impl)
-
-    def within() -> _Words:
-        return offsets(shape) if size > 2**32 else (None, offset_in(shape, jnp.uint32))
+        return _numbers(words, lambda: _places(shape), dtype, impl)
 
     def in_parts(words: Any) -> jax.Array:
         part = lax.iota(jnp.uint32, -(-size // _PARTS))
@@ -332,12 +330,17 @@ def _of_words(words: Any, shape: tuple[int, ...], dtype: np.dtype, impl: str) ->
 
 def offsets(shape: tuple[int, ...]) -> _Words:
     """Return the row-major offset of each element of an array as a high and a low word."""
-    if math.prod(shape) > 2**32:
-        with jax.enable_x64(True):
-            offset = offset_in(shape, jnp.uint64)
-            return (offset >> 32).astype(jnp.uint32), offset.astype(jnp.uint32)
-    offset = offset_in(shape, jnp.uint32)
-    return jnp.zeros_like(offset), offset
+    high, low = _places(shape)
+    return jnp.zeros_like(low) if high is None else high, low
+
+
+def _places(shape: tuple[int, ...]) -> _Words:
+    """Return what :func:`offsets` does, with None for high words that are zero."""
+    if math.prod(shape) <= 2**32:
+        return None, offset_in(shape, jnp.uint32)
+    with jax.enable_x64(True):
+        offset = offset_in(shape, jnp.uint64)
+        return (offset >> 32).astype(jnp.uint32), offset.astype(jnp.uint32)
 
 
 def offset_in(shape: tuple[int, ...], dtype: Any) -> jax.Array:

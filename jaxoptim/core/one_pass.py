@@ -35,7 +35,7 @@ def in_one_pass(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> Cha
         return None
     kind = type(leaf.rule)
     try:
-        made, slots = _update(*leaf[1:], shared, wanted)
+        made, slots = _update(leaf, shared, wanted)
     except (Unsupported, CannotCompile) as problem:
         _refused.add(kind)
         warnings.warn(
@@ -76,24 +76,16 @@ def _pays(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> bool:
 
 
 @functools.partial(jax.jit, static_argnames="wanted")
-def _update(
-    rule: Rule,
-    grad: jax.Array,
-    slots: Slots,
-    param: Any,
-    count: jax.Array,
-    given: dict[str, Any],
-    shared: dict[str, Any],
-    wanted: Wanted,
-) -> tuple[dict[str, jax.Array], Slots]:
+def _update(leaf: LeafUpdate, shared: dict[str, Any], wanted: Wanted) -> tuple[dict[str, jax.Array], Slots]:
     """Compute the new value and the change, as far as they are wanted, and the slots.
 
     Jitted so that all arrays of one shape are traced once.
     """
+    grad, slots, param = leaf.grad, leaf.slots, leaf.param
     each = {name: x for name, x in slots.items() if x is not None and x.shape == grad.shape}
-    draws = {name: x for name, x in given.items() if isinstance(x, Draw)}
-    others = {name: x for name, x in given.items() if name not in draws}
-    settings, form = jax.tree.flatten(rule)
+    draws = {name: x for name, x in leaf.given.items() if isinstance(x, Draw)}
+    others = {name: x for name, x in leaf.given.items() if name not in draws}
+    settings, form = jax.tree.flatten(leaf.rule)
     own = {str(at): x for at, x in enumerate(settings) if jnp.ndim(x)}
     arrays = {"grad": grad, **({} if param is None else {"param": param})}
     arrays |= _named(_STATE, each) | _named(_GIVEN, others) | _named(_OWN, own)
@@ -108,7 +100,7 @@ def _update(
             numbers = draw.numbers_in(pairs)
             given[name] = view_as_complex(numbers) if is_complex(grad) else numbers
         leaf = LeafUpdate(0, rule, grad, own, param, alike.step, given)
-        change, value, new = valued(leaf, *update_dense(rule, grad, own, param, alike.step, given, alike.shared))
+        change, value, new = valued(leaf, *update_dense(*leaf[1:], alike.shared))
         made = {}
         if wanted != "change" and param is not None:
             made["param"] = (param + change).astype(param.dtype) if value is None else value
@@ -120,7 +112,7 @@ def _update(
         return made, {name: slot for name, slot in new.items() if name not in each}
 
     scalars = [None if str(at) in own or is_key(x) else x for at, x in enumerate(settings)]
-    alike = _Alike(scalars, count, {name: x for name, x in slots.items() if name not in each}, shared, draws)
+    alike = _Alike(scalars, leaf.step, {name: x for name, x in slots.items() if name not in each}, shared, draws)
     made, rest = one_pass(text, alike, arrays)
     new = {name: made.pop(_STATE + name) for name in each} | rest
     return made, {name: new[name] for name in slots} | {name: x for name, x in new.items() if name not in slots}

@@ -27,8 +27,8 @@ from jaxoptim.core.leaf import (
     of_any_leaf,
     summed,
 )
-from jaxoptim.core.noise import Draw, computed
-from jaxoptim.core.numerics import is_complex, real_size, view_as_complex
+from jaxoptim.core.noise import Draw, drawn_for
+from jaxoptim.core.numerics import real_size
 from jaxoptim.core.packing import Packed, unpacked
 from jaxoptim.core.placement import on_mesh_of
 from jaxoptim.core.restoring import restored
@@ -483,7 +483,7 @@ def _updated(
     shared = state.shared
     if "noise" not in given:
         arrays = {leaf.number: leaf.grad if leaf.param is None else leaf.param for leaf in todo}
-        noise = _draws_of(rule, shared, count, arrays)
+        noise = _noise_of(rule, shared, count, arrays, made=_undrawn)
         todo = [leaf._replace(given=leaf.given | noise[leaf.number]) for leaf in todo]
     if rule.two_pass:
         shared = rule.prepare_shared(shared, summed([first_pass(leaf, shared) for leaf in todo]))
@@ -545,27 +545,27 @@ def _rules_at(rule: Rule, step: Any, count: Any, like: Any, like_what: str) -> l
 
 
 def _noise_of(
-    rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any], only: Collection[int] | None = None
+    rule: Rule,
+    shared: dict[str, Any],
+    step: Any,
+    arrays: dict[int, Any],
+    only: Collection[int] | None = None,
+    made: Callable[[Any, Any], Any] = drawn_for,
 ) -> dict[int, dict[str, Any]]:
-    """Return the keyword ``noise`` of each array's update, or no keyword where its rule takes none."""
+    """Return the keyword ``noise`` of each array's update, or no keyword where its rule takes none.
+
+    ``made`` makes it of the array and of what the rule draws.
+    """
 
     def drawn() -> dict[int, Any]:
         likes = {number: as_computed(x) for number, x in arrays.items()}
-        return {number: computed(x) for number, x in rule.draw_noise(shared, step, likes, only).items()}
+        return {number: made(arrays[number], x) for number, x in rule.draw_noise(shared, step, likes, only).items()}
 
     is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values())
     noise = jax.eval_shape(drawn) if is_abstract else drawn()
-    of_each = {
-        number: {"noise": view_as_complex(x) if is_complex(arrays[number]) else x} for number, x in noise.items()
-    }
-    return {number: of_each.get(number, {}) for number in arrays}
+    return {number: {"noise": noise[number]} if number in noise else {} for number in arrays}
 
 
-def _draws_of(rule: Rule, shared: dict[str, Any], step: Any, arrays: dict[int, Any]) -> dict[int, dict[str, Any]]:
-    """Return what :func:`_noise_of` does, with draws of noise in the place of some arrays, which are not computed."""
-    likes = {number: as_computed(x) for number, x in arrays.items()}
-    drawn = {
-        number: {"noise": view_as_complex(x) if is_complex(arrays[number]) and not isinstance(x, Draw) else x}
-        for number, x in rule.draw_noise(shared, step, likes).items()
-    }
-    return {number: drawn.get(number, {}) for number in arrays}
+def _undrawn(like: Any, noise: Any) -> Any:
+    """Leave a draw to the update that uses it."""
+    return noise if isinstance(noise, Draw) else drawn_for(like, noise)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from jaxoptim.core import Rule
 from jaxoptim.core.leaf import as_computed, init_leaf
-from jaxoptim.core.noise import computed
-from jaxoptim.core.numerics import is_complex, view_as_complex
+from jaxoptim.core.noise import drawn_for
 from jaxoptim.core.precision import MASTER
 
 _known: dict[Any, dict[str, Any]] = {}
@@ -53,10 +52,7 @@ def _found(rule: Rule, param: jax.ShapeDtypeStruct) -> dict[str, Any]:
     names: list[str] = []
 
     def slots_of(param: jax.Array) -> dict[str, Any]:
-        noise = [
-            view_as_complex(computed(x)) if is_complex(param) else computed(x)
-            for x in rule.draw_noise(rule.init_shared(), 0, {0: as_computed(param)}).values()
-        ]
+        noise = [drawn_for(param, x) for x in rule.draw_noise(rule.init_shared(), 0, {0: as_computed(param)}).values()]
         drawn = {"noise": noise[0]} if noise else {}
         slots = init_leaf(rule.at(0), param, drawn)
         names.extend(slots)

@@ -70,6 +70,8 @@ def _by_loop(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, 
     made, scalars = jax.tree.unflatten(jax.tree.structure(form), values)
     if any(isinstance(x, Element) for x in jax.tree.leaves(scalars, is_leaf=_is_value)):
         raise Unsupported("a result that is not a scalar")
+    if any(isinstance(x, Later) for x in made.values()):
+        raise Unsupported("a sum over the array that its own numbers wait for")
     dtypes = {name: x.dtype for name, x in form[0].items()}
     loops = {name: x for name, x in made.items() if isinstance(x, Element) and x not in places}
     read = [Array(name, numbers[name].dtype) for name in sorted(arrays)]
@@ -84,12 +86,10 @@ def _by_loop(function: Function, uniform: Any, arrays: Arrays) -> tuple[Arrays, 
     vectors = [jnp.stack([jnp.asarray(x).astype(dtype) for x in own]) for dtype, own in elements.taken.items()]
     operands = [*vectors, *(arrays[name] for name in sorted(arrays))]
     made_here = call(text, in_place, results, operands, len(shape))
-    new = dict(zip(sorted(loops), made_here, strict=False))
+    new = dict(zip(sorted(loops), made_here[: len(loops)], strict=True))
     for name, x in made.items():
         if isinstance(x, Uniform):
             new[name] = jnp.broadcast_to(jnp.asarray(x.value, dtypes[name]), shape)
-        elif isinstance(x, Later):
-            raise Unsupported("a sum over the array that its own numbers wait for")
         elif name not in new:
             new[name] = arrays[sorted(arrays)[places.index(x)]]
     known = elements.later(made_here[len(loops) :])
